@@ -1,0 +1,1 @@
+"""The methods that CTPD is compared with: one module each, its parameters and its objective."""

@@ -1,0 +1,32 @@
+"""Supervised fine-tuning on the chosen responses (METHOD 5).
+
+Shape legend: R rows (all chosen), U units (tokens).
+"""
+
+from dataclasses import dataclass
+from typing import final
+
+from ctpd.objectives.base import Layout, PairObjective, Sums, Units
+
+
+@dataclass(frozen=True, kw_only=True)
+class SFTParams:
+    """There is nothing to choose."""
+
+
+@final
+class SFT(PairObjective):
+    """Cross-entropy of the chosen response and its end token, prompt masked; the mean is over the step's tokens."""
+
+    params_type = SFTParams
+    counts = "tokens"
+    sides = ("chosen",)
+
+    def __init__(self, params: SFTParams) -> None:
+        super().__init__()
+        self.params = params
+        self.layout = Layout(granularity="tokens")
+
+    def forward(self, units: Units) -> Sums:
+        logp = units.policy.masked_fill(~units.mask, 0.0).sum()
+        return Sums(-logp, units.mask.sum(), {"logps/chosen": logp.detach()})

@@ -1,0 +1,292 @@
+"""The composition root: joins the training graph and evaluation, and turns records into tables."""
+
+import dataclasses
+import json
+import os
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from ctpd.core.config import digest, to_plain
+from ctpd.core.errors import UserError
+from ctpd.core.recipe import EvaluationSpec, Recipe, load_recipe
+from ctpd.core.store import Store
+from ctpd.pipeline.graph import Graph, Stage, Work
+from ctpd.pipeline.progress import Progress
+from ctpd.pipeline.references import External, LocatedModel, ModelRef
+from ctpd.pipeline.runs import PlannedRun, ablation_run, plan_runs
+from ctpd.pipeline.runtime import Runtime, provenance
+from ctpd.pipeline.stages import SharedStages
+from harness.suites import Column, Suite, load_suite
+
+RESULT, RECORD = "result.json", "record.json"
+
+
+class Experiment:
+    """A recipe with its stages. Making one plans everything and computes nothing.
+
+    Args:
+        recipe: a shipped name or a path.
+        only: keep these runs and anchors.
+        seeds: keep these seeds.
+        limit: evaluate on so many documents of each task; overrides the recipe's.
+    """
+
+    def __init__(
+        self,
+        recipe: str | os.PathLike[str],
+        *,
+        only: Sequence[str] = (),
+        seeds: Sequence[int] = (),
+        limit: int | None = None,
+    ) -> None:
+        self.source = str(recipe)
+        self.recipe = _narrowed(load_recipe(recipe), seeds=seeds, limit=limit, source=self.source)
+        self.stages = SharedStages(self.recipe.shared, source=self.source)
+        runs = list(plan_runs(self.recipe, self.stages, source=self.source))
+        self.runs = _chosen(runs, only, source=self.source)
+
+    @cached_property
+    def suite(self) -> Suite:
+        """The columns to evaluate."""
+        return load_suite(self.recipe.shared.evaluation.suite)
+
+    @cached_property
+    def training(self) -> list[Stage]:
+        """The artifacts that stand for the models to be evaluated, ready-made ones left out."""
+        newest = [run.model.newest for run in self.runs]
+        return list({stage.key: stage for stage in newest if isinstance(stage, Stage)}.values())
+
+    @cached_property
+    def evaluations(self) -> dict[int, dict[str, Stage]]:
+        """Run number -> column -> evaluation stage."""
+        return {
+            number: {column.name: self._evaluation(run, column) for column in self.suite.columns}
+            for number, run in enumerate(self.runs)
+        }
+
+    @cached_property
+    def records(self) -> list[Stage]:
+        """One record a run and seed."""
+        return [self._record(run, self.evaluations[number]) for number, run in enumerate(self.runs)]
+
+    def _evaluation(self, run: PlannedRun, column: Column) -> Stage:
+        spec = self.recipe.shared.evaluation
+        world = {"world": self.stages.world} if spec.data_root == "testbed" else {}
+        return evaluation_stage(
+            run.model, column, spec, precision=self.recipe.shared.precision, title=run.title, world=world
+        )
+
+    def _record(self, run: PlannedRun, evaluations: Mapping[str, Stage]) -> Stage:
+        inputs = {f"evaluation.{column}": stage for column, stage in evaluations.items()}
+        inputs["pairs"] = self.stages.pairs
+        if isinstance(run.model.newest, Stage):
+            inputs["training"] = run.model.newest
+        if run.weights is not None:
+            inputs["weights"] = run.weights
+        shared = self._shared_settings()
+        head = {
+            "schema": 1,
+            "recipe": self.recipe.name,
+            "run": run.name,
+            "seed": run.seed,
+            "method": run.method.name if run.method else None,
+            "params": dict(run.method.params) if run.method else {},
+            "tuned": dict(run.spec.tuned) if run.spec else {},
+            "shared": shared,
+            "shared_hash": digest(shared),
+            "suite": self.suite.name,
+            "partial": self.recipe.shared.evaluation.limit is not None,
+        }
+
+        def build(work: Work) -> None:
+            _write_record(work, head, columns=[column.name for column in self.suite.columns])
+
+        return Stage("record", 1, head, build, f"record: {run.title}", inputs)
+
+    def _shared_settings(self) -> dict[str, Any]:
+        """The settings that a comparison's runs have in common: no seeds, no paths of this machine, digests instead."""
+        shared = to_plain(self.recipe.shared)
+        del shared["seeds"], shared["evaluation"]
+        for role, base in self.stages.bases.items():
+            if isinstance(base.root, External):
+                shared[role]["model"] = base.root.digest
+        shared["data"]["digests"] = {
+            name: value for name, value in self.stages.pairs.external.items() if name.startswith("data.")
+        }
+        for split in ("train", "eval"):
+            if shared["data"][split] is not None:
+                shared["data"][split]["path"] = None
+        return dict(shared)
+
+
+def run(
+    recipe: str | os.PathLike[str],
+    *,
+    store: str | os.PathLike[str] = "runs",
+    runtime: Runtime | None = None,
+    quiet: bool = True,
+) -> list[Any]:
+    """Train, evaluate and compare everything that is missing; return the tables.
+
+    Args:
+        recipe: a shipped name or a path.
+        store: the folder of the artifacts.
+        runtime: how to execute.
+        quiet: print nothing.
+
+    Raises:
+        UserError: anything wrong with the recipe, the data or the models.
+    """
+    experiment = Experiment(recipe)
+    graph = Graph(experiment.records)
+    graph.run(Store(Path(store)), runtime=runtime or Runtime(), progress=Progress(quiet=quiet))
+    return tables(experiment, Store(Path(store)))
+
+
+def plan(recipe: str | os.PathLike[str]) -> Graph:
+    """The whole graph of a recipe; nothing is computed."""
+    return Graph(Experiment(recipe).records)
+
+
+def evaluation_stage(
+    model: ModelRef,
+    column: Column,
+    spec: EvaluationSpec,
+    *,
+    precision: str,
+    title: str,
+    world: Mapping[str, Stage],
+) -> Stage:
+    """One model on one task: the protocol, the task and the model are its identity."""
+    task = {field: value for field, value in to_plain(column).items() if field not in ("name", "folder")}
+    config = {
+        "task": task,
+        "limit": spec.limit,
+        "batch_size": spec.batch_size,
+        "chat_template": spec.chat_template,
+        "precision": precision,
+        "backend": "hf",
+        "lm_eval": metadata.version("lm_eval"),
+    }
+
+    def build(work: Work) -> None:
+        root = work.inputs["world"] / "hub" if "world" in work.inputs else None
+        if root is None and spec.data_root is not None:
+            root = Path(spec.data_root).expanduser()
+        located = model.located("model", work.inputs)
+        result = _evaluate(work, located, column, spec, precision=precision, data_root=root)
+        (work.folder / RESULT).write_text(json.dumps(result, ensure_ascii=False), encoding="utf-8")
+
+    inputs = {**model.stages("model"), **world}
+    return Stage("evaluate", 1, config, build, f"evaluate: {title} on {column.name}", inputs, model.externals("model"))
+
+
+def _evaluate(
+    work: Work, located: LocatedModel, column: Column, spec: EvaluationSpec, *, precision: str, data_root: Path | None
+) -> dict[str, Any]:
+    from ctpd.models import load_model, load_tokenizer
+    from harness.evaluate import evaluate_column
+
+    loaded = load_model(
+        located.folder, adapters=located.adapters, precision=precision, device=work.runtime.torch_device(),
+        revision=located.revision,
+    )  # fmt: skip
+    return evaluate_column(
+        loaded, load_tokenizer(located.tokenizer, revision=located.revision), column, data_root=data_root,
+        batch_size=spec.batch_size, limit=spec.limit, chat_template=spec.chat_template, progress=work.progress,
+    )  # fmt: skip
+
+
+def _write_record(work: Work, head: Mapping[str, Any], *, columns: Sequence[str]) -> None:
+    def read(name: str, file: str) -> Any:
+        return json.loads((work.inputs[name] / file).read_text(encoding="utf-8"))
+
+    evaluation = {column: {**read(f"evaluation.{column}", RESULT), "name": column} for column in columns}
+    meta = read("pairs", "pairs.json")
+    record = {
+        **head,
+        "training": read("training", "training.json") if "training" in work.inputs else None,
+        "weights": read("weights", "summary.json") if "weights" in work.inputs else None,
+        "data": {"pairs": len(meta["pair_ids"]), "dropped": meta["dropped"], "report": meta["report"]},
+        "evaluation": evaluation,
+        "provenance": {**provenance(work.runtime), "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())},
+    }
+    (work.folder / RECORD).write_text(json.dumps(record, ensure_ascii=False), encoding="utf-8")
+
+
+def read_records(experiment: Experiment, store: Store) -> list[dict[str, Any]]:
+    """The records that are there. Raises UserError if there is none."""
+    found = [store.open(stage.kind, stage.key) for stage in experiment.records if store.has(stage.kind, stage.key)]
+    if not found:
+        raise UserError(
+            f"the store {store.root} holds no record of this recipe",
+            where=experiment.source,
+            fix=f"Run `ctpd run {experiment.source}` first, or give another --store",
+        )
+    return [json.loads((folder / RECORD).read_text(encoding="utf-8")) for folder in found]
+
+
+def tables(experiment: Experiment, store: Store) -> list[Any]:
+    """Every table that the recipe declares, from records alone."""
+    from harness.tables import build_tables
+
+    return build_tables(
+        read_records(experiment, store),
+        table_specs(experiment.recipe),
+        columns=[column.name for column in experiment.suite.columns],
+        seeds=experiment.recipe.shared.seeds,
+    )
+
+
+def table_specs(recipe: Recipe) -> list[Any]:
+    """The tables that a recipe declares; the teacher is shown, but not ranked."""
+    from harness.tables import TableSpec
+
+    teachers = tuple(name for name, role in recipe.anchors.items() if role == "teacher")
+    specs = []
+    for name, entry in recipe.tables.items():
+        labels = recipe.ablations[entry.ablation].values if entry.ablation else entry.rows
+        rows = tuple((label, ablation_run(entry.ablation, label) if entry.ablation else label) for label in labels)
+        base = ablation_run(entry.ablation, entry.base) if entry.ablation and entry.base else entry.base
+        specs.append(
+            TableSpec(
+                name, entry.caption, rows, base=base, note=entry.note, unranked=teachers, published=entry.published
+            )
+        )
+    return specs
+
+
+def write_tables(made: Iterable[Any], folder: Path) -> list[Path]:
+    """Markdown, CSV and LaTeX of every table; returns the files."""
+    from harness.formats import write_table
+
+    folder.mkdir(parents=True, exist_ok=True)
+    return [path for table in made for path in write_table(table, folder)]
+
+
+def _narrowed(recipe: Recipe, *, seeds: Sequence[int], limit: int | None, source: str) -> Recipe:
+    shared = recipe.shared
+    unknown = sorted(set(seeds) - set(shared.seeds))
+    if unknown:
+        raise UserError(f"the recipe has no seed {unknown[0]}", where=source, fix=f"Its seeds are {list(shared.seeds)}")
+    if seeds:
+        shared = dataclasses.replace(shared, seeds=tuple(seed for seed in shared.seeds if seed in seeds))
+    if limit is not None:
+        shared = dataclasses.replace(shared, evaluation=dataclasses.replace(shared.evaluation, limit=limit))
+    return dataclasses.replace(recipe, shared=shared)
+
+
+def _chosen(runs: list[PlannedRun], only: Sequence[str], *, source: str) -> list[PlannedRun]:
+    from ctpd.core.config import nearest
+
+    names = list(dict.fromkeys(run.name for run in runs))
+    for name in only:
+        if name not in names:
+            raise UserError(
+                f"the recipe has no run '{name}'.{nearest(name, names)}", where=source, fix=f"Its runs are {', '.join(names)}"
+            )
+    return [run for run in runs if not only or run.name in only]

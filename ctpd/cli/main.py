@@ -1,0 +1,100 @@
+"""The command group, and the one place where errors become a paragraph and an exit code."""
+
+import sys
+from typing import Any
+
+import click
+
+from ctpd import __version__
+from ctpd.core.errors import CtpdError
+
+COMMANDS = {
+    "run": "ctpd.cli.recipes:run",
+    "train": "ctpd.cli.recipes:train",
+    "eval": "ctpd.cli.recipes:evaluate",
+    "compare": "ctpd.cli.recipes:compare",
+    "recipes": "ctpd.cli.recipes:recipes",
+    "init": "ctpd.cli.recipes:init",
+    "export": "ctpd.cli.artifacts:export",
+    "store": "ctpd.cli.artifacts:store",
+    "doctor": "ctpd.cli.artifacts:doctor",
+}
+SUMMARIES = {
+    "run": "Everything that is missing: train, eval, compare.",
+    "train": "The stages up to the trained students.",
+    "eval": "lm-evaluation-harness on what is trained, or on any model.",
+    "compare": "The tables, from records alone.",
+    "recipes": "List the shipped recipes.",
+    "init": "Write a recipe for your own pair of models and data.",
+    "export": "A plain transformers directory of a trained model.",
+    "store": "Look after the artifacts: du, rm, gc.",
+    "doctor": "Check the environment and say what to do.",
+}
+
+
+class LazyGroup(click.Group):
+    """Imports a command when it is used, so that `ctpd --help` is instant."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """In the order of the work."""
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """Import one command."""
+        import importlib
+
+        if cmd_name not in COMMANDS:
+            return None
+        module, _, name = COMMANDS[cmd_name].partition(":")
+        command: click.Command = getattr(importlib.import_module(module), name)
+        return command
+
+    def resolve_command(self, ctx: click.Context, args: list[str]) -> tuple[str | None, click.Command | None, list[str]]:
+        """Offer the nearest name for an unknown command."""
+        from ctpd.core.config import nearest
+
+        if args and args[0] not in COMMANDS and not args[0].startswith("-"):
+            ctx.fail(f"There is no command '{args[0]}'.{nearest(args[0], COMMANDS)}")
+        return super().resolve_command(ctx, args)
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """List the commands without importing them."""
+        with formatter.section("Commands"):
+            formatter.write_dl(list(SUMMARIES.items()))
+
+
+@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="ctpd")
+def cli() -> None:
+    """Align a small language model with the preferences of a bigger one that has another tokenizer.
+
+    RECIPE is a shipped name (`ctpd recipes`) or the path of a YAML file.
+    """
+
+
+def main(args: list[str] | None = None) -> Any:
+    """Run the command line; exit 2 for the user's input, 1 for our errors, a traceback only with --debug."""
+    try:
+        return cli.main(args=args, prog_name="ctpd", standalone_mode=False)
+    except click.exceptions.Exit as error:
+        sys.exit(error.exit_code)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except click.Abort:
+        click.echo("Stopped. What is finished is kept; the same command goes on from there.", err=True)
+        sys.exit(130)
+    except CtpdError as error:
+        if "--debug" in sys.argv:
+            raise
+        click.echo(f"Error: {error}", err=True)
+        sys.exit(error.exit_code)
+    except Exception as error:
+        if "--debug" in sys.argv:
+            raise
+        click.echo(
+            f"Error: {type(error).__name__}: {' '.join(str(error).split())} This is a fault of ctpd; what is finished is "
+            "kept. Run the same command with --debug for the traceback.",
+            err=True,
+        )
+        sys.exit(1)

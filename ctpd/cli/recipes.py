@@ -1,0 +1,195 @@
+"""The commands about recipes: run, train, eval, compare, recipes, init."""
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from ctpd.cli.options import execution
+
+if TYPE_CHECKING:
+    from ctpd.app import Experiment
+    from ctpd.core.store import Store
+    from ctpd.pipeline.graph import Stage
+
+RUNNING = ("store", "device", "offline", "only", "seed", "limit", "plan", "rebuild", "report_to", "quiet", "json")
+
+
+@click.command()
+@click.argument("recipe")
+@execution(*RUNNING)
+def run(recipe: str, *, as_json: bool, plan: bool, **flags: Any) -> None:
+    """Train, evaluate and compare everything in RECIPE that is missing."""
+    experiment, store = _experiment(recipe, **flags)
+    if _execute(experiment.records, store, plan=plan, as_json=as_json, **flags):
+        _print_tables(experiment, store, formats=("txt",), as_json=as_json)
+
+
+@click.command()
+@click.argument("recipe")
+@execution(*(name for name in RUNNING if name != "limit"))
+def train(recipe: str, *, as_json: bool, plan: bool, **flags: Any) -> None:
+    """Train every run of RECIPE."""
+    experiment, store = _experiment(recipe, **flags)
+    if not _execute(experiment.training, store, plan=plan, as_json=as_json, **flags):
+        return
+    made = [{"run": r.name, "seed": r.seed, "key": getattr(r.model.newest, "key", None)} for r in experiment.runs]
+    if as_json:
+        click.echo(json.dumps(made))
+        return
+    for item in made:
+        key = item["key"]
+        click.echo(f"{item['run']:<28} seed {item['seed'] if item['seed'] is not None else '-'}   {key or 'ready-made'}")
+    click.echo(f"\nThe models are in {store.root}; `ctpd export KEY --to DIR` writes one as a plain directory.")
+
+
+@click.command("eval")
+@click.argument("recipe", required=False)
+@click.option("--model", help="Any model directory or hub id, instead of a recipe.")
+@click.option("--suite", default="card", show_default=True, help="With --model: the suite.")
+@click.option("--data-root", type=click.Path(path_type=Path), help="With --model: a folder that mirrors the hub.")
+@execution(*RUNNING)
+def evaluate(
+    recipe: str | None, *, model: str | None, suite: str, data_root: Path | None, as_json: bool, plan: bool, **flags: Any
+) -> None:
+    """Evaluate what RECIPE has trained, training what is missing; or any --model."""
+    if (recipe is None) == (model is None):
+        raise click.UsageError("Give a RECIPE or --model, one of them.")
+    if model is not None:
+        _evaluate_model(model, suite, data_root=data_root, as_json=as_json, plan=plan, **flags)
+        return
+    assert recipe is not None
+    experiment, store = _experiment(recipe, **flags)
+    stages = [stage for columns in experiment.evaluations.values() for stage in columns.values()]
+    if _execute(stages, store, plan=plan, as_json=as_json, **flags):
+        named = {run.title: experiment.evaluations[i] for i, run in enumerate(experiment.runs)}
+        _print_scores(named, store, as_json=as_json)
+
+
+@click.command()
+@click.argument("recipe")
+@click.option("--format", "formats", multiple=True, type=click.Choice(["txt", "md", "csv", "tex"]), default=("txt",))
+@execution("store", "only", "seed", "limit", "json")
+def compare(recipe: str, *, formats: tuple[str, ...], as_json: bool, **flags: Any) -> None:
+    """Write every table of RECIPE in every format, from records alone; print one format."""
+    experiment, store = _experiment(recipe, **flags)
+    _print_tables(experiment, store, formats=formats, as_json=as_json)
+
+
+@click.command()
+@execution("json")
+def recipes(*, as_json: bool) -> None:
+    """List the shipped recipes."""
+    from ctpd.core.recipe import load_recipe, shipped_recipes
+
+    found = {name: load_recipe(name).about for name in shipped_recipes()}
+    click.echo(json.dumps(found) if as_json else "\n".join(f"{name:<26} {about}" for name, about in found.items()))
+
+
+@click.command()
+@click.option("--teacher", required=True, help="Model directory, or hub id@revision.")
+@click.option("--student", required=True, help="Model directory, or hub id@revision.")
+@click.option("--data", required=True, type=click.Path(path_type=Path), help="Pairs: jsonl, json, parquet or csv.")
+@click.option("--to", type=click.Path(path_type=Path), default="recipe.yaml", show_default=True)
+@execution()
+def init(teacher: str, student: str, data: Path, to: Path) -> None:
+    """Write a recipe for your own pair of models and data."""
+    from ctpd.cli.template import write_recipe
+
+    write_recipe(to, teacher=teacher, student=student, data=data)
+    click.echo(f"Wrote {to}. Read it through, then: ctpd run {to} --plan")
+
+
+def _experiment(recipe: str, *, store: Path, offline: bool = False, **flags: Any) -> "tuple[Experiment, Store]":
+    if offline:
+        os.environ["HF_HUB_OFFLINE"] = os.environ["HF_DATASETS_OFFLINE"] = "1"
+    from ctpd.app import Experiment
+    from ctpd.core.store import Store
+
+    limit = flags.get("limit")
+    return Experiment(recipe, only=flags.get("only", ()), seeds=flags.get("seed", ()), limit=limit), Store(store)
+
+
+def _execute(
+    targets: "Sequence[Stage]", store: "Store", *, plan: bool, as_json: bool, device: str, rebuild: bool,
+    report_to: tuple[str, ...], quiet: bool, **_: Any,
+) -> bool:  # fmt: skip
+    """Run the graph of ``targets``, or show it with ``plan``; says whether it ran."""
+    from ctpd.pipeline.graph import Graph
+    from ctpd.pipeline.progress import Progress
+    from ctpd.pipeline.runtime import Runtime
+
+    graph = Graph(targets)
+    if plan:
+        _print_plan(graph.plan(store), as_json=as_json)
+        return False
+    built = graph.run(
+        store, runtime=Runtime(device=device, report_to=report_to), progress=Progress(quiet=quiet), rebuild=rebuild
+    )
+    if not quiet:
+        click.echo(f"{built} stage{'s' if built != 1 else ''} built, {len(graph.stages) - built} not needed or already there.\n", err=True)
+    return True
+
+
+def _print_plan(lines: Sequence[Any], *, as_json: bool) -> None:
+    if as_json:
+        click.echo(json.dumps([{"stage": x.kind, "label": x.label, "key": x.key, "hit": x.hit} for x in lines]))
+        return
+    for line in lines:
+        click.echo(f"{'hit ' if line.hit else 'miss'}  {line.key[:12]}  {line.label}")
+    hits = sum(line.hit for line in lines)
+    click.echo(f"\n{len(lines)} stages: {hits} hits, {len(lines) - hits} misses. Nothing was run.")
+
+
+def _print_tables(experiment: "Experiment", store: "Store", *, formats: Sequence[str], as_json: bool) -> None:
+    from ctpd import app
+    from harness.formats import FORMATS, frame
+
+    made = app.tables(experiment, store)
+    folder = store.root / "tables" / experiment.recipe.name
+    written = app.write_tables(made, folder)
+    if as_json:
+        click.echo(json.dumps({t.spec.name: frame(t).to_dict(orient="records") for t in made}, default=float))
+        return
+    for kind in formats:
+        click.echo("\n\n".join(FORMATS[kind](table) for table in made))
+    click.echo(f"\nWritten to {folder}: {', '.join(path.name for path in written)}")
+
+
+def _print_scores(named: "dict[str, dict[str, Stage]]", store: "Store", *, as_json: bool) -> None:
+    scores = {
+        title: {name: json.loads((store.path(s.kind, s.key) / "result.json").read_text()) for name, s in columns.items()}
+        for title, columns in named.items()
+    }
+    if as_json:
+        click.echo(json.dumps({t: {n: r["value"] for n, r in columns.items()} for t, columns in scores.items()}))
+        return
+    for title, columns in scores.items():
+        parts = [f"{n} {100 * r['value']:.2f}" + ("" if r["limit"] is None else " (partial)") for n, r in columns.items()]
+        click.echo(f"{title:<32} {'   '.join(parts)}")
+
+
+def _evaluate_model(model: str, suite: str, *, data_root: Path | None, as_json: bool, plan: bool, **flags: Any) -> None:
+    if flags["offline"]:
+        os.environ["HF_HUB_OFFLINE"] = os.environ["HF_DATASETS_OFFLINE"] = "1"
+    from ctpd.app import evaluation_stage
+    from ctpd.core.recipe import EvaluationSpec
+    from ctpd.core.store import Store
+    from ctpd.pipeline.references import ModelRef, external_model
+    from harness.suites import load_suite
+
+    name, _, revision = model.partition("@")
+    root = external_model(name, revision=revision or None, role="--model option")
+    spec = EvaluationSpec(suite=suite, limit=flags["limit"], data_root=None if data_root is None else str(data_root))
+    stages = {
+        column.name: evaluation_stage(
+            ModelRef("model", root, root), column, spec, precision="float32", title=name, world={}
+        )
+        for column in load_suite(suite).columns
+    }
+    store = Store(flags["store"])
+    if _execute(list(stages.values()), store, plan=plan, as_json=as_json, **flags):
+        _print_scores({model: stages}, store, as_json=as_json)

@@ -1,0 +1,37 @@
+"""The two families of errors: the user's (exit 2: mend the input) and ours (exit 1: report it)."""
+
+
+class CtpdError(Exception):
+    """Base of every error that the command line prints as one paragraph."""
+
+    exit_code = 1
+
+
+class UserError(CtpdError, ValueError):
+    """Bad input. The text is one paragraph: what is wrong, where, and how to mend it.
+
+    Args:
+        what: what is wrong, a sentence.
+        where: the file, line, row, column or artifact that is at fault.
+        fix: how to mend it, a sentence.
+    """
+
+    exit_code = 2
+
+    def __init__(self, what: str, *, where: str | None = None, fix: str | None = None) -> None:
+        parts = [_sentence(what)]
+        if where is not None:
+            parts.insert(0, f"{where}:")
+        if fix is not None:
+            parts.append(_sentence(fix))
+        super().__init__(" ".join(parts))
+        self.what, self.where, self.fix = what, where, fix
+
+
+class DamagedArtifact(UserError):
+    """A stored artifact whose files do not match its manifest."""
+
+
+def _sentence(text: str) -> str:
+    text = " ".join(text.split())
+    return text if text.endswith((".", "!", "?", ":", "`")) else text + "."

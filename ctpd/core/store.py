@@ -1,0 +1,178 @@
+"""The content-addressed store: one folder an artifact, written once, never changed.
+
+`<root>/<stage>/<key>/` holds an artifact's files and, written last, `manifest.json` (identity, provenance, sha256 of
+each file). An artifact is built in `<key>.partial/` and appears by one atomic rename, so an interrupted build leaves
+nothing that could be mistaken for a result.
+"""
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ctpd.core.config import to_plain
+from ctpd.core.errors import DamagedArtifact, UserError
+
+MANIFEST = "manifest.json"
+ALWAYS_HASHED_BYTES = 256 * 2**20  # on every use the contents of files up to this size are compared, above it the size
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A finished artifact: its folder, stage and key."""
+
+    stage: str
+    key: str
+    path: Path
+    bytes: int
+
+
+class Store:
+    """The artifacts under one folder."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = Path(root)
+
+    def path(self, stage: str, key: str) -> Path:
+        """Where the artifact stands, or would stand."""
+        return self.root / stage / key
+
+    def has(self, stage: str, key: str) -> bool:
+        """Whether the artifact is finished (its manifest is written last)."""
+        return (self.path(stage, key) / MANIFEST).is_file()
+
+    def open(self, stage: str, key: str) -> Path:
+        """Return the folder of a finished artifact after comparing its files with the manifest.
+
+        Raises:
+            DamagedArtifact: a file is missing, or has another size or other contents.
+        """
+        return self._check(stage, key, hash_up_to=ALWAYS_HASHED_BYTES)
+
+    def verify(self, stage: str, key: str) -> Path:
+        """Like `open`, with every file compared byte for byte, however large."""
+        return self._check(stage, key, hash_up_to=None)
+
+    @contextlib.contextmanager
+    def build(self, stage: str, key: str, *, identity: Mapping[str, Any], provenance: Mapping[str, Any]) -> Iterator[Path]:
+        """Give a folder to build in; commit it when the block ends without an error.
+
+        The folder survives a crash, so that a stage can resume from what it left there. One process at a time builds a
+        key; a second one waits and then finds it finished (the caller checks `has` inside).
+        """
+        target = self.path(stage, key)
+        partial = target.with_name(f"{key}.partial")
+        partial.mkdir(parents=True, exist_ok=True)
+        yield partial
+        manifest = {
+            "stage": stage,
+            "key": key,
+            "identity": to_plain(identity),
+            "provenance": to_plain(provenance),
+            "files": {str(path.relative_to(partial)): _describe(path) for path in _files(partial)},
+        }
+        _write_synced(partial / MANIFEST, json.dumps(manifest, indent=1, ensure_ascii=False))
+        if target.exists():
+            shutil.rmtree(target)
+        os.replace(partial, target)
+
+    @contextlib.contextmanager
+    def lock(self, stage: str, key: str) -> Iterator[None]:
+        """Hold the key's lock: two processes never build the same artifact."""
+        folder = self.root / stage
+        folder.mkdir(parents=True, exist_ok=True)
+        with (folder / f".{key}.lock").open("w") as handle:
+            fcntl.flock(handle, fcntl.LOCK_EX)
+            yield
+
+    def remove(self, stage: str, key: str) -> None:
+        """Delete an artifact and what an interrupted build left of it."""
+        for path in (self.path(stage, key), self.path(stage, key).with_name(f"{key}.partial")):
+            shutil.rmtree(path, ignore_errors=True)
+
+    def artifacts(self) -> list[Artifact]:
+        """Every finished artifact, largest first."""
+        found = [
+            Artifact(path.parent.parent.name, path.parent.name, path.parent, sum(f.stat().st_size for f in _files(path.parent)))
+            for path in sorted(self.root.glob(f"*/*/{MANIFEST}"))
+            if not path.parent.name.endswith(".partial")
+        ]
+        return sorted(found, key=lambda artifact: -artifact.bytes)
+
+    def partials(self) -> list[Path]:
+        """What interrupted builds left."""
+        return sorted(self.root.glob("*/*.partial"))
+
+    def find(self, prefix: str) -> Artifact:
+        """The one artifact whose key begins with ``prefix`` (optionally ``stage/prefix``).
+
+        Raises:
+            UserError: none, or more than one.
+        """
+        stage, _, key = prefix.rpartition("/")
+        found = [a for a in self.artifacts() if a.key.startswith(key) and (not stage or a.stage == stage)]
+        if len(found) != 1:
+            raise UserError(
+                f"{len(found) or 'no'} artifact{'s' if found else ''} in {self.root} begin{'' if found else 's'} with '{prefix}'",
+                fix="Give more of the key; `ctpd store du` lists them",
+            )
+        return found[0]
+
+    def _check(self, stage: str, key: str, *, hash_up_to: int | None) -> Path:
+        folder = self.path(stage, key)
+        try:
+            files = json.loads((folder / MANIFEST).read_text())["files"]
+        except (OSError, ValueError, KeyError) as error:
+            raise _damaged(folder, "its manifest cannot be read") from error
+        for name, expected in files.items():
+            path = folder / name
+            if not path.is_file():
+                raise _damaged(folder, f"the file {name} is missing")
+            if path.stat().st_size != expected["bytes"]:
+                raise _damaged(folder, f"the file {name} has {path.stat().st_size} bytes instead of {expected['bytes']}")
+            hashed = hash_up_to is None or expected["bytes"] <= hash_up_to
+            if hashed and _sha256(path) != expected["sha256"]:
+                raise _damaged(folder, f"the contents of {name} have changed")
+        return folder
+
+
+def _damaged(folder: Path, what: str) -> DamagedArtifact:
+    return DamagedArtifact(
+        f"the stored artifact is damaged: {what}",
+        where=str(folder),
+        fix="Run the same command again with `--rebuild`, which makes it anew",
+    )
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST)
+
+
+def _describe(path: Path) -> dict[str, Any]:
+    return {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def _write_synced(path: Path, text: str) -> None:
+    with path.open("w", encoding="utf-8") as handle:
+        handle.write(text)
+        handle.flush()
+        os.fsync(handle.fileno())
+
+
+def digest_folder(folder: Path) -> str:
+    """sha256 over the names and contents of the files of a folder (a model directory), hidden files left out."""
+    total = hashlib.sha256()
+    for path in sorted(p for p in folder.rglob("*") if p.is_file() and not any(x.startswith(".") for x in p.relative_to(folder).parts)):
+        total.update(f"{path.relative_to(folder)}\0{_sha256(path)}\0".encode())
+    return total.hexdigest()

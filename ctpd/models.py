@@ -1,0 +1,231 @@
+"""The only module that loads `transformers` models and tokenizers, and the scorer installed in a model's own `forward`.
+
+Shape legend: R rows of a batch, T tokens of the longest row, N scored tokens, H hidden size, V vocabulary.
+"""
+
+import json
+import math
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from ctpd.core.errors import UserError
+from ctpd.ops.logps import token_logps, token_logps_module
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+PROBE_TOLERANCE = 1e-3
+
+
+class Score(NamedTuple):
+    """The one keyword that the scorer adds to a model's `forward`: which tokens to score.
+
+    `predictors[n]` is the flat index (row * T + position) of the hidden state that predicts `targets[n]`.
+    """
+
+    predictors: Int[Tensor, "N"]
+    targets: Int[Tensor, "N"]
+
+
+class _Scoring:
+    """Mixed into a loaded model's class: `forward(input_ids, score=...)` returns log-probabilities, not logits."""
+
+    def forward(self, *args: Any, score: Score | None = None, **kwargs: Any) -> Any:
+        if score is None:
+            return super().forward(*args, **kwargs)  # type: ignore[misc]
+        kwargs = {name: value for name, value in kwargs.items() if value is not None}
+        kwargs.pop("return_dict", None)
+        if self._scorer_uses_logits:  # type: ignore[attr-defined]
+            logits_RTV = super().forward(*args, **kwargs, use_cache=False).logits  # type: ignore[misc]
+            logits_NV = logits_RTV.flatten(0, 1)[score.predictors].float()
+            return logits_NV.log_softmax(-1).gather(-1, score.targets[:, None])[:, 0]
+        hidden_RTH = self.get_decoder()(*args, **kwargs, use_cache=False).last_hidden_state  # type: ignore[attr-defined]
+        return _head_logps(self, hidden_RTH.flatten(0, 1)[score.predictors], score.targets)
+
+
+def _head_logps(model: Any, hidden_NH: Float[Tensor, "N H"], targets_N: Int[Tensor, "N"]) -> Float[Tensor, "N"]:
+    head, chain = model.get_output_embeddings(), _logit_chain(model.config)
+    if type(head) is nn.Linear:
+        return token_logps(hidden_NH, head.weight, targets_N, bias_V=head.bias, **chain)
+    return token_logps_module(hidden_NH, head, targets_N, **chain)
+
+
+def _logit_chain(config: Any) -> dict[str, float | None]:
+    """What a model does to its logits after the head: Gemma's soft cap, Cohere's and Granite's scale."""
+    text = config.get_text_config()
+    scale = 1.0
+    if getattr(text, "logit_scale", None):
+        scale *= text.logit_scale
+    if getattr(text, "logits_scaling", None):
+        scale /= text.logits_scaling
+    return {"softcap": getattr(text, "final_logit_softcapping", None), "scale": scale}
+
+
+def install_scorer(model: PreTrainedModel) -> PreTrainedModel:
+    """Give ``model.forward`` the keyword ``score``; the class is swapped, so hooks, copies and saving stay its own."""
+    cls = type(model)
+    if not issubclass(cls, _Scoring):
+        model.__class__ = type(cls.__name__, (_Scoring, cls), {"__module__": cls.__module__})
+    model._scorer_uses_logits = False
+    return model
+
+
+def score(model: nn.Module, input_ids: Int[Tensor, "R T"], request: Score) -> Float[Tensor, "N"]:
+    """Log-probabilities of the requested tokens, float32, without a `[R, T, V]` tensor.
+
+    Rows are padded on the right, where a causal model's earlier positions cannot look; so no attention mask is needed.
+    """
+    logps_N: Tensor = model(input_ids=input_ids, score=request)
+    return logps_N
+
+
+@torch.no_grad()
+def _randomised_adapters(model: nn.Module) -> dict[str, Tensor]:
+    saved = {}
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            saved[name] = parameter.detach().clone()
+            nn.init.normal_(parameter, std=0.02)
+    return saved
+
+
+def probe_scorer(model: nn.Module) -> None:
+    """Compare the scorer with full logits, values and one gradient, and fall back to full logits if they differ.
+
+    Adapter weights start at zero, where a forgotten adapter would not show: they are randomised for the probe.
+    """
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    parameter = next((p for p in reversed(list(model.parameters())) if p.requires_grad), None)
+    saved, was_training = _randomised_adapters(model), model.training
+    model.eval()
+    device = next(model.parameters()).device
+    vocabulary = base.config.get_text_config().vocab_size
+    ids = torch.arange(24, device=device).reshape(2, 12) * 7919 % vocabulary
+    request = Score(torch.tensor([3, 4, 15, 20], device=device), ids.flatten()[torch.tensor([4, 5, 16, 21], device=device)])
+    found = []
+    for uses_logits in (True, False):
+        base._scorer_uses_logits = uses_logits
+        with torch.enable_grad():
+            logps_N = score(model, ids, request)
+            grad = torch.autograd.grad(logps_N.sum(), parameter)[0] if parameter is not None else logps_N.new_zeros(1)
+        found.append((logps_N.detach().float(), grad.detach().float()))
+    for name, value in saved.items():
+        model.get_parameter(name).data.copy_(value)
+    model.train(was_training)
+    tolerance = PROBE_TOLERANCE if next(model.parameters()).dtype == torch.float32 else 0.1
+    (full, full_grad), (fused, fused_grad) = found
+    scale = full_grad.abs().max().clamp(min=1e-6)
+    if (full - fused).abs().max() > tolerance or (full_grad - fused_grad).abs().max() / scale > 10 * tolerance:
+        base._scorer_uses_logits = True
+        warnings.warn(
+            f"the scorer without logits does not reproduce {type(base).__name__}; full logits are used, which need more memory",
+            stacklevel=2,
+        )
+
+
+def load_tokenizer(folder: str | Path, *, revision: str | None = None) -> PreTrainedTokenizerBase:
+    """Load a fast tokenizer.
+
+    Raises:
+        UserError: there is none, or only a slow one, which knows no character offsets.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(folder), revision=revision)
+    except (OSError, ValueError) as error:
+        raise UserError(f"no tokenizer could be loaded ({_first_line(error)})", where=str(folder)) from error
+    if tokenizer.pad_token_id is None and tokenizer.eos_token_id is None:
+        raise UserError("the tokenizer has no end-of-text token", where=str(folder), fix="Set `eos_token` in its files")
+    return tokenizer
+
+
+def load_model(
+    folder: str | Path, *, adapters: Sequence[Path] = (), precision: str, device: str, revision: str | None = None
+) -> PreTrainedModel:
+    """Load a causal language model, merge its adapters in order, switch dropout off, install the scorer.
+
+    Args:
+        folder: a model directory or a hub id.
+        adapters: LoRA adapter directories, each on the model that the ones before it give.
+        precision: `float32` or `bfloat16`, of the weights.
+        device: torch device.
+        revision: the pinned revision of a hub id.
+
+    Raises:
+        UserError: the directory does not exist or holds no causal language model.
+    """
+    try:
+        config = AutoConfig.from_pretrained(str(folder), revision=revision)
+        _no_dropout(config)
+        model = AutoModelForCausalLM.from_pretrained(
+            str(folder), config=config, revision=revision, dtype=DTYPES[precision]
+        )
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(
+            f"no causal language model could be loaded ({_first_line(error)})",
+            where=str(folder),
+            fix="Give a directory with config.json and safetensors weights, or a hub id with its revision",
+        ) from error
+    for adapter in adapters:
+        model = PeftModel.from_pretrained(model, str(adapter)).merge_and_unload()
+    model.to(device)
+    model.eval()
+    install_scorer(model)
+    return model
+
+
+def _no_dropout(config: Any) -> None:
+    for part in {id(c): c for c in (config, config.get_text_config())}.values():
+        for name, value in vars(part).items():
+            if name.endswith(("dropout", "pdrop")) and isinstance(value, float) and value > 0:
+                setattr(part, name, 0.0)
+
+
+def add_lora(model: PreTrainedModel, *, r: int, alpha: int, targets: str | Sequence[str], seed: int) -> PeftModel:
+    """Freeze ``model`` and put adapters on its linear layers; their initial weights depend on ``seed`` alone."""
+    torch.manual_seed(seed)
+    modules = targets if isinstance(targets, str) else list(targets)
+    adapted = get_peft_model(
+        model, LoraConfig(r=r, lora_alpha=alpha, lora_dropout=0.0, target_modules=modules, task_type="CAUSAL_LM")
+    )
+    return adapted
+
+
+def save_model(model: nn.Module, folder: Path) -> None:
+    """Write a model, or only its adapter, as a transformers or PEFT directory without anything of this machine."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if isinstance(model, PeftModel):
+        model.save_pretrained(str(folder))
+        (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty model card
+        config = json.loads((folder / "adapter_config.json").read_text())
+        config["base_model_name_or_path"] = None
+        (folder / "adapter_config.json").write_text(json.dumps(config, indent=2, sort_keys=True))
+    else:
+        model.config.use_cache = True
+        model.save_pretrained(str(folder))
+
+
+def generation_token_ids(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> Mapping[str, Any]:
+    """End and padding tokens that a saved model should name, so that others generate as it was trained."""
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    return {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": pad}
+
+
+def parameter_counts(model: nn.Module) -> tuple[int, int]:
+    """(trainable, all) parameters, tied ones once."""
+    sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
+    return sum(n for n, trains in sizes if trains), sum(n for n, _ in sizes)
+
+
+def weight_mebibytes(model: nn.Module) -> float:
+    """Memory of the weights in MiB."""
+    return math.fsum(p.numel() * p.element_size() for p in model.parameters()) / 2**20
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__

@@ -1,0 +1,273 @@
+"""Importance weights of units: every strategy of METHOD 4, over the flat units of many responses.
+
+Rows alternate: row 2i is the chosen, row 2i + 1 the rejected response of pair i. Everything is computed in float64.
+
+Shape legend: R rows, U units of all rows one after another, `starts` is R + 1, `_` a length that is checked by hand.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from enum import StrEnum
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from ctpd.core.config import nearest
+from ctpd.core.errors import UserError
+
+
+class Signal(StrEnum):
+    """What a strategy reads, per unit: log-probabilities under a frozen model, or the data's marks."""
+
+    TEACHER_POSITIVE = "teacher_positive"
+    TEACHER_NEGATIVE = "teacher_negative"
+    TEACHER_REFERENCE = "teacher_reference"  # the teacher's SFT model
+    STUDENT_POSITIVE = "student_positive"
+    STUDENT_NEGATIVE = "student_negative"
+    MARKS = "marks"
+
+    @property
+    def of_teacher(self) -> bool:
+        """Whether it is the teacher's, and so exists for aligned spans only."""
+        return self in (Signal.TEACHER_POSITIVE, Signal.TEACHER_NEGATIVE, Signal.TEACHER_REFERENCE)
+
+
+class WeightsResult(NamedTuple):
+    """Weights of all units, the log ratio behind them (before clamping; None where the strategy has none), and the
+    fractions of the units (end units left out) whose log ratio lies below ``lower`` and above ``upper``."""
+
+    weights: Float[Tensor, " U"]
+    log_ratio: Float[Tensor, " U"] | None
+    clamped_low: float
+    clamped_high: float
+
+
+class _Weighted(NamedTuple):
+    weights: Tensor
+    log_ratio: Tensor | None
+
+
+class _Units(NamedTuple):
+    """The units of all rows, as the strategies see them."""
+
+    signals: Mapping[str, Tensor]  # float64 [U] each
+    starts: Tensor  # int64 [R + 1]
+    row: Tensor  # int64 [U]: the row of each unit
+    is_end: Tensor  # bool [U]
+    sign: Tensor  # float64 [U]: +1 in chosen, -1 in rejected rows
+    k: float
+    mu: float
+    lower: float
+    upper: float
+    round_decimals: int | None
+    seed: int
+
+    def exponential(self, log_ratio_U: Tensor) -> Tensor:
+        """``w = k exp(mu clamp(d, L, U))``, mu negated in rejected rows."""
+        return self.k * torch.exp(self.mu * self.sign * log_ratio_U.clamp(self.lower, self.upper))
+
+    def weighted(self, log_ratio_U: Tensor) -> _Weighted:
+        """The weights of a log ratio, rounded first where asked."""
+        if self.round_decimals is not None:
+            log_ratio_U = log_ratio_U.round(decimals=self.round_decimals)
+        return _Weighted(self.exponential(log_ratio_U), log_ratio_U)
+
+    def generators(self) -> Iterator[tuple[np.random.Generator, tuple[Tensor, Tensor]]]:
+        """For each pair: its generator, and the indices of its chosen and its rejected units without the end units."""
+        inner = (~self.is_end).nonzero().squeeze(1)
+        counts = torch.bincount(self.row[inner], minlength=len(self.starts) - 1).tolist()
+        rows = torch.split(inner, counts)
+        for pair in range(len(rows) // 2):
+            yield np.random.default_rng((self.seed, pair)), (rows[2 * pair], rows[2 * pair + 1])
+
+
+class Strategy(NamedTuple):
+    """One row of METHOD 4's table: the signals it needs, and how it turns units into weights."""
+
+    name: str
+    needs: frozenset[Signal]
+    compute: Callable[[_Units], _Weighted]
+
+
+def span_weights(
+    strategy: str,
+    signals: Mapping[str, Float[Tensor, " _"]],
+    *,
+    unit_starts: Int[Tensor, " starts"],
+    is_end: Bool[Tensor, " _"],
+    k: float = 1.0,
+    mu: float = 1.0,
+    lower: float = -0.5,
+    upper: float = 1.5,
+    round_decimals: int | None = None,
+    seed: int = 0,
+    marks: Int[Tensor, " _"] | None = None,
+) -> WeightsResult:
+    """Importance weights ``w = k exp(mu clamp(d, lower, upper))`` of the units of many pairs (METHOD 4).
+
+    End units have weight exactly 1 and take no part in averages, permutations, pairings and clamped fractions.
+    Results are float32 (float64 where a signal is); all of it is computed in float64.
+
+    Args:
+        strategy: a name in ``STRATEGIES``.
+        signals: unit log-probabilities (nats) by ``Signal`` name; more than the strategy needs is fine.
+        unit_starts: where each row begins, and the total. Rows alternate chosen, rejected.
+        is_end: which units are end units.
+        mu: the exponent's factor in chosen rows; rejected rows take its negative.
+        round_decimals: round the log ratio first, as the authors' code does (to 2).
+        seed: of ``random`` and ``shuffled``, which draw for each pair from (seed, index of the pair).
+        marks: of ``oracle``: +1 right, -1 wrong, 0 neutral.
+
+    Raises:
+        UserError: unknown strategy, a signal or the marks are missing, arrays of different lengths, lower > upper.
+    """
+    chosen = find_strategy(strategy)
+    given = dict(signals) if marks is None else {**signals, Signal.MARKS: marks}
+    _check(chosen, given, unit_starts=unit_starts, is_end=is_end, lower=lower, upper=upper)
+    row_U = torch.repeat_interleave(unit_starts.long().diff())
+    units = _Units(
+        signals={name: given[name].double() for name in chosen.needs},
+        starts=unit_starts.long(),
+        row=row_U,
+        is_end=is_end,
+        sign=1.0 - 2.0 * (row_U % 2).double(),
+        k=k,
+        mu=mu,
+        lower=lower,
+        upper=upper,
+        round_decimals=round_decimals,
+        seed=seed,
+    )
+    weights_U, log_ratio_U = chosen.compute(units)
+    exact = any(given[name].dtype == torch.float64 for name in chosen.needs)
+    dtype = torch.float64 if exact else torch.float32
+    weights_U = weights_U.masked_fill(is_end, 1.0).to(dtype)
+    if log_ratio_U is None or bool(is_end.all()):
+        return WeightsResult(weights_U, None if log_ratio_U is None else log_ratio_U.to(dtype), 0.0, 0.0)
+    low, high = (out[~is_end].double().mean().item() for out in (log_ratio_U < lower, log_ratio_U > upper))
+    return WeightsResult(weights_U, log_ratio_U.to(dtype), low, high)
+
+
+def find_strategy(name: str) -> Strategy:
+    """The strategy of that name.
+
+    Raises:
+        UserError: there is none.
+    """
+    if name not in STRATEGIES:
+        raise UserError(
+            f"there is no weight strategy '{name}'.{nearest(name, STRATEGIES)}",
+            fix=f"Use one of: {', '.join(STRATEGIES)}",
+        )
+    return STRATEGIES[name]
+
+
+def _check(
+    strategy: Strategy,
+    given: Mapping[str, Tensor],
+    *,
+    unit_starts: Tensor,
+    is_end: Tensor,
+    lower: float,
+    upper: float,
+) -> None:
+    missing = sorted(strategy.needs - given.keys())
+    if missing:
+        raise UserError(
+            f"the weight strategy '{strategy.name}' needs {', '.join(missing)}, which is not there",
+            fix="Provide it, or choose another strategy",
+        )
+    if lower > upper:
+        raise UserError(f"the lower clamp {lower} of the weights lies above the upper one {upper}")
+    if len(unit_starts) % 2 == 0:
+        raise UserError(f"{len(unit_starts) - 1} rows are no pairs: rows alternate chosen and rejected")
+    lengths = {"is_end": len(is_end), **{str(name): len(given[name]) for name in strategy.needs}}
+    wrong = {name: length for name, length in lengths.items() if length != int(unit_starts[-1])}
+    if wrong:
+        raise UserError(f"the rows hold {int(unit_starts[-1])} units, but there are {wrong}")
+
+
+def _ratio(positive: Signal, negative: Signal) -> Callable[[_Units], _Weighted]:
+    """``d_i`` is the difference of two models' log-probabilities of the unit."""
+    return lambda units: units.weighted(units.signals[positive] - units.signals[negative])
+
+
+_teacher = _ratio(Signal.TEACHER_POSITIVE, Signal.TEACHER_NEGATIVE)
+
+
+def _average(units: _Units) -> _Weighted:
+    """Every unit of a response gets the mean of its ``teacher`` weights."""
+    weights_U, log_ratio_U = _teacher(units)
+    inner_U = (~units.is_end).double()
+    zeros_R = inner_U.new_zeros(len(units.starts) - 1)
+    total_R = zeros_R.index_add(0, units.row, weights_U * inner_U)
+    count_R = zeros_R.index_add(0, units.row, inner_U)
+    return _Weighted((total_R / count_R)[units.row], log_ratio_U)
+
+
+def _shuffled(units: _Units) -> _Weighted:
+    """The ``teacher`` weights of a response, permuted: the same histogram, no credit assignment."""
+    weights_U, log_ratio_U = _teacher(units)
+    shuffled_U = weights_U.clone()
+    for generator, rows in units.generators():
+        for index in rows:
+            shuffled_U[index] = weights_U[index[torch.from_numpy(generator.permutation(len(index)))]]
+    return _Weighted(shuffled_U, log_ratio_U)
+
+
+def _random(units: _Units) -> _Weighted:
+    """Uniform in [0.7, 1.3]."""
+    weights_U = torch.ones_like(units.sign)
+    for generator, rows in units.generators():
+        for index in rows:
+            weights_U[index] = torch.from_numpy(generator.uniform(0.7, 1.3, len(index)))
+    return _Weighted(weights_U, None)
+
+
+def _uniform(units: _Units) -> _Weighted:
+    return _Weighted(torch.ones_like(units.sign), None)
+
+
+def _lite(units: _Units) -> _Weighted:
+    """``s_i``: chosen minus rejected log-probability under one teacher, by index; 0 beyond the shorter one."""
+    logps_U = units.signals[Signal.TEACHER_REFERENCE]
+    num_units_R = torch.bincount(units.row[~units.is_end], minlength=len(units.starts) - 1)
+    position_U = torch.arange(len(units.row)) - units.starts[units.row]
+    partner_U = units.row ^ 1
+    paired_U = (position_U < num_units_R[partner_U]) & ~units.is_end
+    index_U = torch.where(paired_U, units.starts[partner_U] + position_U, 0)
+    return units.weighted(torch.where(paired_U, units.sign * (logps_U - logps_U[index_U]), 0.0))
+
+
+def _oracle(units: _Units) -> _Weighted:
+    """The data's marks in place of a log ratio: the upper clamp for right, the lower for wrong, 0 for neutral."""
+    marks_U = units.signals[Signal.MARKS]
+    log_ratio_U = units.upper * (marks_U > 0).double() + units.lower * (marks_U < 0).double()
+    return _Weighted(units.exponential(log_ratio_U), log_ratio_U)
+
+
+_TEACHER_PAIR = (Signal.TEACHER_POSITIVE, Signal.TEACHER_NEGATIVE)
+
+
+def _strategies() -> dict[str, Strategy]:
+    pairs = {
+        "teacher": _TEACHER_PAIR,
+        "student": (Signal.STUDENT_POSITIVE, Signal.STUDENT_NEGATIVE),
+        "teacher_student": (Signal.TEACHER_POSITIVE, Signal.STUDENT_NEGATIVE),
+        "positive_only": (Signal.TEACHER_POSITIVE, Signal.TEACHER_REFERENCE),
+    }
+    ratios = [Strategy(name, frozenset(pair), _ratio(*pair)) for name, pair in pairs.items()]
+    others = [
+        Strategy("average", frozenset(_TEACHER_PAIR), _average),
+        Strategy("random", frozenset(), _random),
+        Strategy("shuffled", frozenset(_TEACHER_PAIR), _shuffled),
+        Strategy("uniform", frozenset(), _uniform),
+        Strategy("lite", frozenset({Signal.TEACHER_REFERENCE}), _lite),
+        Strategy("oracle", frozenset({Signal.MARKS}), _oracle),
+    ]
+    return {strategy.name: strategy for strategy in [*ratios, *others]}
+
+
+STRATEGIES: Mapping[str, Strategy] = _strategies()

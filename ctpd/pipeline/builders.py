@@ -1,0 +1,255 @@
+"""What each stage does when it is built: read the inputs' files, call one function, write the files.
+
+Imported only when something is built: planning needs none of it.
+"""
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors.numpy import load_file, save_file
+
+from ctpd.core.config import to_plain
+from ctpd.core.recipe import DataSpec, ModelSpec, PlainSpec, Schedule
+from ctpd.core.recipe import Source as PairSource
+from ctpd.core.world import PretrainConfig, WorldConfig
+from ctpd.models import add_lora, install_scorer, load_model, load_tokenizer, probe_scorer, save_model
+from ctpd.objectives.base import Layout, PairObjective
+from ctpd.ops.weights import Signal, find_strategy, span_weights
+from ctpd.pipeline.graph import Work
+from ctpd.pipeline.methods import make_objective
+from ctpd.pipeline.references import MODEL_FOLDER, ModelRef
+from ctpd.pipeline.rows import end_units, scored_rows, text_rows, token_rows, unit_signal, units_of
+from ctpd.pipeline.sources import read_hub, read_rows
+from ctpd.pipeline.summaries import weight_examples, weight_summary
+from ctpd.testbed.corpus import write_world
+from ctpd.testbed.models import new_model, train_tokenizer
+from ctpd.text.pairs import Pair, parse_pairs
+from ctpd.text.prepare import PreparedPairs, arrays, from_arrays, prepare_pairs, texts
+from ctpd.text.render import ChatTemplate, PlainTemplate, Side
+from ctpd.train.collator import ScoredRows
+from ctpd.train.fit import Fit, FitSettings, fit
+from ctpd.train.sweep import sweep
+
+PAIRS, META, SIGNAL, WEIGHTS = "pairs.safetensors", "pairs.json", "signal.safetensors", "weights.safetensors"
+TRAINING = "training.json"
+
+
+def world(work: Work, *, config: WorldConfig) -> None:
+    """The testbed's corpora, pairs and evaluation documents."""
+    write_world(work.folder, **dataclasses.asdict(config))
+
+
+def tokenizer(work: Work, *, corpus: str, kind: str, vocab_size: int) -> None:
+    """A tokenizer trained on one corpus."""
+    train_tokenizer(_corpus(work, corpus), kind=kind, vocab_size=vocab_size).save_pretrained(str(work.folder / MODEL_FOLDER))
+
+
+def pretrain(work: Work, *, config: PretrainConfig) -> None:
+    """A model trained from scratch on whole texts, by the one Trainer."""
+    tok = load_tokenizer(work.inputs["tokenizer"] / MODEL_FOLDER)
+    model = new_model(
+        tok, hidden=config.hidden, layers=config.layers, heads=config.heads, intermediate=config.intermediate,
+        max_position=config.max_position, seed=config.seed,
+    ).to(work.runtime.torch_device())  # fmt: skip
+    encoded = tok(_corpus(work, config.corpus), truncation=True, max_length=config.max_position - 1)["input_ids"]
+    rows = text_rows([[*ids, tok.eos_token_id] for ids in encoded])
+    schedule = Schedule(pairs_per_step=config.texts_per_step, schedule="cosine", warmup_ratio=config.warmup_ratio)
+    done = fit(
+        install_scorer(model), make_objective("sft", {}, source="pretrain"), rows,
+        schedule=schedule, learning_rate=config.learning_rate, seed=config.seed, precision="float32",
+        folder=work.folder / "checkpoints", settings=fit_settings(work), max_steps=config.steps,
+    )  # fmt: skip
+    save_model(model, work.folder / MODEL_FOLDER)
+    tok.save_pretrained(str(work.folder / MODEL_FOLDER))
+    _finish_training(work, done)
+
+
+def pairs(work: Work, *, data: DataSpec, models: Mapping[str, ModelSpec], tokenizers: Mapping[str, str]) -> None:
+    """Read, validate, render, tokenize and align the pairs, once for all methods.
+
+    Args:
+        tokenizers: role -> directory or hub id, for the roles whose tokenizer is no stage.
+    """
+    splits = {"train": data.train, "eval": data.eval}
+    given = {split: _read_pairs(work, source) for split, source in splits.items() if source is not None}
+    sides = {role: _side(work, role, spec, tokenizers.get(role)) for role, spec in models.items()}
+    prepared = prepare_pairs(
+        given,
+        teacher=sides["teacher"],
+        student=sides["student"],
+        max_tokens=data.max_tokens,
+        max_prompt_tokens=data.max_prompt_tokens,
+        long_prompt=data.long_prompt,
+        max_dropped=data.max_dropped,
+        select=data.select,
+        limit=data.limit,
+    )
+    save_file(arrays(prepared), work.folder / PAIRS)
+    _write_json(work.folder / META, texts(prepared))
+
+
+def signals(work: Work, *, model: ModelRef, precision: str) -> None:
+    """Per-token log-probabilities of one frozen model on all pairs, in one sweep."""
+    prepared = load_pairs(work.inputs["pairs"])
+    located = model.located("model", work.inputs)
+    loaded = load_model(
+        located.folder, adapters=located.adapters, precision=precision, device=work.runtime.torch_device(),
+        revision=located.revision,
+    )  # fmt: skip
+    probe_scorer(loaded)
+    rows = token_rows(prepared, model.role)
+    logps = sweep(
+        loaded, rows.input_ids, rows.row_starts, rows.unit >= 0,
+        max_tokens=work.runtime.signal_batch_tokens, progress=work.progress,
+    )  # fmt: skip
+    save_file({"logps": logps}, work.folder / SIGNAL)
+
+
+def weights(work: Work, *, layout: Layout, seed: int) -> None:
+    """Importance weights of every unit, with a summary and examples for the record."""
+    weighting = layout.weighting
+    assert weighting is not None
+    prepared = load_pairs(work.inputs["pairs"])
+    _, unit_starts = units_of(prepared, "student", layout.granularity)
+    needs = find_strategy(weighting.strategy).needs
+    found = {
+        need.value: torch.from_numpy(
+            unit_signal(
+                prepared, need.value.partition("_")[0], load_signal(work.inputs[need.value]),
+                granularity=layout.granularity, aggregate=layout.aggregate,
+            )
+        )
+        for need in needs - {Signal.MARKS}
+    }  # fmt: skip
+    marks = _unit_marks(prepared, unit_starts, layout)
+    is_end = end_units(prepared, unit_starts)
+    result = span_weights(
+        weighting.strategy, found, unit_starts=torch.from_numpy(unit_starts), is_end=torch.from_numpy(is_end),
+        k=weighting.k, mu=weighting.mu, lower=weighting.lower, upper=weighting.upper,
+        round_decimals=weighting.round_decimals, seed=seed,
+        marks=None if marks is None else torch.from_numpy(marks),
+    )  # fmt: skip
+    values = np.asarray(result.weights.numpy(), dtype=np.float32)
+    save_file({"weights": values}, work.folder / WEIGHTS)
+    summary = weight_summary(result, unit_starts=unit_starts, is_end=is_end, marks=marks)
+    examples = weight_examples(prepared, values, unit_starts) if layout.granularity == "spans" else []
+    _write_json(work.folder / "summary.json", {**summary, "examples": examples})
+
+
+def train(
+    work: Work, *, start: ModelRef, objective: PairObjective, schedule: Schedule, learning_rate: float, seed: int,
+    precision: str, swap: bool,
+) -> None:  # fmt: skip
+    """One training: SFT, a contrastive model, or a run."""
+    prepared = load_pairs(work.inputs["pairs"])
+    located = start.located("start", work.inputs)
+    model: Any = load_model(
+        located.folder, adapters=located.adapters, precision="float32", device=work.runtime.torch_device(),
+        revision=located.revision,
+    )  # fmt: skip
+    if schedule.lora is not None:
+        model = add_lora(model, r=schedule.lora.r, alpha=schedule.lora.alpha, targets=schedule.lora.targets, seed=seed)
+    probe_scorer(model)
+    rows = {
+        split: _training_rows(work, prepared, start.role, objective, split=split, swap=swap)
+        for split in sorted(set(prepared.split))
+    }
+    done = fit(
+        model, objective, rows["train"], schedule=schedule, learning_rate=learning_rate, seed=seed, precision=precision,
+        folder=work.folder / "checkpoints", settings=fit_settings(work), eval_rows=rows.get("eval"),
+        constants=_clamped(work),
+    )  # fmt: skip
+    save_model(model, work.folder / MODEL_FOLDER)
+    if schedule.lora is None:
+        load_tokenizer(located.tokenizer).save_pretrained(str(work.folder / MODEL_FOLDER))
+    _finish_training(work, done)
+
+
+def load_pairs(folder: Path) -> PreparedPairs:
+    """The prepared pairs of an artifact."""
+    return from_arrays(load_file(folder / PAIRS), json.loads((folder / META).read_text(encoding="utf-8")))
+
+
+def load_signal(folder: Path) -> NDArray[np.float32]:
+    """The stored signal of an artifact, one value a token."""
+    return np.asarray(load_file(folder / SIGNAL)["logps"], dtype=np.float32)
+
+
+def fit_settings(work: Work) -> FitSettings:
+    """How this machine trains."""
+    runtime = work.runtime
+    return FitSettings(
+        device=runtime.torch_device(), micro_batch_tokens=runtime.micro_batch_tokens,
+        checkpoint_seconds=runtime.checkpoint_seconds, report_to=runtime.report_to, progress=work.progress,
+    )  # fmt: skip
+
+
+def _training_rows(
+    work: Work, prepared: PreparedPairs, role: str, objective: PairObjective, *, split: str, swap: bool
+) -> ScoredRows:
+    layout = objective.layout
+    reference = None
+    if layout.reference is not None:
+        anchor = "teacher" if layout.reference == "teacher" else role
+        reference = (anchor, load_signal(work.inputs["reference"]))
+    weights = load_file(work.inputs["weights"] / WEIGHTS)["weights"] if "weights" in work.inputs else None
+    return scored_rows(
+        prepared, role=role, layout=layout, sides=objective.sides, split=split, swap=swap, reference=reference, weights=weights
+    )
+
+
+def _clamped(work: Work) -> dict[str, float]:
+    if "weights" not in work.inputs:
+        return {}
+    summary = json.loads((work.inputs["weights"] / "summary.json").read_text())
+    return {f"weights/{name}": summary[name] for name in ("mean", "clamped_low", "clamped_high")}
+
+
+def _unit_marks(prepared: PreparedPairs, unit_starts: NDArray[np.int64], layout: Layout) -> NDArray[np.int8] | None:
+    """The data's marks per unit, neutral on end spans; only spans have characters."""
+    if prepared.marks is None or layout.granularity != "spans":
+        return None
+    marks = np.zeros(int(unit_starts[-1]), dtype=np.int8)
+    marks[~end_units(prepared, unit_starts)] = prepared.marks
+    return marks
+
+
+def _read_pairs(work: Work, source: PairSource) -> list[Pair]:
+    if source.hub is not None:
+        assert source.split is not None and source.revision is not None
+        rows = read_hub(source.hub, config=source.name, split=source.split, revision=source.revision)
+        return parse_pairs(rows, source=source.hub)
+    path = Path(source.path).expanduser() if source.path else work.inputs["world"] / f"pairs_{source.testbed}.jsonl"
+    return parse_pairs(read_rows(path), source=str(path))
+
+
+def _side(work: Work, role: str, spec: ModelSpec, location: str | None) -> Side:
+    folder = location if location is not None else str(work.inputs[f"{role}.tokenizer"] / MODEL_FOLDER)
+    tok = load_tokenizer(folder, revision=spec.revision)
+    if isinstance(spec.template, PlainSpec):
+        plain = spec.template
+        return Side(tok, PlainTemplate(user=plain.user, assistant=plain.assistant, system=plain.system), name=role)
+    return Side(tok, ChatTemplate(tok, variables=dict(spec.template_variables)), name=role)
+
+
+def _corpus(work: Work, corpus: str) -> list[str]:
+    lines = (work.inputs["world"] / f"corpus_{corpus}.jsonl").read_text(encoding="utf-8").splitlines()
+    return [json.loads(line)["text"] for line in lines]
+
+
+def _finish_training(work: Work, done: Fit) -> None:
+    """Write the history; the resume states have served."""
+    import shutil
+
+    _write_json(work.folder / TRAINING, to_plain(done))
+    shutil.rmtree(work.folder / "checkpoints", ignore_errors=True)
+
+
+def _write_json(path: Path, data: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(data, ensure_ascii=False, indent=1), encoding="utf-8")

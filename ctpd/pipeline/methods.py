@@ -1,0 +1,44 @@
+"""The one table of method names. A method is an objective class, named by a string and imported on use."""
+
+import importlib
+from collections.abc import Mapping
+from typing import Any
+
+from ctpd.core.config import build, nearest
+from ctpd.core.errors import UserError
+from ctpd.objectives.base import PairObjective
+
+METHODS: Mapping[str, str] = {
+    "sft": "baselines.sft:SFT",
+    "dpo": "baselines.dpo:DPO",
+    "tis_dpo": "baselines.tis_dpo:TISDPO",
+    "ctpd": "ctpd.objectives.preference:Preference",
+}
+
+
+def make_objective(method: str, params: Mapping[str, Any], *, source: str) -> PairObjective:
+    """The objective of a method with these parameters.
+
+    Args:
+        method: a name of the table.
+        params: the recipe's values; the objective's defaults fill the rest.
+        source: the recipe and run, for errors.
+
+    Raises:
+        UserError: unknown method or parameter, or values that contradict each other.
+    """
+    if method not in METHODS:
+        raise UserError(
+            f"there is no method '{method}'.{nearest(method, METHODS)}",
+            where=source,
+            fix=f"Use one of: {', '.join(METHODS)}",
+        )
+    module, _, name = METHODS[method].partition(":")
+    cls = getattr(importlib.import_module(module), name)
+    try:
+        objective: PairObjective = cls(build(cls.params_type, params, source=source))
+    except UserError as error:
+        if error.where is not None:
+            raise
+        raise UserError(error.what, where=source, fix=error.fix) from error
+    return objective

@@ -1,0 +1,125 @@
+"""What a stage can read that is no stage (files, hub models), and models as chains of a base and adapters."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+from ctpd.core.errors import UserError
+from ctpd.core.store import digest_folder
+from ctpd.pipeline.graph import Stage, Work
+
+MODEL_FOLDER = "model"  # inside an artifact that holds a model
+ADAPTER_CONFIG = "adapter_config.json"
+
+
+@dataclass(frozen=True)
+class External:
+    """A model or tokenizer directory, or a hub id with its pinned revision. The digest is its identity."""
+
+    location: str
+    digest: str
+    revision: str | None = None
+
+    @property
+    def is_adapter(self) -> bool:
+        """Whether it holds a LoRA adapter instead of a whole model."""
+        return (Path(self.location) / ADAPTER_CONFIG).is_file()
+
+
+def external_model(location: str, *, revision: str | None, role: str) -> External:
+    """Refer to a local model directory by its contents, or to a hub model by its revision.
+
+    Raises:
+        UserError: the local directory does not exist or holds no model.
+    """
+    folder = Path(location).expanduser()
+    if revision is not None and not folder.exists():
+        return External(location, f"hub:{location}@{revision}", revision)
+    names = ("config.json", ADAPTER_CONFIG)
+    if not folder.is_dir() or not any((folder / name).is_file() for name in names):
+        problem = "does not exist" if not folder.exists() else "holds no config.json"
+        raise UserError(
+            f"the model directory '{location}' of the {role} {problem}",
+            fix="Correct the path in the recipe (it is relative to the working directory), or make the model first; "
+            "the recipe's header says how",
+        )
+    return External(str(folder), _folder_digest(folder.resolve(), _newest(folder)))
+
+
+def _newest(folder: Path) -> float:
+    return max((path.stat().st_mtime for path in folder.rglob("*") if path.is_file()), default=0.0)
+
+
+@cache
+def _folder_digest(folder: Path, changed: float) -> str:
+    return digest_folder(folder)
+
+
+Source = Stage | External
+
+
+@dataclass(frozen=True, eq=False)
+class ModelRef:
+    """A model to be: a whole model, adapters merged into it in order, and the tokenizer."""
+
+    role: str
+    root: Source
+    tokenizer: Source
+    adapters: tuple[Source, ...] = ()
+
+    @property
+    def newest(self) -> Source:
+        """What the last training made: the artifact that stands for this model."""
+        return self.adapters[-1] if self.adapters else self.root
+
+    def _named(self, prefix: str) -> dict[str, Source]:
+        chain = {f"{prefix}": self.root, **{f"{prefix}.adapter{i}": a for i, a in enumerate(self.adapters)}}
+        return chain | {f"{prefix}.tokenizer": self.tokenizer}
+
+    def stages(self, prefix: str) -> dict[str, Stage]:
+        """The stages of the chain, as a stage's inputs."""
+        return {name: source for name, source in self._named(prefix).items() if isinstance(source, Stage)}
+
+    def externals(self, prefix: str) -> dict[str, str]:
+        """The digests of the rest, as a stage's externals."""
+        return {name: source.digest for name, source in self._named(prefix).items() if isinstance(source, External)}
+
+    def located(self, prefix: str, inputs: Mapping[str, Path]) -> "LocatedModel":
+        """Where everything lies, given the folders of a stage's inputs."""
+        place = {
+            name: source.location if isinstance(source, External) else str(inputs[name] / MODEL_FOLDER)
+            for name, source in self._named(prefix).items()
+        }
+        adapters = tuple(Path(place[f"{prefix}.adapter{i}"]) for i in range(len(self.adapters)))
+        revision = self.root.revision if isinstance(self.root, External) else None
+        return LocatedModel(place[prefix], adapters, place[f"{prefix}.tokenizer"], revision)
+
+    def trained(self, stage: Stage, *, adapter: bool) -> "ModelRef":
+        """This model after the training ``stage``."""
+        if adapter:
+            return ModelRef(self.role, self.root, self.tokenizer, (*self.adapters, stage))
+        return ModelRef(self.role, stage, self.tokenizer)
+
+    def replaced(self, other: External) -> "ModelRef":
+        """A ready-made model in this one's place, or a ready-made adapter on it."""
+        if other.is_adapter:
+            return ModelRef(self.role, self.root, self.tokenizer, (*self.adapters, other))
+        return ModelRef(self.role, other, self.tokenizer)
+
+
+@dataclass(frozen=True)
+class LocatedModel:
+    """Folders (or a hub id) of a model, its adapters and its tokenizer."""
+
+    folder: str
+    adapters: tuple[Path, ...]
+    tokenizer: str
+    revision: str | None
+
+
+def read_json(work: Work, name: str, file: str) -> dict[str, object]:
+    """A JSON file of an input."""
+    data: dict[str, object] = json.loads((work.inputs[name] / file).read_text(encoding="utf-8"))
+    return data

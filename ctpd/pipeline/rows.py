@@ -1,0 +1,121 @@
+"""From prepared pairs and stored signals to the rows that a training scores: units, references, weights."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from ctpd.core.errors import UserError
+from ctpd.objectives.base import BOTH_SIDES, Aggregate, Granularity, Layout, Side
+from ctpd.ops.spans import flat_unit_sums
+from ctpd.text.prepare import PreparedPairs, TokenRows
+from ctpd.train.collator import ScoredRows
+
+
+def units_of(prepared: PreparedPairs, role: str, granularity: Granularity) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
+    """The unit of each token of one model's rows (-1: none), and where each row's units begin.
+
+    With `granularity: tokens` every scored token is a unit of its own.
+    """
+    rows = token_rows(prepared, role)
+    if granularity == "spans":
+        return rows.unit, starts_of(prepared.num_spans)
+    scored = rows.unit >= 0
+    before = np.concatenate([[0], np.cumsum(scored)])
+    first = before[rows.row_starts[:-1]]
+    index = before[:-1] - np.repeat(first, np.diff(rows.row_starts))
+    unit = np.where(scored, index, -1).astype(np.int32)
+    return unit, starts_of(np.diff(before[rows.row_starts]))
+
+
+def unit_signal(
+    prepared: PreparedPairs, role: str, logps: NDArray[np.float32], *, granularity: Granularity, aggregate: Aggregate
+) -> NDArray[np.float32]:
+    """A stored signal (one value a token of the model ``role``) as one value a unit, flat."""
+    unit, unit_starts = units_of(prepared, role, granularity)
+    sums = flat_unit_sums(
+        torch.from_numpy(logps),
+        torch.from_numpy(unit),
+        token_starts=torch.from_numpy(token_rows(prepared, role).row_starts),
+        unit_starts=torch.from_numpy(unit_starts),
+        aggregate=aggregate,
+    )
+    return np.asarray(sums.numpy(), dtype=np.float32)
+
+
+def end_units(prepared: PreparedPairs, unit_starts: NDArray[np.int64]) -> NDArray[np.bool_]:
+    """Which units are end spans: the last one of every row that has its end."""
+    is_end = np.zeros(int(unit_starts[-1]), dtype=bool)
+    is_end[unit_starts[1:][prepared.has_end] - 1] = True
+    return is_end
+
+
+def scored_rows(
+    prepared: PreparedPairs,
+    *,
+    role: str,
+    layout: Layout,
+    sides: Sequence[Side],
+    split: str,
+    swap: bool = False,
+    reference: tuple[str, NDArray[np.float32]] | None = None,
+    weights: NDArray[np.float32] | None = None,
+) -> ScoredRows:
+    """The rows of one split as the model ``role`` scores them for an objective with this layout.
+
+    Args:
+        swap: chosen and rejected change places (the negative contrastive model).
+        reference: the role whose tokens the signal has, and the signal per token.
+        weights: per unit, flat.
+
+    Raises:
+        UserError: the split has no pairs.
+    """
+    unit, unit_starts = units_of(prepared, role, layout.granularity)
+    is_end = end_units(prepared, unit_starts)
+    pairs = np.flatnonzero(np.array([name == split for name in prepared.split], dtype=bool))
+    if not len(pairs):
+        raise UserError(f"there is no usable pair in the split '{split}'")
+    columns = {"chosen": 2 * pairs, "rejected": 2 * pairs + 1}
+    order = BOTH_SIDES[::-1] if swap else BOTH_SIDES
+    items = np.stack([columns[side] for side in order if len(sides) == len(BOTH_SIDES) or side in sides], axis=1)
+    rows = token_rows(prepared, role)
+    return ScoredRows(
+        input_ids=rows.input_ids,
+        row_starts=rows.row_starts,
+        unit=unit,
+        unit_starts=unit_starts,
+        counted=np.ones_like(is_end) if layout.end_span else ~is_end,
+        items=items.astype(np.int64),
+        reference=None
+        if reference is None
+        else unit_signal(prepared, reference[0], reference[1], granularity=layout.granularity, aggregate=layout.aggregate),
+        weights=weights,
+    )
+
+
+def text_rows(token_ids: Sequence[Sequence[int]]) -> ScoredRows:
+    """Whole texts, every token but the first scored: pretraining as fine-tuning without a prompt."""
+    lengths = np.array([len(ids) for ids in token_ids], dtype=np.int64)
+    row_starts = starts_of(lengths)
+    position = np.arange(row_starts[-1]) - np.repeat(row_starts[:-1], lengths)
+    unit_starts = starts_of(lengths - 1)
+    return ScoredRows(
+        input_ids=np.concatenate([np.asarray(ids, dtype=np.int32) for ids in token_ids]),
+        row_starts=row_starts,
+        unit=(position - 1).astype(np.int32),
+        unit_starts=unit_starts,
+        counted=np.ones(int(unit_starts[-1]), dtype=bool),
+        items=np.arange(len(lengths), dtype=np.int64)[:, None],
+    )
+
+
+def token_rows(prepared: PreparedPairs, role: str) -> TokenRows:
+    """The rows of one model."""
+    return prepared.teacher if role == "teacher" else prepared.student
+
+
+def starts_of(lengths: NDArray[np.integer]) -> NDArray[np.int64]:
+    """Where each of consecutive stretches begins, and their total."""
+    return np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)

@@ -1,0 +1,78 @@
+"""How a run is executed, as opposed to what it computes: recorded, never hashed."""
+
+import dataclasses
+import os
+import platform
+import subprocess
+import sys
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+RECORDED_PACKAGES = (
+    "ctpd", "torch", "transformers", "tokenizers", "accelerate", "peft", "datasets", "lm_eval", "numpy", "pandas",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class Runtime:
+    """Execution settings.
+
+    Attributes:
+        device: torch device; `auto` takes CUDA where there is one.
+        micro_batch_tokens: padded tokens that one forward and backward pass may hold; pairs per pass follow from it.
+        signal_batch_tokens: the same for passes without a gradient.
+        checkpoint_seconds: a training saves its resume state this often.
+        report_to: loggers of `transformers` that receive the training's metrics.
+    """
+
+    device: str = "auto"
+    micro_batch_tokens: int = 16384
+    signal_batch_tokens: int = 32768
+    checkpoint_seconds: float = 600.0
+    report_to: tuple[str, ...] = ()
+
+    def torch_device(self) -> str:
+        """The device in torch's own words."""
+        if self.device != "auto":
+            return self.device
+        import torch
+
+        return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def provenance(runtime: Runtime) -> dict[str, Any]:
+    """What made an artifact: versions, machine, source commit, command."""
+    return {
+        "versions": versions(),
+        "python": platform.python_version(),
+        "platform": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
+        "commit": source_commit(),
+        "command": " ".join(["ctpd", *sys.argv[1:]]),
+        "runtime": dataclasses.asdict(runtime),
+    }
+
+
+def versions() -> dict[str, str]:
+    """Installed versions of the packages that can move a number."""
+    found = {}
+    for name in RECORDED_PACKAGES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def source_commit() -> str | None:
+    """The commit of a source checkout, with `+changes` when its tracked files differ; None for an installed package."""
+    root = Path(__file__).resolve().parents[2]
+    if not (root / ".git").exists():
+        return None
+    try:
+        head = subprocess.run(["git", "-C", str(root), "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=True)
+        dirty = subprocess.run(["git", "-C", str(root), "status", "--porcelain", "-uno"], capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return head.stdout.strip() + ("+changes" if dirty.stdout.strip() else "")

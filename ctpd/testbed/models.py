@@ -1,0 +1,127 @@
+"""Tokenizers and untrained models for the testbed. Nothing here trains a model: the one Trainer does."""
+
+import string
+from collections import Counter
+from collections.abc import Iterable
+
+import torch
+from tokenizers import Regex, Tokenizer, decoders, pre_tokenizers, processors
+from tokenizers import models as pieces
+from tokenizers import trainers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from ctpd.core.config import nearest
+from ctpd.core.errors import UserError
+from ctpd.testbed.unigram import train_unigram
+
+BOS, EOS, PAD, UNK = SPECIAL_TOKENS = ("<s>", "</s>", "<pad>", "<unk>")
+
+
+def train_tokenizer(texts: Iterable[str], *, kind: str, vocab_size: int) -> PreTrainedTokenizerFast:
+    """A fast tokenizer trained on `texts`, which puts BOS before a text and nothing after it.
+
+    `byte_bpe` is GPT-2's scheme: the space belongs to the word, a number is a word like any other. `unigram` is SentencePiece's
+    with its digits split and line breaks kept. Both keep a line break apart from the words around it, so that no token crosses
+    from a prompt into its response. The vocabulary holds at most `vocab_size` pieces, special tokens included.
+
+    Raises:
+        UserError: an unknown kind, or a vocabulary too small for the kind.
+    """
+    kinds = {"byte_bpe": _byte_bpe, "unigram": _unigram}
+    if kind not in kinds:
+        raise UserError(
+            f"There is no tokenizer kind `{kind}`.{nearest(kind, kinds)}", where="pretrain.tokenizer", fix=f"Use one of: {', '.join(kinds)}"
+        )
+    tokenizer = kinds[kind](texts, vocab_size)
+    bos = tokenizer.token_to_id(BOS)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{BOS} $A", pair=f"{BOS} $A $B", special_tokens=[(BOS, bos)]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token=BOS,
+        eos_token=EOS,
+        pad_token=PAD,
+        unk_token=UNK,
+        clean_up_tokenization_spaces=False,
+        model_input_names=["input_ids", "attention_mask"],
+    )
+
+
+def _byte_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    smallest = len(alphabet) + len(SPECIAL_TOKENS)
+    if vocab_size < smallest:
+        raise UserError(f"A byte-level vocabulary has at least {smallest} pieces, not {vocab_size}", where="pretrain.vocab_size")
+    tokenizer = Tokenizer(pieces.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size, special_tokens=list(SPECIAL_TOKENS), initial_alphabet=sorted(alphabet), show_progress=False
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return tokenizer
+
+
+def _unigram(texts: Iterable[str], vocab_size: int) -> Tokenizer:
+    splitter = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex("\n"), behavior="isolated"),
+            pre_tokenizers.Metaspace(prepend_scheme="never"),
+            pre_tokenizers.Punctuation(),
+        ]
+    )
+    words = Counter(word for text in texts for word, _ in splitter.pre_tokenize_str(text))
+    always = string.ascii_letters + string.digits
+    smallest = len(SPECIAL_TOKENS) + len({*always, *"".join(words)})
+    if vocab_size < smallest:
+        raise UserError(
+            f"A vocabulary for this corpus has at least {smallest} pieces, not {vocab_size}", where="pretrain.vocab_size"
+        )
+    vocabulary = train_unigram(words, num_pieces=vocab_size - len(SPECIAL_TOKENS), always=always)
+    tokenizer = Tokenizer(
+        pieces.Unigram([*((token, 0.0) for token in SPECIAL_TOKENS), *vocabulary], unk_id=SPECIAL_TOKENS.index(UNK))
+    )
+    tokenizer.add_special_tokens(list(SPECIAL_TOKENS))
+    tokenizer.pre_tokenizer = splitter
+    tokenizer.decoder = decoders.Metaspace(prepend_scheme="never")
+    return tokenizer
+
+
+def new_model(
+    tokenizer: PreTrainedTokenizerFast,
+    *,
+    hidden: int,
+    layers: int,
+    heads: int,
+    intermediate: int,
+    max_position: int,
+    seed: int,
+) -> LlamaForCausalLM:
+    """An untrained Llama model in float32 with tied embeddings; the same seed gives the same weights. Leaves the global random state alone.
+
+    Raises:
+        UserError: `hidden` cannot be shared out among the heads.
+    """
+    if hidden % heads or hidden // heads % 2:
+        raise UserError(
+            f"{heads} heads cannot share a hidden size of {hidden}: each needs the same, even number of channels",
+            where="pretrain.heads",
+        )
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=hidden,
+        intermediate_size=intermediate,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=heads,
+        max_position_embeddings=max_position,
+        tie_word_embeddings=True,
+        initializer_range=hidden**-0.5,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return LlamaForCausalLM(config)

@@ -1,0 +1,133 @@
+"""Lengths: prompts dropped or cut, responses cut at a common boundary, the same for both models (METHOD 2.7).
+
+Legend: N pairs; R = 2N rows, chosen and rejected of a pair in turn; S spans of a row.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import NamedTuple
+
+import numpy as np
+
+from ctpd.text.align import BatchedSpans, BoolArray, IntArray
+from ctpd.text.pairs import Message, Pair
+from ctpd.text.render import Encoded, Side
+
+
+class Fitted(NamedTuple):
+    """Pairs whose prompts fit, tokenized by both sides."""
+
+    pairs: list[Pair]
+    encoded: tuple[Encoded, Encoded]
+    num_cut: int  # pairs whose prompt was cut
+
+
+class Cut(NamedTuple):
+    """How much of each row's response is kept."""
+
+    num_spans: IntArray  # [R] kept spans of the response
+    has_end: BoolArray  # [R] whether the whole row fits, end token included
+
+
+def fit_prompts(
+    pairs: Sequence[Pair], *, sides: tuple[Side, Side], max_prompt_tokens: int, cut: bool, where: str
+) -> Fitted:
+    """Tokenize the pairs whose prompt has at most ``max_prompt_tokens`` tokens on both sides.
+
+    With ``cut`` a longer prompt loses characters, as few as possible, from the *start* of its last user message, so
+    that the question at its end stays; it is rendered again for both sides. A prompt that does not fit with one
+    character of that message left, or without ``cut`` does not fit, is left out.
+    """
+    budgets = np.full(len(pairs), max_prompt_tokens)
+    current: list[Pair | None] = list(pairs)
+    if cut:
+        current = _shorten(pairs, budgets, sides=sides, where=where)
+    while True:
+        index = np.array([i for i, pair in enumerate(current) if pair is not None], dtype=np.int64)
+        left = [pair for pair in current if pair is not None]
+        encoded = (_encode(sides[0], left, where=where), _encode(sides[1], left, where=where))
+        longest = np.maximum(encoded[0].prompt_tokens, encoded[1].prompt_tokens).reshape(-1, 2).max(axis=1, initial=0)
+        excess: IntArray = longest - max_prompt_tokens
+        if not cut or (excess <= 0).all():
+            break
+        # A prompt may have other tokens before a response than alone: aim lower for those.
+        budgets[index] -= np.maximum(excess, 0)
+        again = index[excess > 0]
+        shorter = _shorten([pairs[i] for i in again], budgets[again], sides=sides, where=where)
+        for i, pair in zip(again, shorter, strict=True):
+            current[i] = pair
+    keep = excess <= 0
+    rows = np.repeat(keep, 2)
+    return Fitted(
+        pairs=[pair for pair, kept in zip(left, keep, strict=True) if kept],
+        encoded=(encoded[0].select(rows), encoded[1].select(rows)),
+        num_cut=sum(left[i] is not pairs[index[i]] for i in np.flatnonzero(keep)),
+    )
+
+
+def cut_responses(encoded: tuple[Encoded, Encoded], spans: BatchedSpans, *, max_tokens: int) -> Cut:
+    """Keep whole rows of at most ``max_tokens`` tokens on both sides; cut others behind the last span that still fits.
+
+    A cut row has no end token, so none is reckoned with. No span may be left.
+    """
+    counts = np.diff(spans.span_starts)
+    fits = np.ones(spans.boundaries.size, dtype=bool)
+    whole = np.ones(counts.size, dtype=bool)
+    for side, num_tokens in zip(encoded, tokens_per_span(encoded, spans), strict=True):
+        # The tokens of a row up to and including a span: a running sum that begins anew in each row.
+        up_to = np.cumsum(num_tokens) - np.repeat(side.response_starts[:-1], counts)
+        fits &= up_to + np.repeat(side.prompt_tokens, counts) <= max_tokens
+        whole &= np.diff(side.row_starts) <= max_tokens
+    rows = np.repeat(np.arange(counts.size), counts)
+    return Cut(np.where(whole, counts, np.bincount(rows[fits], minlength=counts.size)), whole)
+
+
+def tokens_per_span(encoded: tuple[Encoded, Encoded], spans: BatchedSpans) -> tuple[IntArray, IntArray]:
+    """``[sum S]`` number of tokens of each span, of the teacher and of the student."""
+    first, second = (
+        np.bincount(span + np.repeat(spans.span_starts[:-1], side.response_tokens), minlength=spans.boundaries.size)
+        for side, span in zip(encoded, (spans.teacher_span, spans.student_span), strict=True)
+    )
+    return first, second
+
+
+def _encode(side: Side, pairs: Sequence[Pair], *, where: str) -> Encoded:
+    names = _names(pairs, where)
+    frames = side.frames([pair.prompt for pair in pairs], where=names)
+    return side.encode(
+        [(pair.prompt, response) for pair in pairs for response in (pair.chosen, pair.rejected)],
+        frames=[frame for frame in frames for _ in range(2)],
+        where=[name for name in names for _ in range(2)],
+    )
+
+
+def _shorten(pairs: Sequence[Pair], budgets: IntArray, *, sides: tuple[Side, Side], where: str) -> list[Pair | None]:
+    """Each pair with the longest last user message that fits its budget on both sides, or None if none fits.
+
+    A bisection over the number of characters, for all pairs at once.
+    """
+    fitting = np.zeros(len(pairs), dtype=np.int64)
+    too_many = np.array([len(pair.prompt[-1].content) for pair in pairs], dtype=np.int64) + 1
+    trial = too_many - 1  # first, the whole message
+    while (active := np.flatnonzero(too_many - fitting > 1)).size:
+        shorter = [_shortened(pairs[i], int(trial[i])) for i in active.tolist()]
+        names = _names(shorter, where)
+        prompts = [pair.prompt for pair in shorter]
+        num_tokens = np.maximum(*(side.prompt_tokens(side.frames(prompts, where=names)) for side in sides))
+        fits = num_tokens <= budgets[active]
+        fitting[active[fits]] = trial[active[fits]]
+        too_many[active[~fits]] = trial[active[~fits]]
+        trial = (fitting + too_many) // 2
+    return [_shortened(pair, num) if num else None for pair, num in zip(pairs, fitting.tolist(), strict=True)]
+
+
+def _shortened(pair: Pair, num_characters: int) -> Pair:
+    """The pair with the last ``num_characters`` characters (at least one) of its last user message."""
+    *before, last = pair.prompt
+    if num_characters == len(last.content):
+        return pair
+    return replace(pair, prompt=(*before, Message(last.role, last.content[-num_characters:])))
+
+
+def _names(pairs: Sequence[Pair], where: str) -> list[str]:
+    return [f"{where}, pair {pair.id}" for pair in pairs]

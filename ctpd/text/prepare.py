@@ -1,0 +1,234 @@
+"""The one data step of a comparison: pairs become rows of tokens and aligned spans, the same for all stages (METHOD 2).
+
+Legend: N pairs; R = 2N rows, row 2i the chosen and row 2i + 1 the rejected response of pair i. Ragged arrays are flat,
+row r in ``[starts[r], starts[r + 1])``. Spans are numbered from 0 in each row; an end span is the last of its row.
+"""
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ctpd.core.errors import UserError
+from ctpd.text.align import row_starts
+from ctpd.text.blocks import Block, TokenRows, build_block
+from ctpd.text.pairs import Pair
+from ctpd.text.render import Side
+
+DROP_REASONS = ("empty", "equal", "special_token_text", "long_prompt")
+_ARRAYS = ("num_spans", "has_end", "boundaries", "boundary_starts")
+_TEXTS = ("pair_ids", "split", "prompts", "chosen", "rejected")
+_BLOCK = 512  # pairs tokenized at once: bounds the memory that the tokenizers' own objects take
+_FIX = (
+    "Mend the data; raise max_prompt_tokens or set `long_prompt: cut` if prompts are too long; "
+    "raise max_dropped if the loss is meant"
+)
+
+
+@dataclass(frozen=True)
+class PreparedPairs:
+    """N pairs as both models read them, and the spans that their tokens share."""
+
+    teacher: TokenRows
+    student: TokenRows
+    num_spans: NDArray[np.int32]  # [R] end span included
+    has_end: NDArray[np.bool_]  # [R] a cut response has no end span
+    boundaries: NDArray[np.int32]  # flat: character ends of the spans of the response, without the end span
+    boundary_starts: NDArray[np.int64]  # [R + 1]
+    marks: NDArray[np.int8] | None  # as boundaries: +1 right, -1 wrong, 0 neutral; None if the data has no marks
+    pair_ids: tuple[str, ...]
+    split: tuple[str, ...]  # per pair
+    prompts: tuple[str, ...]  # the last user message, as trained on
+    chosen: tuple[str, ...]  # the responses, as trained on
+    rejected: tuple[str, ...]
+    dropped: dict[str, int]  # pairs by reason, over all splits
+    report: dict[str, int | float]  # counts over all splits
+
+
+class _Selection(NamedTuple):
+    """The pairs of one split to work on."""
+
+    pairs: list[Pair]
+    num_seen: int  # pairs looked at for it
+    dropped: Counter[str]  # of these
+
+
+def prepare_pairs(
+    pairs: Mapping[str, Sequence[Pair]],
+    *,
+    teacher: Side,
+    student: Side,
+    max_tokens: int,
+    max_prompt_tokens: int,
+    long_prompt: Literal["drop", "cut"],
+    max_dropped: float = 0.05,
+    select: Literal["all", "shortest"] = "all",
+    limit: int | None = None,
+) -> PreparedPairs:
+    """Render, tokenize, align and cut the pairs of every split.
+
+    Args:
+        pairs: pairs by the name of their split.
+        teacher: how the teacher reads text.
+        student: how the student does; it may be the same.
+        max_tokens: limit of a whole sequence on either side, end token included. A longer response is cut at the last
+            common boundary at which both models fit, and has no end span.
+        max_prompt_tokens: limit of the tokens before the response on either side.
+        long_prompt: a pair whose prompt is longer is dropped, or the start of its last user message is cut.
+        max_dropped: the greatest share of a split's pairs that may be dropped.
+        select: which pairs of a split ``limit`` keeps: the first ones, or those with the fewest characters. Only pairs
+            that pass the checks without tokens (empty, equal, special_token_text) are selected.
+        limit: the greatest number of pairs of each split.
+
+    Returns:
+        The pairs, split after split, in the order given.
+
+    Raises:
+        UserError: too many pairs dropped, none left, a template that cannot be aligned, contradictory lengths.
+    """
+    if not 0 < max_prompt_tokens < max_tokens:
+        raise UserError(
+            f"max_prompt_tokens is {max_prompt_tokens} and max_tokens {max_tokens}: no room for a response",
+            fix="Set max_prompt_tokens to at least 1 and below max_tokens",
+        )
+    if not pairs:
+        raise UserError("there are no pairs", fix="Name at least one split")
+    blocks: list[tuple[str, Block]] = []
+    dropped: Counter[str] = Counter(dict.fromkeys(DROP_REASONS, 0))
+    for split, given in pairs.items():
+        selection = _select(given, sides=(teacher, student), select=select, limit=limit)
+        built = [
+            build_block(
+                selection.pairs[i : i + _BLOCK],
+                sides=(teacher, student),
+                max_tokens=max_tokens,
+                max_prompt_tokens=max_prompt_tokens,
+                cut_prompts=long_prompt == "cut",
+                where=f"split '{split}'",
+            )
+            for i in range(0, len(selection.pairs), _BLOCK)
+        ]
+        late = _total(block.dropped for block in built)
+        _refuse_losses(split, selection, late, max_dropped=max_dropped)
+        dropped.update(selection.dropped)
+        dropped.update(late)
+        blocks += [(split, block) for block in built]
+    return _joined(blocks, dropped)
+
+
+def arrays(prepared: PreparedPairs) -> dict[str, NDArray[Any]]:
+    """The arrays of prepared pairs by name. `texts` gives the rest, `from_arrays` puts both together again."""
+    sides = {"teacher": prepared.teacher, "student": prepared.student}
+    result = {
+        f"{name}.{field.name}": getattr(rows, field.name) for name, rows in sides.items() for field in fields(rows)
+    }
+    result |= {name: getattr(prepared, name) for name in _ARRAYS}
+    return result if prepared.marks is None else {**result, "marks": prepared.marks}
+
+
+def texts(prepared: PreparedPairs) -> dict[str, Any]:
+    """All of prepared pairs that is no array, as JSON."""
+    lists = {name: list(getattr(prepared, name)) for name in _TEXTS}
+    return {**lists, "dropped": prepared.dropped, "report": prepared.report}
+
+
+def from_arrays(arrays: Mapping[str, NDArray[Any]], texts: Mapping[str, Any]) -> PreparedPairs:
+    """The prepared pairs that `arrays` and `texts` took apart."""
+    teacher, student = (
+        TokenRows(**{field.name: arrays[f"{name}.{field.name}"] for field in fields(TokenRows)})
+        for name in ("teacher", "student")
+    )
+    parts: dict[str, Any] = {name: arrays[name] for name in _ARRAYS}
+    parts |= {name: tuple(texts[name]) for name in _TEXTS}
+    parts |= {name: dict(texts[name]) for name in ("dropped", "report")}
+    return PreparedPairs(teacher=teacher, student=student, marks=arrays.get("marks"), **parts)
+
+
+def _select(pairs: Sequence[Pair], *, sides: Sequence[Side], select: str, limit: int | None) -> _Selection:
+    dropped: Counter[str] = Counter()
+    valid: list[Pair] = []
+    num_seen = 0
+    for pair in pairs:
+        if select == "all" and limit is not None and len(valid) == limit:
+            break
+        num_seen += 1
+        reason = _invalid(pair, sides)
+        if reason is None:
+            valid.append(pair)
+        else:
+            dropped[reason] += 1
+    if select == "shortest":
+        order = sorted(range(len(valid)), key=lambda i: valid[i].num_characters)  # stable: the earlier of two equals
+        valid = [valid[i] for i in sorted(order[:limit])]
+    return _Selection(valid, num_seen, dropped)
+
+
+def _invalid(pair: Pair, sides: Sequence[Side]) -> str | None:
+    """The reason to drop a pair that shows before tokenization (METHOD 2.3 and 2.8)."""
+    if not (pair.chosen and pair.rejected):
+        return "empty"
+    if pair.chosen == pair.rejected:
+        return "equal"
+    contents = [pair.chosen, pair.rejected, *(message.content for message in pair.prompt)]
+    return "special_token_text" if any(side.holds_special_text(text) for side in sides for text in contents) else None
+
+
+def _refuse_losses(split: str, selection: _Selection, late: Counter[str], *, max_dropped: float) -> None:
+    """Refuse a split that lost too much. Without a selection the share is that of the dropped pairs among all pairs."""
+    total = selection.dropped + late
+    reasons = ", ".join(f"{reason} {total[reason]}" for reason in DROP_REASONS if total[reason])
+    if len(selection.pairs) == late.total():
+        raise UserError(
+            f"no usable row is left of {selection.num_seen} ({reasons or 'the split is empty'})",
+            where=f"split '{split}'",
+            fix=_FIX,
+        )
+    kept = (1 - selection.dropped.total() / selection.num_seen) * (1 - late.total() / len(selection.pairs))
+    if 1 - kept > max_dropped + 1e-9:
+        raise UserError(
+            f"{total.total()} of {selection.num_seen} rows are dropped ({reasons}), {100 * (1 - kept):.1f} % of the "
+            f"selected ones; at most {100 * max_dropped:g} % may be (max_dropped)",
+            where=f"split '{split}'",
+            fix=_FIX,
+        )
+
+
+def _joined(blocks: Sequence[tuple[str, Block]], dropped: Counter[str]) -> PreparedPairs:
+    parts = [block for _, block in blocks]
+    pairs = [pair for block in parts for pair in block.pairs]
+    has_marks = any(pair.chosen_marks or pair.rejected_marks for pair in pairs)
+    return PreparedPairs(
+        teacher=_joined_rows([block.teacher for block in parts]),
+        student=_joined_rows([block.student for block in parts]),
+        num_spans=np.concatenate([block.num_spans for block in parts]),
+        has_end=np.concatenate([block.has_end for block in parts]),
+        boundaries=np.concatenate([block.boundaries for block in parts]),
+        boundary_starts=row_starts(np.concatenate([block.boundary_counts for block in parts])),
+        marks=np.concatenate([block.marks for block in parts]) if has_marks else None,
+        pair_ids=tuple(pair.id for pair in pairs),
+        split=tuple(split for split, block in blocks for _ in block.pairs),
+        prompts=tuple(pair.prompt[-1].content for pair in pairs),
+        chosen=tuple(pair.chosen for pair in pairs),
+        rejected=tuple(pair.rejected for pair in pairs),
+        dropped=dict(dropped),
+        report={"pairs": len(pairs), **_total(block.report for block in parts)},
+    )
+
+
+def _total(counters: Iterable[Counter[str]]) -> Counter[str]:
+    """The sum, with the counts that are zero."""
+    total: Counter[str] = Counter()
+    for counter in counters:
+        total.update(counter)
+    return total
+
+
+def _joined_rows(rows: Sequence[TokenRows]) -> TokenRows:
+    return TokenRows(
+        input_ids=np.concatenate([part.input_ids for part in rows]),
+        row_starts=row_starts(np.concatenate([np.diff(part.row_starts) for part in rows])),
+        unit=np.concatenate([part.unit for part in rows]),
+    )

@@ -1,0 +1,279 @@
+"""Tokenizing: rendered rows become tokens with cleaned offsets, one tokenizer call for many rows (METHOD 2.3 to 2.6).
+
+Legend: R rows, one rendered (prompt, response) each; N tokens of a row, up to and including its end token. Ragged
+arrays are flat, row r in ``[starts[r], starts[r + 1])``.
+"""
+
+import copy
+import hashlib
+import json
+import re
+from collections.abc import Sequence
+from itertools import chain
+from typing import Any, NamedTuple, final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ctpd.core.errors import UserError
+from ctpd.text.align import BoolArray, IntArray, clean_ends, row_starts
+from ctpd.text.pairs import Message
+from ctpd.text.templates import ChatTemplate as ChatTemplate
+from ctpd.text.templates import FastTokenizer, Frame, Template
+from ctpd.text.templates import PlainTemplate as PlainTemplate
+
+_SPACE_MARKS = ("▁", "Ġ")  # SentencePiece's, byte-level BPE's
+
+
+class Encoded(NamedTuple):
+    """R rows as tokens of one side: prompt, response, text up to the end token, and as the row's last the end token."""
+
+    ids: NDArray[np.int32]  # [sum N]
+    row_starts: IntArray  # [R + 1]
+    prompt_tokens: IntArray  # [R] tokens before the response, BOS included
+    response_tokens: IntArray  # [R]
+    response_ends: IntArray  # [sum of response_tokens] cleaned character ends, relative to the response
+    crossing: BoolArray  # [R] whether the first response token crosses the prompt/response border
+
+    @property
+    def response_starts(self) -> IntArray:
+        """``[R + 1]`` where each row begins in ``response_ends``."""
+        return row_starts(self.response_tokens)
+
+    def select(self, keep: BoolArray) -> "Encoded":
+        """The rows where ``keep [R]`` is true."""
+        lengths = np.diff(self.row_starts)
+        return Encoded(
+            self.ids[np.repeat(keep, lengths)],
+            row_starts(lengths[keep]),
+            self.prompt_tokens[keep],
+            self.response_tokens[keep],
+            self.response_ends[np.repeat(keep, self.response_tokens)],
+            self.crossing[keep],
+        )
+
+
+@final
+class Side:
+    """One model's way of reading text: a tokenizer and a template.
+
+    Args:
+        tokenizer: a fast tokenizer; its settings are not changed.
+        template: how conversations are written.
+        name: "teacher" or "student", for errors.
+
+    Raises:
+        UserError: the tokenizer is a slow one, which knows no offsets; a plain template meets a tokenizer without EOS.
+    """
+
+    def __init__(self, tokenizer: FastTokenizer, template: Template, name: str) -> None:
+        self.tokenizer, self.template, self.name = tokenizer, template, name
+        if not tokenizer.is_fast:
+            raise UserError(
+                f"the {name}'s tokenizer '{tokenizer.name_or_path}' is a slow one, which does not say where in the "
+                "text its tokens stand",
+                fix="Give a model directory with a tokenizer.json; with sentencepiece and protobuf installed "
+                "transformers.AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR) writes one for most tokenizers",
+            )
+        if not template.writes_end and tokenizer.eos_token_id is None:
+            raise UserError(
+                f"the {name}'s tokenizer '{tokenizer.name_or_path}' has no end-of-sequence token to end a response",
+                fix="Set eos_token in the model's tokenizer_config.json, or use a chat template",
+            )
+        added = tokenizer.added_tokens_decoder
+        self.special_texts = frozenset(tokenizer.all_special_tokens) | {t.content for t in added.values() if t.special}
+        special = {
+            *tokenizer.convert_tokens_to_ids(sorted(self.special_texts)),
+            *(i for i, t in added.items() if t.special),
+        }
+        self._special_ids = np.array(sorted(special), dtype=np.int64)
+        marks = {mark: tokenizer.convert_tokens_to_ids(mark) for mark in _SPACE_MARKS}
+        found = [id for mark, id in marks.items() if id is not None and tokenizer.convert_ids_to_tokens(id) == mark]
+        self._space_ids = np.array(found, dtype=np.int64)
+        self._special = re.compile(
+            "|".join(map(re.escape, sorted(self.special_texts, key=len, reverse=True))) or r"(?!)"
+        )
+        self.adds_bos = not template.writes_end and self._tokenizer_adds_bos()
+
+    def holds_special_text(self, text: str) -> bool:
+        """Whether ``text`` contains the text of a special token of this side (METHOD 2.3)."""
+        return self._special.search(text) is not None
+
+    def digest(self) -> str:
+        """SHA-256 of the tokenizer and the template."""
+        backend = copy.deepcopy(self.tokenizer.backend_tokenizer)
+        backend.no_padding()  # the state of the last call, not part of the tokenizer
+        backend.no_truncation()
+        identity = json.dumps([self.template.identity, self.adds_bos, self.tokenizer.eos_token_id], sort_keys=True)
+        return hashlib.sha256(f"{identity}\n{backend.to_str()}".encode()).hexdigest()
+
+    def frames(self, prompts: Sequence[Sequence[Message]], *, where: Sequence[str]) -> list[Frame]:
+        """The text around the responses to each prompt."""
+        return [self.template.frame(prompt, where=at) for prompt, at in zip(prompts, where, strict=True)]
+
+    def prompt_tokens(self, frames: Sequence[Frame]) -> IntArray:
+        """``[R]`` number of tokens of what stands before the response, tokenized alone, BOS included."""
+        ids = self._call([frame.before for frame in frames])["input_ids"]
+        return np.fromiter(map(len, ids), dtype=np.int64, count=len(ids)) + int(self.adds_bos)
+
+    def encode(
+        self, rows: Sequence[tuple[Sequence[Message], str]], *, frames: Sequence[Frame], where: Sequence[str]
+    ) -> Encoded:
+        """Render and tokenize R rows ``(prompt, response)`` in one call of the tokenizer (METHOD 2.3 to 2.6).
+
+        Args:
+            rows: prompts with their responses, which are not empty.
+            frames: ``[R]`` the text around each response (`frames`).
+            where: ``[R]`` names each row in errors.
+        """
+        texts = [
+            self.template.render(prompt, response, frame=frame, where=at)
+            for (prompt, response), frame, at in zip(rows, frames, where, strict=True)
+        ]
+        output = self._call(texts, return_offsets_mapping=True)
+        counts = np.fromiter(map(len, output["input_ids"]), dtype=np.int64, count=len(texts))
+        size = int(counts.sum())
+        tokens = _Tokens(
+            ids=np.fromiter(chain.from_iterable(output["input_ids"]), dtype=np.int32, count=size),
+            offsets=np.fromiter(
+                chain.from_iterable(chain.from_iterable(output["offset_mapping"])), dtype=np.int64, count=2 * size
+            ).reshape(size, 2),
+            starts=row_starts(counts),
+        )
+        begin = np.array([len(frame.before) for frame in frames], dtype=np.int64)
+        length = np.array([len(response) for _, response in rows], dtype=np.int64)
+        first, stop = _response_range(tokens, texts, begin, begin + length)
+        if self.template.writes_end:
+            end = self._end_tokens(tokens, begin + length, first, stop, where)
+        else:
+            end = np.diff(tokens.starts)
+            stop = np.where(stop > first, end, first)  # nothing is written behind a plain response
+        in_row = np.arange(size) - np.repeat(tokens.starts[:-1], counts)
+        in_response = (in_row >= np.repeat(first, counts)) & (in_row < np.repeat(stop, counts))
+        response_starts = row_starts(stop - first)
+        offsets = tokens.offsets[in_response] - np.repeat(begin, stop - first)[:, None]
+        ends = clean_ends(
+            offsets[:, 0],
+            offsets[:, 1],
+            token_starts=response_starts,
+            texts=[response for _, response in rows],
+            space_only=np.isin(tokens.ids[in_response], self._space_ids),
+        )
+        crossing = self._crossing(tokens, texts, begin, first, stop)
+        ids, starts = self._closed(tokens, in_row <= np.repeat(end, counts))
+        return Encoded(ids, starts, first + int(self.adds_bos), stop - first, ends, crossing)
+
+    def _call(self, texts: list[str], **wanted: bool) -> Any:
+        return self.tokenizer(
+            texts,
+            add_special_tokens=False,
+            padding=False,
+            truncation=False,
+            return_attention_mask=False,
+            return_token_type_ids=False,
+            verbose=False,
+            **wanted,
+        )
+
+    def _tokenizer_adds_bos(self) -> bool:
+        bos = self.tokenizer.bos_token_id
+        with_special, bare = (self.tokenizer("a", add_special_tokens=add)["input_ids"][:1] for add in (True, False))
+        return bos is not None and list(with_special) == [bos] and list(bare) != [bos]
+
+    def _end_tokens(
+        self, tokens: "_Tokens", response_end: IntArray, first: IntArray, stop: IntArray, where: Sequence[str]
+    ) -> IntArray:
+        """``[R]`` index in its row of the first special token behind the response: generation's end (METHOD 2.6)."""
+        rows = tokens.rows
+        is_end = np.isin(tokens.ids, self._special_ids) & (tokens.offsets[:, 0] >= response_end[rows])
+        index, found = _first(is_end, tokens)
+        if not found.all():
+            raise UserError(
+                f"the {self.name}'s chat template writes no special token behind the response to stop generation",
+                where=where[int(np.argmin(found))],
+                fix="Use a template that ends the assistant's turn with a special token, or a plain template",
+            )
+        return index
+
+    def _crossing(
+        self, tokens: "_Tokens", texts: Sequence[str], begin: IntArray, first: IntArray, stop: IntArray
+    ) -> BoolArray:
+        """``[R]`` whether the first response token also spells the end of the prompt (METHOD 2.4)."""
+        has_tokens = stop > first
+        at = np.minimum(tokens.starts[:-1] + first, len(tokens.ids) - 1)
+        starts = tokens.offsets[at, 0]
+        # Offsets may be trimmed: then a space that ends the prompt and that no token covers is the response token's.
+        hidden = has_tokens & (starts == begin) & self._uncovered_space(tokens, texts, begin, at)
+        for row in np.flatnonzero(hidden):
+            token = self.tokenizer.convert_ids_to_tokens(int(tokens.ids[at[row]]))
+            hidden[row] = token.startswith(_SPACE_MARKS)
+        crossing: BoolArray = has_tokens & ((starts < begin) | hidden)
+        return crossing
+
+    @staticmethod
+    def _uncovered_space(tokens: "_Tokens", texts: Sequence[str], begin: IntArray, at: IntArray) -> BoolArray:
+        previous_end = np.where(at > tokens.starts[:-1], tokens.offsets[at - 1, 1], 0)
+        return _follows_space(texts, begin) & (previous_end < begin)
+
+    def _closed(self, tokens: "_Tokens", kept: BoolArray) -> tuple[NDArray[np.int32], IntArray]:
+        """The kept tokens of each row, with BOS and EOS around them where the text does not hold them."""
+        ids, counts = tokens.ids[kept], np.bincount(tokens.rows[kept], minlength=tokens.starts.size - 1)
+        if self.template.writes_end:
+            return ids, row_starts(counts)
+        starts = row_starts(counts + int(self.adds_bos) + 1)
+        result = np.empty(starts[-1], dtype=np.int32)
+        inner = np.ones(result.size, dtype=bool)
+        inner[starts[1:] - 1] = False
+        result[starts[1:] - 1] = self.tokenizer.eos_token_id
+        if self.adds_bos:
+            inner[starts[:-1]] = False
+            result[starts[:-1]] = self.tokenizer.bos_token_id
+        result[inner] = ids
+        return result, starts
+
+
+class _Tokens(NamedTuple):
+    """R tokenized texts, flat, as the tokenizer gives them."""
+
+    ids: NDArray[np.int32]
+    offsets: IntArray  # [sum, 2]
+    starts: IntArray  # [R + 1]
+
+    @property
+    def rows(self) -> IntArray:
+        return np.repeat(np.arange(self.starts.size - 1), np.diff(self.starts))
+
+
+def _response_range(tokens: _Tokens, texts: Sequence[str], begin: IntArray, end: IntArray) -> tuple[IntArray, IntArray]:
+    """``[R]`` indices in its row of the first response token and of the token behind the last; equal if there is none.
+
+    A token with a character of the response in it is the response's. So is a token of no width at its border: an
+    inserted prefix; unless it spells the prompt's last space, which trimmed offsets place there.
+    """
+    rows, (starts, ends) = tokens.rows, tokens.offsets.T
+    inside = (ends > begin[rows]) & (starts < end[rows])
+    at_border = np.flatnonzero((starts == ends) & (starts == begin[rows]))
+    if at_border.size:
+        row = rows[at_border]
+        previous = np.where(at_border > tokens.starts[row], ends[at_border - 1], 0)
+        inside[at_border] = ~(_follows_space(texts, begin)[row] & (previous < begin[row]))
+    first, found = _first(inside, tokens)
+    backwards = _Tokens(tokens.ids, tokens.offsets, tokens.starts[-1] - tokens.starts[::-1])
+    after = _first(inside[::-1], backwards)[0][::-1]
+    return np.where(found, first, 0), np.where(found, np.diff(tokens.starts) - after, 0)
+
+
+def _first(flags: BoolArray, tokens: _Tokens) -> tuple[IntArray, BoolArray]:
+    """``[R]`` the index in its row of the first set flag, and whether there is one."""
+    at = np.flatnonzero(flags)
+    begins = np.searchsorted(at, tokens.starts)
+    found = begins[1:] > begins[:-1]
+    index = np.zeros(found.size, dtype=np.int64)
+    index[found] = at[begins[:-1][found]] - tokens.starts[:-1][found]
+    return index, found
+
+
+def _follows_space(texts: Sequence[str], begin: IntArray) -> BoolArray:
+    return np.array(
+        [text[max(at - 1, 0) : at].isspace() for text, at in zip(texts, begin.tolist(), strict=True)], dtype=bool
+    )

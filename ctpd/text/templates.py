@@ -1,0 +1,209 @@
+"""Templates: each model reads a pair through its own, and the response must stand in it unchanged (METHOD 2.2)."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol, final
+
+from jinja2.exceptions import TemplateError
+
+from ctpd.core.errors import UserError
+from ctpd.text.pairs import Message
+
+# Templates that write today's date would render other text tomorrow: a date is always set (METHOD 2.2).
+_DATE = {"%Y": "2024", "%y": "24", "%m": "07", "%B": "July", "%b": "Jul", "%d": "26", "%-d": "26", "%A": "Friday",
+         "%a": "Fri", "%H": "12", "%M": "00", "%S": "00"}  # fmt: skip
+_DATE_STRING = "26 Jul 2024"  # the date that Llama 3's template falls back to
+_FIXED_CLOCK = (
+    "{%- macro strftime_now(format) -%}{{ format"
+    + "".join(
+        f" | replace({mark!r}, {value!r})" for mark, value in sorted(_DATE.items(), key=lambda item: -len(item[0]))
+    )
+    + " }}{%- endmacro -%}"
+)
+
+
+class FastTokenizer(Protocol):
+    """What is used of a transformers tokenizer that is backed by the tokenizers library."""
+
+    @property
+    def is_fast(self) -> bool: ...
+    @property
+    def name_or_path(self) -> Any: ...
+    @property
+    def backend_tokenizer(self) -> Any: ...
+    @property
+    def chat_template(self) -> Any: ...
+    @property
+    def bos_token_id(self) -> Any: ...
+    @property
+    def eos_token_id(self) -> Any: ...
+    @property
+    def all_special_tokens(self) -> Any: ...
+    @property
+    def added_tokens_decoder(self) -> Any: ...
+    def __call__(self, *args: Any, **kwargs: Any) -> Any: ...
+    def convert_ids_to_tokens(self, *args: Any, **kwargs: Any) -> Any: ...
+    def convert_tokens_to_ids(self, *args: Any, **kwargs: Any) -> Any: ...
+    def apply_chat_template(self, *args: Any, **kwargs: Any) -> Any: ...
+
+
+class Frame(NamedTuple):
+    """The text around the response to one prompt."""
+
+    before: str  # counts as prompt
+    after: str
+
+
+class Template(Protocol):
+    """How one model's conversations are written."""
+
+    @property
+    def writes_end(self) -> bool:
+        """Whether the text holds the special tokens; if not, BOS (if the tokenizer adds it) and EOS are put around."""
+        ...
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What decides the rendering, as JSON: part of the tokenizer's digest."""
+        ...
+
+    def frame(self, prompt: Sequence[Message], *, where: str) -> Frame:
+        """The text around any response to ``prompt``; ``where`` names the pair in errors."""
+        ...
+
+    def render(self, prompt: Sequence[Message], response: str, *, frame: Frame, where: str) -> str:
+        """The whole conversation: ``before + response + after``, or an error."""
+        ...
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class PlainTemplate:
+    """A template for base models: one text for each role, each with exactly one ``{content}``.
+
+    The assistant's text before ``{content}`` is the generation prompt. What follows the last ``{content}`` is not
+    written: the EOS token follows the response. Without ``system``, system messages are refused.
+    """
+
+    user: str
+    assistant: str
+    system: str | None = None
+
+    def __post_init__(self) -> None:
+        for role in ("user", "assistant", "system"):
+            text = getattr(self, role)
+            if not isinstance(text, str) and not (role == "system" and text is None):
+                raise UserError(f"the text is no string but {text!r}", where=f"plain template, role '{role}'")
+            if text is not None and text.count("{content}") != 1:
+                raise UserError(
+                    f"the text {text!r} holds {{content}} {text.count('{content}')} times",
+                    where=f"plain template, role '{role}'",
+                    fix='Write each role\'s text with exactly one {content}, as in "{content}\\n"',
+                )
+
+    @property
+    def writes_end(self) -> bool:
+        return False
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        return {"plain": {"user": self.user, "assistant": self.assistant, "system": self.system}}
+
+    def frame(self, prompt: Sequence[Message], *, where: str) -> Frame:
+        return Frame(
+            "".join([*(self._turn(message, where) for message in prompt), self.assistant.partition("{content}")[0]]), ""
+        )
+
+    def render(self, prompt: Sequence[Message], response: str, *, frame: Frame, where: str) -> str:
+        return frame.before + response
+
+    def _turn(self, message: Message, where: str) -> str:
+        text = {"user": self.user, "assistant": self.assistant, "system": self.system}[message.role]
+        if text is None:
+            raise UserError(
+                "the prompt has a system message, for which the plain template has no text",
+                where=where,
+                fix="Add a text for the role 'system' to the plain template",
+            )
+        return text.replace("{content}", message.content)
+
+
+@final
+class ChatTemplate:
+    """The tokenizer's own chat template with fixed variables.
+
+    Args:
+        tokenizer: a tokenizer with a chat template.
+        variables: what the template reads besides the messages, such as ``enable_thinking``. ``date_string`` is set if
+            absent, and a template's own clock always tells one fixed day.
+
+    Raises:
+        UserError: the tokenizer has no chat template, or (on use) the template fails on a conversation, or its
+            rendering does not hold exactly the response behind the generation prompt (METHOD 2.2).
+    """
+
+    def __init__(self, tokenizer: FastTokenizer, variables: Mapping[str, Any]) -> None:
+        text = tokenizer.chat_template
+        self._label = f"the chat template of '{tokenizer.name_or_path or type(tokenizer).__name__}'"
+        if isinstance(text, Mapping):
+            text = text.get("default")
+        if not isinstance(text, str):
+            raise UserError(
+                f"the tokenizer '{tokenizer.name_or_path}' has no chat template",
+                fix="Write a plain template for this model into the recipe: the texts of user and assistant",
+            )
+        self._tokenizer = tokenizer
+        self._text = _FIXED_CLOCK + text if "strftime_now" in text else text
+        self._variables = {"date_string": _DATE_STRING, **variables}
+
+    @property
+    def writes_end(self) -> bool:
+        return True
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        return {"chat": self._text, "variables": self._variables}
+
+    def frame(self, prompt: Sequence[Message], *, where: str) -> Frame:
+        opening = self._apply(prompt, where=where, add_generation_prompt=True)
+        # A stand-in for the response finds the response's place, however short the response is.
+        number = 0
+        while (stand_in := f"Response{number}") in opening:
+            number += 1
+        full = self._apply([*prompt, Message("assistant", stand_in)], where=where, add_generation_prompt=False)
+        if not full.startswith(opening):
+            raise self._refusal(
+                "the whole conversation is not rendered with the generation prompt at its place", where=where
+            )
+        parts = full[len(opening) :].split(stand_in)
+        if len(parts) != 2:
+            raise self._refusal(f"the rendering holds the response {len(parts) - 1} times", where=where)
+        return Frame(opening + parts[0], parts[1])
+
+    def render(self, prompt: Sequence[Message], response: str, *, frame: Frame, where: str) -> str:
+        text = self._apply([*prompt, Message("assistant", response)], where=where, add_generation_prompt=False)
+        if text != frame.before + response + frame.after:
+            raise self._refusal("the template changes the response", where=where)
+        return text
+
+    def _apply(self, messages: Sequence[Message], *, where: str, add_generation_prompt: bool) -> str:
+        try:
+            text = self._tokenizer.apply_chat_template(
+                [message._asdict() for message in messages],
+                chat_template=self._text,
+                tokenize=False,
+                add_generation_prompt=add_generation_prompt,
+                **self._variables,
+            )
+        except (TemplateError, TypeError, ValueError) as error:
+            raise self._refusal(f"it fails on the conversation ({error})", where=where) from error
+        assert isinstance(text, str)
+        return text
+
+    def _refusal(self, what: str, *, where: str) -> UserError:
+        return UserError(
+            f"{self._label} cannot be aligned: {what}",
+            where=where,
+            fix="Set the template's variables so that it writes the response as it is, give a plain template, "
+            "or remove the row",
+        )

@@ -1,0 +1,1 @@
+"""The one Trainer, its data and its callbacks."""

@@ -1,0 +1,46 @@
+"""What happens beside the loop: progress, evaluations, resume states."""
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+
+class ReportProgress(TrainerCallback):
+    """Tells the pipeline's bar how far the training is."""
+
+    def __init__(self, report: Callable[[int, int], None]) -> None:
+        self._report = report
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Forward the step number."""
+        self._report(state.global_step, state.max_steps)
+
+
+class EvaluateOften(TrainerCallback):
+    """Asks for an evaluation at equal distances, ``total`` times, the last one at the last step."""
+
+    def __init__(self, total: int) -> None:
+        self._total = total
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Ask at the steps that complete another share of the training."""
+        before, after = ((step * self._total) // state.max_steps for step in (state.global_step - 1, state.global_step))
+        control.should_evaluate = control.should_evaluate or before != after
+
+
+class SaveByTime(TrainerCallback):
+    """Asks for a resume state whenever ``seconds`` have passed since the last one.
+
+    Metrics are logged at the same step, so that none is on the way while the state is written.
+    """
+
+    def __init__(self, seconds: float) -> None:
+        self._seconds, self._last = seconds, time.monotonic()
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Ask when the time has come; the last step saves the result itself."""
+        if state.global_step < state.max_steps and time.monotonic() - self._last >= self._seconds:
+            control.should_save = control.should_log = True
+            self._last = time.monotonic()

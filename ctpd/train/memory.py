@@ -1,0 +1,25 @@
+"""Peak memory of a piece of work, in MiB: allocated on a GPU, resident on a CPU."""
+
+from pathlib import Path
+
+import torch
+
+_STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+
+
+def reset_peak() -> None:
+    """Start a new measurement."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    elif _CLEAR.exists():
+        _CLEAR.write_text("5")  # Linux: the peak of the resident set starts again from now
+
+
+def peak_mebibytes() -> float | None:
+    """The peak since `reset_peak`; None where the platform does not tell."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**20
+    if not _STATUS.exists():
+        return None
+    lines = [line for line in _STATUS.read_text().splitlines() if line.startswith("VmHWM:")]
+    return int(lines[0].split()[1]) / 1024 if lines else None

@@ -1,0 +1,109 @@
+"""What a table must say below itself: documents, seeds, what is missing or partial, how intervals were made."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from harness.comparability import Record
+from harness.statistics import CONFIDENCE, DRAWS
+
+if TYPE_CHECKING:
+    from harness.tables import Row, TableSpec
+
+PARTIAL_MARK = "†"
+
+
+def footnotes(
+    spec: "TableSpec", rows: Sequence["Row"], records: Sequence[Record], results: Mapping[str, Mapping[str, Any] | None]
+) -> Iterator[str]:
+    """Footnotes of one table, one sentence or two each.
+
+    Args:
+        spec: the table.
+        rows: its finished rows.
+        records: those that the rows show.
+        results: one evaluation of each column, None where no row has it; comparable records agree on what is said here.
+    """
+    measured = {name: result for name, result in results.items() if result is not None}
+    yield from _partial(measured)
+    yield from _missing(rows, records)
+    yield from _seeds(rows)
+    yield _scale(spec, rows)
+    yield from _differences(spec, rows)
+    yield from _protocol(measured)
+    yield from _truncated(records)
+    if spec.note is not None:
+        yield spec.note
+
+
+def _partial(results: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
+    parts = [
+        f"{name} {result['num_docs']:,} of {result['num_total']:,}"
+        for name, result in results.items()
+        if result["num_docs"] < result["num_total"]
+    ]
+    if parts:
+        yield f"{PARTIAL_MARK} Partial: evaluated on a part of the documents ({', '.join(parts)})."
+
+
+def _missing(rows: Sequence["Row"], records: Sequence[Record]) -> Iterator[str]:
+    parts = [f"{row.label} (all)" for row in rows if row.missing]
+    parts += [f"{row.label} (seed {', '.join(map(str, row.missing_seeds))})" for row in rows if row.missing_seeds]
+    parts += [f"{row.label} (some columns)" for row in rows if not row.missing and _incomplete(row)]
+    if parts:
+        recipes = {record["recipe"]: None for record in records}
+        command = f" `ctpd run {next(iter(recipes))}` brings them." if len(recipes) == 1 else ""
+        yield f"Missing: {'; '.join(parts)}.{command}"
+
+
+def _incomplete(row: "Row") -> bool:
+    return any(cell is None or cell.num_seeds < len(row.seeds) for cell in row.cells)
+
+
+def _seeds(rows: Sequence["Row"]) -> Iterator[str]:
+    seeds = sorted({seed for row in rows for seed in row.seeds if seed is not None})
+    listed = ", ".join(map(str, seeds))
+    if any(cell is not None and cell.spread is not None for row in rows for cell in row.cells):
+        yield f"Mean ± standard deviation over the training seeds ({listed})."
+    elif seeds:
+        yield f"One training seed ({listed}): no spread over seeds can be given."
+
+
+def _scale(spec: "TableSpec", rows: Sequence["Row"]) -> str:
+    unranked = [row.label for row in rows if row.run in spec.unranked]
+    return "Scores in percent" + (f"; not ranked: {', '.join(unranked)}." if unranked else ".")
+
+
+def _differences(spec: "TableSpec", rows: Sequence["Row"]) -> Iterator[str]:
+    base = next((row.label for row in rows if row.run == spec.base), None)
+    if any(row.difference is not None for row in rows):
+        matched = (
+            " Where a seed is missing, over the seeds that both have." if any(r.missing_seeds for r in rows) else ""
+        )
+        yield (
+            f"Difference of the Average to {base}: per document, averaged over seeds, with a paired {CONFIDENCE:.0%} "
+            f"percentile interval from {DRAWS:,} bootstrap samples of the documents within each column. It is "
+            "conditional on the trained seeds: another training run could move it further."
+            f"{matched}"
+        )
+
+
+def _protocol(results: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
+    parts = [
+        f"{name}: {result['task']} v{result['version']}, {result['num_docs']:,} documents, {result['shots']}-shot, "
+        f"{result['metric']}"
+        for name, result in results.items()
+    ]
+    if not parts:
+        return
+    first = next(iter(results.values()))
+    template = "with" if first["chat_template"] else "without"
+    yield (
+        f"{'; '.join(parts)}. Average: unweighted mean of the columns. lm-evaluation-harness "
+        f"{first['lm_eval_version']}, backend {first['backend']}, {first['dtype']}, {template} chat template."
+    )
+
+
+def _truncated(records: Sequence[Record]) -> Iterator[str]:
+    cut = sum(result.get("truncated", 0) > 0 for record in records for result in record["evaluation"].values())
+    if cut:
+        yield f"In {cut} evaluations some prompts exceeded the model's length and were cut from the left."

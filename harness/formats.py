@@ -1,0 +1,181 @@
+"""A finished table as text: Markdown, LaTeX, CSV and plain. Scores become percentages here."""
+
+import re
+import textwrap
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import pandas as pd
+
+from harness import latex
+from harness.footnotes import PARTIAL_MARK
+from harness.statistics import Interval
+from harness.tables import AVERAGE, Cell, Row, Table
+
+MISSING = "missing"
+NOTHING = "–"
+
+_NOT_OURS = "Reported by others; not our measurements."
+_LEGEND = "Bold: best of the column; underlined: second."
+
+
+class Styled(NamedTuple):
+    """Text of a cell and its rank: 1 for the best of its column, 2 for the second, else None."""
+
+    text: str
+    rank: int | None = None
+
+
+def frame(table: Table) -> pd.DataFrame:
+    """The table as numbers, in percent and percentage points: one line per row, empty where nothing was measured."""
+    lines = []
+    for row in table.rows:
+        line: dict[str, object] = {
+            "row": row.label,
+            "run": row.run,
+            "seeds": " ".join(str(seed) for seed in row.seeds if seed is not None),
+            "missing_seeds": " ".join(map(str, row.missing_seeds)),
+        }
+        for name, cell in zip((*table.columns, AVERAGE), row.cells, strict=True):
+            line[name] = None if cell is None else 100 * cell.mean
+            line[f"{name} std"] = None if cell is None or cell.spread is None else 100 * cell.spread
+        for end in ("value", "low", "high"):
+            name = "difference" if end == "value" else f"difference {end}"
+            line[name] = None if row.difference is None else 100 * getattr(row.difference, end)
+        line["difference to"] = table.base_label
+        line["partial columns"] = " ".join(table.partial)
+        lines.append(line)
+    return pd.DataFrame(lines)
+
+
+def to_csv(table: Table) -> str:
+    """Our numbers only, at four decimals: published ones are never merged with ours."""
+    return frame(table).to_csv(index=False, float_format="%.4f", lineterminator="\n")
+
+
+def to_markdown(table: Table) -> str:
+    """A pipe table with its caption above and its footnotes below; published numbers in a table of their own."""
+    header, rows = _grid(table)
+    body = [[_mark(cell, _markdown) for cell in row] for row in rows]
+    lines = [f"**{_markdown(_caption(table))}**", "", *_pipe_table(header, body)]
+    lines += ["", *(f"- {_markdown(note)}" for note in (_LEGEND, *table.footnotes))]
+    if (published := table.published) is not None:
+        lines += ["", f"**{_markdown(published.caption)}**", "", f"*{_NOT_OURS}*", ""]
+        lines += _pipe_table(published.header, [[_markdown(cell) for cell in row] for row in published.rows])
+        lines += ["", *(f"- {_markdown(note)}" for note in published.notes)]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def to_latex(table: Table) -> str:
+    """A ``table`` environment with booktabs rules. The file can be input into a paper, and compiles alone as well."""
+    header, rows = _grid(table)
+    body = [[_mark(cell, latex.escape, best=r"\textbf{%s}", second=r"\underline{%s}") for cell in row] for row in rows]
+    lines = [*latex.tabular(header, body), *latex.notes((_LEGEND, *table.footnotes))]
+    if (published := table.published) is not None:
+        heading = latex.escape(f"{published.caption}. {_NOT_OURS}")
+        lines += [r"\par\medskip", rf"\textit{{{heading}}}", r"\par\smallskip"]
+        lines += latex.tabular(published.header, [[latex.escape(cell) for cell in row] for row in published.rows])
+        lines += latex.notes(published.notes)
+    return latex.table(lines, caption=_caption(table), label=table.spec.name)
+
+
+def to_text(table: Table) -> str:
+    """Aligned columns for a terminal: ``*`` marks the best of a column, ``+`` the second."""
+    header, rows = _grid(table)
+    body = [[cell.text + {1: " *", 2: " +"}.get(cell.rank or 0, "  ") for cell in row] for row in rows]
+    lines = [_caption(table), "", *_aligned([f"{name}  " for name in header], body), ""]
+    lines += _wrapped(("* Best of the column, + second.", *table.footnotes))
+    if (published := table.published) is not None:
+        lines += ["", f"{published.caption}. {_NOT_OURS}", ""]
+        lines += [*_aligned(published.header, published.rows), "", *_wrapped(published.notes)]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+FORMATS: Mapping[str, Callable[[Table], str]] = {"md": to_markdown, "csv": to_csv, "tex": to_latex, "txt": to_text}
+"""By the suffix of the file."""
+
+
+def write_table(table: Table, directory: Path, *, formats: Sequence[str] = ("md", "csv", "tex")) -> list[Path]:
+    """Write ``directory/<name>.<format>`` for each format and return the paths."""
+    directory.mkdir(parents=True, exist_ok=True)
+    paths = [directory / f"{table.spec.name}.{suffix}" for suffix in formats]
+    for suffix, path in zip(formats, paths, strict=True):
+        path.write_text(FORMATS[suffix](table), encoding="utf-8", newline="\n")
+    return paths
+
+
+def _caption(table: Table) -> str:
+    caption = table.spec.caption.rstrip(".")
+    return f"{caption} (partial: a part of the documents)" if table.partial else caption
+
+
+def _grid(table: Table) -> tuple[list[str], list[list[Styled]]]:
+    """Header and cells as all formats show them."""
+    names = [f"{name} {PARTIAL_MARK}" if name in table.partial else name for name in table.columns]
+    header = ["", *names, f"{AVERAGE} {PARTIAL_MARK}" if table.partial else AVERAGE]
+    compared = any(row.difference is not None for row in table.rows)
+    with_seeds = any(seed is not None for row in table.rows for seed in row.seeds)
+    header += [f"{AVERAGE} vs. {table.base_label} [95 %]"] if compared else []
+    header += ["Seeds"] if with_seeds else []
+    rows = []
+    for row in table.rows:
+        cells = [Styled(row.label), *(_score(cell, row) for cell in row.cells)]
+        cells += [Styled(_difference(row.difference))] if compared else []
+        cells += [Styled(_seeds(row))] if with_seeds else []
+        rows.append(cells)
+    return header, rows
+
+
+def _score(cell: Cell | None, row: Row) -> Styled:
+    if cell is None:
+        return Styled(MISSING)
+    text = f"{100 * cell.mean:.2f}" + (f" ± {100 * cell.spread:.2f}" if cell.spread is not None else "")
+    if cell.num_seeds < len(row.seeds):
+        text += f" ({cell.num_seeds} of {len(row.seeds)})"
+    return Styled(text, cell.rank)
+
+
+def _difference(interval: Interval | None) -> str:
+    if interval is None:
+        return NOTHING
+    value, low, high = (f"{100 * end:+.2f}".replace("-", "−") for end in interval)
+    return f"{value} [{low}, {high}]"
+
+
+def _seeds(row: Row) -> str:
+    if row.missing or row.seeds == (None,):
+        return NOTHING
+    if not row.missing_seeds:
+        return str(len(row.seeds))
+    return f"{len(row.seeds)} of {len(row.seeds) + len(row.missing_seeds)}"
+
+
+def _mark(cell: Styled, escape: Callable[[str], str], *, best: str = "**%s**", second: str = "<ins>%s</ins>") -> str:
+    text = escape(cell.text)
+    return best % text if cell.rank == 1 else second % text if cell.rank == 2 else text
+
+
+def _pipe_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    def line(cells: Sequence[str]) -> str:
+        return "| " + " | ".join(cells) + " |"
+
+    return [line([_markdown(name) for name in header]), line(["---", *["---:"] * (len(header) - 1)]), *map(line, rows)]
+
+
+def _markdown(text: str) -> str:
+    return re.sub(r"([\\|*<])", r"\\\1", text)
+
+
+def _wrapped(notes: Sequence[str]) -> list[str]:
+    return [line for note in notes for line in textwrap.wrap(note, width=100, subsequent_indent="  ")]
+
+
+def _aligned(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+
+    def line(cells: Sequence[str]) -> str:
+        first, *others = zip(cells, widths, strict=True)
+        return "  ".join([first[0].ljust(first[1]), *(cell.rjust(width) for cell, width in others)]).rstrip()
+
+    return [line(header), "-" * (sum(widths) + 2 * (len(widths) - 1)), *map(line, rows)]

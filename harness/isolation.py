@@ -1,0 +1,72 @@
+"""Running a library that seeds, logs, caches and draws progress bars, without letting its caller notice."""
+
+import contextlib
+import io
+import logging
+import random
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+
+import datasets
+import numpy as np
+import torch
+
+Progress = Callable[[int, int], None]
+"""Told how many requests of how many are answered."""
+
+
+def shown(progress: Progress) -> Progress:
+    """The same, with the standard error of now: what it prints is not swallowed with lm-eval's bars."""
+    stderr = sys.stderr
+
+    def report(done: int, total: int) -> None:
+        with contextlib.redirect_stderr(stderr):
+            progress(done, total)
+
+    return report
+
+
+@contextlib.contextmanager
+def seeded(device: torch.device, *, seeds: Mapping[str, int]) -> Iterator[None]:
+    """The seeds ``python``, ``numpy`` and ``torch`` inside; outside, the caller's random states again."""
+    states = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        random.seed(seeds["python"])
+        np.random.seed(seeds["numpy"])
+        torch.manual_seed(seeds["torch"])
+        try:
+            yield
+        finally:
+            random.setstate(states[0])
+            np.random.set_state(states[1])
+
+
+@contextlib.contextmanager
+def quiet(library: str) -> Iterator[None]:
+    """No progress bars and remarks of the library's: ours are shown instead. Errors still come as exceptions."""
+    logger = logging.getLogger(library)
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):
+            yield
+    finally:
+        logger.setLevel(level)
+
+
+@contextlib.contextmanager
+def fresh_dataset_cache() -> Iterator[None]:
+    """A cache of ``datasets`` that is empty, and gone afterwards.
+
+    For a folder with a dataset card, the library's own key covers the card's text alone, neither the folder's place nor
+    the contents or times of its files (datasets 5.2, measured; a test holds it): two testbed worlds, or a mended file,
+    would be answered with the documents of whichever was read first.
+    """
+    place = datasets.config.HF_DATASETS_CACHE
+    with tempfile.TemporaryDirectory(prefix="ctpd-datasets-", ignore_cleanup_errors=True) as folder:
+        datasets.config.HF_DATASETS_CACHE = folder
+        try:
+            yield
+        finally:
+            datasets.config.HF_DATASETS_CACHE = place

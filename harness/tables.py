@@ -1,0 +1,226 @@
+"""Tables from records alone: means over seeds, ranks, and differences to a named base. No torch, no lm_eval.
+
+Scores stay fractions here; ``harness/formats.py`` writes them as percentages.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import numpy as np
+
+from ctpd.core.config import nearest
+from ctpd.core.errors import UserError
+from harness.comparability import Record, check_comparable
+from harness.footnotes import footnotes
+from harness.published import Published, load_published
+from harness.statistics import Floats, Interval, bootstrap_differences, difference_per_document, spread
+
+AVERAGE = "Average"
+
+Runs = Mapping[str, Mapping[int | None, Record]]
+"""Records by run and seed; the seed is None for a model that is not trained per seed, such as the teacher."""
+
+
+@dataclass(frozen=True, slots=True)
+class TableSpec:
+    """A table that a recipe declares.
+
+    Attributes:
+        name: stem of its files.
+        caption: one sentence.
+        rows: (label, run) in the order shown.
+        base: the run that differences are taken to; None for a table without differences.
+        note: a footnote of the recipe's own.
+        unranked: runs that are shown, but are neither best nor second, such as the teacher.
+        published: name of a table in ``harness/published`` to show below, apart.
+    """
+
+    name: str
+    caption: str
+    rows: tuple[tuple[str, str], ...]
+    base: str | None = None
+    note: str | None = None
+    unranked: tuple[str, ...] = ()
+    published: str | None = None
+
+
+class Cell(NamedTuple):
+    """One score: mean over seeds, their standard deviation (None below two) and rank (1 best, 2 second, else None)."""
+
+    mean: float
+    spread: float | None
+    num_seeds: int
+    rank: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One line. ``cells`` has a cell per column and one for the Average; None where nothing was measured.
+
+    ``seeds`` are those measured, ``missing_seeds`` those that other rows have; a row without any record has
+    ``missing`` set.
+    """
+
+    label: str
+    run: str
+    cells: tuple[Cell | None, ...]
+    seeds: tuple[int | None, ...]
+    missing_seeds: tuple[int, ...]
+    missing: bool
+    difference: Interval | None = None
+    differences: Mapping[str, Interval] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """A finished table: ``columns`` without the Average, ``partial`` those evaluated on a part of the documents."""
+
+    spec: TableSpec
+    columns: tuple[str, ...]
+    rows: tuple[Row, ...]
+    partial: tuple[str, ...]
+    footnotes: tuple[str, ...]
+    published: Published | None
+
+    @property
+    def base_label(self) -> str | None:
+        """Label of the row that differences are taken to."""
+        return next((row.label for row in self.rows if row.run == self.spec.base), None)
+
+
+def build_tables(
+    records: Sequence[Record],
+    specs: Sequence[TableSpec],
+    *,
+    columns: Sequence[str] | None = None,
+    seeds: Sequence[int] | None = None,
+) -> list[Table]:
+    """Build every table from the records of one recipe.
+
+    Args:
+        records: one per run and seed; runs that no table shows are allowed.
+        specs: the tables.
+        columns: the suite's column names in order; by default those of the records, in the order of the first.
+        seeds: the seeds that the recipe asks for; by default all that occur. Those that a row lacks are shown missing.
+
+    Raises:
+        UserError: no records, records that may not be compared, or a spec whose base is not among its rows.
+    """
+    if not records:
+        raise UserError("there are no records to make tables of", fix="Run the recipe first: `ctpd run RECIPE`")
+    check_comparable(records)
+    if columns is None:
+        columns = tuple({name: None for record in records for name in record["evaluation"]})
+    if seeds is None:
+        seeds = sorted({record["seed"] for record in records} - {None})
+    runs: dict[str, dict[int | None, Record]] = {}
+    for record in records:
+        runs.setdefault(record["run"], {})[record["seed"]] = record
+    return [build_table(runs, spec, columns=tuple(columns), seeds=tuple(seeds)) for spec in specs]
+
+
+def build_table(runs: Runs, spec: TableSpec, *, columns: tuple[str, ...], seeds: tuple[int, ...]) -> Table:
+    """Build one table from records that were checked (``check_comparable``); see ``build_tables``."""
+    names = [run for _, run in spec.rows]
+    for run in (*spec.unranked, *([spec.base] if spec.base is not None else [])):
+        if run not in names:
+            raise UserError(f"the run '{run}' is no row.{nearest(run, names)}", where=f"table '{spec.name}'",
+                            fix=f"Name one of its rows: {', '.join(names)}")  # fmt: skip
+    rows = [_row(label, run, runs.get(run, {}), columns=columns, seeds=seeds) for label, run in spec.rows]
+    rows = _with_differences(_with_ranks(rows, spec.unranked), runs, spec.base, columns)
+    published = load_published(spec.published) if spec.published is not None else None
+    shown = [record for run in names for record in runs.get(run, {}).values()]
+    results = {
+        name: next((record["evaluation"][name] for record in shown if name in record["evaluation"]), None)
+        for name in columns
+    }
+    return Table(
+        spec=spec,
+        columns=columns,
+        rows=tuple(rows),
+        partial=tuple(name for name, result in results.items() if result and result["num_docs"] < result["num_total"]),
+        footnotes=tuple(footnotes(spec, rows, shown, results)),
+        published=published,
+    )
+
+
+def _row(
+    label: str, run: str, records: Mapping[int | None, Record], *, columns: tuple[str, ...], seeds: tuple[int, ...]
+) -> Row:
+    per_column = [
+        [record["evaluation"][name]["value"] for record in records.values() if name in record["evaluation"]]
+        for name in columns
+    ]
+    complete = [
+        float(np.mean([record["evaluation"][name]["value"] for name in columns]))
+        for record in records.values()
+        if all(name in record["evaluation"] for name in columns)
+    ]
+    measured = tuple(sorted(records, key=lambda seed: (seed is not None, seed)))
+    seedless = None in records
+    return Row(
+        label=label,
+        run=run,
+        cells=tuple(
+            Cell(float(np.mean(values)), spread(values), len(values)) if values else None
+            for values in (*per_column, complete)
+        ),
+        seeds=measured,
+        missing_seeds=() if seedless or not records else tuple(seed for seed in seeds if seed not in records),
+        missing=not records,
+    )
+
+
+def _with_ranks(rows: Sequence[Row], unranked: Sequence[str]) -> list[Row]:
+    """Mark the best and the second best of each column, at the precision that is shown; equal scores share a rank."""
+    ranked = [row for row in rows if row.run not in unranked and not row.missing]
+    orders = [
+        sorted({round(cell.mean, 4) for row in ranked if (cell := row.cells[i]) is not None}, reverse=True)[:2]
+        for i in range(len(rows[0].cells) if rows else 0)
+    ]
+
+    def rank(row: Row, i: int, cell: Cell | None) -> Cell | None:
+        if cell is None or row not in ranked or len(orders[i]) < 2 or round(cell.mean, 4) not in orders[i]:
+            return cell
+        return cell._replace(rank=orders[i].index(round(cell.mean, 4)) + 1)
+
+    return [replace(row, cells=tuple(rank(row, i, cell) for i, cell in enumerate(row.cells))) for row in rows]
+
+
+def _with_differences(rows: Sequence[Row], runs: Runs, base: str | None, columns: tuple[str, ...]) -> list[Row]:
+    """Add the differences to the base, of the Average and of each column, with intervals."""
+    if base is None or base not in runs:
+        return list(rows)
+    base_scores = {name: _scores(runs[base], name) for name in columns}
+    compared = []
+    per_column: dict[str, list[Floats]] = {name: [] for name in columns}
+    for row in rows:
+        scores = {name: _scores(runs.get(row.run, {}), name) for name in columns}
+        if row.run == base or not all(_overlap(scores[name], base_scores[name]) for name in columns):
+            continue
+        compared.append(row.run)
+        for name in columns:
+            per_column[name].append(difference_per_document(scores[name], base_scores[name]))
+    if not compared:
+        return list(rows)
+    found = bootstrap_differences({name: np.stack(values, axis=1) for name, values in per_column.items()})
+    average = dict(zip(compared, found.average, strict=True))
+    by_column = {
+        run: {name: found.columns[name][i] for name in columns} for i, run in enumerate(compared)
+    }  # the report's forest plot
+    return [replace(row, difference=average.get(row.run), differences=by_column.get(row.run)) for row in rows]
+
+
+def _scores(records: Mapping[int | None, Record], column: str) -> dict[int | None, Floats]:
+    """Per-document scores [D] of one column by seed, for the seeds that have it."""
+    return {
+        seed: np.array([score for _, score in record["evaluation"][column]["documents"]], dtype=np.float64)
+        for seed, record in records.items()
+        if column in record["evaluation"]
+    }
+
+
+def _overlap(left: Mapping[int | None, Floats], right: Mapping[int | None, Floats]) -> bool:
+    """Whether two systems can be paired: a common seed, or one of them without seeds."""
+    return bool(left and right and (None in left or None in right or set(left) & set(right)))

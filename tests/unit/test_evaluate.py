@@ -1,0 +1,417 @@
+"""Evaluation on tiny random models and tasks written here: lm-eval's own scores, no side effects, clear refusals."""
+
+import copy
+import json
+import random
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from lm_eval.evaluator import simple_evaluate
+from lm_eval.models.huggingface import HFLM
+from lm_eval.tasks import TaskManager
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from ctpd.core.errors import UserError
+from harness.evaluate import LastLogitsLM, check_column, evaluate_column
+from harness.suites import Column, load_suite
+
+NUM_DOCS = 12
+
+
+@pytest.fixture(autouse=True)
+def _own_dataset_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """lm-eval's own entry point, which some tests compare with, caches by the text of a data set's card alone."""
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> PreTrainedTokenizerFast:
+    """Bytes as tokens and an end token; no pad token, which lm-eval adds to whatever it is given."""
+    vocab = {symbol: i for i, symbol in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    backend = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<end>")
+
+
+@pytest.fixture(scope="module")
+def model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
+        max_position_embeddings=160, bos_token_id=None, eos_token_id=tokenizer.eos_token_id, pad_token_id=None,
+        initializer_range=0.4,
+    )  # fmt: skip
+    return LlamaForCausalLM(config)
+
+
+def write_data(root: Path, *, answers: str = "red blue green") -> Path:
+    """A mirror of the hub that holds one data set, as the testbed writes its own."""
+    folder = root / "someone" / "colours"
+    folder.mkdir(parents=True)
+    rows = [
+        {"question": f"Which colour has item {i * 7}?", "choices": answers.split(), "label": i % 3}
+        for i in range(NUM_DOCS)
+    ]
+    (folder / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    card = {"configs": [{"config_name": "main", "data_files": [{"split": "test", "path": "test.jsonl"}]}]}
+    (folder / "README.md").write_text(f"---\n{yaml.safe_dump(card)}---\n")
+    return root
+
+
+def write_tasks(folder: Path) -> Path:
+    """A multiple-choice task, a generation task and a task that fixes its shots at 0."""
+    folder.mkdir(parents=True)
+    mean = {"aggregation": "mean", "higher_is_better": True}
+    shared = {
+        "dataset_path": "someone/colours", "dataset_name": "main", "test_split": "test", "fewshot_split": "test",
+        "doc_to_text": "Q: {{question}}\nA:", "metadata": {"version": 1.0}, "tag": "colours",
+    }  # fmt: skip
+    choice = shared | {
+        "task": "colour_choice", "output_type": "multiple_choice", "doc_to_choice": "{{choices}}",
+        "doc_to_target": "label", "metric_list": [mean | {"metric": "acc"}, mean | {"metric": "acc_norm"}],
+    }  # fmt: skip
+    generation = shared | {
+        "task": "colour_words", "output_type": "generate_until", "doc_to_target": "{{choices[label]}}",
+        "metric_list": [mean | {"metric": "exact_match"}],
+        "generation_kwargs": {"until": ["\n"], "max_gen_toks": 6, "do_sample": False},
+        "filter_list": [
+            {"name": "whole", "filter": [{"function": "take_first"}]},
+            {"name": "letter", "filter": [{"function": "regex", "regex_pattern": "([a-z])"},
+                                          {"function": "take_first"}]},
+        ],
+    }  # fmt: skip
+    fixed = choice | {"task": "colour_fixed", "num_fewshot": 0}
+    for config in (choice, generation, fixed):
+        (folder / f"{config['task']}.yaml").write_text(yaml.safe_dump(config))
+    return folder
+
+
+@pytest.fixture
+def data_root(tmp_path: Path) -> Path:
+    return write_data(tmp_path / "hub")
+
+
+@pytest.fixture
+def choice(tmp_path: Path) -> Column:
+    return Column(
+        name="Choice", task="colour_choice", metric="acc_norm,none", version=1.0, shots=1, also=("acc,none",),
+        folder=str(write_tasks(tmp_path / "tasks")),
+    )  # fmt: skip
+
+
+@pytest.fixture
+def words(choice: Column) -> Column:
+    return replace(
+        choice, name="Words", task="colour_words", metric="exact_match,whole", also=("exact_match,letter",), shots=0
+    )
+
+
+def stock(model: LlamaForCausalLM, tokenizer: Any, column: Column, data_root: Path, **options: Any) -> Any:
+    """The same column by lm-eval's own model and entry point."""
+    import contextlib
+
+    manager = TaskManager(include_defaults=False, include_path=[str(column.folder)])
+    with contextlib.chdir(data_root):
+        lm = HFLM(pretrained=model, tokenizer=copy.deepcopy(tokenizer), batch_size=5)
+        return simple_evaluate(lm, tasks=[column.task], num_fewshot=column.shots, task_manager=manager, **options)
+
+
+@pytest.fixture
+def evaluation_mode(model: LlamaForCausalLM) -> Iterator[None]:
+    yield
+    model.eval()
+
+
+def test_multiple_choice_scores_are_those_of_lm_evals_own_model(
+    model: LlamaForCausalLM, tokenizer: Any, choice: Column, data_root: Path
+) -> None:
+    """Logits of the last positions only, the same requests: same metrics, log-probabilities to float noise."""
+    ours = evaluate_column(model, tokenizer, choice, data_root=data_root, batch_size=5)
+    theirs = stock(model, tokenizer, choice, data_root)
+    assert ours["value"] == theirs["results"]["colour_choice"]["acc_norm,none"]
+    assert ours["stderr"] == pytest.approx(theirs["results"]["colour_choice"]["acc_norm_stderr,none"])
+    assert ours["also"] == {"acc,none": theirs["results"]["colour_choice"]["acc,none"]}
+    samples = theirs["samples"]["colour_choice"]
+    assert ours["documents"] == [[sample["doc_hash"], sample["acc_norm"]] for sample in samples]
+    assert 0 < ours["value"] < 1
+    assert ours["value"] == pytest.approx(np.mean([score for _, score in ours["documents"]]))
+
+
+def test_log_probabilities_are_those_of_full_logits(model: LlamaForCausalLM, tokenizer: Any) -> None:
+    """Continuations of other lengths, padding, and prompts that end in token 0, lm-eval's padding."""
+    from lm_eval.api.instance import Instance
+
+    zero = tokenizer.decode([0])
+    pairs = [("A" * 9, "xyz"), ("B" * 30, "x"), ("C", "long answer " * 3), ("D" + zero, zero * 3), ("E" * 12, zero)]
+    requests = [Instance("loglikelihood", {}, pair, i) for i, pair in enumerate(pairs)]
+    ours = LastLogitsLM(model, tokenizer, batch_size=3, progress=None)
+    theirs = HFLM(pretrained=model, tokenizer=copy.deepcopy(tokenizer), batch_size=3)
+    assert ours._keeps_last_logits
+    for mine, other in zip(
+        ours.loglikelihood(requests), theirs.loglikelihood(requests, disable_tqdm=True), strict=True
+    ):
+        assert mine[0] == pytest.approx(other[0], abs=1e-4)
+        assert mine[1] == other[1]
+
+
+def test_only_as_many_logits_are_computed_as_the_longest_continuation_needs(
+    model: LlamaForCausalLM, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from lm_eval.api.instance import Instance
+
+    lm = LastLogitsLM(model, tokenizer, batch_size=2, progress=None)
+    shapes = []
+    monkeypatch.setattr(
+        model.lm_head,
+        "forward",
+        lambda h: shapes.append(h.shape) or torch.nn.functional.linear(h, model.lm_head.weight),
+    )
+    lm.loglikelihood(
+        [Instance("loglikelihood", {}, ("A" * 80, "xyz"), 0), Instance("loglikelihood", {}, ("B" * 78, "xy"), 0)]
+    )
+    assert [tuple(shape[:2]) for shape in shapes] == [(2, 3 + 3)]  # padding 3, continuation 3
+
+
+def test_a_model_without_logits_to_keep_falls_back_to_full_logits(tokenizer: Any, model: LlamaForCausalLM) -> None:
+    class Plain(LlamaForCausalLM):
+        def forward(self, input_ids: torch.Tensor) -> Any:  # type: ignore[override]
+            return super().forward(input_ids=input_ids)
+
+    plain = Plain(model.config).eval()
+    lm = LastLogitsLM(plain, tokenizer, batch_size=2, progress=None)
+    assert not lm._keeps_last_logits
+    assert lm._model_call(torch.ones(1, 7, dtype=torch.long)).shape[:2] == (1, 7)
+
+
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")  # peft asks transformers' old name
+def test_an_adapter_on_a_model_is_evaluated_as_the_merged_model_is(
+    model: LlamaForCausalLM, tokenizer: Any, choice: Column, data_root: Path
+) -> None:
+    """A PEFT model keeps the last logits too, and is handed back as it came."""
+    from peft import LoraConfig, get_peft_model
+
+    adapted = get_peft_model(copy.deepcopy(model), LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
+    adapted.eval()
+    assert LastLogitsLM(adapted, tokenizer, batch_size=2, progress=None)._keeps_last_logits
+    ours = evaluate_column(adapted, tokenizer, choice, data_root=data_root, batch_size=5)
+    theirs = stock(adapted.merge_and_unload(), tokenizer, choice, data_root)
+    assert ours["documents"] == [
+        [sample["doc_hash"], sample["acc_norm"]] for sample in theirs["samples"]["colour_choice"]
+    ]
+
+
+def test_generation_scores_are_those_of_lm_evals_own_model(
+    model: LlamaForCausalLM, tokenizer: Any, words: Column, data_root: Path
+) -> None:
+    ours = evaluate_column(model, tokenizer, words, data_root=data_root, batch_size=5)
+    theirs = stock(model, tokenizer, words, data_root)
+    assert ours["value"] == theirs["results"]["colour_words"]["exact_match,whole"]
+    assert ours["also"] == {"exact_match,letter": theirs["results"]["colour_words"]["exact_match,letter"]}
+    whole = [sample for sample in theirs["samples"]["colour_words"] if sample["filter"] == "whole"]
+    assert ours["documents"] == [[sample["doc_hash"], sample["exact_match"]] for sample in whole]
+
+
+def test_the_task_hash_is_the_one_that_lm_evals_tracker_reports(
+    model: LlamaForCausalLM, tokenizer: Any, words: Column, data_root: Path, tmp_path: Path
+) -> None:
+    from lm_eval.loggers import EvaluationTracker
+
+    results = stock(model, tokenizer, words, data_root, limit=3)
+    EvaluationTracker(output_path=str(tmp_path / "out")).save_results_aggregated(results, results["samples"])
+    ours = evaluate_column(model, tokenizer, words, data_root=data_root, batch_size=5, limit=3)
+    assert ours["task_hash"] == results["task_hashes"]["colour_words"]
+
+
+@pytest.mark.usefixtures("evaluation_mode")
+def test_model_tokenizer_and_random_states_are_left_as_they_were(
+    model: LlamaForCausalLM, tokenizer: Any, choice: Column, data_root: Path
+) -> None:
+    model.train()
+    model.model.layers[0].eval()
+    modes = [module.training for module in model.modules()]
+    weights = {name: value.clone() for name, value in model.state_dict().items()}
+    states = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state()
+    evaluate_column(model, tokenizer, choice, data_root=data_root, batch_size=5, limit=2)
+    assert [module.training for module in model.modules()] == modes
+    assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
+    assert tokenizer.pad_token is None
+    assert (random.getstate(), np.random.get_state()[1].tolist()) == states[:2]
+    assert torch.equal(torch.get_rng_state(), states[2])
+
+
+@pytest.mark.usefixtures("evaluation_mode")
+def test_the_mode_is_restored_after_an_error_too(
+    model: LlamaForCausalLM, tokenizer: Any, choice: Column, tmp_path: Path
+) -> None:
+    model.train()
+    with pytest.raises(UserError):
+        evaluate_column(model, tokenizer, choice, data_root=tmp_path, batch_size=5)
+    assert model.training
+
+
+def test_a_limit_takes_the_first_documents_and_is_recorded(
+    model: LlamaForCausalLM, tokenizer: Any, choice: Column, data_root: Path
+) -> None:
+    whole = evaluate_column(model, tokenizer, choice, data_root=data_root, batch_size=5)
+    part = evaluate_column(model, tokenizer, choice, data_root=data_root, batch_size=5, limit=4)
+    assert (whole["limit"], whole["num_docs"], whole["num_total"]) == (None, NUM_DOCS, NUM_DOCS)
+    assert (part["limit"], part["num_docs"], part["num_total"]) == (4, 4, NUM_DOCS)
+    assert part["documents"] == whole["documents"][:4]
+    assert part["task_hash"] != whole["task_hash"]
+
+
+def test_a_result_is_plain_json_and_repeats_itself(
+    model: LlamaForCausalLM, tokenizer: Any, words: Column, data_root: Path
+) -> None:
+    first, second = (evaluate_column(model, tokenizer, words, data_root=data_root, batch_size=5) for _ in range(2))
+    assert json.loads(json.dumps(first)) == first
+    assert {**first, "seconds": 0} == {**second, "seconds": 0}
+    assert first["dtype"] == "float32"
+    assert first["max_length"] == 160
+    assert first["shots"] == 0
+
+
+def test_two_mirrors_with_one_data_set_name_are_not_mixed_up(
+    model: LlamaForCausalLM, tokenizer: Any, choice: Column, data_root: Path, tmp_path: Path
+) -> None:
+    """`datasets` caches both under one key; a second world must not be evaluated on the documents of the first."""
+    other = write_data(tmp_path / "other", answers="one two three")
+    results = [evaluate_column(model, tokenizer, choice, data_root=root, batch_size=5) for root in (data_root, other)]
+    assert results[0]["task_hash"] != results[1]["task_hash"]
+    (other / "someone/colours/test.jsonl").write_text((data_root / "someone/colours/test.jsonl").read_text())
+    mended = evaluate_column(model, tokenizer, choice, data_root=other, batch_size=5)
+    assert mended["task_hash"] == results[0]["task_hash"]
+
+
+def test_progress_counts_every_request_and_may_print_to_the_terminal(
+    model: LlamaForCausalLM, tokenizer: Any, choice: Column, data_root: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import sys
+
+    seen = []
+
+    def report(done: int, total: int) -> None:
+        seen.append((done, total))
+        print("bar", file=sys.stderr)
+
+    evaluate_column(model, tokenizer, choice, data_root=data_root, batch_size=5, limit=4, progress=report)
+    assert seen == [(done, 12) for done in range(13)]
+    assert capsys.readouterr().err.split() == ["bar"] * 13
+
+
+def one_paragraph(error: pytest.ExceptionInfo[UserError]) -> str:
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def test_missing_data_names_the_data_set_and_how_to_get_it(
+    model: LlamaForCausalLM, tokenizer: Any, choice: Column, tmp_path: Path
+) -> None:
+    with pytest.raises(UserError) as error:
+        evaluate_column(model, tokenizer, choice, data_root=tmp_path, batch_size=5)
+    with pytest.raises(UserError, match="someone/colours"):
+        check_column(choice, data_root=tmp_path)
+    text = one_paragraph(error)
+    assert "'someone/colours'" in text
+    assert "hf download someone/colours --repo-type dataset" in text
+
+
+def test_a_missing_file_of_a_mirror_is_one_paragraph_too(
+    model: LlamaForCausalLM, tokenizer: Any, choice: Column, data_root: Path
+) -> None:
+    (data_root / "someone/colours/test.jsonl").unlink()
+    with pytest.raises(UserError, match=r"test\.jsonl") as error:
+        evaluate_column(model, tokenizer, choice, data_root=data_root, batch_size=5)
+    one_paragraph(error)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"version": 2.0}, "has version 1.0, and the suite was written for 2.0"),
+        ({"task": "colour_choise"}, "Did you mean 'colour_choice'"),
+        ({"metric": "f1,none"}, "has no metric 'f1,none'"),
+        ({"task": "colour_fixed", "shots": 5}, "takes no shots"),
+        ({"folder": "no_such_folder"}, "no task or group 'colour_choice'"),
+        ({"task": "colours"}, "no task or group 'colours'"),  # a tag
+    ],
+)
+def test_what_the_suite_gets_wrong_is_refused(
+    model: LlamaForCausalLM, tokenizer: Any, choice: Column, data_root: Path, changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(UserError, match=message) as error:
+        evaluate_column(model, tokenizer, replace(choice, **changes), data_root=data_root, batch_size=5, limit=2)
+    one_paragraph(error)
+
+
+def test_prompts_longer_than_the_model_are_counted_and_no_room_to_generate_is_refused(
+    model: LlamaForCausalLM, tokenizer: Any, choice: Column, words: Column, data_root: Path
+) -> None:
+    cut = evaluate_column(model, tokenizer, replace(choice, shots=5), data_root=data_root, batch_size=5, limit=2)
+    assert cut["truncated"] == 6
+    short = LlamaForCausalLM(LlamaConfig(**(model.config.to_dict() | {"max_position_embeddings": 6})))
+    with pytest.raises(UserError, match="leaves no room for a prompt"):
+        evaluate_column(short, tokenizer, words, data_root=data_root, batch_size=5, limit=2)
+
+
+def test_a_chat_template_is_used_where_there_is_one_and_asked_for_in_vain_refused(
+    model: LlamaForCausalLM, tokenizer: Any, choice: Column, data_root: Path
+) -> None:
+    options: dict[str, Any] = {"data_root": data_root, "batch_size": 5, "limit": 2, "chat_template": True}
+    with pytest.raises(UserError, match="no chat template"):
+        evaluate_column(model, tokenizer, choice, **options)
+    chatty = copy.deepcopy(tokenizer)
+    chatty.chat_template = (
+        "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}{% if add_generation_prompt %}[a]{% endif %}"
+    )
+    with_template = evaluate_column(model, chatty, choice, **options)
+    without = evaluate_column(model, chatty, choice, **options | {"chat_template": False})
+    assert with_template["chat_template"]
+    assert not without["chat_template"]
+    assert with_template["task_hash"] != without["task_hash"]
+
+
+def test_suites_are_strict_and_may_bring_their_own_tasks(tmp_path: Path) -> None:
+    folder = write_tasks(tmp_path / "mine")
+    file = tmp_path / "suite.yaml"
+    column = '{name: A, task: colour_choice, metric: "acc,none", version: 1.0, folder: mine}'
+    file.write_text(f"name: own\ncolumns:\n  - {column}\n")
+    assert load_suite(file).columns[0].folder == str(folder.resolve())
+    assert load_suite(file).columns[0].shots is None
+    for text, message in [
+        ("name: own\ncolumns: []\n", "no columns"),
+        (f"name: own\ncolumns:\n  - {column}\n  - {column}\n", "'A' is taken"),
+        (f"name: own\ncolumns:\n  - {column.replace('acc,none', 'acc')}\n", "names no filter"),
+        (f"name: own\ncolumns:\n  - {column.replace('version', 'verson')}\n", "Did you mean 'version'"),
+    ]:
+        file.write_text(text)
+        with pytest.raises(UserError, match=message):
+            load_suite(file)
+    with pytest.raises(UserError, match="Did you mean 'card'"):
+        load_suite("cart")
+    with pytest.raises(UserError, match="no suite file"):
+        load_suite(tmp_path / "none.yaml")
+
+
+def test_the_paper_and_card_suites_are_those_of_the_method() -> None:
+    """METHOD 7: tasks, shots and metrics."""
+    table = {
+        "GSM8K": ("gsm8k", 5, "exact_match,strict-match"),
+        "TruthfulQA": ("truthfulqa_mc2", 0, "acc,none"),
+        "Winogrande": ("winogrande", 5, "acc,none"),
+        "ARC": ("arc_challenge", 25, "acc_norm,none"),
+        "HellaSwag": ("hellaswag", 10, "acc_norm,none"),
+        "MMLU": ("mmlu", 5, "acc,none"),
+    }
+    paper = {column.name: (column.task, column.shots, column.metric) for column in load_suite("paper").columns}
+    card = {column.name: (column.task, column.shots, column.metric) for column in load_suite("card").columns}
+    assert paper == table
+    assert card == {name: table[name] for name in ("GSM8K", "TruthfulQA", "Winogrande")}

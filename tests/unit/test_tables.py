@@ -1,0 +1,330 @@
+"""Tables from records alone: numbers, ranks, differences, what is missing or partial, formats, and refusals."""
+
+import io
+import re
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from ctpd.core.errors import UserError
+from harness import latex
+from harness.formats import FORMATS, frame, to_csv, to_latex, to_markdown, to_text, write_table
+from harness.published import PUBLISHED, load_published
+from harness.suites import suite_names
+from harness.tables import Table, TableSpec, build_tables
+
+Record = dict[str, Any]
+
+
+def result(name: str, scores: list[float], *, total: int | None = None, **changes: Any) -> Record:
+    return {
+        "name": name, "task": name.lower(), "version": 1.0, "shots": 5, "metric": "acc,none",
+        "value": float(np.mean(scores)), "stderr": 0.01, "also": {}, "limit": None, "num_docs": len(scores),
+        "num_total": total or len(scores), "task_hash": f"hash of {name}",
+        "documents": [[f"{name}-{i}", score] for i, score in enumerate(scores)], "seconds": 1.0,
+        "lm_eval_version": "0.4.13", "backend": "hf", "batch_size": 8, "dtype": "float32", "chat_template": False,
+        "max_length": 512, "truncated": 0,
+    } | changes  # fmt: skip
+
+
+def record(run: str, seed: int | None, *results: Record, shared: Record | None = None, **changes: Any) -> Record:
+    shared = shared or {"train": {"epochs": 3}, "seeds": [0, 1]}
+    return {
+        "schema": 1, "recipe": "testbed", "run": run, "seed": seed, "method": None, "params": {}, "tuned": {},
+        "shared": shared, "shared_hash": str(shared["train"]), "suite": "card", "partial": False, "training": None,
+        "weights": None, "data": {}, "evaluation": {one["name"]: one for one in results}, "provenance": {},
+    } | changes  # fmt: skip
+
+
+def study() -> list[Record]:
+    """A teacher without seeds, and two methods with two seeds: on four documents of GSM8K and two of Wino."""
+    return [
+        record("teacher", None, result("GSM8K", [1, 1, 1, 1]), result("Wino", [1, 1])),
+        record("dpo", 0, result("GSM8K", [1, 0, 0, 0]), result("Wino", [1, 0])),
+        record("dpo", 1, result("GSM8K", [1, 1, 0, 0]), result("Wino", [0, 1])),
+        record("ctpd", 0, result("GSM8K", [1, 1, 1, 0]), result("Wino", [0, 1])),
+        record("ctpd", 1, result("GSM8K", [1, 1, 0, 0]), result("Wino", [1, 0])),
+    ]
+
+
+SPEC = TableSpec(
+    name="main",
+    caption="Main results",
+    rows=(("Teacher", "teacher"), ("DPO", "dpo"), ("CTPD", "ctpd")),
+    base="dpo",
+    unranked=("teacher",),
+)
+
+
+def build(records: list[Record], spec: TableSpec = SPEC, **options: Any) -> Table:
+    (table,) = build_tables(records, [spec], **options)
+    return table
+
+
+def test_cells_are_means_over_seeds_with_their_standard_deviation() -> None:
+    table = build(study())
+    assert table.columns == ("GSM8K", "Wino")
+    _, dpo, ctpd = table.rows
+    assert [cell and cell.mean for cell in dpo.cells] == pytest.approx([0.375, 0.5, 0.4375])
+    assert [cell and cell.spread for cell in dpo.cells] == pytest.approx([0.125 * 2**0.5, 0.0, 0.0625 * 2**0.5])
+    assert [cell and cell.mean for cell in ctpd.cells] == pytest.approx([0.625, 0.5, 0.5625])
+
+
+def test_best_and_second_are_ranked_without_the_unranked_rows_and_equal_scores_share_a_rank() -> None:
+    ranks = {row.run: [cell and cell.rank for cell in row.cells] for row in build(study()).rows}
+    assert ranks == {"teacher": [None] * 3, "dpo": [2, None, 2], "ctpd": [1, None, 1]}
+
+
+def test_difference_is_paired_by_document_and_averaged_over_seeds_and_columns() -> None:
+    teacher, dpo, ctpd = build(study()).rows
+    assert dpo.difference is None
+    assert ctpd.difference is not None
+    assert ctpd.differences is not None
+    assert ctpd.difference.value == pytest.approx(0.5625 - 0.4375)
+    assert ctpd.differences["GSM8K"].value == pytest.approx(0.25)
+    # per document, over seeds: GSM8K [0, .5, .5, 0], Wino [0, 0]. A bootstrap mean lies in [0, .5] / 2 columns.
+    assert (ctpd.difference.low, ctpd.difference.high) == pytest.approx((0.0, 0.25), abs=0.07)
+    assert ctpd.differences["Wino"] == (0.0, 0.0, 0.0)
+    assert teacher.difference is not None
+    assert teacher.difference.value == pytest.approx(1 - 0.4375)
+
+
+def test_an_interval_is_the_same_whatever_other_rows_stand_in_the_table() -> None:
+    alone = TableSpec(name="two", caption="Two", rows=(("CTPD", "ctpd"), ("DPO", "dpo")), base="dpo")
+    assert build(study(), alone).rows[0].difference == pytest.approx(build(study()).rows[2].difference)
+
+
+def test_a_missing_seed_is_shown_missing_with_the_command_that_brings_it() -> None:
+    table = build(study()[:-1])
+    assert table.rows[2].missing_seeds == (1,)
+    text = to_markdown(table)
+    assert "1 of 2" in text
+    assert "Missing: CTPD (seed 1). `ctpd run testbed` brings them." in text
+    assert "over the seeds that both have" in text
+    assert table.rows[2].difference is not None
+    assert table.rows[2].difference.value == pytest.approx(0.625 - 0.375)  # seed 0 against seed 0
+
+
+def test_a_run_without_records_is_a_row_of_missing() -> None:
+    spec = TableSpec(name="main", caption="Main", rows=(*SPEC.rows, ("KD", "kd")), base="dpo")
+    text = to_text(build(study(), spec))
+    assert re.search(r"^KD +missing +missing +missing", text, re.MULTILINE)
+    assert "Missing: KD (all)." in text
+
+
+def test_a_base_without_records_leaves_differences_out() -> None:
+    table = build([one for one in study() if one["run"] != "dpo"])
+    assert all(row.difference is None for row in table.rows)
+    assert "vs." not in to_text(table)
+
+
+def test_a_seed_that_the_recipe_asks_for_and_no_record_has_is_missing() -> None:
+    table = build(study(), seeds=(0, 1, 2))
+    assert [row.missing_seeds for row in table.rows] == [(), (2,), (2,)]
+
+
+def test_a_column_that_one_seed_lacks_is_averaged_over_the_others_and_says_so() -> None:
+    records = study()
+    del records[-1]["evaluation"]["Wino"]
+    table = build(records)
+    wino, average = table.rows[2].cells[1:]
+    assert wino is not None
+    assert average is not None
+    assert (wino.num_seeds, average.num_seeds) == (1, 1)
+    assert average.mean == pytest.approx((0.75 + 0.5) / 2)
+    assert "(1 of 2)" in to_text(table)
+    assert "CTPD (some columns)" in to_text(table)
+
+
+def test_limited_runs_are_marked_partial_everywhere() -> None:
+    records = [
+        record(run, seed, result("GSM8K", [1, 0], total=1319, limit=2), result("Wino", [1, 0]), partial=True)
+        for run, seed in (("teacher", None), ("dpo", 0), ("ctpd", 0))
+    ]
+    table = build(records)
+    assert table.partial == ("GSM8K",)
+    assert frame(table)["partial columns"].tolist() == ["GSM8K"] * 3
+    for text in (to_markdown(table), to_text(table), to_latex(table)):
+        assert "(partial: a part of the documents)" in text
+        assert "GSM8K 2 of 1,319" in text
+    assert "GSM8K †" in to_markdown(table)
+
+
+def test_footnotes_name_documents_shots_seeds_versions_and_what_the_interval_is_conditional_on() -> None:
+    text = " ".join(build(study()).footnotes)
+    for needed in ("gsm8k v1.0, 4 documents, 5-shot", "training seeds (0, 1)", "lm-evaluation-harness 0.4.13", "95%",
+                   "conditional on the trained seeds", "not ranked: Teacher", "float32", "to DPO"):  # fmt: skip
+        assert needed in text
+    single = build([one for one in study() if one["seed"] in (None, 0)])
+    assert any("One training seed (0)" in note for note in single.footnotes)
+
+
+def test_other_shared_settings_are_refused_and_the_fields_named() -> None:
+    records = study()
+    records[3] = record("ctpd", 0, shared={"train": {"epochs": 4}, "seeds": [0, 1, 2]})
+    with pytest.raises(UserError, match=r"`train\.epochs` \(3 and 4\)") as caught:
+        build(records)
+    assert "seeds" not in str(caught.value).split("settings:")[1].split("Compare")[0]
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("task_hash", "other"), ("version", 2.0), ("num_docs", 3), ("dtype", "bfloat16"), ("backend", "vllm"),
+     ("shots", 0), ("chat_template", True), ("lm_eval_version", "0.4.14"), ("batch_size", 1)],
+)  # fmt: skip
+def test_results_under_another_protocol_are_refused_by_column_and_field(field: str, value: object) -> None:
+    records = study()
+    records[2]["evaluation"]["Wino"][field] = value
+    with pytest.raises(UserError, match=rf"column 'Wino'.*run 'dpo', seed 1.*`{field}`"):
+        build(records)
+
+
+def test_other_documents_under_one_hash_are_refused() -> None:
+    records = study()
+    records[2]["evaluation"]["Wino"]["documents"][0][0] = "another document"
+    with pytest.raises(UserError, match=r"column 'Wino'.*`documents`"):
+        build(records)
+
+
+def test_chat_templates_change_prompts_and_so_only_documents_must_agree() -> None:
+    records = study()
+    for number, one in enumerate(records):
+        for column in one["evaluation"].values():
+            column |= {"chat_template": True, "task_hash": f"prompts of model {number}"}
+    assert "with chat template" in " ".join(build(records).footnotes)
+
+
+def test_a_record_given_twice_another_schema_and_an_unknown_base_are_refused() -> None:
+    with pytest.raises(UserError, match="two records of run 'dpo', seed 0"):
+        build([*study(), study()[1]])
+    with pytest.raises(UserError, match="schema 2"):
+        build([*study()[:-1], study()[-1] | {"schema": 2}])
+    with pytest.raises(UserError, match=r"the run 'dqo' is no row. Did you mean 'dpo'\?"):
+        build(study(), TableSpec(name="main", caption="Main", rows=SPEC.rows, base="dqo"))
+    with pytest.raises(UserError, match="no records"):
+        build_tables([], [SPEC])
+
+
+def test_markdown_has_one_line_per_row_bold_best_and_underlined_second() -> None:
+    lines = to_markdown(build(study())).splitlines()
+    table = [line for line in lines if line.startswith("|")]
+    assert len(table) == 5
+    assert len({line.count("|") for line in table}) == 1
+    assert "**62.50 ± 17.68**" in table[4]
+    assert "<ins>37.50 ± 17.68</ins>" in table[3]
+    assert "+12.50 [" in table[4]
+
+
+def test_markup_in_labels_is_escaped() -> None:
+    spec = TableSpec(name="main", caption="a|b", rows=(("x_y & 100%|*", "ctpd"), ("DPO", "dpo")))
+    table = build(study(), spec)
+    assert r"x_y & 100%\|\*" in to_markdown(table)
+    assert r"x\_y \& 100\%\textbar{}*" in to_latex(table)
+    assert r"\texttt{ctpd run a\_b}" in latex.escape("Use `ctpd run a_b`.")
+
+
+def test_csv_reads_back_as_numbers_in_percent_without_published_ones() -> None:
+    table = build(
+        study(), TableSpec(name="m", caption="M", rows=SPEC.rows, base="dpo", published="table1_qwen14b_llama8b")
+    )
+    read = pd.read_csv(io.StringIO(to_csv(table)))
+    assert read["row"].tolist() == ["Teacher", "DPO", "CTPD"]
+    assert read["Average"].tolist() == [100.0, 43.75, 56.25]
+    assert read["difference"].tolist()[1:] == pytest.approx([np.nan, 12.5], nan_ok=True)
+    assert "67.42" not in to_csv(table)
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in PUBLISHED.glob("*.csv")))
+def test_every_published_table_is_labelled_and_shown_below_ours(name: str) -> None:
+    table = build(study(), TableSpec(name="m", caption="M", rows=SPEC.rows, published=name))
+    for suffix in ("md", "txt", "tex"):
+        ours, label, theirs = FORMATS[suffix](table).partition("Published (arXiv 2601.11865")
+        assert label
+        assert "Reported by others; not our measurements." in theirs
+        assert "67.42" in theirs or "43.26" in theirs
+        assert "67.42" not in ours
+
+
+def test_published_footnotes_are_true_of_the_published_numbers() -> None:
+    table = load_published("table1_qwen14b_llama8b")
+    rows = {row[0]: [float(value) for value in row[1:]] for row in table.rows}
+    assert np.mean(rows["CTPD"][:-1]) == pytest.approx(67.47, abs=0.005)
+    assert rows["CTPD"][-1] - rows["TIS-DPO"][-1] == pytest.approx(1.26)
+    assert rows["CTPD"][-1] - rows["DPO"][-1] == pytest.approx(1.78)
+    smaller = load_published("table2_qwen7b_llama1b")
+    for row in smaller.rows:
+        *columns, average = map(float, row[1:])
+        assert 30.5 < 6 * average - sum(columns) < 32.5
+    with pytest.raises(UserError, match="Did you mean 'table1_qwen14b_llama8b'"):
+        load_published("table1_qwen14b")
+
+
+@pytest.mark.skipif(shutil.which("pdflatex") is None, reason="pdflatex is not installed")
+def test_latex_compiles_alone_and_inside_a_paper(tmp_path: Path) -> None:
+    rows = (("Teacher", "teacher"), ("DPO_x & 50% #1", "dpo"), ("CTPD {~^<>}", "ctpd"), ("KD", "kd"))
+    spec = TableSpec(
+        name="main", caption="β → 0.1 & μ", rows=rows, base="dpo", note="a_b", published="table1_qwen14b_llama8b"
+    )
+    write_table(build(study(), spec), tmp_path, formats=("tex",))
+    paper = r"\documentclass{article}\usepackage{booktabs}\begin{document}Before.\input{main}After.\end{document}"
+    (tmp_path / "paper.tex").write_text(paper)
+    for name in ("main.tex", "paper.tex"):
+        command = ["pdflatex", "-interaction=nonstopmode", "-halt-on-error", name]
+        run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+        assert run.returncode == 0, run.stdout[-2000:]
+        assert "incomplete" not in run.stdout
+        assert (tmp_path / name).with_suffix(".pdf").stat().st_size > 1000
+
+
+def test_latex_environments_and_braces_balance_and_rows_have_equal_columns() -> None:
+    spec = TableSpec(name="a b", caption="C", rows=SPEC.rows, base="dpo", published="table2_qwen7b_llama1b")
+    text = to_latex(build(study(), spec))
+    for environment in ("table", "tabular", "minipage"):
+        assert text.count(rf"\begin{{{environment}}}") == text.count(rf"\end{{{environment}}}")
+    for block in re.findall(r"\\begin\{tabular\}\{(l(?:r*))\}(.*?)\\end\{tabular\}", text, re.DOTALL):
+        rows = [line for line in block[1].splitlines() if line.endswith(r"\\")]
+        assert {len(re.findall(r"(?<!\\)&", line)) for line in rows} == {len(block[0]) - 1}
+    assert r"\label{tab:a-b}" in text
+
+
+def test_write_table_writes_the_formats_asked_for(tmp_path: Path) -> None:
+    paths = write_table(build(study()), tmp_path / "tables")
+    assert [path.name for path in paths] == ["main.md", "main.csv", "main.tex"]
+    assert all(path.read_text(encoding="utf-8").strip() for path in paths)
+
+
+def test_importing_tables_and_formats_loads_neither_torch_nor_lm_eval() -> None:
+    """`ctpd compare` is to answer within seconds."""
+    code = "import sys, harness.tables, harness.formats; print({'torch', 'lm_eval', 'transformers'} & set(sys.modules))"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True,
+                           cwd=Path(__file__).parents[2])  # fmt: skip
+    assert found.stdout.strip() == "set()"
+
+
+def test_a_hundred_records_make_their_tables_in_a_second_or_two() -> None:
+    rng = np.random.default_rng(0)
+    runs = [f"run{i}" for i in range(33)]
+    records = [
+        record(run, seed, *(result(name, rng.random(1300).tolist()) for name in ("A", "B", "C")))
+        for run in runs
+        for seed in range(3)
+    ]
+    specs = [
+        TableSpec(name=f"t{i}", caption="T", rows=tuple((run, run) for run in runs), base="run0") for i in range(2)
+    ]
+    start = time.perf_counter()
+    tables = build_tables(records, specs)
+    texts = [write(table) for table in tables for write in FORMATS.values()]
+    assert all(texts)
+    assert time.perf_counter() - start < 3
+
+
+def test_the_shipped_suites_are_named() -> None:
+    assert {"card", "paper"} <= set(suite_names())
