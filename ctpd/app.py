@@ -57,8 +57,7 @@ class Experiment:
     @cached_property
     def training(self) -> list[Stage]:
         """The artifacts that stand for the models to be evaluated, ready-made ones left out."""
-        newest = [run.model.newest for run in self.runs]
-        return list({stage.key: stage for stage in newest if isinstance(stage, Stage)}.values())
+        return [run.model.newest for run in self.runs if isinstance(run.model.newest, Stage)]
 
     @cached_property
     def evaluations(self) -> dict[int, dict[str, Stage]]:
@@ -254,7 +253,13 @@ def table_specs(recipe: Recipe) -> list[Any]:
         base = ablation_run(entry.ablation, entry.base) if entry.ablation and entry.base else entry.base
         specs.append(
             TableSpec(
-                name, entry.caption, rows, base=base, note=entry.note, unranked=teachers, published=entry.published
+                name,
+                entry.caption,
+                rows,
+                base=base,
+                note=entry.note,
+                unranked=tuple(run for _, run in rows if run in teachers),
+                published=entry.published,
             )
         )
     return specs

@@ -16,8 +16,12 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from transformers.utils.logging import disable_progress_bar
+
 from ctpd.core.errors import UserError
 from ctpd.ops.logps import token_logps, token_logps_module
+
+disable_progress_bar()  # the pipeline shows its own; the library's would break into it
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 PROBE_TOLERANCE = 1e-3
@@ -29,8 +33,8 @@ class Score(NamedTuple):
     `predictors[n]` is the flat index (row * T + position) of the hidden state that predicts `targets[n]`.
     """
 
-    predictors: Int[Tensor, "N"]
-    targets: Int[Tensor, "N"]
+    predictors: Int[Tensor, " N"]
+    targets: Int[Tensor, " N"]
 
 
 class _Scoring:
@@ -49,7 +53,7 @@ class _Scoring:
         return _head_logps(self, hidden_RTH.flatten(0, 1)[score.predictors], score.targets)
 
 
-def _head_logps(model: Any, hidden_NH: Float[Tensor, "N H"], targets_N: Int[Tensor, "N"]) -> Float[Tensor, "N"]:
+def _head_logps(model: Any, hidden_NH: Float[Tensor, "N H"], targets_N: Int[Tensor, " N"]) -> Float[Tensor, " N"]:
     head, chain = model.get_output_embeddings(), _logit_chain(model.config)
     if type(head) is nn.Linear:
         return token_logps(hidden_NH, head.weight, targets_N, bias_V=head.bias, **chain)
@@ -76,7 +80,7 @@ def install_scorer(model: PreTrainedModel) -> PreTrainedModel:
     return model
 
 
-def score(model: nn.Module, input_ids: Int[Tensor, "R T"], request: Score) -> Float[Tensor, "N"]:
+def score(model: nn.Module, input_ids: Int[Tensor, "R T"], request: Score) -> Float[Tensor, " N"]:
     """Log-probabilities of the requested tokens, float32, without a `[R, T, V]` tensor.
 
     Rows are padded on the right, where a causal model's earlier positions cannot look; so no attention mask is needed.

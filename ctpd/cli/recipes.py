@@ -114,7 +114,7 @@ def _experiment(recipe: str, *, store: Path, offline: bool = False, **flags: Any
 
 
 def _execute(
-    targets: "Sequence[Stage]", store: "Store", *, plan: bool, as_json: bool, device: str, rebuild: bool,
+    targets: "Sequence[Stage]", artifacts: "Store", /, *, plan: bool, as_json: bool, device: str, rebuild: bool,
     report_to: tuple[str, ...], quiet: bool, **_: Any,
 ) -> bool:  # fmt: skip
     """Run the graph of ``targets``, or show it with ``plan``; says whether it ran."""
@@ -124,10 +124,10 @@ def _execute(
 
     graph = Graph(targets)
     if plan:
-        _print_plan(graph.plan(store), as_json=as_json)
+        _print_plan(graph.plan(artifacts), as_json=as_json)
         return False
     built = graph.run(
-        store, runtime=Runtime(device=device, report_to=report_to), progress=Progress(quiet=quiet), rebuild=rebuild
+        artifacts, runtime=Runtime(device=device, report_to=report_to), progress=Progress(quiet=quiet), rebuild=rebuild
     )
     if not quiet:
         click.echo(f"{built} stage{'s' if built != 1 else ''} built, {len(graph.stages) - built} not needed or already there.\n", err=True)

@@ -37,7 +37,7 @@ from ctpd.train.fit import Fit, FitSettings, fit
 from ctpd.train.sweep import sweep
 
 PAIRS, META, SIGNAL, WEIGHTS = "pairs.safetensors", "pairs.json", "signal.safetensors", "weights.safetensors"
-TRAINING = "training.json"
+TRAINING, CHAIN = "training.json", "chain.json"
 
 
 def world(work: Work, *, config: WorldConfig) -> None:
@@ -166,7 +166,9 @@ def train(
         constants=_clamped(work),
     )  # fmt: skip
     save_model(model, work.folder / MODEL_FOLDER)
-    if schedule.lora is None:
+    if schedule.lora is not None:
+        _write_json(work.folder / CHAIN, start.chain())
+    else:
         load_tokenizer(located.tokenizer).save_pretrained(str(work.folder / MODEL_FOLDER))
     _finish_training(work, done)
 

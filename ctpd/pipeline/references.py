@@ -1,14 +1,14 @@
 """What a stage can read that is no stage (files, hub models), and models as chains of a base and adapters."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from ctpd.core.errors import UserError
 from ctpd.core.store import digest_folder
-from ctpd.pipeline.graph import Stage, Work
+from ctpd.pipeline.graph import Stage
 
 MODEL_FOLDER = "model"  # inside an artifact that holds a model
 ADAPTER_CONFIG = "adapter_config.json"
@@ -96,6 +96,16 @@ class ModelRef:
         revision = self.root.revision if isinstance(self.root, External) else None
         return LocatedModel(place[prefix], adapters, place[f"{prefix}.tokenizer"], revision)
 
+    def chain(self) -> dict[str, Any]:
+        """Where the parts are, so that a model can be put together outside the graph (`ctpd export --merge`)."""
+        revision = self.root.revision if isinstance(self.root, External) else None
+        return {
+            "base": _place(self.root),
+            "revision": revision,
+            "adapters": [_place(adapter) for adapter in self.adapters],
+            "tokenizer": _place(self.tokenizer),
+        }
+
     def trained(self, stage: Stage, *, adapter: bool) -> "ModelRef":
         """This model after the training ``stage``."""
         if adapter:
@@ -109,6 +119,10 @@ class ModelRef:
         return ModelRef(self.role, other, self.tokenizer)
 
 
+def _place(source: Source) -> str:
+    return source.location if isinstance(source, External) else f"store:{source.kind}/{source.key}"
+
+
 @dataclass(frozen=True)
 class LocatedModel:
     """Folders (or a hub id) of a model, its adapters and its tokenizer."""
@@ -117,9 +131,3 @@ class LocatedModel:
     adapters: tuple[Path, ...]
     tokenizer: str
     revision: str | None
-
-
-def read_json(work: Work, name: str, file: str) -> dict[str, object]:
-    """A JSON file of an input."""
-    data: dict[str, object] = json.loads((work.inputs[name] / file).read_text(encoding="utf-8"))
-    return data

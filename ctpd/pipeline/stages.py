@@ -163,7 +163,7 @@ class SharedStages:
         needs = sorted(find_strategy(layout.weighting.strategy).needs - {Signal.MARKS})
         config = {"weighting": layout.weighting, "granularity": layout.granularity, "aggregate": layout.aggregate, "seed": seed}
         inputs = {"pairs": self.pairs, **{need.value: self.named_signal(need) for need in needs}}
-        return Stage("weights", 1, config, _builder("weights", layout=layout, seed=seed), f"weights: {label}", inputs)
+        return Stage("weights", 1, config, _builder("weights", layout=layout, seed=seed), f"importance weights: {label}", inputs)
 
     def train(
         self,

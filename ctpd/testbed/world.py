@@ -14,9 +14,9 @@ from typing import NamedTuple
 SKILLS = ("arithmetic", "facts", "resolution")
 
 ITEMS = ("pens", "cups", "nuts", "hats", "keys", "bags", "eggs", "toys")
-CHANGES = {"gets": 1, "loses": -1}
-AMOUNTS = range(1, 3)
-NUMBERS = range(2, 9)
+CHANGES = {"gets": 1}
+AMOUNTS = range(1, 5)
+NUMBERS = range(2, 7)
 """What is there before something is gained, or after something is lost."""
 ARITHMETIC_PREMISE = "{name} has {have} {item} and {verb} {amount}."
 ARITHMETIC_QUESTION = "{premise} How many?"

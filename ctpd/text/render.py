@@ -247,11 +247,12 @@ class _Tokens(NamedTuple):
 def _response_range(tokens: _Tokens, texts: Sequence[str], begin: IntArray, end: IntArray) -> tuple[IntArray, IntArray]:
     """``[R]`` indices in its row of the first response token and of the token behind the last; equal if there is none.
 
-    A token with a character of the response in it is the response's. So is a token of no width at its border: an
-    inserted prefix; unless it spells the prompt's last space, which trimmed offsets place there.
+    A token with a character of the response in it is the response's. So is a token of no width at its border (trimmed
+    offsets make them): an inserted prefix, the first byte of a single character; unless it spells the prompt's last space.
+    Without response tokens both are the number of prompt tokens.
     """
     rows, (starts, ends) = tokens.rows, tokens.offsets.T
-    inside = (ends > begin[rows]) & (starts < end[rows])
+    inside = (ends > begin[rows]) & ((starts < end[rows]) | (ends <= end[rows]))
     at_border = np.flatnonzero((starts == ends) & (starts == begin[rows]))
     if at_border.size:
         row = rows[at_border]
@@ -260,7 +261,8 @@ def _response_range(tokens: _Tokens, texts: Sequence[str], begin: IntArray, end:
     first, found = _first(inside, tokens)
     backwards = _Tokens(tokens.ids, tokens.offsets, tokens.starts[-1] - tokens.starts[::-1])
     after = _first(inside[::-1], backwards)[0][::-1]
-    return np.where(found, first, 0), np.where(found, np.diff(tokens.starts) - after, 0)
+    num_before = np.bincount(rows[ends <= begin[rows]], minlength=begin.size)
+    return np.where(found, first, num_before), np.where(found, np.diff(tokens.starts) - after, num_before)
 
 
 def _first(flags: BoolArray, tokens: _Tokens) -> tuple[IntArray, BoolArray]:

@@ -1,0 +1,107 @@
+"""Every form of pairs that is accepted, and one paragraph for each that is not."""
+
+import numpy as np
+import pytest
+from ctpd.core.errors import UserError
+from ctpd.text.pairs import Message, Pair, parse_pairs
+
+USER, ANSWER, OTHER = (
+    {"role": role, "content": text} for role, text in [("user", "Why?"), ("assistant", "So."), ("assistant", "No.")]
+)
+PROMPT = (Message("user", "Why?"),)
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": "Why?", "chosen": "So.", "rejected": "No."},
+        {"prompt": [USER], "chosen": [ANSWER], "rejected": [OTHER]},
+        {"prompt": [USER], "chosen": "So.", "rejected": "No."},
+        {"prompt": "Why?", "chosen": [ANSWER], "rejected": [OTHER]},
+        {"chosen": [USER, ANSWER], "rejected": [USER, OTHER]},
+        {"prompt": None, "chosen": [USER, ANSWER], "rejected": [USER, OTHER]},
+        {"prompt": "Why?", "chosen": [USER, ANSWER], "rejected": [USER, OTHER]},
+        {"prompt": [USER], "chosen": [USER, ANSWER], "rejected": [USER, OTHER]},
+        {"chosen": "Why? So.", "rejected": "Why? No."},
+        {"prompt": "Why?", "chosen": " So.\n", "rejected": "\tNo. "},
+        {"prompt": np.array([USER]), "chosen": np.array([ANSWER]), "rejected": np.array([OTHER]), "score": 1.0},
+        {"prompt": "Why?", "chosen": "So.", "rejected": "No.", "tools": None, "chat_template_kwargs": {}},
+        {"prompt": "Why?", "chosen": "So.", "rejected": "No.", "tools": "[]"},
+        {"prompt": [USER], "chosen": [{**ANSWER, "tool_calls": None}], "rejected": [OTHER]},
+    ],
+    ids=range(14),
+)
+def test_every_form_is_read_as_the_same_pair(row: dict) -> None:
+    """Strings and messages, explicit and implicit prompts, plain and padded, are one pair; responses are stripped once."""
+    assert parse_pairs([row], source="f") == [Pair("0", PROMPT, "So.", "No.")]
+
+
+def test_the_last_assistant_message_is_the_response() -> None:
+    """Earlier turns, those in chosen and rejected too, belong to the prompt (METHOD 2.1)."""
+    system = {"role": "system", "content": "Be brief."}
+    turns = [USER, ANSWER, {"role": "user", "content": "And?"}]
+    row = {"prompt": [system], "chosen": [*turns, ANSWER], "rejected": [*turns, OTHER]}
+    (pair,) = parse_pairs([row], source="f")
+    assert [message.content for message in pair.prompt] == ["Be brief.", "Why?", "So.", "And?"]
+    assert (pair.chosen, pair.rejected) == ("So.", "No.")
+
+
+def test_ids_are_row_numbers_and_empty_responses_are_left_to_be_counted() -> None:
+    rows = [{"prompt": "a", "chosen": " ", "rejected": "x"}, {"prompt": "a", "chosen": "x", "rejected": "x"}]
+    assert [(pair.id, pair.chosen) for pair in parse_pairs(rows, source="f")] == [("0", ""), ("1", "x")]
+
+
+def test_marks_follow_the_stripped_response() -> None:
+    row = {"prompt": "a", "chosen": "  yes no ", "rejected": "no"}
+    row |= {"chosen_marks": [[2, 5, True], [6, 9, False], [0, 2, True]], "rejected_marks": np.array([])}
+    (pair,) = parse_pairs([row], source="f")
+    assert pair.chosen_marks == ((0, 3, True), (4, 6, False))
+    assert [pair.chosen[start:end] for start, end, _ in pair.chosen_marks] == ["yes", "no"]
+
+
+GOOD = {"prompt": "a", "chosen": "b", "rejected": "c"}
+TWO_TURNS = [USER, ANSWER, USER]
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"prompt": "a", "chosen": "b"}, "the column 'rejected' is missing"),
+        ({"prompt": "a", "choosen": "b", "rejected": "c"}, "column 'chosen' is missing.*Did you mean 'choosen'"),
+        ({}, "the row has no columns"),
+        ("abc", "the row is str"),
+        (GOOD | {"chosen": 3}, "column 'chosen': expected a string or a list of messages, found int 3"),
+        (GOOD | {"chosen": None}, "column 'chosen': expected .* found nothing"),
+        (GOOD | {"chosen": float("nan")}, "column 'chosen': expected .* found nothing"),
+        (GOOD | {"chosen": b"x"}, "column 'chosen': expected a string"),
+        (GOOD | {"prompt": 1.5}, "column 'prompt': expected a string"),
+        (GOOD | {"prompt": " \n"}, "the prompt is empty"),
+        (GOOD | {"chosen": [ANSWER]}, "one of chosen and rejected is a string"),
+        (GOOD | {"tools": [{"name": "f"}]}, "column 'tools': the row has tools"),
+        (GOOD | {"tools": '[{"name": "f"}]'}, "the row has tools"),
+        (GOOD | {"chat_template_kwargs": {"x": 1}}, "the row has chat_template_kwargs"),
+        (GOOD | {"prompt": [{"role": "tool", "content": "3"}]}, "message 0: the message uses a tool"),
+        (GOOD | {"prompt": [USER, {**ANSWER, "tool_calls": [1]}]}, "message 1: the message uses a tool"),
+        (GOOD | {"prompt": [{"role": "usr", "content": "3"}]}, "unknown role 'usr'. Did you mean 'user'"),
+        (GOOD | {"prompt": [{"content": "3"}]}, "unknown role None"),
+        (GOOD | {"prompt": ["hello"]}, "expected an object with role and content"),
+        (GOOD | {"prompt": [{"role": "user", "content": [{"type": "image"}]}]}, "the content is list"),
+        (GOOD | {"prompt": [USER, ANSWER]}, "the message before the response is the assistant's"),
+        (GOOD | {"prompt": [], "chosen": [ANSWER], "rejected": [OTHER]}, "share no prompt"),
+        ({"chosen": [ANSWER], "rejected": [OTHER]}, "share no prompt"),
+        ({"chosen": "yes", "rejected": "no"}, "the prompt is empty"),
+        ({"chosen": [USER], "rejected": [USER]}, "column 'chosen': .* does not end with an assistant's message"),
+        ({"chosen": [*TWO_TURNS, ANSWER], "rejected": [USER, OTHER, USER, OTHER]}, "differ before their last message"),
+        (GOOD | {"chosen": "half \ud83d"}, "column 'chosen': character 5 of the text is half of a surrogate pair"),
+        (GOOD | {"chosen_marks": [[0, 2, True]]}, "column 'chosen_marks': .* is no mark"),
+        (GOOD | {"chosen_marks": [[0, 1, 1]]}, "is no mark"),
+        (GOOD | {"chosen_marks": ["0-1"]}, "is no mark"),
+        (GOOD | {"chosen_marks": "x"}, "expected a list of marks"),
+    ],
+)
+def test_bad_rows_are_refused_in_one_paragraph(row: object, message: str) -> None:
+    """Errors name source, row and column and stand on one line."""
+    with pytest.raises(UserError, match=message) as error:
+        parse_pairs([GOOD, row], source="data.jsonl")  # type: ignore[list-item]
+    assert str(error.value).startswith("data.jsonl, row 1")
+    assert "\n" not in str(error.value) and error.value.fix

@@ -1,0 +1,347 @@
+"""The data step (METHOD 2): rows, spans, lengths and losses, checked against the tokenizers and plain loops."""
+
+import json
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+from ctpd.core.errors import UserError
+from ctpd.text.align import align_spans
+from ctpd.text.pairs import Message, Pair, parse_pairs
+from ctpd.text.prepare import PreparedPairs, TokenRows, arrays, from_arrays, prepare_pairs, texts
+from ctpd.text.render import ChatTemplate, PlainTemplate, Side
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests.fixtures.tokenizers import KINDS, tokenizer, with_bos, with_template
+from tests.unit.test_render import CHATML
+
+PLAIN = PlainTemplate(user="Question: {content}\n", assistant="Answer:\n{content}\n")
+LONG = {"max_tokens": 400, "max_prompt_tokens": 100, "long_prompt": "drop"}
+
+
+def side(kind: str, name: str = "student") -> Side:
+    return Side(tokenizer(kind), PLAIN, name)
+
+
+def pair(
+    chosen: str = "yes, it is", rejected: str = "no", prompt: str = "what is it?", id: str = "0", **marks: tuple
+) -> Pair:
+    return Pair(id, (Message("user", prompt),), chosen, rejected, **marks)
+
+
+def prepare(
+    pairs: Sequence[Pair], teacher: str = "byte_bpe", student: str = "unigram", **settings: object
+) -> PreparedPairs:
+    sides = {"teacher": side(teacher, "teacher"), "student": side(student)}
+    return prepare_pairs({"train": pairs}, **{**LONG, **sides, **settings})  # type: ignore[arg-type]
+
+
+def row(rows: TokenRows, r: int) -> tuple[list[int], list[int]]:
+    part = slice(rows.row_starts[r], rows.row_starts[r + 1])
+    return rows.input_ids[part].tolist(), rows.unit[part].tolist()
+
+
+def check_rows(prepared: PreparedPairs, sides: Sequence[Side], *, max_tokens: int) -> None:
+    """What every prepared row must be, whatever the lengths."""
+    responses = [text for both in zip(prepared.chosen, prepared.rejected, strict=True) for text in both]
+    assert prepared.boundary_starts[-1] == len(prepared.boundaries)
+    for r, response in enumerate(responses):
+        boundaries = prepared.boundaries[prepared.boundary_starts[r] : prepared.boundary_starts[r + 1]]
+        assert boundaries[-1] == len(response)
+        assert prepared.num_spans[r] == len(boundaries) + prepared.has_end[r]
+        for rows, of in ((prepared.teacher, sides[0]), (prepared.student, sides[1])):
+            ids, units = row(rows, r)
+            assert len(ids) == len(units) <= max_tokens
+            scored = [unit for unit in units if unit >= 0]
+            assert scored == sorted(scored) and set(scored) == set(range(prepared.num_spans[r])), (
+                "every span has tokens"
+            )
+            if prepared.has_end[r]:
+                assert ids[-1] == of.tokenizer.eos_token_id and scored.count(prepared.num_spans[r] - 1) == 1
+            else:
+                assert units[-1] == prepared.num_spans[r] - 1, "a cut row ends with its last span"
+
+
+def test_a_pair_becomes_two_rows_of_prompt_spans_and_end() -> None:
+    """Row 2i is the chosen, row 2i + 1 the rejected response; the spans are those of align_spans."""
+    prepared = prepare([pair(), pair("it is fine.", "日本 🙂", id="7")])
+    assert prepared.pair_ids == ("0", "7") and prepared.split == ("train", "train")
+    assert prepared.prompts == ("what is it?",) * 2 and prepared.chosen == ("yes, it is", "it is fine.")
+    sides = side("byte_bpe"), side("unigram")
+    check_rows(prepared, sides, max_tokens=400)
+    for r, response in enumerate(["yes, it is", "no", "it is fine.", "日本 🙂"]):
+        text = f"Question: what is it?\nAnswer:\n{response}"
+        cleaned = []
+        for rows, of in ((prepared.teacher, sides[0]), (prepared.student, sides[1])):
+            output = of.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+            ids, units = row(rows, r)
+            assert ids == [*output["input_ids"], of.tokenizer.eos_token_id]
+            begin = len(text) - len(response)
+            offsets = [(start - begin, end - begin) for start, end in output["offset_mapping"]]
+            assert units[: sum(end <= 0 for _, end in offsets)] == [-1] * sum(end <= 0 for _, end in offsets)
+            cleaned.append([(max(start, 0), end) for start, end in offsets if end > 0])
+        spans = align_spans(*cleaned, len(response))
+        for rows, expected in ((prepared.teacher, spans.teacher_span), (prepared.student, spans.student_span)):
+            units = [unit for unit in row(rows, r)[1] if unit >= 0]
+            assert units == [*expected.tolist(), len(spans.boundaries)]
+
+
+TEXT = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=30)
+
+
+@pytest.mark.parametrize("teacher", KINDS)
+@given(
+    contents=st.lists(st.tuples(TEXT, TEXT, TEXT), min_size=1, max_size=4),
+    student=st.sampled_from(KINDS),
+    max_tokens=st.integers(24, 60),
+    cut=st.booleans(),
+)
+def test_rows_hold_on_any_text_and_length(
+    teacher: str, contents: list[tuple[str, str, str]], student: str, max_tokens: int, cut: bool
+) -> None:
+    """On arbitrary Unicode, lengths and tokenizer kinds: no scored token is lost, no row is too long, counts add up."""
+    pairs = [
+        pair("x", "it", id="always"),
+        *(pair(c.strip(), r.strip(), p, id=str(i)) for i, (p, c, r) in enumerate(contents)),
+    ]
+    prepared = prepare(
+        pairs,
+        teacher,
+        student,
+        max_tokens=max_tokens + 30,
+        max_prompt_tokens=max_tokens,
+        long_prompt="cut" if cut else "drop",
+        max_dropped=1.0,
+    )
+    check_rows(prepared, (side(teacher), side(student)), max_tokens=max_tokens + 30)
+    assert len(prepared.pair_ids) + sum(prepared.dropped.values()) == len(pairs)
+    report = prepared.report
+    assert (
+        sum(report[f"spans_{kind}"] for kind in ("1_1", "1_n", "n_1", "n_m"))
+        == report["spans"]
+        == len(prepared.boundaries)
+    )
+    for name, rows in (("teacher", prepared.teacher), ("student", prepared.student)):
+        assert (rows.unit >= 0).sum() == report[f"{name}_response_tokens"] + prepared.has_end.sum()
+
+
+def test_a_long_response_is_cut_at_the_last_common_boundary_where_both_fit() -> None:
+    """Against a plain search over the boundaries; a cut response has no end span, and both models see the same text."""
+    chosen = "Tom has 3 + 4 = 7 apples, and 12345 pears. The quick brown fox 日本 jumps over the lazy dog."
+    whole = prepare([pair(chosen)])
+    counts = [(len(row(rows, 0)[0]), row(rows, 0)[1]) for rows in (whole.teacher, whole.student)]
+    boundaries = whole.boundaries[: whole.boundary_starts[1]]
+    shortest, longest = 25, max(length for length, _ in counts)
+    for max_tokens in range(shortest, longest + 2):
+        cut = prepare([pair(chosen)], max_tokens=max_tokens, max_prompt_tokens=shortest - 1)
+        num_spans = len(boundaries)
+        if any(length > max_tokens for length, _ in counts):
+            fits = [
+                all(units.index(span) + sum(u == span for u in units) <= max_tokens for _, units in counts)
+                for span in range(num_spans)
+            ]
+            num_spans = sum(fits)
+            assert fits == sorted(fits, reverse=True)
+        assert cut.chosen == (chosen[: boundaries[num_spans - 1]],)
+        assert cut.has_end.tolist() == [all(length <= max_tokens for length, _ in counts), True]
+        assert cut.report["responses_cut"] == (not cut.has_end[0])
+        check_rows(cut, (side("byte_bpe"), side("unigram")), max_tokens=max_tokens)
+
+
+def test_the_end_token_counts_for_the_length() -> None:
+    """A response that fits but for its end token keeps all its text and loses the end span."""
+    whole = prepare([pair()])
+    longest = max(len(row(rows, 0)[0]) for rows in (whole.teacher, whole.student))
+    cut = prepare([pair()], max_tokens=longest - 1, max_prompt_tokens=longest - 2)
+    assert cut.chosen == whole.chosen and cut.has_end.tolist() == [False, True]
+
+
+def test_long_prompts_are_dropped_and_counted() -> None:
+    long = pair(prompt="what is it? " * 30, id="long")
+    prepared = prepare([pair(), long], max_dropped=0.5)
+    assert prepared.pair_ids == ("0",) and prepared.dropped["long_prompt"] == 1
+
+
+@pytest.mark.parametrize("teacher", ["byte_bpe", "gemma_bpe", "wordpiece"])
+def test_long_prompts_are_cut_by_the_fewest_characters(teacher: str) -> None:
+    """The last user message loses its start for both sides; one more character would not fit on one of them."""
+    message = " ".join(f"the {i} quick 日本 fox" for i in range(40)) + " what is it?"
+    turns = (Message("user", "a"), Message("assistant", "b"), Message("user", message))
+    long = Pair("long", turns, "yes", "no")
+    prepared = prepare([pair(), long], teacher, max_tokens=130, long_prompt="cut")
+    kept = prepared.prompts[1]
+    assert prepared.pair_ids == ("0", "long") and prepared.report["cut_prompts"] == 1
+    assert message.endswith(kept) and 12 < len(kept) < len(message)
+    prompts = [[row(rows, 2)[1].count(-1) for rows in (prepared.teacher, prepared.student)]]
+    text = f"Question: a\nAnswer:\nb\nQuestion: {message[-len(kept) - 1 :]}\nAnswer:\n"
+    prompts.append(
+        [len(side(kind).tokenizer(text, add_special_tokens=False)["input_ids"]) for kind in (teacher, "unigram")]
+    )
+    assert max(prompts[0]) <= LONG["max_prompt_tokens"] < max(prompts[1])
+
+
+def test_a_prompt_that_is_too_long_without_its_message_is_dropped() -> None:
+    turns = (Message("user", "a " * 300), Message("assistant", "b"), Message("user", "c"))
+    prepared = prepare([pair(), Pair("long", turns, "yes", "no")], long_prompt="cut", max_dropped=0.5)
+    assert prepared.pair_ids == ("0",) and prepared.dropped["long_prompt"] == 1
+
+
+def test_every_reason_to_drop_is_counted() -> None:
+    """Empty, equal and special texts; a response for which one side has no token counts as empty."""
+    pairs = [
+        pair(id="good"),
+        pair(chosen=""),
+        pair(chosen="same", rejected="same"),
+        pair(rejected="no </s>"),
+        pair(prompt="what is <|im_end|>?"),
+        pair(chosen="\x08"),  # WordPiece removes control characters
+    ]
+    prepared = prepare(pairs, student="wordpiece", max_dropped=0.9)
+    assert prepared.pair_ids == ("good",)
+    assert prepared.dropped == {"empty": 2, "equal": 1, "special_token_text": 2, "long_prompt": 0}
+
+
+def test_responses_that_a_cut_makes_equal_are_dropped() -> None:
+    text = "The quick brown fox jumps over the lazy dog. " * 4
+    pairs = [pair(), pair(text + "yes", text + "no", id="long")]
+    prepared = prepare(pairs, max_tokens=40, max_prompt_tokens=39, max_dropped=0.5)
+    assert prepared.pair_ids == ("0",) and prepared.dropped["equal"] == 1
+
+
+def test_a_response_that_cannot_be_cut_to_fit_counts_as_empty() -> None:
+    """One span that does not fit leaves no text."""
+    pairs = [pair("x", "it"), pair("🙂" * 60, "no")]
+    tokens = len(row(prepare([pair("x", "it")]).teacher, 0)[0])
+    prepared = prepare(pairs, max_tokens=tokens, max_prompt_tokens=tokens - 1, max_dropped=0.5)
+    assert prepared.dropped["empty"] == 1
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_same_tokenizer_on_both_sides_gives_equal_rows(kind: str) -> None:
+    prepared = prepare([pair(), pair("日本 is ½ ok 🙂 e\u0301", "no")], kind, kind)
+    assert np.array_equal(prepared.teacher.input_ids, prepared.student.input_ids)
+    assert np.array_equal(prepared.teacher.unit, prepared.student.unit)
+    assert prepared.report["spans_1_n"] == prepared.report["spans_n_1"] == 0
+
+
+def test_sides_may_differ_in_template_and_bos() -> None:
+    """A chat model teaches a base model: only the response and its end are shared."""
+    chat_tokenizer = with_template("gemma_bpe", CHATML)
+    teacher = Side(chat_tokenizer, ChatTemplate(chat_tokenizer, {}), "teacher")
+    student = Side(with_bos("byte_bpe"), PLAIN, "student")
+    prepared = prepare_pairs({"train": [pair()]}, teacher=teacher, student=student, **LONG)  # type: ignore[arg-type]
+    (teacher_ids, teacher_units), (student_ids, student_units) = (
+        row(rows, 0) for rows in (prepared.teacher, prepared.student)
+    )
+    assert chat_tokenizer.decode(teacher_ids).endswith("assistant\nyes, it is<|im_end|>")
+    assert student_ids[0] == student.tokenizer.bos_token_id and student_units[0] == -1
+    assert teacher_units[-1] == student_units[-1] == prepared.num_spans[0] - 1
+
+
+def test_crossing_tokens_are_counted_per_side() -> None:
+    crossing = Side(tokenizer("byte_bpe"), PlainTemplate(user="{content}\n", assistant="Answer: {content}"), "teacher")
+    prepared = prepare([pair()], teacher=crossing)  # type: ignore[arg-type]
+    assert prepared.report["teacher_crossing_tokens"] == 2 and prepared.report["student_crossing_tokens"] == 0
+
+
+def test_marks_fall_on_the_spans_that_they_overlap() -> None:
+    """+1 for right, -1 for wrong, 0 elsewhere; the first of two marks wins; marks behind a cut vanish."""
+    text = "yes it is, no it is not"
+    marked = pair(text, "no", chosen_marks=((4, 6, True), (11, 13, False), (12, 13, True)))
+    for max_tokens in (400, 26):
+        prepared = prepare([marked, pair(id="1")], "byte_bpe", "byte_bpe", max_tokens=max_tokens, max_prompt_tokens=24)
+        assert prepared.marks is not None and len(prepared.marks) == len(prepared.boundaries)
+        begin = 0
+        for end, mark in zip(prepared.boundaries[: prepared.boundary_starts[1]], prepared.marks, strict=False):
+            overlaps = [right for start, stop, right in marked.chosen_marks if start < end and begin < stop]
+            assert mark == (0 if not overlaps else 1 if overlaps[0] else -1)
+            begin = end
+    assert prepared.marks[prepared.boundary_starts[1] :].tolist() == [0] * (
+        len(prepared.marks) - prepared.boundary_starts[1]
+    )
+    assert prepare([pair()]).marks is None
+
+
+def test_limit_and_selection_act_on_each_split() -> None:
+    """The first or the shortest valid pairs, in the data's order; what is not looked at is not counted as dropped."""
+    pairs = [pair("a" * n, "no", id=str(n)) for n in (9, 3, 7, 5)]
+    pairs.insert(1, pair("", id="empty"))
+    sides = {"teacher": side("byte_bpe"), "student": side("unigram")}
+
+    def ids(**settings: object) -> tuple[str, ...]:
+        splits = {"train": pairs, "eval": pairs[:1]}
+        return prepare_pairs(splits, **LONG, **sides, max_dropped=0.6, **settings).pair_ids  # type: ignore[arg-type]
+
+    assert ids() == ("9", "3", "7", "5", "9")
+    assert ids(limit=2) == ("9", "3", "9")
+    assert ids(limit=2, select="shortest") == ("3", "5", "9")
+    assert prepare(pairs, limit=1).dropped["empty"] == 0
+
+
+def test_more_than_the_allowed_share_of_drops_is_refused() -> None:
+    """5 % by default, for each split; the error is one paragraph with the reasons."""
+    good = [pair(id=str(i)) for i in range(95)]
+    assert len(prepare([*good, *[pair("", id="e")] * 5]).pair_ids) == 95
+    with pytest.raises(
+        UserError, match=r"split 'train': 6 of 101 rows are dropped \(empty 5, equal 1\), 5.9 %"
+    ) as error:
+        prepare([*good, *[pair("", id="e")] * 5, pair("no", "no")])
+    assert "\n" not in str(error.value)
+    # With a selection the share of late drops is that among the selected pairs.
+    long = [pair(prompt="what is it? " * 30, id="l")] * 2
+    with pytest.raises(UserError, match="long_prompt 2.* 10.0 %"):
+        prepare([*long, *good], limit=20)
+
+
+@pytest.mark.parametrize(
+    ("pairs", "message"),
+    [
+        ([], "no usable row is left of 0 .the split is empty"),
+        ([pair("")], "no usable row is left of 1 .empty 1"),
+        ([pair(prompt="what is it? " * 30)], "no usable row is left of 1 .long_prompt 1"),
+    ],
+)
+def test_no_usable_row_is_refused(pairs: list[Pair], message: str) -> None:
+    with pytest.raises(UserError, match=f"split 'train': {message}"):
+        prepare(pairs, max_dropped=1.0)
+
+
+def test_lengths_without_room_are_refused() -> None:
+    with pytest.raises(UserError, match="max_prompt_tokens is 400 and max_tokens 400: no room for a response"):
+        prepare([pair()], max_prompt_tokens=400)
+    with pytest.raises(UserError, match="there are no pairs"):
+        prepare_pairs({}, teacher=side("unigram"), student=side("unigram"), **LONG)  # type: ignore[arg-type]
+
+
+def test_a_template_that_changes_a_response_names_split_and_row() -> None:
+    own = with_template("byte_bpe", CHATML.replace("message.content", "message.content | replace('it', 'that')"))
+    with pytest.raises(UserError, match="split 'train', pair 3: the chat template of 'byte_bpe' cannot be aligned"):
+        prepare([pair("a", "b"), pair(id="3")], teacher=Side(own, ChatTemplate(own, {}), "teacher"))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("marks", [{}, {"chosen_marks": ((0, 3, True),)}], ids=["no marks", "marks"])
+def test_arrays_and_texts_hold_everything(marks: dict) -> None:
+    """The stored form gives the same prepared pairs back; the texts are JSON."""
+    prepared = prepare([pair(**marks), pair(id="1")])
+    again = from_arrays(arrays(prepared), json.loads(json.dumps(texts(prepared))))
+    assert texts(again) == texts(prepared)
+    left, right = arrays(prepared), arrays(again)
+    assert left.keys() == right.keys() and ("marks" in left) == bool(marks)
+    for name, value in left.items():
+        assert isinstance(value, np.ndarray) and value.dtype == right[name].dtype and np.array_equal(value, right[name])
+    dtypes = {name: str(value.dtype) for name, value in left.items()}
+    assert (
+        dtypes["teacher.input_ids"] == dtypes["teacher.unit"] == dtypes["num_spans"] == dtypes["boundaries"] == "int32"
+    )
+
+
+def test_blocks_do_not_show(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pairs are worked on in blocks; where these end makes no difference."""
+    rows = [{"prompt": f"what is {i}?", "chosen": f"yes {i}" * (1 + i % 3), "rejected": "no 日本"} for i in range(7)]
+    pairs = parse_pairs(rows, source="rows")
+    whole = prepare(pairs)
+    monkeypatch.setattr("ctpd.text.prepare._BLOCK", 2)
+    parts = prepare(pairs)
+    assert texts(whole) == texts(parts)
+    assert all(np.array_equal(value, arrays(parts)[name]) for name, value in arrays(whole).items())

@@ -1,0 +1,253 @@
+"""Rendering and tokenizing (METHOD 2.2 to 2.6): what is prompt, what is response, where the end token stands."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from ctpd.core.errors import UserError
+from ctpd.text.pairs import Message
+from ctpd.text.render import ChatTemplate, Encoded, PlainTemplate, Side
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests.fixtures.tokenizers import KINDS, tokenizer, with_bos, with_template
+
+CHATML = (
+    "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+LLAMA3 = (
+    "{{ bos_token }}{% for message in messages %}"
+    "{{ '<|im_start|>' + message['role'] + '<|im_end|>\n\n' + message['content'] | trim + '</s>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant<|im_end|>\n\n' }}{% endif %}"
+)
+THINKING = (
+    "{% for message in messages %}<|im_start|>{{ message.role }}\n"
+    "{% if loop.last and message.role == 'assistant' %}<think>\n\n</think>\n\n{% endif %}"
+    "{{ message.content }}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+PLAIN = PlainTemplate(user="Question: {content}\n", assistant="Answer: {content}\n", system="{content}\n\n")
+PROMPT = (Message("user", "what is it?"),)
+
+
+def encode(side: Side, response: str, prompt: tuple[Message, ...] = PROMPT) -> Encoded:
+    where = ["row 0"]
+    return side.encode([(prompt, response)], frames=side.frames([prompt], where=where), where=where)
+
+
+def parts(side: Side, encoded: Encoded) -> tuple[list[str], list[str], list[str]]:
+    """The tokens of a single row: prompt, response, the rest."""
+    tokens = side.tokenizer.convert_ids_to_tokens(encoded.ids.tolist())
+    first, stop = int(encoded.prompt_tokens[0]), int(encoded.prompt_tokens[0] + encoded.response_tokens[0])
+    return tokens[:first], tokens[first:stop], tokens[stop:]
+
+
+def chat(template: str, kind: str = "byte_bpe", **variables: object) -> Side:
+    side_tokenizer = with_template(kind, template)
+    return Side(side_tokenizer, ChatTemplate(side_tokenizer, variables), "student")
+
+
+def test_plain_rows_end_with_eos_and_hold_no_more() -> None:
+    """A plain row is the turns, the response and EOS; what follows the last {content} is not written."""
+    side = Side(tokenizer("byte_bpe"), PLAIN, "teacher")
+    turns = (Message("system", "Hi."), Message("user", "a"), Message("assistant", "b"), Message("user", "c"))
+    encoded = encode(side, "yes", turns)
+    prompt, response, rest = parts(side, encoded)
+    text = side.tokenizer.decode(encoded.ids)
+    assert text == "Hi.\n\nQuestion: a\nAnswer: b\nQuestion: c\nAnswer: yes</s>"
+    assert rest == ["</s>"] and "".join(response) in ("yes", "Ġyes") and prompt
+
+
+def test_plain_rows_have_bos_only_if_the_tokenizer_adds_one() -> None:
+    assert parts(*_with(Side(with_bos("byte_bpe"), PLAIN, "teacher")))[0][0] == "<s>"
+    assert parts(*_with(Side(tokenizer("byte_bpe"), PLAIN, "teacher")))[0][0] != "<s>"
+    # A chat template writes its own.
+    assert not chat(CHATML).adds_bos
+
+
+def _with(side: Side) -> tuple[Side, Encoded]:
+    return side, encode(side, "yes")
+
+
+@pytest.mark.parametrize("template", [CHATML, LLAMA3, THINKING], ids=["chatml", "llama3", "thinking"])
+@pytest.mark.parametrize("response", ["yes it is", "a", "e", "assistant", "user\n", "im_end", "{{ x }}", "think"])
+def test_chat_rows_hold_exactly_the_response(template: str, response: str) -> None:
+    """Whatever the response, even one whose text occurs in the template, it is found at its one place and ends the row."""
+    response = response.strip()
+    side = chat(template)
+    encoded = encode(side, response)
+    prompt, spelled, rest = parts(side, encoded)
+    assert side.tokenizer.convert_tokens_to_string(spelled) == response
+    assert rest == ["</s>" if template is LLAMA3 else "<|im_end|>"], "nothing follows the end of the turn"
+    assert ("</think>" in side.tokenizer.convert_tokens_to_string(prompt)) == (template is THINKING)
+    assert encoded.response_ends[-1] == len(response)
+
+
+def test_text_between_response_and_end_token_is_neither() -> None:
+    side = chat(CHATML.replace("<|im_end|>", " .\n<|im_end|>"))
+    _, response, rest = parts(side, encode(side, "yes"))
+    assert side.tokenizer.convert_tokens_to_string(response) == "yes"
+    assert side.tokenizer.convert_tokens_to_string(rest) == " .\n<|im_end|>"
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        (CHATML.replace("message.content", "message.content | upper"), "holds the response 0 times"),
+        (CHATML.replace("message.content", "message.content | replace('yes', 'no')"), "changes the response"),
+        (
+            CHATML.replace("{{ message.content }}", "{{ message.content }}{{ message.content }}"),
+            "holds the response 2 times",
+        ),
+        (CHATML.replace("assistant\n{% endif", "assistant:\n<think>{% endif"), "generation prompt"),
+        ("{{ raise_exception('roles must alternate') }}", "roles must alternate"),
+        ("{{ messages[0].content + 1 }}", "it fails on the conversation"),
+    ],
+)
+def test_a_template_that_cannot_be_aligned_is_refused(template: str, message: str) -> None:
+    """One paragraph that names the template and the row."""
+    side = chat(template)
+    with pytest.raises(UserError, match=message) as error:
+        encode(side, "yes it is")
+    assert str(error.value).startswith("row 0: the chat template of 'byte_bpe' cannot be aligned")
+    assert "\n" not in str(error.value)
+
+
+def test_a_template_without_end_of_turn_is_refused() -> None:
+    side = chat("{% for message in messages %}{{ message.role }}: {{ message.content }}\n{% endfor %}"
+                "{% if add_generation_prompt %}assistant: {% endif %}")  # fmt: skip
+    with pytest.raises(
+        UserError, match="row 0: the student's chat template writes no special token behind the response"
+    ):
+        encode(side, "yes")
+
+
+def test_the_date_never_is_todays() -> None:
+    """Templates that write a date write the same one for ever; the recipe may set the variable."""
+    clock = chat("{{ strftime_now('%d %B %Y') }}|" + CHATML)
+    assert clock.tokenizer.decode(encode(clock, "yes").ids).startswith("26 July 2024|")
+    variable = "{{ date_string }}|" + CHATML
+    assert chat(variable).template.frame(PROMPT, where="").before.startswith("26 Jul 2024|")
+    assert chat(variable, date_string="1 May").template.frame(PROMPT, where="").before.startswith("1 May|")
+
+
+def test_template_variables_are_passed() -> None:
+    side = chat("{% if shout %}LOUD {% endif %}" + CHATML, shout=True)
+    assert side.template.frame(PROMPT, where="").before.startswith("LOUD ")
+
+
+def test_a_tokenizer_without_chat_template_is_refused() -> None:
+    with pytest.raises(UserError, match="'byte_bpe' has no chat template. Write a plain template"):
+        ChatTemplate(tokenizer("byte_bpe"), {})
+
+
+def test_a_slow_tokenizer_is_refused_with_the_way_out() -> None:
+    slow = SimpleNamespace(is_fast=False, name_or_path="old/model")
+    with pytest.raises(UserError, match="the teacher's tokenizer 'old/model' is a slow one.*tokenizer.json"):
+        Side(slow, PLAIN, "teacher")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("texts", "message"),
+    [
+        ({"user": "x", "assistant": "{content}"}, "role 'user': the text 'x' holds {content} 0 times"),
+        ({"user": "{content}", "assistant": "{content}{content}"}, "role 'assistant': .* 2 times"),
+        ({"user": "{content}", "assistant": "{content}", "system": ""}, "role 'system'"),
+        ({"user": 3, "assistant": "{content}"}, "role 'user': the text is no string"),
+    ],
+)
+def test_a_plain_template_needs_one_place_for_the_content(texts: dict, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        PlainTemplate(**texts)
+
+
+def test_a_system_message_needs_a_text_in_the_plain_template() -> None:
+    side = Side(tokenizer("byte_bpe"), PlainTemplate(user="{content}\n", assistant="{content}"), "student")
+    with pytest.raises(UserError, match="row 0: the prompt has a system message"):
+        encode(side, "x", (Message("system", "s"), *PROMPT))
+
+
+@pytest.mark.parametrize("kind", ["byte_bpe", "byte_bpe_trimmed", "byte_bpe_prefixed"])
+def test_tokens_across_the_border_are_the_responses_and_counted(kind: str) -> None:
+    """Such a token is clipped and counted, with trimmed offsets too; a template that ends with a line feed has none."""
+    side = Side(tokenizer(kind), PlainTemplate(user="{content}\n", assistant="Answer: {content}"), "student")
+    encoded = encode(side, "yes, it is")
+    assert parts(side, encoded)[1][0][1:] == "yes" and encoded.crossing.tolist() == [True]
+    assert encoded.response_ends[0] == 3
+    line = Side(tokenizer(kind), PlainTemplate(user="{content}\n", assistant="Answer:\n{content}"), "student")
+    assert encode(line, "yes, it is").crossing.tolist() == [False]
+
+
+def test_a_trimmed_space_at_the_end_of_the_prompt_is_the_prompts() -> None:
+    """With trimmed offsets the prompt's last space is a token of no width at the border."""
+    few_merges = tokenizer("byte_bpe_trimmed", 266)
+    side = Side(few_merges, PlainTemplate(user="{content}\n", assistant="Answer: {content}"), "student")
+    encoded = encode(side, "🙂")
+    prompt, response, _ = parts(side, encoded)
+    assert prompt[-1] == "Ġ" and "Ġ" not in response and encoded.crossing.tolist() == [False]
+
+
+@pytest.mark.parametrize("kind", ["byte_bpe_trimmed", "sentencepiece_bpe"])
+def test_an_inserted_prefix_is_the_responses(kind: str) -> None:
+    """A prefix that the tokenizer inserts behind the generation prompt would be generated: it is a response token of end 0."""
+    side = chat("{% for m in messages %}<|im_start|>{{ m.content }}<|im_end|>{% endfor %}"
+                "{% if add_generation_prompt %}<|im_start|>{% endif %}", kind)  # fmt: skip
+    for text in "жZ½\u0301":
+        encoded = encode(side, text)
+        prompt, response, rest = parts(side, encoded)
+        assert prompt[-1] == "<|im_start|>" and response[0][0] in "Ġ▁" and rest == ["<|im_end|>"]
+        assert encoded.response_ends[0] == (len(response[0]) > 1) and encoded.response_ends[-1] == 1
+
+
+TEXT = st.text(st.characters(exclude_categories=["Cs"]), min_size=1).map(str.strip).filter(bool)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@given(text=TEXT, question=TEXT)
+def test_no_token_of_any_text_is_lost_between_prompt_and_end(kind: str, text: str, question: str) -> None:
+    """Prompt, response and end are all tokens of the rendered text, in order; the response's ends stay within it."""
+    prompt = (Message("user", question),)
+    for side in (Side(tokenizer(kind), PLAIN, "student"), chat(CHATML, kind)):
+        if side.holds_special_text(text) or side.holds_special_text(question):
+            continue
+        frame = side.template.frame(prompt, where="")
+        encoded = encode(side, text, prompt)
+        whole = side.tokenizer(frame.before + text + frame.after, add_special_tokens=False)["input_ids"]
+        if side.template.writes_end:
+            assert whole[: len(encoded.ids)] == encoded.ids.tolist()
+            assert side.tokenizer.convert_ids_to_tokens(int(encoded.ids[-1])) == "<|im_end|>"
+        else:
+            assert [*whole, side.tokenizer.eos_token_id] == encoded.ids.tolist()
+        assert encoded.prompt_tokens[0] + encoded.response_tokens[0] + 1 == len(encoded.ids)
+        assert encoded.response_tokens[0] == len(encoded.response_ends)
+        assert ((encoded.response_ends >= 0) & (encoded.response_ends <= len(text))).all()
+
+
+def test_many_rows_are_encoded_as_one_by_one() -> None:
+    side = chat(THINKING, "unigram")
+    prompts = [(Message("user", text),) for text in ("a", "what is 日本?", "x" * 50)]
+    responses = ["yes", "🙂 no", "b c"]
+    where = ["", "", ""]
+    rows = list(zip(prompts, responses, strict=True))
+    many = side.encode(rows, frames=side.frames(prompts, where=where), where=where)
+    for i, (prompt, response) in enumerate(rows):
+        one, row = encode(side, response, prompt), many.select(np.arange(3) == i)
+        for left, right in zip(one, row, strict=True):
+            assert np.array_equal(left, right)
+
+
+def test_special_tokens_are_found_in_content() -> None:
+    side = Side(tokenizer("byte_bpe"), PLAIN, "student")
+    assert side.holds_special_text("a <|im_end|> b") and side.holds_special_text("</s>")
+    assert not side.holds_special_text("< s> im_end")
+
+
+def test_the_digest_names_tokenizer_and_template() -> None:
+    """It changes with either, and not with how the tokenizer was last called."""
+    own = with_template("byte_bpe", CHATML)
+    digest = Side(own, ChatTemplate(own, {}), "student").digest()
+    own(["a", "b b b"], padding=True, truncation=True, max_length=2)
+    assert Side(own, ChatTemplate(own, {}), "teacher").digest() == digest
+    assert Side(own, ChatTemplate(own, {"x": 1}), "student").digest() != digest
+    assert Side(own, PLAIN, "student").digest() != digest
+    assert Side(tokenizer("byte_bpe", 300), PLAIN, "student").digest() != Side(own, PLAIN, "student").digest()
