@@ -22,7 +22,7 @@ _PUBLIC = {
     "span_weights": "ctpd.ops.weights",
 }
 
-__all__ = [  # noqa: PLE0604 (the keys are texts)
+__all__ = [
     *_PUBLIC,
 ]
 

@@ -292,6 +292,8 @@ def _chosen(runs: list[PlannedRun], only: Sequence[str], *, source: str) -> list
     for name in only:
         if name not in names:
             raise UserError(
-                f"the recipe has no run '{name}'.{nearest(name, names)}", where=source, fix=f"Its runs are {', '.join(names)}"
+                f"the recipe has no run '{name}'.{nearest(name, names)}",
+                where=source,
+                fix=f"Its runs are {', '.join(names)}",
             )
     return [run for run in runs if not only or run.name in only]

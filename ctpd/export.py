@@ -25,7 +25,9 @@ def export_model(store: Store, key: str, *, to: Path, merge: bool) -> str:
     folder = store.verify(artifact.stage, artifact.key)
     model = folder / "model"
     if not model.is_dir():
-        raise UserError(f"the artifact {artifact.stage}/{artifact.key[:12]} holds no model", fix="Give the key of a training")
+        raise UserError(
+            f"the artifact {artifact.stage}/{artifact.key[:12]} holds no model", fix="Give the key of a training"
+        )
     if to.exists():
         raise UserError(f"the directory '{to}' exists already", fix="Give a new one")
     chain_file = folder / _CHAIN
@@ -38,7 +40,11 @@ def export_model(store: Store, key: str, *, to: Path, merge: bool) -> str:
     chain = json.loads(chain_file.read_text(encoding="utf-8"))
     adapters = [_resolve(store, name) for name in chain["adapters"]]
     merged = load_model(
-        _resolve(store, chain["base"]), adapters=[*adapters, model], precision="float32", device="cpu", revision=chain["revision"]
+        _resolve(store, chain["base"]),
+        adapters=[*adapters, model],
+        precision="float32",
+        device="cpu",
+        revision=chain["revision"],
     )
     save_model(merged, to)
     load_tokenizer(_resolve(store, chain["tokenizer"]), revision=chain["revision"]).save_pretrained(str(to))

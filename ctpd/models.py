@@ -3,10 +3,11 @@
 Shape legend: R rows of a batch, T tokens of the longest row, N scored tokens, H hidden size, V vocabulary.
 """
 
+import contextlib
 import json
 import math
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,7 +16,6 @@ from jaxtyping import Float, Int
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
-
 from transformers.utils.logging import disable_progress_bar
 
 from ctpd.core.errors import UserError
@@ -111,7 +111,9 @@ def probe_scorer(model: nn.Module) -> None:
     device = next(model.parameters()).device
     vocabulary = base.config.get_text_config().vocab_size
     ids = torch.arange(24, device=device).reshape(2, 12) * 7919 % vocabulary
-    request = Score(torch.tensor([3, 4, 15, 20], device=device), ids.flatten()[torch.tensor([4, 5, 16, 21], device=device)])
+    request = Score(
+        torch.tensor([3, 4, 15, 20], device=device), ids.flatten()[torch.tensor([4, 5, 16, 21], device=device)]
+    )
     found = []
     for uses_logits in (True, False):
         base._scorer_uses_logits = uses_logits
@@ -176,7 +178,8 @@ def load_model(
             fix="Give a directory with config.json and safetensors weights, or a hub id with its revision",
         ) from error
     for adapter in adapters:
-        model = PeftModel.from_pretrained(model, str(adapter)).merge_and_unload()
+        with _peft_on_transformers():
+            model = PeftModel.from_pretrained(model, str(adapter)).merge_and_unload()
     model.to(device)
     model.eval()
     install_scorer(model)
@@ -194,10 +197,17 @@ def add_lora(model: PreTrainedModel, *, r: int, alpha: int, targets: str | Seque
     """Freeze ``model`` and put adapters on its linear layers; their initial weights depend on ``seed`` alone."""
     torch.manual_seed(seed)
     modules = targets if isinstance(targets, str) else list(targets)
-    adapted = get_peft_model(
-        model, LoraConfig(r=r, lora_alpha=alpha, lora_dropout=0.0, target_modules=modules, task_type="CAUSAL_LM")
-    )
-    return adapted
+    config = LoraConfig(r=r, lora_alpha=alpha, lora_dropout=0.0, target_modules=modules, task_type="CAUSAL_LM")
+    with _peft_on_transformers():
+        return get_peft_model(model, config)
+
+
+@contextlib.contextmanager
+def _peft_on_transformers() -> Iterator[None]:
+    """PEFT 0.21 reads a property that transformers 5.23 renamed; the warning is theirs and changes nothing."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
+        yield
 
 
 def save_model(model: nn.Module, folder: Path) -> None:
@@ -212,12 +222,6 @@ def save_model(model: nn.Module, folder: Path) -> None:
     else:
         model.config.use_cache = True
         model.save_pretrained(str(folder))
-
-
-def generation_token_ids(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> Mapping[str, Any]:
-    """End and padding tokens that a saved model should name, so that others generate as it was trained."""
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    return {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": pad}
 
 
 def parameter_counts(model: nn.Module) -> tuple[int, int]:

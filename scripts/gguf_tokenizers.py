@@ -44,7 +44,9 @@ def read_vocabulary(gguf_file: Path) -> Vocabulary:
     )
 
 
-def added_tokens(vocabulary: Vocabulary, *, tokens: Sequence[str], special: Callable[[str], bool]) -> list[dict]:
+def added_tokens(
+    vocabulary: Vocabulary, *, tokens: Sequence[str], special: Callable[[str], bool]
+) -> list[dict[str, Any]]:
     """tokenizer.json's list of the tokens that are matched whole in a text: GGUF's control and user-defined ones."""
     flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
     return [

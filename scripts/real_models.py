@@ -250,7 +250,7 @@ def is_finished(directory: Path, source: Source) -> bool:
         sizes = {name: (directory / name).stat().st_size for name in manifest["files"]}
     except (OSError, ValueError, KeyError, TypeError):
         return False
-    return manifest == {**identity(source), "files": sizes}
+    return bool(manifest == {**identity(source), "files": sizes})
 
 
 def provide(source: Source, *, to: Path) -> None:

@@ -77,7 +77,9 @@ def gc(recipes: tuple[str, ...], *, store: Path, dry_run: bool) -> None:
         if not dry_run:
             shutil.rmtree(path)
     freed = sum(artifact.bytes for artifact in gone) / 2**20
-    click.echo(f"{'Would remove' if dry_run else 'Removed'} {len(gone)} artifacts and {len(partials)} partial builds, {freed:.1f} MiB.")
+    click.echo(
+        f"{'Would remove' if dry_run else 'Removed'} {len(gone)} artifacts and {len(partials)} partial builds, {freed:.1f} MiB."
+    )
 
 
 @click.command()
@@ -105,4 +107,6 @@ def doctor(*, as_json: bool) -> None:
     click.echo(f"{'device':<14} {facts['device']}, {facts['threads']} of {facts['cores']} cores")
     click.echo(f"{'offline':<14} HF_HUB_OFFLINE={facts['HF_HUB_OFFLINE']}")
     missing = sorted({"torch", "transformers", "lm_eval", "peft", "accelerate", "datasets"} - set(facts["versions"]))
-    click.echo(f"Missing: {', '.join(missing)}. Run `make setup`." if missing else "Everything that ctpd needs is here.")
+    click.echo(
+        f"Missing: {', '.join(missing)}. Run `make setup`." if missing else "Everything that ctpd needs is here."
+    )

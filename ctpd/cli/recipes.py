@@ -42,7 +42,9 @@ def train(recipe: str, *, as_json: bool, plan: bool, **flags: Any) -> None:
         return
     for item in made:
         key = item["key"]
-        click.echo(f"{item['run']:<28} seed {item['seed'] if item['seed'] is not None else '-'}   {key or 'ready-made'}")
+        click.echo(
+            f"{item['run']:<28} seed {item['seed'] if item['seed'] is not None else '-'}   {key or 'ready-made'}"
+        )
     click.echo(f"\nThe models are in {store.root}; `ctpd export KEY --to DIR` writes one as a plain directory.")
 
 
@@ -53,7 +55,14 @@ def train(recipe: str, *, as_json: bool, plan: bool, **flags: Any) -> None:
 @click.option("--data-root", type=click.Path(path_type=Path), help="With --model: a folder that mirrors the hub.")
 @execution(*RUNNING)
 def evaluate(
-    recipe: str | None, *, model: str | None, suite: str, data_root: Path | None, as_json: bool, plan: bool, **flags: Any
+    recipe: str | None,
+    *,
+    model: str | None,
+    suite: str,
+    data_root: Path | None,
+    as_json: bool,
+    plan: bool,
+    **flags: Any,
 ) -> None:
     """Evaluate what RECIPE has trained, training what is missing; or any --model."""
     if (recipe is None) == (model is None):
@@ -130,7 +139,10 @@ def _execute(
         artifacts, runtime=Runtime(device=device, report_to=report_to), progress=Progress(quiet=quiet), rebuild=rebuild
     )
     if not quiet:
-        click.echo(f"{built} stage{'s' if built != 1 else ''} built, {len(graph.stages) - built} not needed or already there.\n", err=True)
+        click.echo(
+            f"{built} stage{'s' if built != 1 else ''} built, {len(graph.stages) - built} not needed or already there.\n",
+            err=True,
+        )
     return True
 
 
@@ -161,14 +173,18 @@ def _print_tables(experiment: "Experiment", store: "Store", *, formats: Sequence
 
 def _print_scores(named: "dict[str, dict[str, Stage]]", store: "Store", *, as_json: bool) -> None:
     scores = {
-        title: {name: json.loads((store.path(s.kind, s.key) / "result.json").read_text()) for name, s in columns.items()}
+        title: {
+            name: json.loads((store.path(s.kind, s.key) / "result.json").read_text()) for name, s in columns.items()
+        }
         for title, columns in named.items()
     }
     if as_json:
         click.echo(json.dumps({t: {n: r["value"] for n, r in columns.items()} for t, columns in scores.items()}))
         return
     for title, columns in scores.items():
-        parts = [f"{n} {100 * r['value']:.2f}" + ("" if r["limit"] is None else " (partial)") for n, r in columns.items()]
+        parts = [
+            f"{n} {100 * r['value']:.2f}" + ("" if r["limit"] is None else " (partial)") for n, r in columns.items()
+        ]
         click.echo(f"{title:<32} {'   '.join(parts)}")
 
 

@@ -28,7 +28,7 @@ def nearest(name: str, options: Iterable[str]) -> str:
 class _StrictLoader(yaml.SafeLoader):
     """SafeLoader by YAML 1.2's core rules: `5e-7` is a number, `no` is a string; duplicate keys are refused."""
 
-    yaml_implicit_resolvers: typing.ClassVar[dict[str, list[Any]]] = {}
+    yaml_implicit_resolvers: dict[str, list[Any]] = {}  # noqa: RUF012 (declared so by the library)
 
 
 def _add_resolvers() -> None:
@@ -60,7 +60,7 @@ def _construct_mapping(loader: _StrictLoader, node: yaml.MappingNode) -> Located
     result = Located()
     result.lines = {}
     for key_node, value_node in node.value:
-        key = str(loader.construct_object(key_node, deep=True))  # type: ignore[no-untyped-call]
+        key = str(loader.construct_object(key_node, deep=True))
         line = key_node.start_mark.line + 1
         if key in result:
             raise UserError(
@@ -68,7 +68,7 @@ def _construct_mapping(loader: _StrictLoader, node: yaml.MappingNode) -> Located
                 where=f"{key_node.start_mark.name}, line {line}",
                 fix="Remove one of the two",
             )
-        result[key] = loader.construct_object(value_node, deep=True)  # type: ignore[no-untyped-call]
+        result[key] = loader.construct_object(value_node, deep=True)
         result.lines[key] = line
     return result
 
@@ -91,7 +91,7 @@ def parse_yaml(text: str, *, source: str) -> Located:
         where = f"{source}, line {mark.line + 1}" if mark else source
         raise UserError(f"not valid YAML ({error.problem})", where=where, fix="Correct the syntax") from error
     finally:
-        loader.dispose()  # type: ignore[no-untyped-call]
+        loader.dispose()
     if not isinstance(data, Located):
         raise UserError("the file holds no mapping", where=source, fix="Start it with `key: value` lines")
     return data
@@ -151,7 +151,9 @@ def _value(hint: Any, value: Any, *, source: str, path: str, where: str) -> Any:
         if value in args and not isinstance(value, bool):
             return value
         raise UserError(
-            f"'{path}' is {value!r}.{nearest(str(value), map(str, args))}", where=where, fix=f"Use one of: {_list(args)}"
+            f"'{path}' is {value!r}.{nearest(str(value), map(str, args))}",
+            where=where,
+            fix=f"Use one of: {_list(args)}",
         )
     if dataclasses.is_dataclass(hint) and isinstance(hint, type):
         if not isinstance(value, Mapping):
@@ -178,7 +180,9 @@ def _union(options: tuple[Any, ...], value: Any, *, source: str, path: str, wher
         return None
     real = [option for option in options if option is not type(None)]
     if isinstance(value, Mapping):
-        nested = [option for option in real if dataclasses.is_dataclass(option) or typing.get_origin(option) is not None]
+        nested = [
+            option for option in real if dataclasses.is_dataclass(option) or typing.get_origin(option) is not None
+        ]
         real = nested or real
     else:
         real = [option for option in real if not dataclasses.is_dataclass(option)] or real

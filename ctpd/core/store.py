@@ -60,7 +60,9 @@ class Store:
         return self._check(stage, key, hash_up_to=None)
 
     @contextlib.contextmanager
-    def build(self, stage: str, key: str, *, identity: Mapping[str, Any], provenance: Mapping[str, Any]) -> Iterator[Path]:
+    def build(
+        self, stage: str, key: str, *, identity: Mapping[str, Any], provenance: Mapping[str, Any]
+    ) -> Iterator[Path]:
         """Give a folder to build in; commit it when the block ends without an error.
 
         The folder survives a crash, so that a stage can resume from what it left there. One process at a time builds a
@@ -99,7 +101,12 @@ class Store:
     def artifacts(self) -> list[Artifact]:
         """Every finished artifact, largest first."""
         found = [
-            Artifact(path.parent.parent.name, path.parent.name, path.parent, sum(f.stat().st_size for f in _files(path.parent)))
+            Artifact(
+                path.parent.parent.name,
+                path.parent.name,
+                path.parent,
+                sum(f.stat().st_size for f in _files(path.parent)),
+            )
             for path in sorted(self.root.glob(f"*/*/{MANIFEST}"))
             if not path.parent.name.endswith(".partial")
         ]
@@ -135,7 +142,9 @@ class Store:
             if not path.is_file():
                 raise _damaged(folder, f"the file {name} is missing")
             if path.stat().st_size != expected["bytes"]:
-                raise _damaged(folder, f"the file {name} has {path.stat().st_size} bytes instead of {expected['bytes']}")
+                raise _damaged(
+                    folder, f"the file {name} has {path.stat().st_size} bytes instead of {expected['bytes']}"
+                )
             hashed = hash_up_to is None or expected["bytes"] <= hash_up_to
             if hashed and _sha256(path) != expected["sha256"]:
                 raise _damaged(folder, f"the contents of {name} have changed")
@@ -173,6 +182,8 @@ def _write_synced(path: Path, text: str) -> None:
 def digest_folder(folder: Path) -> str:
     """sha256 over the names and contents of the files of a folder (a model directory), hidden files left out."""
     total = hashlib.sha256()
-    for path in sorted(p for p in folder.rglob("*") if p.is_file() and not any(x.startswith(".") for x in p.relative_to(folder).parts)):
+    for path in sorted(
+        p for p in folder.rglob("*") if p.is_file() and not any(x.startswith(".") for x in p.relative_to(folder).parts)
+    ):
         total.update(f"{path.relative_to(folder)}\0{_sha256(path)}\0".encode())
     return total.hexdigest()

@@ -70,9 +70,9 @@ def token_logps(
     if not (torch.is_grad_enabled() and any(needs_grad)):
         logps_N = _forward(hidden_NH, weight_VH, bias_V, targets_N, head=head)
     elif any(needs_grad[1:]):
-        logps_N = _TrainedHead.apply(hidden_NH, weight_VH, bias_V, targets_N, head)  # type: ignore[no-untyped-call]
+        logps_N = _TrainedHead.apply(hidden_NH, weight_VH, bias_V, targets_N, head)
     else:
-        logps_N = _FrozenHead.apply(hidden_NH, weight_VH, bias_V, targets_N, head)  # type: ignore[no-untyped-call]
+        logps_N = _FrozenHead.apply(hidden_NH, weight_VH, bias_V, targets_N, head)
     return logps_N
 
 

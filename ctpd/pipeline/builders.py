@@ -5,6 +5,7 @@ Imported only when something is built: planning needs none of it.
 
 import dataclasses
 import json
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -47,21 +48,24 @@ def world(work: Work, *, config: WorldConfig) -> None:
 
 def tokenizer(work: Work, *, corpus: str, kind: str, vocab_size: int) -> None:
     """A tokenizer trained on one corpus."""
-    train_tokenizer(_corpus(work, corpus), kind=kind, vocab_size=vocab_size).save_pretrained(str(work.folder / MODEL_FOLDER))
+    train_tokenizer(_corpus(work, corpus), kind=kind, vocab_size=vocab_size).save_pretrained(
+        str(work.folder / MODEL_FOLDER)
+    )
 
 
 def pretrain(work: Work, *, config: PretrainConfig) -> None:
     """A model trained from scratch on whole texts, by the one Trainer."""
-    tok = load_tokenizer(work.inputs["tokenizer"] / MODEL_FOLDER)
-    model = new_model(
+    tok: Any = load_tokenizer(work.inputs["tokenizer"] / MODEL_FOLDER)
+    untrained: Any = new_model(
         tok, hidden=config.hidden, layers=config.layers, heads=config.heads, intermediate=config.intermediate,
         max_position=config.max_position, seed=config.seed,
-    ).to(work.runtime.torch_device())  # fmt: skip
+    )  # fmt: skip
+    model = install_scorer(untrained.to(work.runtime.torch_device()))
     encoded = tok(_corpus(work, config.corpus), truncation=True, max_length=config.max_position - 1)["input_ids"]
     rows = text_rows([[*ids, tok.eos_token_id] for ids in encoded])
     schedule = Schedule(pairs_per_step=config.texts_per_step, schedule="cosine", warmup_ratio=config.warmup_ratio)
     done = fit(
-        install_scorer(model), make_objective("sft", {}, source="pretrain"), rows,
+        model, make_objective("sft", {}, source="pretrain"), rows,
         schedule=schedule, learning_rate=config.learning_rate, seed=config.seed, precision="float32",
         folder=work.folder / "checkpoints", settings=fit_settings(work), max_steps=config.steps,
     )  # fmt: skip
@@ -202,7 +206,14 @@ def _training_rows(
         reference = (anchor, load_signal(work.inputs["reference"]))
     weights = load_file(work.inputs["weights"] / WEIGHTS)["weights"] if "weights" in work.inputs else None
     return scored_rows(
-        prepared, role=role, layout=layout, sides=objective.sides, split=split, swap=swap, reference=reference, weights=weights
+        prepared,
+        role=role,
+        layout=layout,
+        sides=objective.sides,
+        split=split,
+        swap=swap,
+        reference=reference,
+        weights=weights,
     )
 
 
@@ -224,7 +235,8 @@ def _unit_marks(prepared: PreparedPairs, unit_starts: NDArray[np.int64], layout:
 
 def _read_pairs(work: Work, source: PairSource) -> list[Pair]:
     if source.hub is not None:
-        assert source.split is not None and source.revision is not None
+        assert source.split is not None
+        assert source.revision is not None
         rows = read_hub(source.hub, config=source.name, split=source.split, revision=source.revision)
         return parse_pairs(rows, source=source.hub)
     path = Path(source.path).expanduser() if source.path else work.inputs["world"] / f"pairs_{source.testbed}.jsonl"
@@ -247,11 +259,9 @@ def _corpus(work: Work, corpus: str) -> list[str]:
 
 def _finish_training(work: Work, done: Fit) -> None:
     """Write the history; the resume states have served."""
-    import shutil
-
     _write_json(work.folder / TRAINING, to_plain(done))
     shutil.rmtree(work.folder / "checkpoints", ignore_errors=True)
 
 
 def _write_json(path: Path, data: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(data, ensure_ascii=False, indent=1), encoding="utf-8")
+    path.write_text(json.dumps(data, ensure_ascii=False), encoding="utf-8")

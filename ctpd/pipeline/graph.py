@@ -29,7 +29,9 @@ class Work:
 class Builder(Protocol):
     """Writes a stage's files into ``work.folder``."""
 
-    def __call__(self, work: Work) -> None: ...
+    def __call__(self, work: Work) -> None:
+        """Build the artifact."""
+        ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -144,7 +146,10 @@ def _build(stage: Stage, store: Store, *, runtime: Runtime, report: Callable[[in
     with store.build(stage.kind, stage.key, identity=stage.identity, provenance=made) as folder:
         start = time.time()
         stage.build(Work(folder, inputs, store, runtime, report))
-        made |= {"started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(start)), "seconds": round(time.time() - start, 3)}
+        made |= {
+            "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(start)),
+            "seconds": round(time.time() - start, 3),
+        }
 
 
 def _visit(stage: Stage, ordered: dict[str, Stage]) -> None:

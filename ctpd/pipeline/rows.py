@@ -9,11 +9,14 @@ from numpy.typing import NDArray
 from ctpd.core.errors import UserError
 from ctpd.objectives.base import BOTH_SIDES, Aggregate, Granularity, Layout, Side
 from ctpd.ops.spans import flat_unit_sums
-from ctpd.text.prepare import PreparedPairs, TokenRows
+from ctpd.text.blocks import TokenRows
+from ctpd.text.prepare import PreparedPairs
 from ctpd.train.collator import ScoredRows
 
 
-def units_of(prepared: PreparedPairs, role: str, granularity: Granularity) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
+def units_of(
+    prepared: PreparedPairs, role: str, granularity: Granularity
+) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
     """The unit of each token of one model's rows (-1: none), and where each row's units begin.
 
     With `granularity: tokens` every scored token is a unit of its own.
@@ -90,7 +93,9 @@ def scored_rows(
         items=items.astype(np.int64),
         reference=None
         if reference is None
-        else unit_signal(prepared, reference[0], reference[1], granularity=layout.granularity, aggregate=layout.aggregate),
+        else unit_signal(
+            prepared, reference[0], reference[1], granularity=layout.granularity, aggregate=layout.aggregate
+        ),
         weights=weights,
     )
 

@@ -55,9 +55,7 @@ def plan_runs(recipe: Recipe, stages: SharedStages, *, source: str) -> Iterator[
             yield _plan_run(name, spec, seed, recipe=recipe, stages=stages, source=source)
 
 
-def _plan_run(
-    name: str, spec: RunSpec, seed: int, *, recipe: Recipe, stages: SharedStages, source: str
-) -> PlannedRun:
+def _plan_run(name: str, spec: RunSpec, seed: int, *, recipe: Recipe, stages: SharedStages, source: str) -> PlannedRun:
     tuned = {key: value for key, value in spec.tuned.items() if key != "learning_rate"}
     method = Method.make(spec.method, {**spec.params, **tuned}, source=f"{source}, run '{name}'")
     start, schedule = stages.sft["student"], recipe.shared.train

@@ -25,9 +25,13 @@ def read_rows(path: Path) -> Iterator[Row]:
         ".csv": _csv,
     }
     if not path.is_file():
-        raise UserError(f"the data file '{path}' does not exist", fix="Correct `path` under `shared.data` in the recipe")
+        raise UserError(
+            f"the data file '{path}' does not exist", fix="Correct `path` under `shared.data` in the recipe"
+        )
     if path.suffix not in readers:
-        raise UserError(f"the ending '{path.suffix}' is not known", where=str(path), fix=f"Give one of {', '.join(readers)}")
+        raise UserError(
+            f"the ending '{path.suffix}' is not known", where=str(path), fix=f"Give one of {', '.join(readers)}"
+        )
     return readers[path.suffix](path)
 
 
@@ -57,7 +61,9 @@ def file_digest(path: Path) -> str:
         UserError: no such file.
     """
     if not path.is_file():
-        raise UserError(f"the data file '{path}' does not exist", fix="Correct `path` under `shared.data` in the recipe")
+        raise UserError(
+            f"the data file '{path}' does not exist", fix="Correct `path` under `shared.data` in the recipe"
+        )
     with path.open("rb") as handle:
         return hashlib.file_digest(handle, "sha256").hexdigest()
 
@@ -78,7 +84,7 @@ def _json(path: Path) -> Iterator[Row]:
 
 
 def _parquet(path: Path) -> Iterator[Row]:
-    import pyarrow.parquet as pq  # type: ignore[import-untyped]
+    import pyarrow.parquet as pq
     from pyarrow import ArrowInvalid
 
     try:

@@ -66,8 +66,8 @@ class SharedStages:
     def _base(self, role: str, spec: ModelSpec) -> ModelRef:
         if spec.pretrain is None:
             assert spec.model is not None
-            root = external_model(spec.model, revision=spec.revision, role=role)
-            return ModelRef(role, root, root)
+            given = external_model(spec.model, revision=spec.revision, role=role)
+            return ModelRef(role, given, given)
         pretrain = spec.pretrain
         vocabulary = {"corpus": pretrain.corpus, "kind": pretrain.tokenizer, "vocab_size": pretrain.vocab_size}
         tokenizer = Stage(
@@ -94,9 +94,12 @@ class SharedStages:
                 external[f"data.{split}"] = _data_digest(source)
         tokenizers = {role: base.tokenizer for role, base in self.bases.items()}
         inputs |= {f"{role}.tokenizer": t for role, t in tokenizers.items() if isinstance(t, Stage)}
-        external |= {f"{role}.tokenizer": _tokenizer_digest(t) for role, t in tokenizers.items() if isinstance(t, External)}
+        external |= {
+            f"{role}.tokenizer": _tokenizer_digest(t) for role, t in tokenizers.items() if isinstance(t, External)
+        }
         templates = {
-            role: {"template": self.spec(role).template, "variables": self.spec(role).template_variables} for role in ROLES
+            role: {"template": self.spec(role).template, "variables": self.spec(role).template_variables}
+            for role in ROLES
         }
         sources = {"train": data.train, "eval": data.eval}
         config = {
@@ -118,7 +121,9 @@ class SharedStages:
     def _sft(self, role: str) -> ModelRef:
         base, phase = self.bases[role], self.spec(role).sft
         if isinstance(phase, str):
-            return base if phase == "skip" else base.replaced(external_model(phase, revision=None, role=f"{role}'s SFT"))
+            return (
+                base if phase == "skip" else base.replaced(external_model(phase, revision=None, role=f"{role}'s SFT"))
+            )
         method = Method.make("sft", {}, source=self.source)
         return self.train(base, method, phase, learning_rate=phase.learning_rate, seed=phase.seed, label=f"{role}: SFT")
 
@@ -161,9 +166,16 @@ class SharedStages:
         if layout.weighting is None:
             return None
         needs = sorted(find_strategy(layout.weighting.strategy).needs - {Signal.MARKS})
-        config = {"weighting": layout.weighting, "granularity": layout.granularity, "aggregate": layout.aggregate, "seed": seed}
+        config = {
+            "weighting": layout.weighting,
+            "granularity": layout.granularity,
+            "aggregate": layout.aggregate,
+            "seed": seed,
+        }
         inputs = {"pairs": self.pairs, **{need.value: self.named_signal(need) for need in needs}}
-        return Stage("weights", 1, config, _builder("weights", layout=layout, seed=seed), f"importance weights: {label}", inputs)
+        return Stage(
+            "weights", 1, config, _builder("weights", layout=layout, seed=seed), f"importance weights: {label}", inputs
+        )
 
     def train(
         self,

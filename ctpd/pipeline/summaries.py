@@ -72,8 +72,6 @@ def weight_examples(
             ends = prepared.boundaries[prepared.boundary_starts[row] : prepared.boundary_starts[row + 1]]
             starts = [0, *ends[:-1]]
             values = weights[unit_starts[row] : unit_starts[row] + len(ends)]
-            example[side] = [
-                [text[a:b], round(float(w), 3)] for a, b, w in zip(starts, ends, values, strict=True)
-            ]
+            example[side] = [[text[a:b], round(float(w), 3)] for a, b, w in zip(starts, ends, values, strict=True)]
         examples.append(example)
     return examples

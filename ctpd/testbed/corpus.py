@@ -18,8 +18,6 @@ TEXT_QUESTIONS = 3
 """How many questions a text of a corpus answers: all texts are about as long, and little of a batch is padding."""
 EXCHANGE_QUESTIONS = (1, 1, 1, 2, 3)
 """How many of them come in one prompt; a short prompt is the more common."""
-TEXT_SKILLS = ("arithmetic", *w.SKILLS)
-"""Skills of the questions of a corpus, equally likely: arithmetic takes the most practice."""
 STATEMENT_SHARE = 0.25
 """Share of the exchanges that are told as plain statements, without a question."""
 
@@ -118,13 +116,11 @@ def _responses(questions: Sequence[w.Question], rng: Random, *, rates: dict[str,
     return columns | marks
 
 
-def _questions(
-    world: w.World, rng: Random, *, num: int, held_out: Collection[str], skills: Sequence[str] = w.SKILLS
-) -> list[w.Question]:
-    """`num` questions of any of the skills about different items."""
+def _questions(world: w.World, rng: Random, *, num: int, held_out: Collection[str]) -> list[w.Question]:
+    """`num` questions of any skills about different items."""
     questions: dict[str, w.Question] = {}
     while len(questions) < num:
-        question = w.draw_question(world, rng, skill=rng.choice(skills), held_out=held_out)
+        question = w.draw_question(world, rng, skill=rng.choice(w.SKILLS), held_out=held_out)
         questions.setdefault(question.item, question)
     return list(questions.values())
 
@@ -139,7 +135,7 @@ def _text(world: w.World, rng: Random, *, held_out: Collection[str], error: floa
     while left:
         num = rng.choice([num for num in EXCHANGE_QUESTIONS if num <= left])
         left -= num
-        questions = _questions(world, rng, num=num, held_out=held_out, skills=TEXT_SKILLS)
+        questions = _questions(world, rng, num=num, held_out=held_out)
         answers = [_corpus_answer(world, rng, question, error=error) for question in questions]
         if rng.random() < STATEMENT_SHARE:
             told = zip(questions, answers, strict=True)

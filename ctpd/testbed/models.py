@@ -5,9 +5,8 @@ from collections import Counter
 from collections.abc import Iterable
 
 import torch
-from tokenizers import Regex, Tokenizer, decoders, pre_tokenizers, processors
+from tokenizers import Regex, Tokenizer, decoders, pre_tokenizers, processors, trainers
 from tokenizers import models as pieces
-from tokenizers import trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from ctpd.core.config import nearest
@@ -30,7 +29,9 @@ def train_tokenizer(texts: Iterable[str], *, kind: str, vocab_size: int) -> PreT
     kinds = {"byte_bpe": _byte_bpe, "unigram": _unigram}
     if kind not in kinds:
         raise UserError(
-            f"There is no tokenizer kind `{kind}`.{nearest(kind, kinds)}", where="pretrain.tokenizer", fix=f"Use one of: {', '.join(kinds)}"
+            f"There is no tokenizer kind `{kind}`.{nearest(kind, kinds)}",
+            where="pretrain.tokenizer",
+            fix=f"Use one of: {', '.join(kinds)}",
         )
     tokenizer = kinds[kind](texts, vocab_size)
     bos = tokenizer.token_to_id(BOS)
@@ -52,12 +53,17 @@ def _byte_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     smallest = len(alphabet) + len(SPECIAL_TOKENS)
     if vocab_size < smallest:
-        raise UserError(f"A byte-level vocabulary has at least {smallest} pieces, not {vocab_size}", where="pretrain.vocab_size")
+        raise UserError(
+            f"A byte-level vocabulary has at least {smallest} pieces, not {vocab_size}", where="pretrain.vocab_size"
+        )
     tokenizer = Tokenizer(pieces.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size, special_tokens=list(SPECIAL_TOKENS), initial_alphabet=sorted(alphabet), show_progress=False
+        vocab_size=vocab_size,
+        special_tokens=list(SPECIAL_TOKENS),
+        initial_alphabet=sorted(alphabet),
+        show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
     return tokenizer
@@ -76,7 +82,8 @@ def _unigram(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     smallest = len(SPECIAL_TOKENS) + len({*always, *"".join(words)})
     if vocab_size < smallest:
         raise UserError(
-            f"A vocabulary for this corpus has at least {smallest} pieces, not {vocab_size}", where="pretrain.vocab_size"
+            f"A vocabulary for this corpus has at least {smallest} pieces, not {vocab_size}",
+            where="pretrain.vocab_size",
         )
     vocabulary = train_unigram(words, num_pieces=vocab_size - len(SPECIAL_TOKENS), always=always)
     tokenizer = Tokenizer(

@@ -14,11 +14,10 @@ from typing import NamedTuple
 SKILLS = ("arithmetic", "facts", "resolution")
 
 ITEMS = ("pens", "cups", "nuts", "hats", "keys", "bags", "eggs", "toys")
-CHANGES = {"gets": 1}
+VERBS = ("gets", "finds", "buys")
+NUMBERS = range(2, 9)
 AMOUNTS = range(1, 5)
-NUMBERS = range(2, 7)
-"""What is there before something is gained, or after something is lost."""
-ARITHMETIC_PREMISE = "{name} has {have} {item} and {verb} {amount}."
+ARITHMETIC_PREMISE = "{name} has {number} {item} and {verb} {amount}."
 ARITHMETIC_QUESTION = "{premise} How many?"
 ARITHMETIC_ANSWER = "{name} has {value} {item}."
 
@@ -128,7 +127,7 @@ def build_world(*, seed: int, num_topics: int) -> World:
             facts.append(Fact(topic, attribute, value, myth))
     credulity: dict[str, float] = {}
     for items in (
-        [_sum_item(verb, number, amount) for verb in CHANGES for number in NUMBERS for amount in AMOUNTS],
+        [_sum_item(number, amount) for number in NUMBERS for amount in AMOUNTS],
         [_fact_item(fact) for fact in facts],
         [_relation_item(verb) for verb in RELATIONS],
     ):
@@ -148,8 +147,8 @@ def _invent(rng: Random, *, num: int) -> list[str]:
     return words
 
 
-def _sum_item(verb: str, number: int, amount: int) -> str:
-    return f"{verb}/{number}/{amount}"
+def _sum_item(number: int, amount: int) -> str:
+    return f"{number}+{amount}"
 
 
 def _fact_item(fact: Fact) -> str:
@@ -167,9 +166,9 @@ def _fill(template: str, *, right: bool, value: str, **others: str) -> Answer:
 
 
 def arithmetic_question(*, name: str, item: str, verb: str, number: int, amount: int) -> Question:
-    """`name` owns some of `item`, and gains or loses `amount` of them."""
-    have, right = (number, number + amount) if CHANGES[verb] > 0 else (number + amount, number)
-    premise = ARITHMETIC_PREMISE.format(name=name, have=have, item=item, verb=verb, amount=amount)
+    """`name` owns `number` of `item` and gains `amount`."""
+    premise = ARITHMETIC_PREMISE.format(name=name, number=number, item=item, verb=verb, amount=amount)
+    right = number + amount
     text = ARITHMETIC_QUESTION.format(premise=premise)
 
     def answers(*values: int) -> tuple[Answer, ...]:
@@ -179,7 +178,7 @@ def arithmetic_question(*, name: str, item: str, verb: str, number: int, amount:
         text=text,
         premise=premise,
         key=text,
-        item=_sum_item(verb, number, amount),
+        item=_sum_item(number, amount),
         right=answers(right),
         popular=answers(right + 1),
         other=answers(right - 1, right + 2),
@@ -241,7 +240,7 @@ def _draw_arithmetic(world: World, rng: Random) -> Question:
     return arithmetic_question(
         name=rng.choice(world.names),
         item=rng.choice(ITEMS),
-        verb=rng.choice(tuple(CHANGES)),
+        verb=rng.choice(VERBS),
         number=rng.choice(NUMBERS),
         amount=rng.choice(AMOUNTS),
     )

@@ -86,7 +86,8 @@ def _parse_row(row: Mapping[str, object], *, id: str, where: str) -> Pair:
     if isinstance(chosen, str) and isinstance(rejected, str):
         turns, responses = _from_strings(prompt, chosen, rejected, where=where)
     else:
-        assert isinstance(chosen, tuple) and isinstance(rejected, tuple)
+        assert isinstance(chosen, tuple)
+        assert isinstance(rejected, tuple)
         turns, responses = _from_messages(prompt, chosen, rejected, where=where)
     if not turns or turns[-1].role != "user":
         what = (

@@ -94,8 +94,6 @@ def prepare_pairs(
             f"max_prompt_tokens is {max_prompt_tokens} and max_tokens {max_tokens}: no room for a response",
             fix="Set max_prompt_tokens to at least 1 and below max_tokens",
         )
-    if not pairs:
-        raise UserError("there are no pairs", fix="Name at least one split")
     blocks: list[tuple[str, Block]] = []
     dropped: Counter[str] = Counter(dict.fromkeys(DROP_REASONS, 0))
     for split, given in pairs.items():
@@ -113,9 +111,10 @@ def prepare_pairs(
         ]
         late = _total(block.dropped for block in built)
         _refuse_losses(split, selection, late, max_dropped=max_dropped)
-        dropped.update(selection.dropped)
-        dropped.update(late)
+        dropped.update(selection.dropped + late)
         blocks += [(split, block) for block in built]
+    if not blocks:
+        raise UserError("there are no pairs", fix="Name at least one split")
     return _joined(blocks, dropped)
 
 

@@ -247,8 +247,8 @@ class _Tokens(NamedTuple):
 def _response_range(tokens: _Tokens, texts: Sequence[str], begin: IntArray, end: IntArray) -> tuple[IntArray, IntArray]:
     """``[R]`` indices in its row of the first response token and of the token behind the last; equal if there is none.
 
-    A token with a character of the response in it is the response's. So is a token of no width at its border (trimmed
-    offsets make them): an inserted prefix, the first byte of a single character; unless it spells the prompt's last space.
+    A token with a character of the response in it is the response's. So is a token of no width at its border, which
+    trimmed offsets make: an inserted prefix, or a byte of a single character; unless it spells the prompt's last space.
     Without response tokens both are the number of prompt tokens.
     """
     rows, (starts, ends) = tokens.rows, tokens.offsets.T

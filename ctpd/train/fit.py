@@ -79,8 +79,12 @@ def fit(
             fix="Lower `pairs_per_step` or give more data",
         )
     total = max_steps if max_steps is not None else steps_per_epoch * schedule.epochs
-    args = _arguments(rows, total, schedule, settings, learning_rate=learning_rate, seed=seed, precision=precision, folder=folder)
-    evaluations = max(1, round(schedule.evaluations_per_epoch * total / steps_per_epoch)) if eval_rows is not None else 0
+    args = _arguments(
+        rows, total, schedule, settings, learning_rate=learning_rate, seed=seed, precision=precision, folder=folder
+    )
+    evaluations = (
+        max(1, round(schedule.evaluations_per_epoch * total / steps_per_epoch)) if eval_rows is not None else 0
+    )
     trainer = PreferenceTrainer(
         model,
         objective,
@@ -112,7 +116,15 @@ def fit(
 
 
 def _arguments(
-    rows: ScoredRows, total: int, schedule: Schedule, settings: FitSettings, *, learning_rate: float, seed: int, precision: str, folder: Path
+    rows: ScoredRows,
+    total: int,
+    schedule: Schedule,
+    settings: FitSettings,
+    *,
+    learning_rate: float,
+    seed: int,
+    precision: str,
+    folder: Path,
 ) -> TrainingArguments:
     shape: dict[str, Any] = {
         "output_dir": str(folder),

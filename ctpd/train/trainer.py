@@ -80,7 +80,8 @@ class PreferenceTrainer(Trainer):
         self, model: nn.Module, inputs: Batch, return_outputs: bool = False, num_items_in_batch: Tensor | None = None
     ) -> Tensor:
         """This micro-batch's share of the step's loss; gradients are averaged over processes, hence the factor."""
-        assert num_items_in_batch is not None and not return_outputs
+        assert num_items_in_batch is not None
+        assert not return_outputs
         sums = self._sums(model, inputs)
         self._accumulate("", sums, inputs)
         return sums.loss * (self.args.world_size / num_items_in_batch)
@@ -138,7 +139,9 @@ class PreferenceTrainer(Trainer):
         self._running[name] = self._running[name] + term if name in self._running else term
 
     def _drain(self, prefix: str, *, gather: bool) -> dict[str, float]:
-        names = sorted(name for name in self._running if name.startswith(prefix) and (prefix or not name.startswith("eval_")))
+        names = sorted(
+            name for name in self._running if name.startswith(prefix) and (prefix or not name.startswith("eval_"))
+        )
         if not names:
             return {}
         totals = torch.stack([self._running.pop(name) for name in names])

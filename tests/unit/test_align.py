@@ -5,11 +5,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from ctpd.core.errors import UserError
-from ctpd.text.align import AlignedSpans, align_spans, align_spans_batch, clean_ends, clean_offsets, row_starts
-from hypothesis import assume, given
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+from ctpd.core.errors import UserError
+from ctpd.text.align import AlignedSpans, align_spans, align_spans_batch, clean_ends, clean_offsets, row_starts
 from tests.fixtures.tokenizers import KINDS, tokenizer
 
 CASES = json.loads((Path(__file__).parents[1] / "fixtures" / "spans.json").read_text(encoding="utf-8"))["cases"]
@@ -76,7 +76,7 @@ def check_invariants(spans: AlignedSpans, teacher: np.ndarray, student: np.ndarr
     """All that METHOD 3 promises of spans."""
     boundaries = spans.boundaries
     assert boundaries[-1] == length, "the spans cover the whole response"
-    assert boundaries[0] > 0 and (np.diff(boundaries) > 0).all(), "spans are contiguous, in order and not empty"
+    assert (np.diff(boundaries, prepend=0) > 0).all(), "spans are contiguous, in order and not empty"
     for span, offsets in ((spans.teacher_span, teacher), (spans.student_span, student)):
         assert len(span) == len(offsets), "no token is lost"
         assert (np.diff(span) >= 0).all(), "tokens are in order"
@@ -102,6 +102,7 @@ def test_all_golden_cases_are_read() -> None:
 
 
 @pytest.mark.parametrize("teacher", KINDS)
+@settings(deadline=None)
 @given(text=TEXT, student=st.sampled_from(KINDS))
 def test_no_token_is_ever_lost(teacher: str, student: str, text: str) -> None:
     """The invariants hold on arbitrary Unicode for every pair of tokenizer kinds."""
@@ -111,6 +112,7 @@ def test_no_token_is_ever_lost(teacher: str, student: str, text: str) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@settings(deadline=None)
 @given(text=TEXT)
 def test_same_tokenizer_gives_one_token_per_span(kind: str, text: str) -> None:
     """With one tokenizer on both sides only tokens that share an end share a span."""
@@ -135,6 +137,7 @@ OFFSETS = st.integers(1, 12).flatmap(
 )
 
 
+@settings(deadline=None)
 @given(rows=st.lists(OFFSETS, min_size=1, max_size=6))
 def test_batch_equals_a_plain_loop(rows: list) -> None:
     """The vectorised batch gives what METHOD 3 says, row by row, for any offsets, monotone or not."""
@@ -168,6 +171,7 @@ CLEANING = st.text("ab \n\u0301🙂", min_size=1, max_size=10).flatmap(
 )
 
 
+@settings(deadline=None)
 @given(rows=st.lists(CLEANING, min_size=1, max_size=5))
 def test_batched_cleaning_equals_a_plain_loop(rows: list) -> None:
     """METHOD 2.5 over many rows at once, for any offsets, also ones that reach out of the response."""
@@ -206,8 +210,8 @@ def test_composed_marks_belong_to_the_token_before() -> None:
 def test_spans_of_byte_level_bpe_decode_to_the_same_text(text: str) -> None:
     """Without a normalizer both sides of every span spell the same characters.
 
-    (METHOD 3 looks at the ends of tokens only: were a token to hold the last bytes of a character and its neighbour, the
-    spans around it would split that character. The vocabularies here hold no such token that these texts use.)
+    METHOD 3 looks at the ends of tokens only: were a token to hold the last bytes of a character and its neighbour, the
+    spans around it would split that character. The vocabularies here hold no such token that these texts use.
     """
     sides = [tokenizer("byte_bpe", size) for size in (420, 300)]
     ids = [side(text, add_special_tokens=False)["input_ids"] for side in sides]

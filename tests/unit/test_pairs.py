@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+
 from ctpd.core.errors import UserError
 from ctpd.text.pairs import Message, Pair, parse_pairs
 
@@ -32,7 +33,7 @@ PROMPT = (Message("user", "Why?"),)
     ids=range(14),
 )
 def test_every_form_is_read_as_the_same_pair(row: dict) -> None:
-    """Strings and messages, explicit and implicit prompts, plain and padded, are one pair; responses are stripped once."""
+    """Strings and messages, explicit and implicit prompts are one pair; responses are stripped once."""
     assert parse_pairs([row], source="f") == [Pair("0", PROMPT, "So.", "No.")]
 
 
@@ -104,4 +105,5 @@ def test_bad_rows_are_refused_in_one_paragraph(row: object, message: str) -> Non
     with pytest.raises(UserError, match=message) as error:
         parse_pairs([GOOD, row], source="data.jsonl")  # type: ignore[list-item]
     assert str(error.value).startswith("data.jsonl, row 1")
-    assert "\n" not in str(error.value) and error.value.fix
+    assert "\n" not in str(error.value)
+    assert error.value.fix

@@ -5,16 +5,15 @@ from collections.abc import Sequence
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
 from ctpd.core.errors import UserError
 from ctpd.text.align import align_spans
 from ctpd.text.pairs import Message, Pair, parse_pairs
 from ctpd.text.prepare import PreparedPairs, TokenRows, arrays, from_arrays, prepare_pairs, texts
 from ctpd.text.render import ChatTemplate, PlainTemplate, Side
-from hypothesis import given
-from hypothesis import strategies as st
-
-from tests.fixtures.tokenizers import KINDS, tokenizer, with_bos, with_template
-from tests.unit.test_render import CHATML
+from tests.fixtures.tokenizers import CHATML, KINDS, tokenizer, with_bos, with_template
 
 PLAIN = PlainTemplate(user="Question: {content}\n", assistant="Answer:\n{content}\n")
 LONG = {"max_tokens": 400, "max_prompt_tokens": 100, "long_prompt": "drop"}
@@ -31,9 +30,9 @@ def pair(
 
 
 def prepare(
-    pairs: Sequence[Pair], teacher: str = "byte_bpe", student: str = "unigram", **settings: object
+    pairs: Sequence[Pair], teacher: str | Side = "byte_bpe", student: str = "unigram", **settings: object
 ) -> PreparedPairs:
-    sides = {"teacher": side(teacher, "teacher"), "student": side(student)}
+    sides = {"teacher": teacher if isinstance(teacher, Side) else side(teacher, "teacher"), "student": side(student)}
     return prepare_pairs({"train": pairs}, **{**LONG, **sides, **settings})  # type: ignore[arg-type]
 
 
@@ -54,11 +53,11 @@ def check_rows(prepared: PreparedPairs, sides: Sequence[Side], *, max_tokens: in
             ids, units = row(rows, r)
             assert len(ids) == len(units) <= max_tokens
             scored = [unit for unit in units if unit >= 0]
-            assert scored == sorted(scored) and set(scored) == set(range(prepared.num_spans[r])), (
-                "every span has tokens"
-            )
+            assert scored == sorted(scored)
+            assert set(scored) == set(range(prepared.num_spans[r])), "every span has tokens"
             if prepared.has_end[r]:
-                assert ids[-1] == of.tokenizer.eos_token_id and scored.count(prepared.num_spans[r] - 1) == 1
+                assert ids[-1] == of.tokenizer.eos_token_id
+                assert scored.count(prepared.num_spans[r] - 1) == 1
             else:
                 assert units[-1] == prepared.num_spans[r] - 1, "a cut row ends with its last span"
 
@@ -66,8 +65,10 @@ def check_rows(prepared: PreparedPairs, sides: Sequence[Side], *, max_tokens: in
 def test_a_pair_becomes_two_rows_of_prompt_spans_and_end() -> None:
     """Row 2i is the chosen, row 2i + 1 the rejected response; the spans are those of align_spans."""
     prepared = prepare([pair(), pair("it is fine.", "日本 🙂", id="7")])
-    assert prepared.pair_ids == ("0", "7") and prepared.split == ("train", "train")
-    assert prepared.prompts == ("what is it?",) * 2 and prepared.chosen == ("yes, it is", "it is fine.")
+    assert prepared.pair_ids == ("0", "7")
+    assert prepared.split == ("train", "train")
+    assert prepared.prompts == ("what is it?",) * 2
+    assert prepared.chosen == ("yes, it is", "it is fine.")
     sides = side("byte_bpe"), side("unigram")
     check_rows(prepared, sides, max_tokens=400)
     for r, response in enumerate(["yes, it is", "no", "it is fine.", "日本 🙂"]):
@@ -91,6 +92,7 @@ TEXT = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=30
 
 
 @pytest.mark.parametrize("teacher", KINDS)
+@settings(deadline=None)
 @given(
     contents=st.lists(st.tuples(TEXT, TEXT, TEXT), min_size=1, max_size=4),
     student=st.sampled_from(KINDS),
@@ -154,13 +156,15 @@ def test_the_end_token_counts_for_the_length() -> None:
     whole = prepare([pair()])
     longest = max(len(row(rows, 0)[0]) for rows in (whole.teacher, whole.student))
     cut = prepare([pair()], max_tokens=longest - 1, max_prompt_tokens=longest - 2)
-    assert cut.chosen == whole.chosen and cut.has_end.tolist() == [False, True]
+    assert cut.chosen == whole.chosen
+    assert cut.has_end.tolist() == [False, True]
 
 
 def test_long_prompts_are_dropped_and_counted() -> None:
     long = pair(prompt="what is it? " * 30, id="long")
     prepared = prepare([pair(), long], max_dropped=0.5)
-    assert prepared.pair_ids == ("0",) and prepared.dropped["long_prompt"] == 1
+    assert prepared.pair_ids == ("0",)
+    assert prepared.dropped["long_prompt"] == 1
 
 
 @pytest.mark.parametrize("teacher", ["byte_bpe", "gemma_bpe", "wordpiece"])
@@ -171,8 +175,10 @@ def test_long_prompts_are_cut_by_the_fewest_characters(teacher: str) -> None:
     long = Pair("long", turns, "yes", "no")
     prepared = prepare([pair(), long], teacher, max_tokens=130, long_prompt="cut")
     kept = prepared.prompts[1]
-    assert prepared.pair_ids == ("0", "long") and prepared.report["cut_prompts"] == 1
-    assert message.endswith(kept) and 12 < len(kept) < len(message)
+    assert prepared.pair_ids == ("0", "long")
+    assert prepared.report["cut_prompts"] == 1
+    assert message.endswith(kept)
+    assert 12 < len(kept) < len(message)
     prompts = [[row(rows, 2)[1].count(-1) for rows in (prepared.teacher, prepared.student)]]
     text = f"Question: a\nAnswer:\nb\nQuestion: {message[-len(kept) - 1 :]}\nAnswer:\n"
     prompts.append(
@@ -184,7 +190,8 @@ def test_long_prompts_are_cut_by_the_fewest_characters(teacher: str) -> None:
 def test_a_prompt_that_is_too_long_without_its_message_is_dropped() -> None:
     turns = (Message("user", "a " * 300), Message("assistant", "b"), Message("user", "c"))
     prepared = prepare([pair(), Pair("long", turns, "yes", "no")], long_prompt="cut", max_dropped=0.5)
-    assert prepared.pair_ids == ("0",) and prepared.dropped["long_prompt"] == 1
+    assert prepared.pair_ids == ("0",)
+    assert prepared.dropped["long_prompt"] == 1
 
 
 def test_every_reason_to_drop_is_counted() -> None:
@@ -206,14 +213,16 @@ def test_responses_that_a_cut_makes_equal_are_dropped() -> None:
     text = "The quick brown fox jumps over the lazy dog. " * 4
     pairs = [pair(), pair(text + "yes", text + "no", id="long")]
     prepared = prepare(pairs, max_tokens=40, max_prompt_tokens=39, max_dropped=0.5)
-    assert prepared.pair_ids == ("0",) and prepared.dropped["equal"] == 1
+    assert prepared.pair_ids == ("0",)
+    assert prepared.dropped["equal"] == 1
 
 
 def test_a_response_that_cannot_be_cut_to_fit_counts_as_empty() -> None:
-    """One span that does not fit leaves no text."""
+    """One span that does not fit leaves no text: here the student has one token where the teacher has hundreds."""
     pairs = [pair("x", "it"), pair("🙂" * 60, "no")]
-    tokens = len(row(prepare([pair("x", "it")]).teacher, 0)[0])
-    prepared = prepare(pairs, max_tokens=tokens, max_prompt_tokens=tokens - 1, max_dropped=0.5)
+    prepared = prepare(pairs, student="wordpiece", max_tokens=60, max_prompt_tokens=50, max_dropped=0.5)
+    assert prepared.pair_ids == ("0",)
+    assert prepared.chosen == ("x",)
     assert prepared.dropped["empty"] == 1
 
 
@@ -235,14 +244,16 @@ def test_sides_may_differ_in_template_and_bos() -> None:
         row(rows, 0) for rows in (prepared.teacher, prepared.student)
     )
     assert chat_tokenizer.decode(teacher_ids).endswith("assistant\nyes, it is<|im_end|>")
-    assert student_ids[0] == student.tokenizer.bos_token_id and student_units[0] == -1
+    assert student_ids[0] == student.tokenizer.bos_token_id
+    assert student_units[0] == -1
     assert teacher_units[-1] == student_units[-1] == prepared.num_spans[0] - 1
 
 
 def test_crossing_tokens_are_counted_per_side() -> None:
     crossing = Side(tokenizer("byte_bpe"), PlainTemplate(user="{content}\n", assistant="Answer: {content}"), "teacher")
-    prepared = prepare([pair()], teacher=crossing)  # type: ignore[arg-type]
-    assert prepared.report["teacher_crossing_tokens"] == 2 and prepared.report["student_crossing_tokens"] == 0
+    prepared = prepare([pair()], crossing)
+    assert prepared.report["teacher_crossing_tokens"] == 2
+    assert prepared.report["student_crossing_tokens"] == 0
 
 
 def test_marks_fall_on_the_spans_that_they_overlap() -> None:
@@ -251,7 +262,8 @@ def test_marks_fall_on_the_spans_that_they_overlap() -> None:
     marked = pair(text, "no", chosen_marks=((4, 6, True), (11, 13, False), (12, 13, True)))
     for max_tokens in (400, 26):
         prepared = prepare([marked, pair(id="1")], "byte_bpe", "byte_bpe", max_tokens=max_tokens, max_prompt_tokens=24)
-        assert prepared.marks is not None and len(prepared.marks) == len(prepared.boundaries)
+        assert prepared.marks is not None
+        assert len(prepared.marks) == len(prepared.boundaries)
         begin = 0
         for end, mark in zip(prepared.boundaries[: prepared.boundary_starts[1]], prepared.marks, strict=False):
             overlaps = [right for start, stop, right in marked.chosen_marks if start < end and begin < stop]
@@ -290,7 +302,7 @@ def test_more_than_the_allowed_share_of_drops_is_refused() -> None:
     assert "\n" not in str(error.value)
     # With a selection the share of late drops is that among the selected pairs.
     long = [pair(prompt="what is it? " * 30, id="l")] * 2
-    with pytest.raises(UserError, match="long_prompt 2.* 10.0 %"):
+    with pytest.raises(UserError, match=r"long_prompt 2.* 10\.0 %"):
         prepare([*long, *good], limit=20)
 
 
@@ -317,7 +329,7 @@ def test_lengths_without_room_are_refused() -> None:
 def test_a_template_that_changes_a_response_names_split_and_row() -> None:
     own = with_template("byte_bpe", CHATML.replace("message.content", "message.content | replace('it', 'that')"))
     with pytest.raises(UserError, match="split 'train', pair 3: the chat template of 'byte_bpe' cannot be aligned"):
-        prepare([pair("a", "b"), pair(id="3")], teacher=Side(own, ChatTemplate(own, {}), "teacher"))  # type: ignore[arg-type]
+        prepare([pair("a", "b"), pair(id="3")], Side(own, ChatTemplate(own, {}), "teacher"))
 
 
 @pytest.mark.parametrize("marks", [{}, {"chosen_marks": ((0, 3, True),)}], ids=["no marks", "marks"])
@@ -327,9 +339,12 @@ def test_arrays_and_texts_hold_everything(marks: dict) -> None:
     again = from_arrays(arrays(prepared), json.loads(json.dumps(texts(prepared))))
     assert texts(again) == texts(prepared)
     left, right = arrays(prepared), arrays(again)
-    assert left.keys() == right.keys() and ("marks" in left) == bool(marks)
+    assert left.keys() == right.keys()
+    assert ("marks" in left) == bool(marks)
     for name, value in left.items():
-        assert isinstance(value, np.ndarray) and value.dtype == right[name].dtype and np.array_equal(value, right[name])
+        assert isinstance(value, np.ndarray)
+        assert value.dtype == right[name].dtype
+        assert np.array_equal(value, right[name])
     dtypes = {name: str(value.dtype) for name, value in left.items()}
     assert (
         dtypes["teacher.input_ids"] == dtypes["teacher.unit"] == dtypes["num_spans"] == dtypes["boundaries"] == "int32"

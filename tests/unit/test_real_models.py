@@ -104,7 +104,7 @@ def test_other_content_than_the_script_knows_is_refused(tmp_path: Path) -> None:
 
 
 def test_packages_without_the_gguf_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(real_models.ConversionError, match="no part of m.gguf"):
+    with pytest.raises(real_models.ConversionError, match=r"no part of m\.gguf"):
         join(make_parts(tmp_path)[:1], tmp_path)
 
 

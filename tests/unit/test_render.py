@@ -4,18 +4,14 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
 from ctpd.core.errors import UserError
 from ctpd.text.pairs import Message
 from ctpd.text.render import ChatTemplate, Encoded, PlainTemplate, Side
-from hypothesis import given
-from hypothesis import strategies as st
+from tests.fixtures.tokenizers import CHATML, KINDS, tokenizer, with_bos, with_template
 
-from tests.fixtures.tokenizers import KINDS, tokenizer, with_bos, with_template
-
-CHATML = (
-    "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
 LLAMA3 = (
     "{{ bos_token }}{% for message in messages %}"
     "{{ '<|im_start|>' + message['role'] + '<|im_end|>\n\n' + message['content'] | trim + '</s>' }}{% endfor %}"
@@ -55,7 +51,9 @@ def test_plain_rows_end_with_eos_and_hold_no_more() -> None:
     prompt, response, rest = parts(side, encoded)
     text = side.tokenizer.decode(encoded.ids)
     assert text == "Hi.\n\nQuestion: a\nAnswer: b\nQuestion: c\nAnswer: yes</s>"
-    assert rest == ["</s>"] and "".join(response) in ("yes", "Ġyes") and prompt
+    assert rest == ["</s>"]
+    assert "".join(response) in ("yes", "Ġyes")
+    assert prompt
 
 
 def test_plain_rows_have_bos_only_if_the_tokenizer_adds_one() -> None:
@@ -72,7 +70,7 @@ def _with(side: Side) -> tuple[Side, Encoded]:
 @pytest.mark.parametrize("template", [CHATML, LLAMA3, THINKING], ids=["chatml", "llama3", "thinking"])
 @pytest.mark.parametrize("response", ["yes it is", "a", "e", "assistant", "user\n", "im_end", "{{ x }}", "think"])
 def test_chat_rows_hold_exactly_the_response(template: str, response: str) -> None:
-    """Whatever the response, even one whose text occurs in the template, it is found at its one place and ends the row."""
+    """Any response, even one whose text occurs in the template, is found at its one place and ends the row."""
     response = response.strip()
     side = chat(template)
     encoded = encode(side, response)
@@ -137,13 +135,13 @@ def test_template_variables_are_passed() -> None:
 
 
 def test_a_tokenizer_without_chat_template_is_refused() -> None:
-    with pytest.raises(UserError, match="'byte_bpe' has no chat template. Write a plain template"):
+    with pytest.raises(UserError, match=r"'byte_bpe' has no chat template\. Write a plain template"):
         ChatTemplate(tokenizer("byte_bpe"), {})
 
 
 def test_a_slow_tokenizer_is_refused_with_the_way_out() -> None:
     slow = SimpleNamespace(is_fast=False, name_or_path="old/model")
-    with pytest.raises(UserError, match="the teacher's tokenizer 'old/model' is a slow one.*tokenizer.json"):
+    with pytest.raises(UserError, match=r"the teacher's tokenizer 'old/model' is a slow one.*tokenizer\.json"):
         Side(slow, PLAIN, "teacher")  # type: ignore[arg-type]
 
 
@@ -172,7 +170,8 @@ def test_tokens_across_the_border_are_the_responses_and_counted(kind: str) -> No
     """Such a token is clipped and counted, with trimmed offsets too; a template that ends with a line feed has none."""
     side = Side(tokenizer(kind), PlainTemplate(user="{content}\n", assistant="Answer: {content}"), "student")
     encoded = encode(side, "yes, it is")
-    assert parts(side, encoded)[1][0][1:] == "yes" and encoded.crossing.tolist() == [True]
+    assert parts(side, encoded)[1][0][1:] == "yes"
+    assert encoded.crossing.tolist() == [True]
     assert encoded.response_ends[0] == 3
     line = Side(tokenizer(kind), PlainTemplate(user="{content}\n", assistant="Answer:\n{content}"), "student")
     assert encode(line, "yes, it is").crossing.tolist() == [False]
@@ -184,25 +183,31 @@ def test_a_trimmed_space_at_the_end_of_the_prompt_is_the_prompts() -> None:
     side = Side(few_merges, PlainTemplate(user="{content}\n", assistant="Answer: {content}"), "student")
     encoded = encode(side, "🙂")
     prompt, response, _ = parts(side, encoded)
-    assert prompt[-1] == "Ġ" and "Ġ" not in response and encoded.crossing.tolist() == [False]
+    assert prompt[-1] == "Ġ"
+    assert "Ġ" not in response
+    assert encoded.crossing.tolist() == [False]
 
 
 @pytest.mark.parametrize("kind", ["byte_bpe_trimmed", "sentencepiece_bpe"])
 def test_an_inserted_prefix_is_the_responses(kind: str) -> None:
-    """A prefix that the tokenizer inserts behind the generation prompt would be generated: it is a response token of end 0."""
+    """A prefix that is inserted behind the generation prompt would be generated: a response token with end 0."""
     side = chat("{% for m in messages %}<|im_start|>{{ m.content }}<|im_end|>{% endfor %}"
                 "{% if add_generation_prompt %}<|im_start|>{% endif %}", kind)  # fmt: skip
     for text in "жZ½\u0301":
         encoded = encode(side, text)
         prompt, response, rest = parts(side, encoded)
-        assert prompt[-1] == "<|im_start|>" and response[0][0] in "Ġ▁" and rest == ["<|im_end|>"]
-        assert encoded.response_ends[0] == (len(response[0]) > 1) and encoded.response_ends[-1] == 1
+        assert prompt[-1] == "<|im_start|>"
+        assert response[0][0] in "Ġ▁"
+        assert rest == ["<|im_end|>"]
+        assert encoded.response_ends[0] == (len(response[0]) > 1)
+        assert encoded.response_ends[-1] == 1
 
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), min_size=1).map(str.strip).filter(bool)
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@settings(deadline=None)
 @given(text=TEXT, question=TEXT)
 def test_no_token_of_any_text_is_lost_between_prompt_and_end(kind: str, text: str, question: str) -> None:
     """Prompt, response and end are all tokens of the rendered text, in order; the response's ends stay within it."""
@@ -238,7 +243,8 @@ def test_many_rows_are_encoded_as_one_by_one() -> None:
 
 def test_special_tokens_are_found_in_content() -> None:
     side = Side(tokenizer("byte_bpe"), PLAIN, "student")
-    assert side.holds_special_text("a <|im_end|> b") and side.holds_special_text("</s>")
+    assert side.holds_special_text("a <|im_end|> b")
+    assert side.holds_special_text("</s>")
     assert not side.holds_special_text("< s> im_end")
 
 

