@@ -1,0 +1,75 @@
+"""The recipe that `ctpd init` writes: complete, commented, with the paper's settings as a start."""
+
+from pathlib import Path
+
+from ctpd.core.errors import UserError
+
+_TEMPLATE = """\
+# {teacher} teaches {student} with the pairs of {data}.
+#   ctpd run {file} --plan     # look at the stages first
+#   ctpd run {file}
+name: {name}
+about: "Preference distillation from {teacher} to {student}."
+shared:
+  teacher:
+{teacher_model}
+    template: chat  # a base model has none: {{user: "{{content}}\\n", assistant: "{{content}}\\n"}}
+    sft: skip  # an instruct model is fine-tuned already; for a base model give a training like the ones below
+    positive: {{learning_rate: 2e-6, beta: 0.3, epochs: 1, pairs_per_step: 16}}
+    negative: {{learning_rate: 2e-6, beta: 0.3, epochs: 1, pairs_per_step: 16}}
+  student:
+{student_model}
+    template: chat
+    sft: {{learning_rate: 4e-6, epochs: 1, pairs_per_step: 128}}
+    positive: {{learning_rate: 1e-6, beta: 0.1, epochs: 1, pairs_per_step: 16}}  # for TIS-DPO
+    negative: {{learning_rate: 1e-6, beta: 0.1, epochs: 1, pairs_per_step: 16}}
+  data:
+    train: {{path: "{data}"}}
+    max_tokens: 512
+    max_prompt_tokens: 256
+    long_prompt: cut
+  train: {{epochs: 1, pairs_per_step: 16, schedule: cosine, warmup_ratio: 0.1}}  # add lora: {{r: 16, alpha: 32}} to save memory
+  evaluation: {{suite: card, batch_size: 8}}  # offline: data_root, a folder that mirrors the hub
+  precision: bfloat16
+  seeds: [0]
+anchors: {{Teacher: teacher, Student: student}}
+runs:
+  DPO: {{method: dpo, tuned: {{learning_rate: 1e-6, beta: 0.1}}}}
+  TIS-DPO: {{method: tis_dpo, tuned: {{learning_rate: 1e-6, beta: 0.1}}}}
+  CTPD: {{method: ctpd, tuned: {{learning_rate: 1e-6, beta: 0.1}}}}
+tables:
+  main: {{caption: Main results, rows: [Teacher, Student, DPO, TIS-DPO, CTPD], base: DPO}}
+"""
+
+
+def write_recipe(to: Path, *, teacher: str, student: str, data: Path) -> None:
+    """Write a recipe for a pair of models and a file of pairs.
+
+    Args:
+        to: a file that does not exist yet.
+        teacher, student: a directory, or a hub id with its revision after an `@`.
+        data: the pairs.
+
+    Raises:
+        UserError: `to` exists, or the data do not.
+    """
+    if to.exists():
+        raise UserError(f"the file '{to}' exists already", fix="Give another name with --to")
+    if not data.is_file():
+        raise UserError(f"the data file '{data}' does not exist", fix="Correct --data")
+    text = _TEMPLATE.format(
+        name=to.stem,
+        file=to,
+        teacher=teacher,
+        student=student,
+        data=data,
+        teacher_model=_model(teacher),
+        student_model=_model(student),
+    )
+    to.write_text(text, encoding="utf-8")
+
+
+def _model(model: str) -> str:
+    name, _, revision = model.partition("@")
+    lines = [f'    model: "{name}"', *([f'    revision: "{revision}"'] if revision else [])]
+    return "\n".join(lines)
