@@ -4,6 +4,7 @@ One complete YAML file is one experiment. `shared` holds everything that is iden
 """
 
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib import resources
@@ -231,6 +232,7 @@ def _check(recipe: Recipe, source: str) -> None:
 def _check_model(model: ModelSpec, path: str, source: str) -> None:
     if (model.model is None) == (model.pretrain is None):
         raise UserError(f"'{path}' needs exactly one of `model` and `pretrain`", where=source)
+    _check_pinned(model.revision, path, source)
     if model.model is not None and model.revision is None and not looks_local(model.model):
         raise UserError(
             f"'{path}.model' is '{model.model}', which is no local directory, and no `revision` is given",
@@ -244,8 +246,18 @@ def _check_source(data: Source, path: str, source: str, *, world: bool) -> None:
         raise UserError(f"'{path}' needs exactly one of `path`, `hub` and `testbed`", where=source)
     if data.hub is not None and (data.revision is None or data.split is None):
         raise UserError(f"'{path}' comes from the hub and needs a `split` and a pinned `revision`", where=source)
+    _check_pinned(data.revision, path, source)
     if data.testbed is not None and not world:
         raise UserError(f"'{path}' comes from the testbed, and `shared.testbed` is missing", where=source)
+
+
+def _check_pinned(revision: str | None, path: str, source: str) -> None:
+    if revision is not None and not re.fullmatch(r"[0-9a-f]{40}", revision):
+        raise UserError(
+            f"'{path}.revision' is '{revision}', which is no commit; a branch moves, and the run could not be repeated",
+            where=source,
+            fix="Give the commit, 40 hex digits, which the hub shows under `History`",
+        )
 
 
 def _check_names(recipe: Recipe, source: str) -> None:

@@ -74,7 +74,6 @@ def _unigram(texts: Iterable[str], vocab_size: int) -> Tokenizer:
         [
             pre_tokenizers.Split(Regex("\n"), behavior="isolated"),
             pre_tokenizers.Metaspace(prepend_scheme="never"),
-            pre_tokenizers.Digits(individual_digits=True),
         ]
     )
     words = Counter(word for text in texts for word, _ in splitter.pre_tokenize_str(text))

@@ -15,9 +15,9 @@ SKILLS = ("arithmetic", "facts", "resolution")
 
 ITEMS = ("pens", "cups", "nuts", "hats", "keys", "bags", "eggs", "toys")
 VERBS = ("gets", "finds", "buys")
-NUMBERS = range(2, 9)
+NUMBERS = range(2, 7)
 AMOUNTS = range(1, 5)
-ARITHMETIC_PREMISE = "{name} has {number} {item} and {verb} {amount}."
+ARITHMETIC_PREMISE = "{name} has {number} {item} and {verb} {amount} more."
 ARITHMETIC_QUESTION = "{premise} How many?"
 ARITHMETIC_ANSWER = "{name} has {value} {item}."
 
