@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
@@ -140,10 +141,9 @@ def run(
     Raises:
         UserError: anything wrong with the recipe, the data or the models.
     """
-    experiment = Experiment(recipe)
-    graph = Graph(experiment.records)
-    graph.run(Store(Path(store)), runtime=runtime or Runtime(), progress=Progress(quiet=quiet))
-    return tables(experiment, Store(Path(store)))
+    experiment, artifacts = Experiment(recipe), Store(Path(store))
+    Graph(experiment.records).run(artifacts, runtime=runtime or Runtime(), progress=Progress(quiet=quiet))
+    return tables(experiment, read_records(experiment, artifacts))
 
 
 def plan(recipe: str | os.PathLike[str]) -> Graph:
@@ -229,12 +229,21 @@ def read_records(experiment: Experiment, store: Store) -> list[dict[str, Any]]:
     return [json.loads((folder / RECORD).read_text(encoding="utf-8")) for folder in found]
 
 
-def tables(experiment: Experiment, store: Store) -> list[Any]:
+def differing_versions(records: Sequence[Mapping[str, Any]]) -> dict[str, list[str]]:
+    """Packages that were not the same for all records, with the versions found."""
+    found: dict[str, set[str]] = {}
+    for record in records:
+        for package, version in record["provenance"]["versions"].items():
+            found.setdefault(package, set()).add(version)
+    return {package: sorted(versions) for package, versions in found.items() if len(versions) > 1}
+
+
+def tables(experiment: Experiment, records: Sequence[Mapping[str, Any]]) -> list[Any]:
     """Every table that the recipe declares, from records alone."""
     from harness.tables import build_tables
 
     return build_tables(
-        read_records(experiment, store),
+        records,
         table_specs(experiment.recipe),
         columns=[column.name for column in experiment.suite.columns],
         seeds=experiment.recipe.shared.seeds,
@@ -271,6 +280,15 @@ def write_tables(made: Iterable[Any], folder: Path) -> list[Path]:
 
     folder.mkdir(parents=True, exist_ok=True)
     return [path for table in made for path in write_table(table, folder)]
+
+
+def write_records(records: Iterable[Mapping[str, Any]], folder: Path) -> None:
+    """Keep the records as files of their own, named by run and seed."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for record in records:
+        name = re.sub(r"[^a-z0-9]+", "-", record["run"].lower()).strip("-")
+        seed = "" if record["seed"] is None else f".seed{record['seed']}"
+        (folder / f"{name}{seed}.json").write_text(json.dumps(record, ensure_ascii=False), encoding="utf-8")
 
 
 def _narrowed(recipe: Recipe, *, seeds: Sequence[int], limit: int | None, source: str) -> Recipe:

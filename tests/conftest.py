@@ -6,9 +6,57 @@ os.environ["HF_HUB_OFFLINE"] = os.environ["HF_DATASETS_OFFLINE"] = "1"  # read o
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+import contextlib
+import io
+from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
+
+
+class Outcome(NamedTuple):
+    """What a command left: its exit code and both streams."""
+
+    code: int
+    out: str
+    err: str
+
+
+Cli = Callable[..., Outcome]
+
+
+class SmokeRun(NamedTuple):
+    """The store that one `ctpd run testbed-smoke` filled, and how that run ended."""
+
+    store: Path
+    outcome: Outcome
+
+
+def run_cli(*args: object) -> Outcome:
+    """The command line in this process, so that a warning anywhere in a run is an error here."""
+    from ctpd.cli.main import main
+
+    out, err, code = io.StringIO(), io.StringIO(), 0
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            main([str(arg) for arg in args])
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+    return Outcome(code, out.getvalue(), err.getvalue())
+
+
+@pytest.fixture(scope="session")
+def cli() -> Cli:
+    """The command line as a function of its arguments."""
+    return run_cli
+
+
+@pytest.fixture(scope="session")
+def smoke(tmp_path_factory: pytest.TempPathFactory) -> SmokeRun:
+    """One complete run of the smallest recipe, shared by all tests that only read it or add to it."""
+    store = tmp_path_factory.mktemp("smoke") / "store"
+    return SmokeRun(store, run_cli("run", "testbed-smoke", "--store", store, "--device", "cpu"))
 
 
 @pytest.fixture(scope="session")

@@ -22,10 +22,10 @@ RUNNING = ("store", "device", "offline", "only", "seed", "limit", "plan", "rebui
 @click.argument("recipe")
 @execution(*RUNNING)
 def run(recipe: str, *, as_json: bool, plan: bool, **flags: Any) -> None:
-    """Train, evaluate and compare everything in RECIPE that is missing."""
+    """Train, evaluate and compare everything in RECIPE that is missing; print the main table."""
     experiment, store = _experiment(recipe, **flags)
     if _execute(experiment.records, store, plan=plan, as_json=as_json, **flags):
-        _print_tables(experiment, store, formats=("txt",), as_json=as_json)
+        _print_tables(experiment, store, formats=("txt",), as_json=as_json, first_only=True)
 
 
 @click.command()
@@ -81,11 +81,14 @@ def evaluate(
 @click.command()
 @click.argument("recipe")
 @click.option("--format", "formats", multiple=True, type=click.Choice(["txt", "md", "csv", "tex"]), default=("txt",))
+@click.option(
+    "--to", type=click.Path(path_type=Path), help="Keep tables and records in this folder, apart from the store."
+)
 @execution("store", "only", "seed", "limit", "json")
-def compare(recipe: str, *, formats: tuple[str, ...], as_json: bool, **flags: Any) -> None:
+def compare(recipe: str, *, formats: tuple[str, ...], to: Path | None, as_json: bool, **flags: Any) -> None:
     """Write every table of RECIPE in every format, from records alone; print one format."""
     experiment, store = _experiment(recipe, **flags)
-    _print_tables(experiment, store, formats=formats, as_json=as_json)
+    _print_tables(experiment, store, formats=formats, as_json=as_json, to=to)
 
 
 @click.command()
@@ -156,18 +159,27 @@ def _print_plan(lines: Sequence[Any], *, as_json: bool) -> None:
     click.echo(f"\n{len(lines)} stages: {hits} hits, {len(lines) - hits} misses. Nothing was run.")
 
 
-def _print_tables(experiment: "Experiment", store: "Store", *, formats: Sequence[str], as_json: bool) -> None:
+def _print_tables(
+    experiment: "Experiment", store: "Store", *, formats: Sequence[str], as_json: bool, first_only: bool = False,
+    to: Path | None = None,
+) -> None:  # fmt: skip
+    """Write every table, print them all or the main one; with ``to`` keep the records beside them."""
     from ctpd import app
     from harness.formats import FORMATS, frame
 
-    made = app.tables(experiment, store)
-    folder = store.root / "tables" / experiment.recipe.name
+    records = app.read_records(experiment, store)
+    for package, versions in app.differing_versions(records).items():
+        click.echo(f"Warning: the records were made with {package} {' and '.join(versions)}.", err=True)
+    made = app.tables(experiment, records)
+    folder = (store.root / "tables" if to is None else to) / experiment.recipe.name
     written = app.write_tables(made, folder)
+    if to is not None:
+        app.write_records(records, folder / "records")
     if as_json:
         click.echo(json.dumps({t.spec.name: frame(t).to_dict(orient="records") for t in made}, default=float))
         return
     for kind in formats:
-        click.echo("\n\n".join(FORMATS[kind](table) for table in made))
+        click.echo("\n\n".join(FORMATS[kind](table) for table in (made[:1] if first_only else made)))
     click.echo(f"\nWritten to {folder}: {', '.join(path.name for path in written)}")
 
 

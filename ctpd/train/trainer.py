@@ -102,6 +102,8 @@ class PreferenceTrainer(Trainer):
         self.model.train()
         metrics = self._drain(f"{metric_key_prefix}_", gather=False)
         self.log(metrics)
+        # Without it the request stands until the next step, and the library evaluates again where an epoch ends.
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:

@@ -1,0 +1,190 @@
+"""The scorer in a model's own forward: full logits' values and gradients, for every family, and the probe's fallback."""
+
+import copy
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
+
+from ctpd.core.errors import UserError
+from ctpd.models import (
+    Score,
+    add_lora,
+    install_scorer,
+    load_model,
+    load_tokenizer,
+    parameter_counts,
+    probe_scorer,
+    save_model,
+    score,
+)
+from tests.fixtures.tiny import CONFIGS, VOCABULARY, tiny_model
+
+IDS = torch.randint(1, VOCABULARY, (3, 10), generator=torch.Generator().manual_seed(1))
+PREDICTORS = torch.tensor([1, 2, 7, 12, 13, 20, 28])
+REQUEST = Score(PREDICTORS, IDS.flatten()[PREDICTORS + 1])
+WEIGHTS = torch.linspace(-1, 2, len(PREDICTORS))
+
+
+def full_logps(model: nn.Module) -> Tensor:
+    logits: Tensor = model(input_ids=IDS).logits.flatten(0, 1)[REQUEST.predictors]
+    return logits.log_softmax(-1).gather(-1, REQUEST.targets[:, None])[:, 0]
+
+
+def gradients(model: nn.Module, logps: Tensor) -> dict[str, Tensor]:
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    found = torch.autograd.grad((logps * WEIGHTS).sum(), list(trained.values()))
+    return dict(zip(trained, found, strict=True))
+
+
+def assert_same_as_full_logits(model: nn.Module) -> None:
+    fused, full = score(model, IDS, REQUEST), full_logps(model)
+    torch.testing.assert_close(fused, full, rtol=1e-5, atol=1e-5)
+    expected = gradients(model, full)
+    assert any(gradient.abs().max() > 1e-3 for gradient in expected.values())
+    for name, gradient in gradients(model, fused).items():
+        torch.testing.assert_close(gradient, expected[name], rtol=1e-4, atol=1e-5, msg=name)
+
+
+def with_random_adapters(model: Any, targets: str | tuple[str, ...] = "all-linear") -> Any:
+    adapted = add_lora(model, r=2, alpha=4, targets=targets, seed=0).eval()
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter, std=0.3)
+    return adapted
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_scorer_has_the_values_and_gradients_of_full_logits(name: str) -> None:
+    assert_same_as_full_logits(tiny_model(name))
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_scorer_with_lora_has_the_values_and_gradients_of_full_logits(name: str) -> None:
+    assert_same_as_full_logits(with_random_adapters(tiny_model(name)))
+
+
+@pytest.mark.parametrize("name", ["llama", "granite_scale"])
+def test_scorer_uses_an_adapter_on_the_head_itself(name: str) -> None:
+    model = with_random_adapters(tiny_model(name), targets=("q_proj", "lm_head"))
+    assert_same_as_full_logits(model)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("lora", [False, True])
+def test_probe_accepts_the_scorer_and_changes_nothing(name: str, lora: bool) -> None:
+    """No warning (an error here), the weights as they were, zeros of a fresh adapter included, and no gradient left."""
+    model: Any = tiny_model(name)
+    if lora:
+        model = add_lora(model, r=2, alpha=4, targets="all-linear", seed=0)
+    model.train()
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    probe_scorer(model)
+    base = model.get_base_model() if lora else model
+    assert base._scorer_uses_logits is False
+    assert model.training
+    for key, parameter in model.named_parameters():
+        assert torch.equal(parameter, before[key]), key
+        assert parameter.grad is None
+
+
+class Doubled(LlamaForCausalLM):
+    """A model whose logits are not what its head and its configuration say."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        output = super().forward(*args, **kwargs)
+        output.logits = output.logits * 2
+        return output
+
+
+def test_probe_falls_back_to_full_logits_when_the_head_is_changed_behind_its_back() -> None:
+    torch.manual_seed(0)
+    model = install_scorer(Doubled(CONFIGS["llama"]()).eval())
+    with pytest.warns(UserWarning, match="does not reproduce Doubled; full logits are used"):
+        probe_scorer(model)
+    assert_same_as_full_logits(model)
+
+
+def test_forward_without_a_request_is_the_models_own() -> None:
+    plain, ours = tiny_model(scorer=False), tiny_model()
+    torch.testing.assert_close(plain(IDS).logits, ours(IDS).logits, rtol=0, atol=0)
+    assert isinstance(ours, LlamaForCausalLM)
+    assert type(ours).__name__ == "LlamaForCausalLM"
+    assert type(install_scorer(ours)) is type(ours)
+
+
+def test_padding_on_the_right_does_not_reach_a_score() -> None:
+    model = tiny_model("gemma3")
+    padded = torch.cat([IDS, torch.zeros(3, 5, dtype=IDS.dtype)], dim=1)
+    shifted = PREDICTORS // 10 * 15 + PREDICTORS % 10
+    torch.testing.assert_close(score(model, padded, Score(shifted, REQUEST.targets)), score(model, IDS, REQUEST))
+
+
+def test_a_copy_scores_with_its_own_weights() -> None:
+    model = tiny_model()
+    other = copy.deepcopy(model)
+    torch.testing.assert_close(score(other, IDS, REQUEST), score(model, IDS, REQUEST), rtol=0, atol=0)
+    with torch.no_grad():
+        other.get_output_embeddings().weight.mul_(3)
+    assert_same_as_full_logits(other)
+    assert not torch.allclose(score(other, IDS, REQUEST), score(model, IDS, REQUEST))
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_saved_model_is_a_plain_directory_with_the_same_scores(name: str, tmp_path: Path) -> None:
+    model = tiny_model(name)
+    save_model(model, tmp_path)
+    assert not any(path.suffix in {".bin", ".pt", ".py"} for path in tmp_path.iterdir())
+    plain: Any = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    assert type(plain).__module__.startswith("transformers.")
+    torch.testing.assert_close(plain(IDS).logits, model(IDS).logits, rtol=0, atol=0)
+    again = load_model(tmp_path, precision="float32", device="cpu")
+    torch.testing.assert_close(score(again, IDS, REQUEST), score(model, IDS, REQUEST), rtol=0, atol=0)
+
+
+def test_saved_adapter_merges_to_the_adapted_model_and_names_no_path(tmp_path: Path) -> None:
+    save_model(tiny_model(), tmp_path / "base")
+    adapted = with_random_adapters(load_model(tmp_path / "base", precision="float32", device="cpu"))
+    save_model(adapted, tmp_path / "adapter")
+    assert {path.name for path in (tmp_path / "adapter").iterdir()} == {
+        "adapter_config.json", "adapter_model.safetensors",
+    }  # fmt: skip
+    assert str(tmp_path) not in (tmp_path / "adapter" / "adapter_config.json").read_text()
+    merged = load_model(tmp_path / "base", adapters=[tmp_path / "adapter"], precision="float32", device="cpu")
+    torch.testing.assert_close(score(merged, IDS, REQUEST), score(adapted, IDS, REQUEST), rtol=1e-5, atol=1e-5)
+
+
+def test_initial_adapters_depend_on_the_seed_alone() -> None:
+    first, second, other = (
+        {n: p.detach() for n, p in add_lora(tiny_model(), r=2, alpha=4, targets="all-linear", seed=s).named_parameters()}
+        for s in (1, 1, 2)
+    )
+    assert all(torch.equal(value, second[name]) for name, value in first.items())
+    assert any(not torch.equal(value, other[name]) for name, value in first.items())
+
+
+def test_loading_switches_dropout_off(tmp_path: Path) -> None:
+    model = tiny_model()
+    model.config.attention_dropout = 0.5
+    save_model(model, tmp_path)
+    loaded = load_model(tmp_path, precision="float32", device="cpu").train()
+    with warnings.catch_warnings(), torch.no_grad():
+        torch.testing.assert_close(score(loaded, IDS, REQUEST), score(loaded, IDS, REQUEST), rtol=0, atol=0)
+    assert loaded.config.attention_dropout == 0.0
+
+
+def test_tied_weights_are_counted_once() -> None:
+    tied, untied = parameter_counts(tiny_model("llama_tied")), parameter_counts(tiny_model("llama"))
+    assert untied[1] - tied[1] == VOCABULARY * 16
+    trainable, everything = parameter_counts(add_lora(tiny_model(), r=2, alpha=4, targets="all-linear", seed=0))
+    assert everything == untied[1] + trainable
+
+
+@pytest.mark.parametrize("load", [lambda p: load_model(p, precision="float32", device="cpu"), load_tokenizer])
+def test_a_directory_without_a_model_is_refused_by_name(load: Any, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=str(tmp_path)):
+        load(tmp_path)

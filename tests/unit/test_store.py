@@ -1,0 +1,158 @@
+"""The store: artifacts appear whole or not at all, and damage is named."""
+
+import json
+import threading
+from pathlib import Path
+
+import pytest
+
+from ctpd.core.errors import DamagedArtifact, UserError
+from ctpd.core.store import MANIFEST, Store, digest_folder
+
+KEY = "0123456789abcdef"
+
+
+def commit(store: Store, *, stage: str = "train", key: str = KEY, text: str = "hello") -> Path:
+    with store.build(stage, key, identity={"a": 1}, provenance={"b": 2}) as folder:
+        (folder / "sub").mkdir(exist_ok=True)
+        (folder / "sub" / "file.txt").write_text(text)
+    return store.path(stage, key)
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    return Store(tmp_path / "store")
+
+
+def test_artifact_holds_its_files_and_a_manifest_that_describes_them(store: Store) -> None:
+    folder = commit(store)
+    manifest = json.loads((folder / MANIFEST).read_text())
+    assert manifest["identity"] == {"a": 1}
+    assert manifest["provenance"] == {"b": 2}
+    assert manifest["files"]["sub/file.txt"]["bytes"] == 5
+    assert store.has("train", KEY)
+    assert store.open("train", KEY) == store.verify("train", KEY) == folder
+
+
+def test_nothing_is_there_before_the_block_ends(store: Store) -> None:
+    with store.build("train", KEY, identity={}, provenance={}) as folder:
+        (folder / "file").write_text("x")
+        assert not store.has("train", KEY)
+        assert not store.path("train", KEY).exists()
+        assert store.artifacts() == []
+    assert store.has("train", KEY)
+    assert store.partials() == []
+
+
+def test_interrupted_build_leaves_no_artifact_but_its_work(store: Store) -> None:
+    with pytest.raises(KeyboardInterrupt), store.build("train", KEY, identity={}, provenance={}) as folder:
+        (folder / "state").write_text("half")
+        raise KeyboardInterrupt
+    assert not store.has("train", KEY)
+    assert store.artifacts() == []
+    assert store.partials() == [folder]
+    with store.build("train", KEY, identity={}, provenance={}) as again:
+        assert (again / "state").read_text() == "half"
+    assert store.has("train", KEY)
+
+
+def test_crash_between_manifest_and_rename_leaves_no_artifact(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    def crash(*_: object) -> None:
+        raise OSError("power")
+
+    monkeypatch.setattr("os.replace", crash)
+    with pytest.raises(OSError, match="power"):
+        commit(store)
+    assert not store.has("train", KEY)
+    assert store.artifacts() == []
+    monkeypatch.undo()
+    assert commit(store).is_dir()
+
+
+DAMAGES = {
+    "missing": (lambda folder: (folder / "sub" / "file.txt").unlink(), "file.txt is missing"),
+    "longer": (lambda folder: (folder / "sub" / "file.txt").write_text("hello!"), "6 bytes instead of 5"),
+    "changed": (lambda folder: (folder / "sub" / "file.txt").write_text("hallo"), "contents of sub/file.txt have changed"),
+    "manifest": (lambda folder: (folder / MANIFEST).write_text("{"), "manifest cannot be read"),
+    "manifest without files": (lambda folder: (folder / MANIFEST).write_text("{}"), "manifest cannot be read"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", DAMAGES)
+def test_damage_is_named_with_place_and_remedy(name: str, store: Store) -> None:
+    damage, text = DAMAGES[name]
+    folder = commit(store)
+    damage(folder)
+    with pytest.raises(DamagedArtifact) as caught:
+        store.open("train", KEY)
+    assert text in str(caught.value)
+    assert str(folder) in str(caught.value)
+    assert "--rebuild" in str(caught.value)
+
+
+def test_large_files_are_compared_by_size_on_use_and_by_contents_on_request(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ctpd.core.store.ALWAYS_HASHED_BYTES", 3)
+    folder = commit(store)
+    (folder / "sub" / "file.txt").write_text("hallo")
+    assert store.open("train", KEY) == folder
+    with pytest.raises(DamagedArtifact, match="contents"):
+        store.verify("train", KEY)
+
+
+def test_removing_takes_the_artifact_and_its_partial(store: Store) -> None:
+    commit(store)
+    store.path("train", KEY).with_name(f"{KEY}.partial").mkdir()
+    store.remove("train", KEY)
+    assert store.artifacts() == []
+    assert store.partials() == []
+
+
+def test_find_takes_a_prefix_that_fits_once(store: Store) -> None:
+    commit(store, key="aa11")
+    commit(store, key="aa22", text="longer text")
+    commit(store, stage="pairs", key="bb33")
+    assert store.find("aa1").key == "aa11"
+    assert store.find("pairs/b").stage == "pairs"
+    with pytest.raises(UserError, match="2 artifacts in .* begin with 'aa'"):
+        store.find("aa")
+    with pytest.raises(UserError, match="no artifact in .* begins with 'train/bb'"):
+        store.find("train/bb")
+
+
+def test_artifacts_are_listed_largest_first(store: Store) -> None:
+    commit(store, key="a", text="x")
+    commit(store, key="b", text="x" * 100)
+    assert [(artifact.key, artifact.bytes) for artifact in store.artifacts()] == [("b", 100), ("a", 1)]
+
+
+def test_one_builder_at_a_time_holds_a_key(store: Store) -> None:
+    entered, order = threading.Event(), []
+
+    def second() -> None:
+        entered.set()
+        with store.lock("train", KEY):
+            order.append("second")
+
+    with store.lock("train", KEY):
+        thread = threading.Thread(target=second)
+        thread.start()
+        entered.wait()
+        thread.join(0.2)
+        assert thread.is_alive()
+        order.append("first")
+    thread.join()
+    assert order == ["first", "second"]
+
+
+def test_digest_of_a_folder_follows_names_and_contents_and_nothing_hidden(tmp_path: Path) -> None:
+    (tmp_path / "a").write_text("1")
+    first = digest_folder(tmp_path)
+    (tmp_path / ".cache").mkdir()
+    (tmp_path / ".cache" / "x").write_text("1")
+    assert digest_folder(tmp_path) == first
+    (tmp_path / "a").rename(tmp_path / "b")
+    second = digest_folder(tmp_path)
+    (tmp_path / "b").write_text("2")
+    assert len({first, second, digest_folder(tmp_path)}) == 3
