@@ -29,11 +29,12 @@ def trained_keys(cli: Cli, store: Path) -> dict[str, str]:
     return {row["run"]: row["key"] for row in rows}
 
 
-def test_run_ends_well_and_prints_every_table(smoke: SmokeRun) -> None:
+def test_run_ends_well_and_prints_the_main_table(smoke: SmokeRun) -> None:
     assert smoke.outcome.code == 0, smoke.outcome.err
-    for caption in ("Main results", "Weight ablation", "Reference ablation"):
-        assert caption in smoke.outcome.out
-    assert "TIS-DPO" in smoke.outcome.out
+    assert smoke.outcome.out.startswith("Main results\n")
+    for run in ("Teacher", "Student", "DPO", "TIS-DPO", "CTPD"):
+        assert f"\n{run} " in smoke.outcome.out
+    assert {path.stem for path in (smoke.store / "tables" / "testbed-smoke").iterdir()} == set(TABLES)
     assert not list(smoke.store.glob("*/*.partial"))
 
 
@@ -68,6 +69,18 @@ def test_compare_writes_every_table_in_every_format(cli: Cli, smoke: SmokeRun) -
     assert r"\toprule" in (folder / "main.tex").read_text()
 
 
+def test_compare_prints_every_table_and_keeps_tables_and_records_where_asked(
+    cli: Cli, smoke: SmokeRun, tmp_path: Path
+) -> None:
+    outcome = cli("compare", "testbed-smoke", "--store", smoke.store, "--to", tmp_path)
+    for caption in ("Main results", "Weight ablation", "Reference ablation"):
+        assert caption in outcome.out
+    records = [json.loads(path.read_text()) for path in (tmp_path / "testbed-smoke" / "records").glob("*.json")]
+    recipe = load_recipe("testbed-smoke")
+    assert {r["run"] for r in records} > set(recipe.runs) | set(recipe.anchors)
+    assert len(records) == 10
+
+
 def test_compare_as_json_has_a_row_per_run(cli: Cli, smoke: SmokeRun) -> None:
     tables = json.loads(cli("compare", "testbed-smoke", "--store", smoke.store, "--json").out)
     assert set(tables) == set(TABLES)
@@ -75,9 +88,7 @@ def test_compare_as_json_has_a_row_per_run(cli: Cli, smoke: SmokeRun) -> None:
 
 
 def test_only_narrows_the_plan_without_changing_keys(cli: Cli, smoke: SmokeRun) -> None:
-    lines = json.loads(
-        cli("run", "testbed-smoke", "--store", smoke.store, "--only", "DPO", "--plan", "--json").out
-    )
+    lines = json.loads(cli("run", "testbed-smoke", "--store", smoke.store, "--only", "DPO", "--plan", "--json").out)
     assert all(line["hit"] for line in lines)
     assert not any(line["stage"] == "weights" for line in lines)
 

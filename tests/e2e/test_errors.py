@@ -145,9 +145,7 @@ def test_damaged_artifact_is_named_and_refused(cli: Cli, damaged: tuple[Path, Pa
     assert_refused(outcome, str(record.parent), "record.json", "damaged", "--rebuild")
 
 
-def test_rebuild_makes_only_the_damaged_artifact_anew(
-    cli: Cli, damaged: tuple[Path, Path], smoke: SmokeRun
-) -> None:
+def test_rebuild_makes_only_the_damaged_artifact_anew(cli: Cli, damaged: tuple[Path, Path], smoke: SmokeRun) -> None:
     store, record = damaged
     outcome = cli("run", "testbed-smoke", "--store", store, "--rebuild")
     assert outcome.code == 0, outcome.err

@@ -73,9 +73,7 @@ def test_scalars_mean_what_yaml_1_2_says(text: str, value: object) -> None:
 
 
 def test_complete_file_becomes_the_dataclass() -> None:
-    text = (
-        "inner: {rate: 1}\ncount: 3\non: true\nkind: second\nnumbers: [1, 2]\neither: {rate: 2e-1}\ntable: {a: 1, b: .5}"
-    )
+    text = "inner: {rate: 1}\ncount: 3\non: true\nkind: second\nnumbers: [1, 2]\neither: {rate: 2e-1}\ntable: {a: 1, b: .5}"
     assert read(text) == Outer(
         inner=Inner(rate=1.0), count=3, on=True, kind="second", numbers=(1, 2), either=Inner(rate=0.2),
         table={"a": 1.0, "b": 0.5},
@@ -129,7 +127,11 @@ def test_nearest_is_silent_when_nothing_is_near() -> None:
 
 
 JSON = st.recursive(
-    st.none() | st.booleans() | st.integers(-(2**53), 2**53) | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
+    st.none()
+    | st.booleans()
+    | st.integers(-(2**53), 2**53)
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | st.text(),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
     max_leaves=8,
 )
@@ -186,5 +188,8 @@ def test_hub_model_without_a_revision_is_refused(tmp_path: Path) -> None:
     path.write_text(text.replace(line, "    model: org/name"))
     with pytest.raises(UserError, match=r"shared\.student\.model.*pin its revision"):
         load_recipe(path)
-    path.write_text(text.replace(line, "    model: org/name\n    revision: abc"))
-    assert load_recipe(path).shared.student.revision == "abc"
+    path.write_text(text.replace(line, "    model: org/name\n    revision: main"))
+    with pytest.raises(UserError, match="no commit; a branch moves"):
+        load_recipe(path)
+    path.write_text(text.replace(line, f"    model: org/name\n    revision: {'a1' * 20}"))
+    assert load_recipe(path).shared.student.revision == "a1" * 20

@@ -160,7 +160,10 @@ def test_saved_adapter_merges_to_the_adapted_model_and_names_no_path(tmp_path: P
 
 def test_initial_adapters_depend_on_the_seed_alone() -> None:
     first, second, other = (
-        {n: p.detach() for n, p in add_lora(tiny_model(), r=2, alpha=4, targets="all-linear", seed=s).named_parameters()}
+        {
+            n: p.detach()
+            for n, p in add_lora(tiny_model(), r=2, alpha=4, targets="all-linear", seed=s).named_parameters()
+        }
         for s in (1, 1, 2)
     )
     assert all(torch.equal(value, second[name]) for name, value in first.items())

@@ -112,9 +112,7 @@ def test_resumed_training_is_the_uninterrupted_one_bit_for_bit(lora: bool, stop:
     assert not list((tmp_path / "a").glob("checkpoint-*"))
 
     def again(model: Any, **changes: Any) -> Fit:
-        return train(
-            model, tmp_path / "b", eval_rows=eval_rows, micro_batch_tokens=50, checkpoint_seconds=0, **changes
-        )
+        return train(model, tmp_path / "b", eval_rows=eval_rows, micro_batch_tokens=50, checkpoint_seconds=0, **changes)
 
     with pytest.raises(Interrupted):
         again(fresh(lora), progress=interrupt_at(stop))
@@ -183,9 +181,7 @@ def test_metrics_of_a_step_are_those_of_its_pairs(tmp_path: Path) -> None:
     assert rows.reference is not None
     assert rows.weights is not None
     ratio = rows.weights * (unit_logps - rows.reference)
-    per_row, logp_row = (
-        np.add.reduceat(values, rows.unit_starts[:-1]).reshape(8, 2) for values in (ratio, unit_logps)
-    )
+    per_row, logp_row = (np.add.reduceat(values, rows.unit_starts[:-1]).reshape(8, 2) for values in (ratio, unit_logps))
     margins = 0.1 * (per_row[:, 0] - per_row[:, 1])
     assert first["loss"] == pytest.approx(np.log1p(np.exp(-margins)).mean(), rel=1e-4)
     assert first["rewards/margins"] == pytest.approx(margins.mean(), rel=1e-4)
