@@ -252,7 +252,7 @@ def tables(experiment: Experiment, records: Sequence[Mapping[str, Any]]) -> list
 
 def table_specs(recipe: Recipe) -> list[Any]:
     """The tables that a recipe declares; the teacher is shown, but not ranked."""
-    from harness.tables import TableSpec
+    from harness.sheet import TableSpec
 
     teachers = tuple(name for name, role in recipe.anchors.items() if role == "teacher")
     specs = []

@@ -1,19 +1,17 @@
 """What a table must say below itself: documents, seeds, what is missing or partial, how intervals were made."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from harness.comparability import Record
+from harness.sheet import Row, TableSpec
 from harness.statistics import CONFIDENCE, DRAWS
-
-if TYPE_CHECKING:
-    from harness.tables import Row, TableSpec
 
 PARTIAL_MARK = "†"
 
 
 def footnotes(
-    spec: "TableSpec", rows: Sequence["Row"], records: Sequence[Record], results: Mapping[str, Mapping[str, Any] | None]
+    spec: TableSpec, rows: Sequence[Row], records: Sequence[Record], results: Mapping[str, Mapping[str, Any] | None]
 ) -> Iterator[str]:
     """Footnotes of one table, one sentence or two each.
 
@@ -45,7 +43,7 @@ def _partial(results: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
         yield f"{PARTIAL_MARK} Partial: evaluated on a part of the documents ({', '.join(parts)})."
 
 
-def _missing(rows: Sequence["Row"], records: Sequence[Record]) -> Iterator[str]:
+def _missing(rows: Sequence[Row], records: Sequence[Record]) -> Iterator[str]:
     parts = [f"{row.label} (all)" for row in rows if row.missing]
     parts += [f"{row.label} (seed {', '.join(map(str, row.missing_seeds))})" for row in rows if row.missing_seeds]
     parts += [f"{row.label} (some columns)" for row in rows if not row.missing and _incomplete(row)]
@@ -55,11 +53,11 @@ def _missing(rows: Sequence["Row"], records: Sequence[Record]) -> Iterator[str]:
         yield f"Missing: {'; '.join(parts)}.{command}"
 
 
-def _incomplete(row: "Row") -> bool:
+def _incomplete(row: Row) -> bool:
     return any(cell is None or cell.num_seeds < len(row.seeds) for cell in row.cells)
 
 
-def _seeds(rows: Sequence["Row"]) -> Iterator[str]:
+def _seeds(rows: Sequence[Row]) -> Iterator[str]:
     seeds = sorted({seed for row in rows for seed in row.seeds if seed is not None})
     listed = ", ".join(map(str, seeds))
     if any(cell is not None and cell.spread is not None for row in rows for cell in row.cells):
@@ -68,12 +66,12 @@ def _seeds(rows: Sequence["Row"]) -> Iterator[str]:
         yield f"One training seed ({listed}): no spread over seeds can be given."
 
 
-def _scale(spec: "TableSpec", rows: Sequence["Row"]) -> str:
+def _scale(spec: TableSpec, rows: Sequence[Row]) -> str:
     unranked = [row.label for row in rows if row.run in spec.unranked]
     return "Scores in percent" + (f"; not ranked: {', '.join(unranked)}." if unranked else ".")
 
 
-def _differences(spec: "TableSpec", rows: Sequence["Row"]) -> Iterator[str]:
+def _differences(spec: TableSpec, rows: Sequence[Row]) -> Iterator[str]:
     base = next((row.label for row in rows if row.run == spec.base), None)
     if any(row.difference is not None for row in rows):
         matched = (

@@ -10,8 +10,8 @@ import pandas as pd
 
 from harness import latex
 from harness.footnotes import PARTIAL_MARK
+from harness.sheet import AVERAGE, Cell, Row, Table
 from harness.statistics import Interval
-from harness.tables import AVERAGE, Cell, Row, Table
 
 MISSING = "missing"
 NOTHING = "–"

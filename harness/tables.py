@@ -4,8 +4,7 @@ Scores stay fractions here; ``harness/formats.py`` writes them as percentages.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import NamedTuple
+from dataclasses import replace
 
 import numpy as np
 
@@ -13,80 +12,12 @@ from ctpd.core.config import nearest
 from ctpd.core.errors import UserError
 from harness.comparability import Record, check_comparable
 from harness.footnotes import footnotes
-from harness.published import Published, load_published
-from harness.statistics import Floats, Interval, bootstrap_differences, difference_per_document, spread
-
-AVERAGE = "Average"
+from harness.published import load_published
+from harness.sheet import Cell, Row, Table, TableSpec
+from harness.statistics import Floats, bootstrap_differences, difference_per_document, spread
 
 Runs = Mapping[str, Mapping[int | None, Record]]
 """Records by run and seed; the seed is None for a model that is not trained per seed, such as the teacher."""
-
-
-@dataclass(frozen=True, slots=True)
-class TableSpec:
-    """A table that a recipe declares.
-
-    Attributes:
-        name: stem of its files.
-        caption: one sentence.
-        rows: (label, run) in the order shown.
-        base: the run that differences are taken to; None for a table without differences.
-        note: a footnote of the recipe's own.
-        unranked: runs that are shown, but are neither best nor second, such as the teacher.
-        published: name of a table in ``harness/published`` to show below, apart.
-    """
-
-    name: str
-    caption: str
-    rows: tuple[tuple[str, str], ...]
-    base: str | None = None
-    note: str | None = None
-    unranked: tuple[str, ...] = ()
-    published: str | None = None
-
-
-class Cell(NamedTuple):
-    """One score: mean over seeds, their standard deviation (None below two) and rank (1 best, 2 second, else None)."""
-
-    mean: float
-    spread: float | None
-    num_seeds: int
-    rank: int | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Row:
-    """One line. ``cells`` has a cell per column and one for the Average; None where nothing was measured.
-
-    ``seeds`` are those measured, ``missing_seeds`` those that other rows have; a row without any record has
-    ``missing`` set.
-    """
-
-    label: str
-    run: str
-    cells: tuple[Cell | None, ...]
-    seeds: tuple[int | None, ...]
-    missing_seeds: tuple[int, ...]
-    missing: bool
-    difference: Interval | None = None
-    differences: Mapping[str, Interval] | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Table:
-    """A finished table: ``columns`` without the Average, ``partial`` those evaluated on a part of the documents."""
-
-    spec: TableSpec
-    columns: tuple[str, ...]
-    rows: tuple[Row, ...]
-    partial: tuple[str, ...]
-    footnotes: tuple[str, ...]
-    published: Published | None
-
-    @property
-    def base_label(self) -> str | None:
-        """Label of the row that differences are taken to."""
-        return next((row.label for row in self.rows if row.run == self.spec.base), None)
 
 
 def build_tables(

@@ -17,8 +17,9 @@ from ctpd.core.errors import UserError
 from harness import latex
 from harness.formats import FORMATS, frame, to_csv, to_latex, to_markdown, to_text, write_table
 from harness.published import PUBLISHED, load_published
+from harness.sheet import Table, TableSpec
 from harness.suites import suite_names
-from harness.tables import Table, TableSpec, build_tables
+from harness.tables import build_tables
 
 Record = dict[str, Any]
 
