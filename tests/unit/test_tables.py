@@ -5,7 +5,6 @@ import re
 import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -307,24 +306,6 @@ def test_importing_tables_and_formats_loads_neither_torch_nor_lm_eval() -> None:
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True,
                            cwd=Path(__file__).parents[2])  # fmt: skip
     assert found.stdout.strip() == "set()"
-
-
-def test_a_hundred_records_make_their_tables_in_a_second_or_two() -> None:
-    rng = np.random.default_rng(0)
-    runs = [f"run{i}" for i in range(33)]
-    records = [
-        record(run, seed, *(result(name, rng.random(1300).tolist()) for name in ("A", "B", "C")))
-        for run in runs
-        for seed in range(3)
-    ]
-    specs = [
-        TableSpec(name=f"t{i}", caption="T", rows=tuple((run, run) for run in runs), base="run0") for i in range(2)
-    ]
-    start = time.perf_counter()
-    tables = build_tables(records, specs)
-    texts = [write(table) for table in tables for write in FORMATS.values()]
-    assert all(texts)
-    assert time.perf_counter() - start < 3
 
 
 def test_the_shipped_suites_are_named() -> None:
