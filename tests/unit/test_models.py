@@ -1,7 +1,6 @@
 """The scorer in a model's own forward: full logits' values and gradients, for every family, and the probe's fallback."""
 
 import copy
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -175,7 +174,7 @@ def test_loading_switches_dropout_off(tmp_path: Path) -> None:
     model.config.attention_dropout = 0.5
     save_model(model, tmp_path)
     loaded = load_model(tmp_path, precision="float32", device="cpu").train()
-    with warnings.catch_warnings(), torch.no_grad():
+    with torch.no_grad():
         torch.testing.assert_close(score(loaded, IDS, REQUEST), score(loaded, IDS, REQUEST), rtol=0, atol=0)
     assert loaded.config.attention_dropout == 0.0
 
