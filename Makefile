@@ -12,8 +12,8 @@ setup: $(STAMP)  ## the environment, with the tested versions
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet torch -c constraints.txt
-	$(BIN)/python -m pip install --quiet -e '.[dev]' -c constraints.txt
+	$(BIN)/python -m pip install --quiet --no-compile torch -c constraints.txt
+	$(BIN)/python -m pip install --quiet --no-compile -e '.[dev]' -c constraints.txt
 	touch $@
 
 demo: setup  ## the main job on the testbed: train, evaluate, compare
