@@ -76,6 +76,7 @@ def cli() -> None:
 
 def main(args: list[str] | None = None) -> Any:
     """Run the command line; exit 2 for the user's input, 1 for our errors, a traceback only with --debug."""
+    debug = "--debug" in (sys.argv if args is None else args)
     try:
         return cli.main(args=args, prog_name="ctpd", standalone_mode=False)
     except click.exceptions.Exit as error:
@@ -87,12 +88,12 @@ def main(args: list[str] | None = None) -> Any:
         click.echo("Stopped. What is finished is kept; the same command goes on from there.", err=True)
         sys.exit(130)
     except CtpdError as error:
-        if "--debug" in sys.argv:
+        if debug:
             raise
         click.echo(f"Error: {error}", err=True)
         sys.exit(error.exit_code)
     except Exception as error:
-        if "--debug" in sys.argv:
+        if debug:
             raise
         click.echo(
             f"Error: {type(error).__name__}: {' '.join(str(error).split())} This is a fault of ctpd; what is finished is "

@@ -80,7 +80,7 @@ def _facts_rows(question: w.Question, rng: Random) -> list[dict[str, object]]:
 
 
 def _resolution_rows(question: w.Question, rng: Random) -> list[dict[str, object]]:
-    made = []
+    made: list[dict[str, object]] = []
     nouns = [answer.text.split()[0] for answer in question.right]
     for noun, answer in zip(nouns, question.right, strict=True):
         options = rng.sample(nouns, 2)

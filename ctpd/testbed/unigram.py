@@ -6,7 +6,7 @@ hundred different words.
 """
 
 import math
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Mapping
 
 MAX_PIECE = 12
@@ -57,9 +57,9 @@ def _seeds(words: Mapping[str, int], singles: list[str], *, num: int) -> dict[st
     return {piece: math.log((covered[piece] or 1) / total) for piece in (*singles, *best)}
 
 
-def _expected_counts(words: Mapping[str, int], pieces: Mapping[str, float]) -> Counter[str]:
+def _expected_counts(words: Mapping[str, int], pieces: Mapping[str, float]) -> Mapping[str, float]:
     """How often each piece is expected over all segmentations of the words (forward-backward)."""
-    counts: Counter[str] = Counter()
+    counts: defaultdict[str, float] = defaultdict(float)
     for word, count in sorted(words.items()):
         n = len(word)
         edges = [
