@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 export HF_HUB_DISABLE_TELEMETRY := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: setup demo test check unit e2e regression record-regression ci real-models tables clean
+.PHONY: setup demo test check unit e2e regression record-regression ci real-models clean
 
 setup: $(STAMP)  ## the environment, with the tested versions
 

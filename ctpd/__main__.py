@@ -1,4 +1,4 @@
-"""`python -m ctpd`, also under `accelerate launch`."""
+"""`python -m ctpd`."""
 
 from ctpd.cli.main import main
 

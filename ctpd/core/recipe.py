@@ -179,7 +179,6 @@ class Recipe:
     runs: Mapping[str, RunSpec]
     ablations: Mapping[str, AblationSpec] = field(default_factory=dict)
     tables: Mapping[str, TableEntry]
-    launch: Mapping[str, Any] = field(default_factory=dict)
 
 
 def shipped_recipes() -> dict[str, Path]:

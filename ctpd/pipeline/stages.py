@@ -9,7 +9,7 @@ from typing import Any
 
 from ctpd.core.config import to_plain
 from ctpd.core.errors import UserError
-from ctpd.core.recipe import ContrastivePhase, ModelSpec, Schedule, SftPhase, Shared
+from ctpd.core.recipe import ContrastivePhase, ModelSpec, Schedule, Shared
 from ctpd.core.recipe import Source as PairSource
 from ctpd.objectives.base import PairObjective
 from ctpd.ops.weights import Signal, find_strategy
@@ -253,6 +253,3 @@ def _data_digest(source: PairSource) -> str:
 def _tokenizer_digest(tokenizer: Source) -> str:
     assert isinstance(tokenizer, External)
     return tokenizer.digest
-
-
-__all__ = ["Method", "SftPhase", "SharedStages"]
