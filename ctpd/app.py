@@ -17,7 +17,7 @@ from ctpd.core.recipe import EvaluationSpec, Recipe, load_recipe
 from ctpd.core.store import Store
 from ctpd.pipeline.graph import Graph, Stage, Work
 from ctpd.pipeline.progress import Progress
-from ctpd.pipeline.references import External, LocatedModel, ModelRef
+from ctpd.pipeline.references import META, SUMMARY, TRAINING, External, LocatedModel, ModelRef
 from ctpd.pipeline.runs import PlannedRun, ablation_run, plan_runs
 from ctpd.pipeline.runtime import Runtime, provenance
 from ctpd.pipeline.stages import SharedStages
@@ -195,7 +195,7 @@ def _evaluate(
         revision=located.revision,
     )  # fmt: skip
     return evaluate_column(
-        loaded, load_tokenizer(located.tokenizer, revision=located.revision), column, data_root=data_root,
+        loaded, load_tokenizer(located.tokenizer, revision=located.tokenizer_revision), column, data_root=data_root,
         batch_size=spec.batch_size, limit=spec.limit, chat_template=spec.chat_template, progress=work.progress,
     )  # fmt: skip
 
@@ -205,11 +205,11 @@ def _write_record(work: Work, head: Mapping[str, Any], *, columns: Sequence[str]
         return json.loads((work.inputs[name] / file).read_text(encoding="utf-8"))
 
     evaluation = {column: {**read(f"evaluation.{column}", RESULT), "name": column} for column in columns}
-    meta = read("pairs", "pairs.json")
+    meta = read("pairs", META)
     record = {
         **head,
-        "training": read("training", "training.json") if "training" in work.inputs else None,
-        "weights": read("weights", "summary.json") if "weights" in work.inputs else None,
+        "training": read("training", TRAINING) if "training" in work.inputs else None,
+        "weights": read("weights", SUMMARY) if "weights" in work.inputs else None,
         "data": {"pairs": len(meta["pair_ids"]), "dropped": meta["dropped"], "report": meta["report"]},
         "evaluation": evaluation,
         "provenance": {**provenance(work.runtime), "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())},

@@ -5,9 +5,8 @@ import shutil
 from pathlib import Path
 
 from ctpd.core.errors import UserError
-from ctpd.core.store import MANIFEST, Store
-
-_CHAIN = "chain.json"  # in an adapter's artifact: where its base, the adapters below it and its tokenizer are
+from ctpd.core.store import Store
+from ctpd.pipeline.references import CHAIN, MODEL_FOLDER
 
 
 def export_model(store: Store, key: str, *, to: Path, merge: bool) -> str:
@@ -23,16 +22,16 @@ def export_model(store: Store, key: str, *, to: Path, merge: bool) -> str:
     """
     artifact = store.find(key)
     folder = store.verify(artifact.stage, artifact.key)
-    model = folder / "model"
+    model = folder / MODEL_FOLDER
     if not model.is_dir():
         raise UserError(
             f"the artifact {artifact.stage}/{artifact.key[:12]} holds no model", fix="Give the key of a training"
         )
     if to.exists():
         raise UserError(f"the directory '{to}' exists already", fix="Give a new one")
-    chain_file = folder / _CHAIN
+    chain_file = folder / CHAIN  # an adapter's: where its base, the adapters below it and its tokenizer are
     if not chain_file.exists() or not merge:
-        shutil.copytree(model, to, ignore=shutil.ignore_patterns(MANIFEST))
+        shutil.copytree(model, to)
         kind = "adapter" if chain_file.exists() else "model"
         return f"Wrote the {kind} to {to}." + (" Use --merge for whole weights." if kind == "adapter" else "")
     from ctpd.models import load_model, load_tokenizer, save_model
@@ -47,7 +46,7 @@ def export_model(store: Store, key: str, *, to: Path, merge: bool) -> str:
         revision=chain["revision"],
     )
     save_model(merged, to)
-    load_tokenizer(_resolve(store, chain["tokenizer"]), revision=chain["revision"]).save_pretrained(str(to))
+    load_tokenizer(_resolve(store, chain["tokenizer"]), revision=chain["tokenizer_revision"]).save_pretrained(str(to))
     return f"Wrote the merged model to {to}."
 
 
@@ -56,4 +55,4 @@ def _resolve(store: Store, name: str) -> Path:
     if not name.startswith("store:"):
         return Path(name)
     stage, _, key = name.removeprefix("store:").partition("/")
-    return store.open(stage, key) / "model"
+    return store.open(stage, key) / MODEL_FOLDER

@@ -116,13 +116,18 @@ def init(teacher: str, student: str, data: Path, to: Path) -> None:
 
 
 def _experiment(recipe: str, *, store: Path, offline: bool = False, **flags: Any) -> "tuple[Experiment, Store]":
-    if offline:
-        os.environ["HF_HUB_OFFLINE"] = os.environ["HF_DATASETS_OFFLINE"] = "1"
+    _go_offline(offline)
     from ctpd.app import Experiment
     from ctpd.core.store import Store
 
     limit = flags.get("limit")
     return Experiment(recipe, only=flags.get("only", ()), seeds=flags.get("seed", ()), limit=limit), Store(store)
+
+
+def _go_offline(offline: bool) -> None:
+    """Before the libraries are imported: they read it once."""
+    if offline:
+        os.environ["HF_HUB_OFFLINE"] = os.environ["HF_DATASETS_OFFLINE"] = "1"
 
 
 def _execute(
@@ -184,10 +189,10 @@ def _print_tables(
 
 
 def _print_scores(named: "dict[str, dict[str, Stage]]", store: "Store", *, as_json: bool) -> None:
+    from ctpd.app import RESULT
+
     scores = {
-        title: {
-            name: json.loads((store.path(s.kind, s.key) / "result.json").read_text()) for name, s in columns.items()
-        }
+        title: {name: json.loads((store.path(s.kind, s.key) / RESULT).read_text()) for name, s in columns.items()}
         for title, columns in named.items()
     }
     if as_json:
@@ -201,8 +206,7 @@ def _print_scores(named: "dict[str, dict[str, Stage]]", store: "Store", *, as_js
 
 
 def _evaluate_model(model: str, suite: str, *, data_root: Path | None, as_json: bool, plan: bool, **flags: Any) -> None:
-    if flags["offline"]:
-        os.environ["HF_HUB_OFFLINE"] = os.environ["HF_DATASETS_OFFLINE"] = "1"
+    _go_offline(flags["offline"])
     from ctpd.app import evaluation_stage
     from ctpd.core.recipe import EvaluationSpec
     from ctpd.core.store import Store

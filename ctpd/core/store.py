@@ -20,6 +20,7 @@ from ctpd.core.config import to_plain
 from ctpd.core.errors import DamagedArtifact, UserError
 
 MANIFEST = "manifest.json"
+RESUME_FOLDER = "checkpoints"  # in a folder that is being built: all that survives an interruption
 ALWAYS_HASHED_BYTES = 256 * 2**20  # on every use the contents of files up to this size are compared, above it the size
 
 
@@ -65,12 +66,17 @@ class Store:
     ) -> Iterator[Path]:
         """Give a folder to build in; commit it when the block ends without an error.
 
-        The folder survives a crash, so that a stage can resume from what it left there. One process at a time builds a
-        key; a second one waits and then finds it finished (the caller checks `has` inside).
+        After an interruption the folder is given empty, but for `RESUME_FOLDER`: half-written files are nothing to
+        build on. Hold `lock`, and ask `has` inside it, so that one process at a time builds a key.
         """
         target = self.path(stage, key)
         partial = target.with_name(f"{key}.partial")
         partial.mkdir(parents=True, exist_ok=True)
+        for left in partial.iterdir():
+            if left.is_dir() and left.name != RESUME_FOLDER:
+                shutil.rmtree(left)
+            elif not left.is_dir():
+                left.unlink()
         yield partial
         manifest = {
             "stage": stage,

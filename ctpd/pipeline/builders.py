@@ -18,13 +18,14 @@ from safetensors.numpy import load_file, save_file
 from ctpd.core.config import to_plain
 from ctpd.core.recipe import DataSpec, ModelSpec, PlainSpec, Schedule
 from ctpd.core.recipe import Source as PairSource
+from ctpd.core.store import RESUME_FOLDER
 from ctpd.core.world import PretrainConfig, WorldConfig
 from ctpd.models import add_lora, install_scorer, load_model, load_tokenizer, probe_scorer, save_model
 from ctpd.objectives.base import Layout, PairObjective
 from ctpd.ops.weights import Signal, find_strategy, span_weights
 from ctpd.pipeline.graph import Work
 from ctpd.pipeline.methods import make_objective
-from ctpd.pipeline.references import MODEL_FOLDER, ModelRef
+from ctpd.pipeline.references import CHAIN, META, MODEL_FOLDER, SUMMARY, TRAINING, ModelRef
 from ctpd.pipeline.rows import end_units, scored_rows, text_rows, token_rows, unit_signal, units_of
 from ctpd.pipeline.sources import read_hub, read_rows
 from ctpd.pipeline.summaries import weight_examples, weight_summary
@@ -37,8 +38,7 @@ from ctpd.train.collator import ScoredRows
 from ctpd.train.fit import Fit, FitSettings, fit
 from ctpd.train.sweep import sweep
 
-PAIRS, META, SIGNAL, WEIGHTS = "pairs.safetensors", "pairs.json", "signal.safetensors", "weights.safetensors"
-TRAINING, CHAIN = "training.json", "chain.json"
+PAIRS, SIGNAL, WEIGHTS = "pairs.safetensors", "signal.safetensors", "weights.safetensors"
 
 
 def world(work: Work, *, config: WorldConfig) -> None:
@@ -67,7 +67,7 @@ def pretrain(work: Work, *, config: PretrainConfig) -> None:
     done = fit(
         model, make_objective("sft", {}, source="pretrain"), rows,
         schedule=schedule, learning_rate=config.learning_rate, seed=config.seed, precision="float32",
-        folder=work.folder / "checkpoints", settings=fit_settings(work), max_steps=config.steps,
+        folder=work.folder / RESUME_FOLDER, settings=fit_settings(work), max_steps=config.steps,
     )  # fmt: skip
     save_model(model, work.folder / MODEL_FOLDER)
     tok.save_pretrained(str(work.folder / MODEL_FOLDER))
@@ -143,7 +143,7 @@ def weights(work: Work, *, layout: Layout, seed: int) -> None:
     save_file({"weights": values}, work.folder / WEIGHTS)
     summary = weight_summary(result, unit_starts=unit_starts, is_end=is_end, marks=marks)
     examples = weight_examples(prepared, values, unit_starts) if layout.granularity == "spans" else []
-    _write_json(work.folder / "summary.json", {**summary, "examples": examples})
+    _write_json(work.folder / SUMMARY, {**summary, "examples": examples})
 
 
 def train(
@@ -166,14 +166,15 @@ def train(
     }
     done = fit(
         model, objective, rows["train"], schedule=schedule, learning_rate=learning_rate, seed=seed, precision=precision,
-        folder=work.folder / "checkpoints", settings=fit_settings(work), eval_rows=rows.get("eval"),
+        folder=work.folder / RESUME_FOLDER, settings=fit_settings(work), eval_rows=rows.get("eval"),
         constants=_clamped(work),
     )  # fmt: skip
     save_model(model, work.folder / MODEL_FOLDER)
     if schedule.lora is not None:
         _write_json(work.folder / CHAIN, start.chain())
     else:
-        load_tokenizer(located.tokenizer).save_pretrained(str(work.folder / MODEL_FOLDER))
+        tok = load_tokenizer(located.tokenizer, revision=located.tokenizer_revision)
+        tok.save_pretrained(str(work.folder / MODEL_FOLDER))
     _finish_training(work, done)
 
 
@@ -220,7 +221,7 @@ def _training_rows(
 def _clamped(work: Work) -> dict[str, float]:
     if "weights" not in work.inputs:
         return {}
-    summary = json.loads((work.inputs["weights"] / "summary.json").read_text())
+    summary = json.loads((work.inputs["weights"] / SUMMARY).read_text())
     return {f"weights/{name}": summary[name] for name in ("mean", "clamped_low", "clamped_high")}
 
 
@@ -260,7 +261,7 @@ def _corpus(work: Work, corpus: str) -> list[str]:
 def _finish_training(work: Work, done: Fit) -> None:
     """Write the history; the resume states have served."""
     _write_json(work.folder / TRAINING, to_plain(done))
-    shutil.rmtree(work.folder / "checkpoints", ignore_errors=True)
+    shutil.rmtree(work.folder / RESUME_FOLDER, ignore_errors=True)
 
 
 def _write_json(path: Path, data: Mapping[str, Any]) -> None:

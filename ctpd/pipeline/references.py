@@ -11,6 +11,7 @@ from ctpd.core.store import digest_folder
 from ctpd.pipeline.graph import Stage
 
 MODEL_FOLDER = "model"  # inside an artifact that holds a model
+META, TRAINING, SUMMARY, CHAIN = "pairs.json", "training.json", "summary.json", "chain.json"  # JSON files of artifacts
 ADAPTER_CONFIG = "adapter_config.json"
 
 
@@ -93,17 +94,22 @@ class ModelRef:
             for name, source in self._named(prefix).items()
         }
         adapters = tuple(Path(place[f"{prefix}.adapter{i}"]) for i in range(len(self.adapters)))
-        revision = self.root.revision if isinstance(self.root, External) else None
-        return LocatedModel(place[prefix], adapters, place[f"{prefix}.tokenizer"], revision)
+        return LocatedModel(
+            folder=place[prefix],
+            revision=_revision(self.root),
+            adapters=adapters,
+            tokenizer=place[f"{prefix}.tokenizer"],
+            tokenizer_revision=_revision(self.tokenizer),
+        )
 
     def chain(self) -> dict[str, Any]:
         """Where the parts are, so that a model can be put together outside the graph (`ctpd export --merge`)."""
-        revision = self.root.revision if isinstance(self.root, External) else None
         return {
             "base": _place(self.root),
-            "revision": revision,
+            "revision": _revision(self.root),
             "adapters": [_place(adapter) for adapter in self.adapters],
             "tokenizer": _place(self.tokenizer),
+            "tokenizer_revision": _revision(self.tokenizer),
         }
 
     def trained(self, stage: Stage, *, adapter: bool) -> "ModelRef":
@@ -123,11 +129,20 @@ def _place(source: Source) -> str:
     return source.location if isinstance(source, External) else f"store:{source.kind}/{source.key}"
 
 
-@dataclass(frozen=True)
+def _revision(source: Source) -> str | None:
+    return source.revision if isinstance(source, External) else None
+
+
+@dataclass(frozen=True, kw_only=True)
 class LocatedModel:
-    """Folders (or a hub id) of a model, its adapters and its tokenizer."""
+    """Folders (or hub ids with their revisions) of a model, its adapters and its tokenizer.
+
+    The tokenizer has a revision of its own: after a full fine-tuning the model is an artifact, the tokenizer still the
+    hub's.
+    """
 
     folder: str
+    revision: str | None
     adapters: tuple[Path, ...]
     tokenizer: str
-    revision: str | None
+    tokenizer_revision: str | None

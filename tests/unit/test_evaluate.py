@@ -20,7 +20,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from ctpd.core.errors import UserError
 from harness.evaluate import LastLogitsLM, check_column, evaluate_column
-from harness.suites import Column, load_suite
+from harness.suites import Column
 
 NUM_DOCS = 12
 
@@ -377,41 +377,3 @@ def test_a_chat_template_is_used_where_there_is_one_and_asked_for_in_vain_refuse
     assert with_template["chat_template"]
     assert not without["chat_template"]
     assert with_template["task_hash"] != without["task_hash"]
-
-
-def test_suites_are_strict_and_may_bring_their_own_tasks(tmp_path: Path) -> None:
-    folder = write_tasks(tmp_path / "mine")
-    file = tmp_path / "suite.yaml"
-    column = '{name: A, task: colour_choice, metric: "acc,none", version: 1.0, folder: mine}'
-    file.write_text(f"name: own\ncolumns:\n  - {column}\n")
-    assert load_suite(file).columns[0].folder == str(folder.resolve())
-    assert load_suite(file).columns[0].shots is None
-    for text, message in [
-        ("name: own\ncolumns: []\n", "no columns"),
-        (f"name: own\ncolumns:\n  - {column}\n  - {column}\n", "'A' is taken"),
-        (f"name: own\ncolumns:\n  - {column.replace('acc,none', 'acc')}\n", "names no filter"),
-        (f"name: own\ncolumns:\n  - {column.replace('version', 'verson')}\n", "Did you mean 'version'"),
-    ]:
-        file.write_text(text)
-        with pytest.raises(UserError, match=message):
-            load_suite(file)
-    with pytest.raises(UserError, match="Did you mean 'card'"):
-        load_suite("cart")
-    with pytest.raises(UserError, match="no suite file"):
-        load_suite(tmp_path / "none.yaml")
-
-
-def test_the_paper_and_card_suites_are_those_of_the_method() -> None:
-    """METHOD 7: tasks, shots and metrics."""
-    table = {
-        "GSM8K": ("gsm8k", 5, "exact_match,strict-match"),
-        "TruthfulQA": ("truthfulqa_mc2", 0, "acc,none"),
-        "Winogrande": ("winogrande", 5, "acc,none"),
-        "ARC": ("arc_challenge", 25, "acc_norm,none"),
-        "HellaSwag": ("hellaswag", 10, "acc_norm,none"),
-        "MMLU": ("mmlu", 5, "acc,none"),
-    }
-    paper = {column.name: (column.task, column.shots, column.metric) for column in load_suite("paper").columns}
-    card = {column.name: (column.task, column.shots, column.metric) for column in load_suite("card").columns}
-    assert paper == table
-    assert card == {name: table[name] for name in ("GSM8K", "TruthfulQA", "Winogrande")}

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from ctpd.core.errors import DamagedArtifact, UserError
-from ctpd.core.store import MANIFEST, Store, digest_folder
+from ctpd.core.store import MANIFEST, RESUME_FOLDER, Store, digest_folder
 
 KEY = "0123456789abcdef"
 
@@ -44,10 +44,15 @@ def test_nothing_is_there_before_the_block_ends(store: Store) -> None:
     assert store.partials() == []
 
 
-def test_interrupted_build_leaves_no_artifact_but_its_work(store: Store) -> None:
+def test_interrupted_build_leaves_no_artifact_but_its_resume_states(store: Store) -> None:
+    """Half-written files are gone: a builder that makes its folders finds none, and none slips into the artifact."""
+
     def interrupted() -> None:
         with store.build("train", KEY, identity={}, provenance={}) as folder:
-            (folder / "state").write_text("half")
+            (folder / RESUME_FOLDER).mkdir()
+            (folder / RESUME_FOLDER / "state").write_text("half")
+            (folder / "hub").mkdir()
+            (folder / "pairs.jsonl").write_text("{")
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
@@ -56,7 +61,8 @@ def test_interrupted_build_leaves_no_artifact_but_its_work(store: Store) -> None
     assert store.artifacts() == []
     assert [path.name for path in store.partials()] == [f"{KEY}.partial"]
     with store.build("train", KEY, identity={}, provenance={}) as again:
-        assert (again / "state").read_text() == "half"
+        assert (again / RESUME_FOLDER / "state").read_text() == "half"
+        assert [path.name for path in again.iterdir()] == [RESUME_FOLDER]
     assert store.has("train", KEY)
 
 
