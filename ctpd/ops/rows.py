@@ -1,0 +1,143 @@
+"""Rows of logits that are never all there: hidden states and an output head, applied to one tile of rows at a time.
+
+Shape legend: N rows (predicting positions), H hidden size, V vocabulary, R rows of one tile, K entries kept of a row.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.utils.checkpoint import checkpoint
+
+from ctpd.ops.logps import token_logps, token_logps_module
+
+# A loss over whole rows makes several copies of a tile: 32 MiB is 64 rows of a vocabulary of 128k.
+_TILE_BYTES = 32 * 2**20
+
+
+@dataclass(frozen=True)
+class Head:
+    """An output embedding and what the model does to its logits: ``softcap(scale * module(hidden))``.
+
+    Attributes:
+        module: [R, H] -> [R, V]; `nn.Linear` in the usual case.
+        width: V, the number of columns.
+        softcap: ``softcap(z) = softcap * tanh(z / softcap)``; None for none.
+        scale: factor of the logits.
+        is_constant: the module's parameters get no gradient from this use.
+    """
+
+    module: nn.Module
+    width: int
+    softcap: float | None = None
+    scale: float = 1.0
+    is_constant: bool = False
+
+    def __call__(self, hidden_RH: Float[Tensor, "R H"]) -> Float[Tensor, "R V"]:
+        """Logits, float32 (float64 for float64)."""
+        if self.is_constant:
+            constants = {name: parameter.detach() for name, parameter in self.module.named_parameters()}
+            logits_RV = functional_call(self.module, constants, (hidden_RH,))
+        else:
+            logits_RV = self.module(hidden_RH)
+        logits_RV = logits_RV.to(torch.promote_types(logits_RV.dtype, torch.float32))
+        if self.scale != 1.0:
+            logits_RV = logits_RV * self.scale
+        return logits_RV if self.softcap is None else self.softcap * torch.tanh(logits_RV / self.softcap)
+
+    def constant(self) -> "Head":
+        """The same head as a constant: gradients pass through it to the hidden states only."""
+        return Head(self.module, self.width, self.softcap, self.scale, is_constant=True)
+
+
+@runtime_checkable
+class Aligned(Protocol):
+    """Anything with one entry a row that a tile can be taken of: a tensor, `LogitRows`, `TopRows`."""
+
+    def __getitem__(self, rows: slice, /) -> Any:
+        """The entries of a tile."""
+        ...
+
+
+class Top(NamedTuple):
+    """The likeliest tokens of some rows, likeliest first: what a stored signal keeps of a distribution."""
+
+    ids: Int[Tensor, "R K"]
+    logps: Float[Tensor, "R K"]
+
+    @property
+    def rest(self) -> Float[Tensor, " R"]:
+        """The probability of all tokens that were not kept."""
+        return (1.0 - self.logps.exp().sum(-1)).clamp(min=0.0)
+
+
+class TopRows:
+    """N stored rows; the counterpart of `LogitRows` for a teacher that is not in memory."""
+
+    def __init__(self, ids_NK: Int[Tensor, "N K"], logps_NK: Float[Tensor, "N K"]) -> None:
+        self.ids, self.logps = ids_NK, logps_NK
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, rows: slice) -> Top:
+        return Top(self.ids[rows].long(), self.logps[rows])
+
+    def select(self, index_N: Int[Tensor, " N"]) -> "TopRows":
+        """These rows, in this order; a row may occur more than once."""
+        return TopRows(self.ids[index_N], self.logps[index_N])
+
+
+class LogitRows:
+    """N rows of logits, formed when a tile of them is asked for."""
+
+    def __init__(self, hidden_NH: Float[Tensor, "N H"], head: Head, *, tile_bytes: int = _TILE_BYTES) -> None:
+        self.hidden, self.head, self._tile_bytes = hidden_NH, head, tile_bytes
+
+    def __len__(self) -> int:
+        return len(self.hidden)
+
+    def __getitem__(self, rows: slice) -> Float[Tensor, "R V"]:
+        return self.head(self.hidden[rows])
+
+    def select(self, index_N: Int[Tensor, " N"]) -> "LogitRows":
+        """These rows, in this order; a row may occur more than once."""
+        return LogitRows(self.hidden[index_N], self.head, tile_bytes=self._tile_bytes)
+
+    def constant(self) -> "LogitRows":
+        """The same rows without any gradient."""
+        return LogitRows(self.hidden.detach(), self.head.constant(), tile_bytes=self._tile_bytes)
+
+    def logps(self, targets_N: Int[Tensor, " N"]) -> Float[Tensor, " N"]:
+        """Log-probability of each row's target; see `ctpd.ops.logps.token_logps`."""
+        head = self.head
+        if type(head.module) is nn.Linear and not head.is_constant:
+            return token_logps(
+                self.hidden, head.module.weight, targets_N, bias_V=head.module.bias, softcap=head.softcap,
+                scale=head.scale,
+            )  # fmt: skip
+        plain = Head(head.module, head.width, is_constant=head.is_constant)
+        return token_logps_module(self.hidden, plain, targets_N, softcap=head.softcap, scale=head.scale)
+
+    def map(self, function: Callable[..., Tensor], *aligned: Aligned | None) -> Tensor:
+        """``function(logits_RV, *tiles)`` of every tile of rows, joined: [N, ...].
+
+        Only what the function returns is kept; a tile is formed again in the backward pass. The function must treat
+        rows independently of each other and must not change its arguments. An argument that is None stays None.
+        """
+
+        def of_tile(hidden_RH: Tensor, rows: slice) -> Tensor:
+            return function(self.head(hidden_RH), *(None if a is None else a[rows] for a in aligned))
+
+        if not torch.is_grad_enabled():
+            return torch.cat([of_tile(self.hidden[rows], rows) for rows in self._tiles()])
+        return torch.cat([checkpoint(of_tile, self.hidden[rows], rows, use_reentrant=False) for rows in self._tiles()])
+
+    def _tiles(self) -> Iterator[slice]:
+        itemsize = torch.promote_types(self.hidden.dtype, torch.float32).itemsize
+        step = max(1, self._tile_bytes // (itemsize * max(self.head.width, 1)))
+        return (slice(start, min(start + step, len(self))) for start in range(0, max(len(self), 1), step))

@@ -1,0 +1,56 @@
+"""ULD against golden numbers of the public implementations, and its bound for stored distributions."""
+
+import pytest
+import torch
+
+from baselines.uld import ULD, ULDParams
+from tests.fixtures.distillation import VECTORS, batch_of, leaf, single, stored, tokens, total
+
+
+def golden_batch(vector):
+    inputs = vector["inputs"]
+    student = leaf(inputs["student_logits"])
+    batch = batch_of(
+        tokens(student, torch.tensor(inputs["student_label"])),
+        tokens(torch.tensor(inputs["teacher_logits"], dtype=torch.float64), torch.tensor(inputs["teacher_label"])),
+    )
+    return student, batch
+
+
+def test_loss_and_gradient_equal_the_public_code():
+    vector = VECTORS["uld.dskd"]
+    student, batch = golden_batch(vector)
+    sums = ULD(ULDParams(kd_rate=vector["params"]["kd_rate"]))(batch)
+    loss = sums.loss / vector["params"]["batch_denom"]
+    (grad,) = torch.autograd.grad(loss, student)
+    expected = vector["expected"]
+    assert sums.count == 5
+    assert float(loss.detach()) == pytest.approx(expected["total"], abs=vector["tol"])
+    torch.testing.assert_close(
+        grad, torch.tensor(expected["grad_student_logits"], dtype=torch.float64), atol=1e-9, rtol=0
+    )
+
+
+def test_the_distance_alone_equals_the_public_code():
+    vector = VECTORS["uld.dskd"]
+    _, batch = golden_batch(vector)
+    assert total(ULD(ULDParams(kd_rate=1.0))(batch)) == pytest.approx(vector["expected"]["uld_sum"], abs=vector["tol"])
+    assert total(ULD(ULDParams(kd_rate=0.0))(batch)) == pytest.approx(vector["expected"]["ce_sum"], abs=vector["tol"])
+
+
+def test_a_batch_is_the_sum_of_its_responses():
+    _, batch = golden_batch(VECTORS["uld.dskd"])
+    objective = ULD(ULDParams())
+    parts = [total(objective(single(batch, row))) for row in range(2)]
+    assert sum(parts) == pytest.approx(total(objective(batch)), abs=1e-12)
+
+
+@pytest.mark.parametrize("top_k", [1, 3, 8])
+def test_stored_distributions_are_wrong_by_at_most_the_dropped_mass(top_k):
+    _, batch = golden_batch(VECTORS["uld.dskd"])
+    kept = stored(batch.teachers[0], top_k=top_k)
+    exact = total(ULD(ULDParams(kd_rate=1.0))(batch))
+    bounded = total(ULD(ULDParams(kd_rate=1.0, top_k=top_k))(batch._replace(teachers=(kept,))))
+    used = batch.partner[batch.partner >= 0]
+    dropped = float(kept.rows[0 : len(kept.rows)].rest[used].sum())
+    assert abs(exact - bounded) <= dropped + 1e-12
