@@ -7,7 +7,7 @@ import contextlib
 import json
 import math
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,7 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers.utils.logging import disable_progress_bar
 
 from ctpd.core.errors import UserError
-from ctpd.ops.logps import token_logps, token_logps_module
+from ctpd.ops.rows import Head, LogitRows
 
 disable_progress_bar()  # the pipeline shows its own; the library's would break into it
 
@@ -27,40 +27,59 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 PROBE_TOLERANCE = 1e-3
 
 
-class Score(NamedTuple):
-    """The one keyword that the scorer adds to a model's `forward`: which tokens to score.
+class Outputs(NamedTuple):
+    """What the scorer offers of one forward pass: the logits of all R * T positions, formed when they are asked for,
+    and the input embeddings of any ids, as constants."""
 
-    `predictors[n]` is the flat index (row * T + position) of the hidden state that predicts `targets[n]`.
-    """
+    every: LogitRows
+    embed: Callable[[Tensor], Tensor]
+
+
+class Score(NamedTuple):
+    """Which tokens to score: `predictors[n]` is the flat index (row * T + position) of what predicts `targets[n]`."""
 
     predictors: Int[Tensor, " N"]
     targets: Int[Tensor, " N"]
 
+    def __call__(self, outputs: Outputs) -> Float[Tensor, " N"]:
+        """Their log-probabilities."""
+        return outputs.every.select(self.predictors).logps(self.targets)
+
 
 class _Scoring:
-    """Mixed into a loaded model's class: `forward(input_ids, score=...)` returns log-probabilities, not logits."""
+    """Mixed into a loaded model's class: `forward(input_ids, score=use)` returns `use(outputs)`, not logits.
 
-    def forward(self, *args: Any, score: Score | None = None, **kwargs: Any) -> Any:
+    It happens inside `forward`, where PEFT, accelerate and FSDP see it, and where sharded weights are whole.
+    """
+
+    def forward(self, *args: Any, score: Callable[[Outputs], Any] | None = None, **kwargs: Any) -> Any:
         if score is None:
             return super().forward(*args, **kwargs)  # type: ignore[misc]
         kwargs = {name: value for name, value in kwargs.items() if value is not None}
         kwargs.pop("return_dict", None)
-        if self._scorer_uses_logits:  # type: ignore[attr-defined]
+        model: Any = self
+        embed = _constant_embeddings(model)
+        if model._scorer_uses_logits:
             logits_RTV = super().forward(*args, **kwargs, use_cache=False).logits  # type: ignore[misc]
-            logits_NV = logits_RTV.flatten(0, 1)[score.predictors].float()
-            return logits_NV.log_softmax(-1).gather(-1, score.targets[:, None])[:, 0]
-        hidden_RTH = self.get_decoder()(*args, **kwargs, use_cache=False).last_hidden_state  # type: ignore[attr-defined]
-        return _head_logps(self, hidden_RTH.flatten(0, 1)[score.predictors], score.targets)
+            identity = Head(nn.Identity(), logits_RTV.shape[-1])
+            return score(Outputs(LogitRows(logits_RTV.flatten(0, 1), identity), embed))
+        hidden_RTH = model.get_decoder()(*args, **kwargs, use_cache=False).last_hidden_state
+        head = Head(
+            model.get_output_embeddings(), model.config.get_text_config().vocab_size, **_logit_chain(model.config)
+        )
+        return score(Outputs(LogitRows(hidden_RTH.flatten(0, 1), head), embed))
 
 
-def _head_logps(model: Any, hidden_NH: Float[Tensor, "N H"], targets_N: Int[Tensor, " N"]) -> Float[Tensor, " N"]:
-    head, chain = model.get_output_embeddings(), _logit_chain(model.config)
-    if type(head) is nn.Linear:
-        return token_logps(hidden_NH, head.weight, targets_N, bias_V=head.bias, **chain)
-    return token_logps_module(hidden_NH, head, targets_N, **chain)
+def _constant_embeddings(model: Any) -> Callable[[Tensor], Tensor]:
+    def embed(ids: Tensor) -> Tensor:
+        with torch.no_grad():
+            embeddings: Tensor = model.get_input_embeddings()(ids)
+        return embeddings
+
+    return embed
 
 
-def _logit_chain(config: Any) -> dict[str, float | None]:
+def _logit_chain(config: Any) -> dict[str, Any]:
     """What a model does to its logits after the head: Gemma's soft cap, Cohere's and Granite's scale."""
     text = config.get_text_config()
     scale = 1.0

@@ -12,11 +12,14 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from ctpd.ops.spans import Aggregate as Aggregate
+from ctpd.ops.weights import Signal
 
 Granularity = Literal["spans", "tokens"]
 Anchor = Literal["teacher", "student"]
 Side = Literal["chosen", "rejected"]
 BOTH_SIDES: tuple[Side, ...] = ("chosen", "rejected")
+Pairing = Literal["none", "position", "edit_distance"]
+Counted = Literal["pairs", "tokens", "units"]
 
 
 class Needs(StrEnum):
@@ -81,16 +84,59 @@ class Layout:
     weighting: Weighting | None = None
 
 
+class Generation(NamedTuple):
+    """Responses that a model writes in place of the data's, before anything is trained."""
+
+    writer: Anchor
+    side: Side
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TeacherView:
+    """What an objective must be given of its teachers.
+
+    Args:
+        models: which frozen teachers; most objectives want one.
+        top_k: None for a teacher in memory; else the K likeliest tokens of each row, from a stored signal.
+        temperature: of the stored distributions; without meaning for a teacher in memory.
+        boundary: a stored signal of two numbers a token: its log-probability, and that of a boundary after it.
+        pairing: how a teacher's token is found for a student's: none, the k-th for the k-th, or by dynamic time
+            warping over the edit distance of their strings.
+        skip_last: the student's last scored token of each response has no partner.
+        same_tokenizer: the objective is defined for models that share a tokenizer only.
+    """
+
+    models: tuple[Signal, ...] = (Signal.TEACHER_REFERENCE,)
+    top_k: int | None = None
+    temperature: float = 1.0
+    boundary: bool = False
+    pairing: Pairing = "position"
+    skip_last: bool = False
+    same_tokenizer: bool = False
+
+
 class Objective(nn.Module, ABC):
     """The common part of all objectives: ``ObjectiveClass(ObjectiveClass.params_type(...))`` makes one.
 
-    ``counts`` says by what the trainer divides a step's loss: pairs, or scored tokens of the student.
-    ``sides`` are the responses of a pair that the policy has to score.
+    Its parameters, if any, are trained beside the model, saved with the run and left out of an export.
+
+    Attributes:
+        counts: by what the trainer divides a step's loss: pairs, or the student's scored tokens or units (spans) of
+            the chosen responses.
+        sides: the responses of a pair that the policy has to score.
+        layout: how units are made.
+        teacher: the teacher's distributions that it is given; None where log-probabilities of units are enough.
+        generation: which responses are replaced by a model's own; None for the data's.
+        objective_learning_rate: step size of its own parameters; None for the run's.
     """
 
     params_type: ClassVar[type[Any]]
-    counts: ClassVar[Literal["pairs", "tokens"]]
+    counts: ClassVar[Counted]
     sides: ClassVar[tuple[Side, ...]]
+    generation: ClassVar[Generation | None] = None
+    layout: Layout
+    teacher: TeacherView | None = None
+    objective_learning_rate: float | None = None
 
     @property
     @abstractmethod
@@ -100,8 +146,6 @@ class Objective(nn.Module, ABC):
 
 class PairObjective(Objective):
     """An objective of the log-probabilities of units: it never sees a vocabulary."""
-
-    layout: Layout
 
     @property
     def needs(self) -> frozenset[Needs]:

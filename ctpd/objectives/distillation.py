@@ -10,44 +10,18 @@ row, V vocabulary, K entries kept of a distribution.
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from ctpd.core.errors import UserError
-from ctpd.objectives.base import Needs, Objective, Sums
+from ctpd.objectives.base import Layout, Needs, Objective, Sums
+from ctpd.objectives.base import TeacherView as TeacherView
 from ctpd.ops.rows import LogitRows, Top, TopRows
-from ctpd.ops.weights import Signal
 
 Distributions = LogitRows | TopRows
-Pairing = Literal["none", "position", "edit_distance"]
-Replaced = Literal["none", "chosen by teacher", "rejected by student"]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TeacherView:
-    """What an objective must be given of its teachers.
-
-    Args:
-        models: which frozen teachers; most objectives want one.
-        top_k: None for a teacher in memory; else the K likeliest tokens of each row, from a stored signal.
-        temperature: of the stored distributions; without meaning for a teacher in memory.
-        boundary: a stored signal of two numbers a token: its log-probability, and that of a boundary after it.
-        pairing: how a teacher's token is found for a student's: none, the k-th for the k-th, or by dynamic time
-            warping over the edit distance of their strings.
-        skip_last: the student's last scored token of each response has no partner.
-        same_tokenizer: the objective is defined for models that share a tokenizer only.
-    """
-
-    models: tuple[Signal, ...] = (Signal.TEACHER_REFERENCE,)
-    top_k: int | None = None
-    temperature: float = 1.0
-    boundary: bool = False
-    pairing: Pairing = "position"
-    skip_last: bool = False
-    same_tokenizer: bool = False
 
 
 class Tokens(NamedTuple):
@@ -111,14 +85,9 @@ class ModelFacts:
 
 
 class DistillationObjective(Objective):
-    """An objective over distributions. Its parameters, if any, train beside the student and are not exported.
+    """An objective over distributions; `teacher` says of whose, and is never None."""
 
-    `objective_learning_rate` is their step size (None: the run's).
-    """
-
-    teacher: TeacherView | None
-    replaced: ClassVar[Replaced] = "none"
-    objective_learning_rate: float | None = None
+    layout = Layout(granularity="spans")
 
     @property
     def needs(self) -> frozenset[Needs]:
