@@ -205,6 +205,12 @@ def load_model(
     return model
 
 
+def model_sizes(folder: str | Path, *, revision: str | None = None) -> tuple[int, int]:
+    """(columns of the logits, hidden size) of a model, from its configuration alone."""
+    config = AutoConfig.from_pretrained(str(folder), revision=revision).get_text_config()
+    return config.vocab_size, config.hidden_size
+
+
 def _no_dropout(config: Any) -> None:
     for part in {id(c): c for c in (config, config.get_text_config())}.values():
         for name, value in vars(part).items():

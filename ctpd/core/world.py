@@ -35,10 +35,10 @@ class WorldConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PretrainConfig:
-    """One model pretrained from scratch on one of the world's corpora, with a tokenizer trained on the same corpus."""
+    """One model pretrained from scratch on one of the world's corpora, with a tokenizer trained on one of them."""
 
     corpus: Literal["teacher", "student"]
-    """Which corpus the model and its tokenizer see."""
+    """Which corpus the model sees."""
     tokenizer: Literal["byte_bpe", "unigram"]
     """Kind of tokenizer."""
     vocab_size: int
@@ -50,6 +50,8 @@ class PretrainConfig:
     steps: int
     texts_per_step: int
     learning_rate: float
+    tokenizer_corpus: Literal["teacher", "student"] | None = None
+    """Which corpus the tokenizer is trained on; None for the model's own. Two models with the same kind, size and corpus share it."""
     max_position: int = 256
     """Longest sequence in tokens."""
     warmup_ratio: float = 0.1

@@ -114,6 +114,11 @@ class TeacherView:
     skip_last: bool = False
     same_tokenizer: bool = False
 
+    @property
+    def is_stored(self) -> bool:
+        """Whether a stored signal is enough, and no teacher is in memory while the student trains."""
+        return self.boundary or self.top_k is not None
+
 
 class Objective(nn.Module, ABC):
     """The common part of all objectives: ``ObjectiveClass(ObjectiveClass.params_type(...))`` makes one.

@@ -6,7 +6,7 @@ Imported only when something is built: planning needs none of it.
 import dataclasses
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +21,11 @@ from ctpd.core.recipe import Source as PairSource
 from ctpd.core.store import RESUME_FOLDER
 from ctpd.core.world import PretrainConfig, WorldConfig
 from ctpd.models import add_lora, install_scorer, load_model, load_tokenizer, probe_scorer, save_model
-from ctpd.objectives.base import Layout, PairObjective
+from ctpd.objectives.base import Generation, Layout, Objective, TeacherView
+from ctpd.objectives.distillation import DistillationObjective
 from ctpd.ops.weights import Signal, find_strategy, span_weights
+from ctpd.pipeline import distillation
+from ctpd.pipeline.distillation import GENERATED
 from ctpd.pipeline.graph import Work
 from ctpd.pipeline.methods import make_objective
 from ctpd.pipeline.references import CHAIN, META, MODEL_FOLDER, SUMMARY, TRAINING, ModelRef
@@ -36,7 +39,8 @@ from ctpd.text.prepare import PreparedPairs, arrays, from_arrays, prepare_pairs,
 from ctpd.text.render import ChatTemplate, PlainTemplate, Side
 from ctpd.train.collator import ScoredRows
 from ctpd.train.fit import Fit, FitSettings, fit
-from ctpd.train.sweep import sweep
+from ctpd.train.sweep import log_probabilities, sweep
+from ctpd.train.trainer import save_objective
 
 PAIRS, SIGNAL, WEIGHTS = "pairs.safetensors", "signal.safetensors", "weights.safetensors"
 
@@ -80,8 +84,7 @@ def pairs(work: Work, *, data: DataSpec, models: Mapping[str, ModelSpec], tokeni
     Args:
         tokenizers: role -> directory or hub id, for the roles whose tokenizer is no stage.
     """
-    splits = {"train": data.train, "eval": data.eval}
-    given = {split: _read_pairs(work, source) for split, source in splits.items() if source is not None}
+    given = {split: read_pairs(work, split, source) for split, source in splits_of(data).items()}
     sides = {role: _side(work, role, spec, tokenizers.get(role)) for role, spec in models.items()}
     prepared = prepare_pairs(
         given,
@@ -108,11 +111,28 @@ def signals(work: Work, *, model: ModelRef, precision: str) -> None:
     )  # fmt: skip
     probe_scorer(loaded)
     rows = token_rows(prepared, model.role)
-    logps = sweep(
-        loaded, rows.input_ids, rows.row_starts, rows.unit >= 0,
+    logps = np.zeros(len(rows.input_ids), dtype=np.float32)
+    logps[rows.unit >= 0] = sweep(
+        loaded, rows.input_ids, rows.row_starts, rows.unit >= 0, measure=log_probabilities,
         max_tokens=work.runtime.signal_batch_tokens, progress=work.progress,
-    )  # fmt: skip
+    )["logps"]  # fmt: skip
     save_file({"logps": logps}, work.folder / SIGNAL)
+
+
+def distributions(work: Work, *, model: ModelRef, view: TeacherView, precision: str) -> None:
+    """A frozen model's distributions, or what an objective keeps of them."""
+    distillation.distributions(
+        work, prepared=load_pairs(work.inputs["pairs"]), model=model, view=view, precision=precision
+    )
+
+
+def generate(work: Work, *, model: ModelRef, generation: Generation, data: DataSpec, precision: str) -> None:
+    """The pairs with one side rewritten by a model."""
+    distillation.generate(
+        work, prepared=load_pairs(work.inputs["pairs"]),
+        originals={split: read_pairs(work, split, source) for split, source in splits_of(data).items()},
+        model=model, generation=generation, data=data, precision=precision,
+    )  # fmt: skip
 
 
 def weights(work: Work, *, layout: Layout, seed: int) -> None:
@@ -147,8 +167,8 @@ def weights(work: Work, *, layout: Layout, seed: int) -> None:
 
 
 def train(
-    work: Work, *, start: ModelRef, objective: PairObjective, schedule: Schedule, learning_rate: float, seed: int,
-    precision: str, swap: bool,
+    work: Work, *, start: ModelRef, teachers: Sequence[ModelRef], objective: Objective, schedule: Schedule,
+    learning_rate: float, seed: int, precision: str, swap: bool,
 ) -> None:  # fmt: skip
     """One training: SFT, a contrastive model, or a run."""
     prepared = load_pairs(work.inputs["pairs"])
@@ -160,16 +180,20 @@ def train(
     if schedule.lora is not None:
         model = add_lora(model, r=schedule.lora.r, alpha=schedule.lora.alpha, targets=schedule.lora.targets, seed=seed)
     probe_scorer(model)
-    rows = {
+    split_rows = {
         split: _training_rows(work, prepared, start.role, objective, split=split, swap=swap)
         for split in sorted(set(prepared.split))
     }
+    rows, forward_pass, constants = distillation.distilled(
+        work, prepared, objective, split_rows, student=located, teachers=teachers, precision=precision, seed=seed
+    ) if isinstance(objective, DistillationObjective) else (split_rows, None, _clamped(work))  # fmt: skip
     done = fit(
         model, objective, rows["train"], schedule=schedule, learning_rate=learning_rate, seed=seed, precision=precision,
         folder=work.folder / RESUME_FOLDER, settings=fit_settings(work), eval_rows=rows.get("eval"),
-        constants=_clamped(work),
+        constants=constants, forward_pass=forward_pass,
     )  # fmt: skip
     save_model(model, work.folder / MODEL_FOLDER)
+    save_objective(objective, work.folder)
     if schedule.lora is not None:
         _write_json(work.folder / CHAIN, start.chain())
     else:
@@ -198,7 +222,7 @@ def fit_settings(work: Work) -> FitSettings:
 
 
 def _training_rows(
-    work: Work, prepared: PreparedPairs, role: str, objective: PairObjective, *, split: str, swap: bool
+    work: Work, prepared: PreparedPairs, role: str, objective: Objective, *, split: str, swap: bool
 ) -> ScoredRows:
     layout = objective.layout
     reference = None
@@ -234,7 +258,16 @@ def _unit_marks(prepared: PreparedPairs, unit_starts: NDArray[np.int64], layout:
     return marks
 
 
-def _read_pairs(work: Work, source: PairSource) -> list[Pair]:
+def splits_of(data: DataSpec) -> dict[str, PairSource]:
+    """The sources of a recipe's pairs by split."""
+    return {"train": data.train} | ({"eval": data.eval} if data.eval is not None else {})
+
+
+def read_pairs(work: Work, split: str, source: PairSource) -> list[Pair]:
+    """The pairs of one split: as given, or with a model's own responses where a stage has written them."""
+    if "generated" in work.inputs:
+        path = work.inputs["generated"] / GENERATED.format(split=split)
+        return parse_pairs(read_rows(path), source=str(path))
     if source.hub is not None:
         assert source.split is not None
         assert source.revision is not None

@@ -6,17 +6,18 @@ from typing import Any
 
 from ctpd.core.config import build, nearest
 from ctpd.core.errors import UserError
-from ctpd.objectives.base import PairObjective
+from ctpd.objectives.base import Objective
 
 METHODS: Mapping[str, str] = {
     "sft": "baselines.sft:SFT",
     "dpo": "baselines.dpo:DPO",
     "tis_dpo": "baselines.tis_dpo:TISDPO",
     "ctpd": "ctpd.objectives.preference:Preference",
+    "uld": "baselines.uld:ULD",
 }
 
 
-def make_objective(method: str, params: Mapping[str, Any], *, source: str) -> PairObjective:
+def make_objective(method: str, params: Mapping[str, Any], *, source: str) -> Objective:
     """The objective of a method with these parameters.
 
     Args:
@@ -36,7 +37,7 @@ def make_objective(method: str, params: Mapping[str, Any], *, source: str) -> Pa
     module, _, name = METHODS[method].partition(":")
     cls = getattr(importlib.import_module(module), name)
     try:
-        objective: PairObjective = cls(build(cls.params_type, params, source=source))
+        objective: Objective = cls(build(cls.params_type, params, source=source))
     except UserError as error:
         if error.where is not None:
             raise

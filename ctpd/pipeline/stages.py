@@ -11,7 +11,7 @@ from ctpd.core.config import to_plain
 from ctpd.core.errors import UserError
 from ctpd.core.recipe import ContrastivePhase, ModelSpec, Schedule, Shared
 from ctpd.core.recipe import Source as PairSource
-from ctpd.objectives.base import PairObjective
+from ctpd.objectives.base import Generation, Objective, TeacherView
 from ctpd.ops.weights import Signal, find_strategy
 from ctpd.pipeline.graph import Builder, Stage, Work
 from ctpd.pipeline.methods import METHODS, make_objective
@@ -27,7 +27,7 @@ class Method:
 
     name: str
     params: Mapping[str, Any]
-    objective: PairObjective
+    objective: Objective
 
     @classmethod
     def make(cls, name: str, params: Mapping[str, Any], *, source: str) -> "Method":
@@ -69,7 +69,8 @@ class SharedStages:
             given = external_model(spec.model, revision=spec.revision, role=role)
             return ModelRef(role, given, given)
         pretrain = spec.pretrain
-        vocabulary = {"corpus": pretrain.corpus, "kind": pretrain.tokenizer, "vocab_size": pretrain.vocab_size}
+        corpus = pretrain.tokenizer_corpus or pretrain.corpus
+        vocabulary = {"corpus": corpus, "kind": pretrain.tokenizer, "vocab_size": pretrain.vocab_size}
         tokenizer = Stage(
             "tokenizer", 1, vocabulary, _builder("tokenizer", **vocabulary), f"{role}: tokenizer", {"world": self.world}
         )
@@ -82,16 +83,39 @@ class SharedStages:
     @cached_property
     def pairs(self) -> Stage:
         """The pairs, tokenized by both models and aligned: one data step for every method."""
-        data = self.shared.data
+        return self._prepared(*self._data(), label="pairs: tokenize and align", config={})
+
+    def generated_pairs(self, generation: Generation) -> Stage:
+        """The pairs with one side written by a model, prepared like the data's own."""
+        writer = self.sft[generation.writer]
+        inputs, external = self._data()
+        written = Stage(
+            "generate", 1, {"generation": generation, "precision": self.shared.precision},
+            _builder("generate", model=writer, generation=generation, data=self.shared.data,
+                     precision=self.shared.precision),
+            f"responses of the {generation.writer} as {generation.side}",
+            {"pairs": self.pairs, **inputs, **writer.stages("model")}, {**external, **writer.externals("model")},
+        )  # fmt: skip
+        label = f"pairs: {generation.side} responses of the {generation.writer}"
+        return self._prepared({"generated": written}, {}, label=label, config={"generation": generation})
+
+    def _data(self) -> tuple[dict[str, Stage], dict[str, str]]:
+        """What the pairs are read from: stages, and digests of files."""
         inputs: dict[str, Stage] = {}
         external: dict[str, str] = {}
-        for split, source in (("train", data.train), ("eval", data.eval)):
+        for split, source in (("train", self.shared.data.train), ("eval", self.shared.data.eval)):
             if source is None:
                 continue
             if source.testbed is not None:
                 inputs["world"] = self.world
             else:
                 external[f"data.{split}"] = _data_digest(source)
+        return inputs, external
+
+    def _prepared(
+        self, sources: Mapping[str, Stage], digests: Mapping[str, str], *, label: str, config: Mapping[str, Any]
+    ) -> Stage:
+        data, inputs, external = self.shared.data, dict(sources), dict(digests)
         tokenizers = {role: base.tokenizer for role, base in self.bases.items()}
         inputs |= {f"{role}.tokenizer": t for role, t in tokenizers.items() if isinstance(t, Stage)}
         external |= {
@@ -101,17 +125,18 @@ class SharedStages:
             role: {"template": self.spec(role).template, "variables": self.spec(role).template_variables}
             for role in ROLES
         }
-        sources = {"train": data.train, "eval": data.eval}
+        splits = {"train": data.train, "eval": data.eval}
         config = {
+            **config,
             "lengths": [data.max_tokens, data.max_prompt_tokens, data.long_prompt],
             "max_dropped": data.max_dropped,
             "select": [data.select, data.limit],
-            "testbed": {split: s.testbed for split, s in sources.items() if s is not None},
+            "testbed": {split: s.testbed for split, s in splits.items() if s is not None},
             "templates": templates,
         }
         locations = {role: t.location for role, t in tokenizers.items() if isinstance(t, External)}
         build = _builder("pairs", data=data, models={role: self.spec(role) for role in ROLES}, tokenizers=locations)
-        return Stage("pairs", 1, config, build, "pairs: tokenize and align", inputs, external)
+        return Stage("pairs", 1, config, build, label, inputs, external)
 
     @cached_property
     def sft(self) -> dict[str, ModelRef]:
@@ -157,8 +182,52 @@ class SharedStages:
     def named_signal(self, signal: Signal) -> Stage:
         """The signal that a weight strategy asks for by name."""
         role, _, kind = signal.value.partition("_")
-        model = self.sft[role] if kind == "reference" else self.contrastive(role, kind)
-        return self.signal(model, f"{role} {'SFT' if kind == 'reference' else kind}")
+        return self.signal(self._model(signal), f"{role} {'SFT' if kind == 'reference' else kind}")
+
+    def teachers(self, method: Method, pairs: Stage) -> tuple[list[ModelRef], dict[str, Stage], dict[str, str]]:
+        """The teachers of an objective over distributions, with the inputs and externals of its training.
+
+        Raises:
+            UserError: it compares token by token, and the recipe gives the models two tokenizers.
+        """
+        view = method.objective.teacher
+        if view is None:
+            return [], {}, {}
+        if view.same_tokenizer:
+            self._refuse_two_tokenizers(method)
+        models = [self._model(signal) for signal in view.models]
+        inputs: dict[str, Stage] = {}
+        external: dict[str, str] = {}
+        for number, model in enumerate(models):
+            inputs |= model.stages(f"teacher{number}")
+            external |= model.externals(f"teacher{number}")
+            if view.is_stored:
+                inputs[f"stored{number}"] = self._distributions(model, view, pairs, view.models[number])
+        return models, inputs, external
+
+    def _model(self, signal: Signal) -> ModelRef:
+        role, _, kind = signal.value.partition("_")
+        return self.sft[role] if kind == "reference" else self.contrastive(role, kind)
+
+    def _distributions(self, model: ModelRef, view: TeacherView, pairs: Stage, signal: Signal) -> Stage:
+        kept = {"boundary": True} if view.boundary else {"top_k": view.top_k, "temperature": view.temperature}
+        config = {"role": model.role, "precision": self.shared.precision, **kept}
+        return Stage(
+            "distributions", 1, config,
+            _builder("distributions", model=model, view=view, precision=self.shared.precision),
+            f"distributions: {signal.value.replace('_', ' ')}",
+            {"pairs": pairs, **model.stages("model")}, model.externals("model"),
+        )  # fmt: skip
+
+    def _refuse_two_tokenizers(self, method: Method) -> None:
+        teacher, student = (self.bases[role].tokenizer for role in ROLES)
+        if isinstance(teacher, Stage) and isinstance(student, Stage) and teacher.key != student.key:
+            raise UserError(
+                f"the method '{method.name}' compares distributions token by token, and teacher and student have "
+                "different tokenizers",
+                where=self.source,
+                fix="Leave the run out, or give both models one tokenizer",
+            )
 
     def weights(self, method: Method, *, seed: int, label: str) -> Stage | None:
         """The importance weights of a method's units, or None where it has none."""
@@ -204,9 +273,12 @@ class SharedStages:
         swap: bool = False,
     ) -> Stage:
         """The stage of `train`."""
-        layout = method.objective.layout
-        inputs = {"pairs": self.pairs, **start.stages("start")}
+        layout, generation = method.objective.layout, method.objective.generation
+        pairs = self.pairs if generation is None else self.generated_pairs(generation)
+        teachers, teacher_inputs, teacher_externals = self.teachers(method, pairs)
+        inputs = {"pairs": pairs, **start.stages("start"), **teacher_inputs}
         if layout.reference is not None:
+            assert generation is None, "signals are taken on the data's own pairs"
             anchor = "teacher" if layout.reference == "teacher" else start.role
             inputs["reference"] = self.signal(self.sft[anchor], f"{anchor} SFT")
         weights = self.weights(method, seed=seed, label=label)
@@ -222,10 +294,10 @@ class SharedStages:
             "precision": self.shared.precision,
         }
         build = _builder(
-            "train", start=start, objective=method.objective, schedule=_only_schedule(schedule),
+            "train", start=start, teachers=teachers, objective=method.objective, schedule=_only_schedule(schedule),
             learning_rate=learning_rate, seed=seed, precision=self.shared.precision, swap=swap,
         )  # fmt: skip
-        return Stage("train", 1, config, build, label, inputs, start.externals("start"))
+        return Stage("train", 1, config, build, label, inputs, {**start.externals("start"), **teacher_externals})
 
 
 def _builder(name: str, **arguments: Any) -> Builder:

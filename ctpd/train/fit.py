@@ -14,11 +14,11 @@ from transformers.trainer_utils import get_last_checkpoint
 from ctpd.core.errors import UserError
 from ctpd.core.recipe import Schedule
 from ctpd.models import parameter_counts, weight_mebibytes
-from ctpd.objectives.base import PairObjective
+from ctpd.objectives.base import Objective
 from ctpd.train.callbacks import EvaluateOften, ReportProgress, SaveByTime
-from ctpd.train.collator import ScoredRows, micro_batch_size
+from ctpd.train.collator import micro_batch_size
 from ctpd.train.memory import peak_mebibytes, reset_peak
-from ctpd.train.trainer import PreferenceTrainer
+from ctpd.train.trainer import OBJECTIVE, ForwardPass, PreferenceTrainer, Rows
 
 LOGGED_STEPS = 200  # a history has at most about this many entries
 
@@ -45,13 +45,14 @@ class Fit:
     weights_mib: float
     trainable_parameters: int
     parameters: int
+    objective_parameters: int
     micro_batch: int
 
 
 def fit(
     model: nn.Module,
-    objective: PairObjective,
-    rows: ScoredRows,
+    objective: Objective,
+    rows: Rows,
     *,
     schedule: Schedule,
     learning_rate: float,
@@ -59,8 +60,9 @@ def fit(
     precision: str,
     folder: Path,
     settings: FitSettings,
-    eval_rows: ScoredRows | None = None,
+    eval_rows: Rows | None = None,
     constants: Mapping[str, float] | None = None,
+    forward_pass: ForwardPass | None = None,
     max_steps: int | None = None,
 ) -> Fit:
     """Train ``model`` in place; resume from ``folder`` if an interrupted training left its state there.
@@ -92,6 +94,7 @@ def fit(
         args=args,
         eval_rows=eval_rows,
         constants=constants,
+        forward_pass=forward_pass,
         callbacks=[
             ReportProgress(settings.progress),
             *([EvaluateOften(evaluations)] if evaluations else []),
@@ -102,6 +105,9 @@ def fit(
     reset_peak()
     start = time.monotonic()
     trainer.train(resume_from_checkpoint=get_last_checkpoint(str(folder)) if folder.is_dir() else None)
+    objective_parameters, _ = parameter_counts(objective)
+    if objective_parameters:
+        delattr(model, OBJECTIVE)  # it has served; what is saved and exported is the student alone
     trainable, everything = parameter_counts(model)
     return Fit(
         history=[dict(entry) for entry in trainer.state.log_history if "train_runtime" not in entry],
@@ -111,12 +117,13 @@ def fit(
         weights_mib=weight_mebibytes(model),
         trainable_parameters=trainable,
         parameters=everything,
+        objective_parameters=objective_parameters,
         micro_batch=args.per_device_train_batch_size,
     )
 
 
 def _arguments(
-    rows: ScoredRows,
+    rows: Rows,
     total: int,
     schedule: Schedule,
     settings: FitSettings,

@@ -1,16 +1,55 @@
 """One pass of a frozen model over many rows: a stored signal.
 
-Shape legend: R rows of a batch, T tokens of the longest row, N scored tokens.
+Shape legend: R rows of a batch, T tokens of the longest row, N scored tokens, K entries kept of a distribution.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import nn
+from torch import Tensor, nn
 
-from ctpd.models import Score, score
+from ctpd.models import Outputs
+
+Measure = Callable[[Outputs, Tensor, Tensor], dict[str, Tensor]]
+"""What is kept of N scored tokens, given the outputs, their predicting positions (flat) and the tokens: name -> [N, ...]."""
+
+
+def log_probabilities(outputs: Outputs, predictors_N: Tensor, targets_N: Tensor) -> dict[str, Tensor]:
+    """The log-probability of each token."""
+    return {"logps": outputs.every.select(predictors_N).logps(targets_N)}
+
+
+def top(k: int, temperature: float) -> Measure:
+    """The k likeliest tokens at each place, with their log-probabilities at this temperature."""
+
+    def measure(outputs: Outputs, predictors_N: Tensor, targets_N: Tensor) -> dict[str, Tensor]:
+        def of_tile(logits_RV: Tensor) -> Tensor:
+            logps_RK, ids_RK = (logits_RV / temperature).log_softmax(-1).topk(min(k, logits_RV.shape[1]), dim=-1)
+            return torch.cat([ids_RK.to(logps_RK.dtype), logps_RK], dim=1)  # float32 holds ids exactly up to 2**24
+
+        ids_NK, logps_NK = outputs.every.select(predictors_N).map(of_tile).chunk(2, dim=1)
+        return {"ids": ids_NK.to(torch.int32), "logps": logps_NK}
+
+    return measure
+
+
+def with_boundary(boundary_ids: Sequence[int]) -> Measure:
+    """Two columns: the log-probability of each token, and that of any of `boundary_ids` following it."""
+
+    def measure(outputs: Outputs, predictors_N: Tensor, targets_N: Tensor) -> dict[str, Tensor]:
+        ids = torch.tensor(boundary_ids, device=targets_N.device)
+
+        def of_tile(logits_RV: Tensor) -> Tensor:
+            return logits_RV[:, ids].logsumexp(-1) - logits_RV.logsumexp(-1)
+
+        own_N = outputs.every.select(predictors_N).logps(targets_N)
+        after_N = outputs.every.select(predictors_N + 1).map(of_tile)
+        return {"columns": torch.stack([own_N.to(after_N.dtype), after_N], dim=1)}
+
+    return measure
 
 
 @torch.no_grad()
@@ -20,10 +59,11 @@ def sweep(
     row_starts: NDArray[np.int64],
     scored: NDArray[np.bool_],
     *,
+    measure: Measure,
     max_tokens: int,
     progress: Callable[[int, int], None],
-) -> NDArray[np.float32]:
-    """Log-probabilities of the scored tokens, flat like ``input_ids``; 0 elsewhere.
+) -> dict[str, NDArray[np.generic]]:
+    """What ``measure`` keeps of the scored tokens, in their order.
 
     Rows go through the model longest first, as many at a time as fit ``max_tokens`` when padded: an out-of-memory
     error, if any, comes at once, and little is padded.
@@ -31,7 +71,8 @@ def sweep(
     device = next(model.parameters()).device
     lengths = np.diff(row_starts)
     order = np.argsort(-lengths, kind="stable")
-    result = np.zeros(len(input_ids), dtype=np.float32)
+    place = np.cumsum(scored) - 1
+    result: dict[str, NDArray[np.generic]] = {}
     done = 0
     while done < len(order):
         width = int(lengths[order[done]])
@@ -42,11 +83,17 @@ def sweep(
         ids_RT = np.where(inside, input_ids[token], 0).astype(np.int64)
         wanted_RT = inside & scored[token]
         index_N = np.flatnonzero(wanted_RT)
-        request = Score(
-            torch.from_numpy(index_N - 1).to(device), torch.from_numpy(ids_RT.reshape(-1)[index_N]).to(device)
-        )
-        logps_N = score(model, torch.from_numpy(ids_RT).to(device), request)
-        result[token[wanted_RT]] = logps_N.float().cpu().numpy()
+        predictors_N = torch.from_numpy(index_N - 1).to(device)
+        targets_N = torch.from_numpy(ids_RT.reshape(-1)[index_N]).to(device)
+
+        def use(outputs: Outputs, predictors_N: Tensor = predictors_N, targets_N: Tensor = targets_N) -> Any:
+            return measure(outputs, predictors_N, targets_N)
+
+        for name, values in model(input_ids=torch.from_numpy(ids_RT).to(device), score=use).items():
+            kept = (values.float() if values.is_floating_point() else values).cpu().numpy()
+            if name not in result:
+                result[name] = np.zeros((int(scored.sum()), *kept.shape[1:]), dtype=kept.dtype)
+            result[name][place[token[wanted_RT]]] = kept
         done += len(rows)
         progress(done, len(order))
     return result

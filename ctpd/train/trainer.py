@@ -7,18 +7,83 @@ objective's sum over all micro-batches and processes divided by the step's count
 Shape legend: R rows of a batch, T tokens, U units, N scored tokens.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from itertools import islice
-from typing import Any
+from pathlib import Path
+from typing import Any, Protocol
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from ctpd.models import Score, score
-from ctpd.objectives.base import PairObjective, Sums, Units
+from ctpd.objectives.base import Objective, Sums, Units
 from ctpd.ops.spans import unit_logps
-from ctpd.train.collator import Batch, Items, ScoredRows, StepLoader, StepSampler
+from ctpd.train.collator import Batch, Items, StepLoader, StepSampler
+
+OBJECTIVE = "ctpd_objective"  # the name under which an objective with parameters is a part of the model
+OBJECTIVE_FILE = "objective.safetensors"
+
+
+ForwardPass = Callable[[nn.Module, Batch], Sums]
+
+
+class Rows(Protocol):
+    """What the Trainer asks of its training items; see `ScoredRows`."""
+
+    @property
+    def item_lengths(self) -> NDArray[np.int64]:
+        """Tokens of each item's longest row."""
+        ...
+
+    @property
+    def items(self) -> NDArray[np.int64]:
+        """The rows of each item."""
+        ...
+
+    def __len__(self) -> int: ...
+
+    def collate(self, items: list[int]) -> Batch:
+        """A batch of these items."""
+        ...
+
+    def check(self) -> None:
+        """Refuse rows that cannot be scored."""
+        ...
+
+
+class PairPass:
+    """The forward pass of an objective of the log-probabilities of units."""
+
+    def __init__(self, objective: Objective) -> None:
+        self._objective = objective
+
+    def __call__(self, model: nn.Module, batch: Batch) -> Sums:
+        """One micro-batch."""
+        unit_RT, mask_RU = batch["unit"], batch["mask"]
+        logps_N = score(model, batch["input_ids"], Score(batch["predictors"], batch["targets"]))
+        logps_RT = logps_N.new_zeros(unit_RT.shape).masked_scatter(unit_RT >= 0, logps_N)
+        aggregate = self._objective.layout.aggregate
+        policy_RU = unit_logps(logps_RT, unit_RT, num_units=mask_RU.shape[1], aggregate=aggregate)
+        units = Units(policy=policy_RU, mask=mask_RU, reference=batch.get("reference"), weights=batch.get("weights"))
+        sums: Sums = self._objective(units)
+        return sums
+
+
+def save_objective(objective: nn.Module, folder: Path) -> None:
+    """Write an objective's parameters, if it has any."""
+    state = {name: parameter.detach().cpu().contiguous() for name, parameter in objective.named_parameters()}
+    if state:
+        save_file(state, folder / OBJECTIVE_FILE)
+
+
+def load_objective(objective: nn.Module, folder: Path) -> None:
+    """Read what `save_objective` wrote."""
+    if any(True for _ in objective.parameters()):
+        objective.load_state_dict(load_file(folder / OBJECTIVE_FILE), strict=False)
 
 
 class PreferenceTrainer(Trainer):
@@ -26,34 +91,68 @@ class PreferenceTrainer(Trainer):
 
     Args:
         model: a model with the scorer installed (`ctpd.models.load_model`), or a PEFT model around one.
-        objective: turns unit log-probabilities into sums.
+        objective: what is trained for. Its own parameters, if any, become a part of the model for the training's time.
         rows: the training items.
         args: `per_device_train_batch_size` is the micro-batch, in items; micro-batches times processes times
             accumulation is the step.
         eval_rows: items for evaluation during the training.
         constants: metrics that do not change (shares of clamped weights), logged with the others.
+        forward_pass: from the model and a batch to the objective's sums; None for log-probabilities of units.
         callbacks: as in the library.
     """
 
     loss_is_scaled_for_ga = True
+    _has_own_group = False
 
     def __init__(
         self,
         model: nn.Module,
-        objective: PairObjective,
-        rows: ScoredRows,
+        objective: Objective,
+        rows: Rows,
         *,
         args: TrainingArguments,
-        eval_rows: ScoredRows | None = None,
+        eval_rows: Rows | None = None,
         constants: Mapping[str, float] | None = None,
+        forward_pass: ForwardPass | None = None,
         callbacks: list[TrainerCallback] | None = None,
     ) -> None:
         rows.check()
         self.objective, self.rows, self.eval_rows = objective, rows, eval_rows
         self._constants = dict(constants or {})
         self._running: dict[str, Tensor] = {}
+        self._sums = forward_pass if forward_pass is not None else PairPass(objective)
+        if any(True for _ in objective.parameters()):
+            model.add_module(OBJECTIVE, objective)
         super().__init__(model=model, args=args, train_dataset=Items(len(rows)), callbacks=callbacks)
         objective.to(self.args.device)
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """The library's, with the objective's parameters in a group of their own where they have a step size."""
+        optimizer = super().create_optimizer(model)
+        own = {id(p): p for p in self.objective.parameters()}
+        if own and self.objective.objective_learning_rate is not None and not self._has_own_group:
+            for group in optimizer.param_groups:
+                group["params"] = [p for p in group["params"] if id(p) not in own]
+            optimizer.add_param_group(
+                {
+                    "params": list(own.values()),
+                    "lr": self.objective.objective_learning_rate,
+                    "weight_decay": self.args.weight_decay,
+                }
+            )
+            self._has_own_group = True
+        return optimizer
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """With the objective's parameters, which an adapter's checkpoint would leave out."""
+        super()._save_checkpoint(model, trial)
+        if self.args.should_save:
+            folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
+            save_objective(self.objective, folder)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        load_objective(self.objective, Path(resume_from_checkpoint))
 
     def get_train_dataloader(self) -> StepLoader:
         """Micro-batches in the order of (seed, epoch), dealt to this process."""
@@ -116,20 +215,15 @@ class PreferenceTrainer(Trainer):
         """Not counted: the library's estimate assumes a head over every position."""
         return 0
 
-    def _sums(self, model: nn.Module, batch: Batch) -> Sums:
-        unit_RT, mask_RU = batch["unit"], batch["mask"]
-        logps_N = score(model, batch["input_ids"], Score(batch["predictors"], batch["targets"]))
-        logps_RT = logps_N.new_zeros(unit_RT.shape).masked_scatter(unit_RT >= 0, logps_N)
-        policy_RU = unit_logps(logps_RT, unit_RT, num_units=mask_RU.shape[1], aggregate=self.objective.layout.aggregate)
-        sums: Sums = self.objective(
-            Units(policy=policy_RU, mask=mask_RU, reference=batch.get("reference"), weights=batch.get("weights"))
-        )
-        return sums
-
     def _count(self, batch: Batch) -> int:
-        if self.objective.counts == "tokens":
-            return int(batch["mask"].sum())
-        return len(batch["input_ids"]) // len(self.objective.sides)
+        num_pairs = len(batch["input_ids"]) // len(self.objective.sides)
+        unit_RT = batch["unit"][:num_pairs]
+        counts = {
+            "pairs": lambda: num_pairs,
+            "tokens": lambda: int((unit_RT >= 0).sum()),
+            "units": lambda: int((unit_RT.amax(1) + 1).sum()),
+        }
+        return counts[self.objective.counts]()
 
     def _accumulate(self, prefix: str, sums: Sums, batch: Batch) -> None:
         items = torch.as_tensor(len(batch["input_ids"]) // len(self.objective.sides))
