@@ -18,7 +18,7 @@ from ctpd.core.store import Store
 from ctpd.pipeline.graph import Graph, Stage, Work
 from ctpd.pipeline.progress import Progress
 from ctpd.pipeline.references import META, SUMMARY, TRAINING, External, LocatedModel, ModelRef
-from ctpd.pipeline.runs import PlannedRun, ablation_run, plan_runs
+from ctpd.pipeline.runs import PlannedRun, ablation_run, plan_runs, trials
 from ctpd.pipeline.runtime import Runtime, provenance
 from ctpd.pipeline.stages import SharedStages
 from harness.suites import Column, Suite, load_suite
@@ -257,7 +257,8 @@ def table_specs(recipe: Recipe) -> list[Any]:
     teachers = tuple(name for name, role in recipe.anchors.items() if role == "teacher")
     specs = []
     for name, entry in recipe.tables.items():
-        labels = recipe.ablations[entry.ablation].values if entry.ablation else entry.rows
+        plain = [trial for row in entry.rows for trial in (trials(recipe, row) if row in recipe.runs else [row])]
+        labels = recipe.ablations[entry.ablation].values if entry.ablation else plain
         rows = tuple((label, ablation_run(entry.ablation, label) if entry.ablation else label) for label in labels)
         base = ablation_run(entry.ablation, entry.base) if entry.ablation and entry.base else entry.base
         specs.append(

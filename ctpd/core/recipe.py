@@ -140,11 +140,14 @@ class Shared:
 
 @dataclass(frozen=True, kw_only=True)
 class RunSpec:
-    """One method with its parameters; `tuned` holds what was chosen on the development split, step size included."""
+    """One method with its parameters; `tuned` holds what was chosen on the development split, step size included.
+
+    In a recipe with a `grid` what the grid gives need not stand here.
+    """
 
     method: str
     params: Mapping[str, Any] = field(default_factory=dict)
-    tuned: Mapping[str, float]
+    tuned: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -170,13 +173,18 @@ class TableEntry:
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """One experiment."""
+    """One experiment.
+
+    `grid` makes it a search: every run is trained at every point of the one grid, so that each method has the same
+    number of trials.
+    """
 
     name: str
     about: str
     shared: Shared
     anchors: Mapping[str, Literal["teacher", "student"]] = field(default_factory=dict)
     runs: Mapping[str, RunSpec]
+    grid: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
     ablations: Mapping[str, AblationSpec] = field(default_factory=dict)
     tables: Mapping[str, TableEntry]
 
@@ -260,6 +268,8 @@ def _check_pinned(revision: str | None, path: str, source: str) -> None:
 
 
 def _check_names(recipe: Recipe, source: str) -> None:
+    if recipe.grid and recipe.ablations:
+        raise UserError("a recipe has a `grid` or `ablations`, not both", where=source)
     names = {**recipe.runs, **recipe.anchors}
     if set(recipe.runs) & set(recipe.anchors):
         raise UserError("a run and an anchor have the same name", where=source, fix="Rename one of them")
@@ -270,8 +280,10 @@ def _check_names(recipe: Recipe, source: str) -> None:
                 where=source,
             )
     for label, run in recipe.runs.items():
-        if "learning_rate" not in run.tuned:
+        if "learning_rate" not in {*run.tuned, *recipe.grid}:
             raise UserError(f"'runs.{label}.tuned' lacks `learning_rate`", where=source)
+        if twice := set(run.tuned) & set(recipe.grid):
+            raise UserError(f"'runs.{label}.tuned' fixes `{min(twice)}`, which the grid varies", where=source)
     for label, table in recipe.tables.items():
         if bool(table.rows) == (table.ablation is not None):
             raise UserError(f"'tables.{label}' needs exactly one of `rows` and `ablation`", where=source)

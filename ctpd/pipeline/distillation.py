@@ -84,10 +84,9 @@ def distilled(
     in_memory: list[nn.Module] = [] if stored else [_loaded(work, where, precision) for where in located]
     for model in in_memory:
         model.requires_grad_(False)
-    dropped = [
-        json.loads((work.inputs[n] / DROPPED).read_text()) for n in sorted(work.inputs) if n.startswith("stored")
-    ]
-    constants = {"teacher/dropped_mass": d["dropped_mass"] for d in dropped[:1] if view.top_k is not None}
+    constants = {}
+    if view.top_k is not None:
+        constants["teacher/dropped_mass"] = json.loads((work.inputs["stored0"] / DROPPED).read_text())["dropped_mass"]
     return made, DistillPass(objective, in_memory), constants
 
 

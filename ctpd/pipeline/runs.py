@@ -1,5 +1,6 @@
 """From a recipe to its runs: one a method and seed, ablations expanded as data, anchors without a training."""
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -35,9 +36,23 @@ def ablation_run(ablation: str, label: str) -> str:
     return f"{ablation}: {label}"
 
 
+def trials(recipe: Recipe, name: str) -> dict[str, RunSpec]:
+    """A run at every point of the recipe's grid, by name; without a grid the run itself."""
+    spec = recipe.runs[name]
+    if not recipe.grid:
+        return {name: spec}
+    points = [dict(zip(recipe.grid, values, strict=True)) for values in itertools.product(*recipe.grid.values())]
+    return {
+        f"{name}: {', '.join(f'{field} {value:g}' for field, value in point.items())}": RunSpec(
+            method=spec.method, params=spec.params, tuned={**spec.tuned, **point}
+        )
+        for point in points
+    }
+
+
 def expand(recipe: Recipe) -> dict[str, RunSpec]:
-    """All runs by name, those of the ablations included: the base's block with one parameter replaced."""
-    runs = dict(recipe.runs)
+    """All runs by name: those of the grid, and of the ablations: the base's block with one parameter replaced."""
+    runs = {trial: spec for name in recipe.runs for trial, spec in trials(recipe, name).items()}
     for name, ablation in recipe.ablations.items():
         base = recipe.runs[ablation.base]
         for label, value in ablation.values.items():

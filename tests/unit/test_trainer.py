@@ -21,7 +21,7 @@ from ctpd.objectives.preference import Preference, PreferenceParams
 from ctpd.ops.spans import flat_unit_sums
 from ctpd.train.collator import ScoredRows
 from ctpd.train.fit import Fit, FitSettings, fit
-from ctpd.train.sweep import sweep
+from ctpd.train.sweep import log_probabilities, sweep
 from tests.fixtures.tiny import tiny_model, tiny_rows
 
 OBJECTIVES: dict[str, Callable[[], PairObjective]] = {
@@ -141,9 +141,11 @@ def test_a_loss_that_is_no_number_is_not_hidden(tmp_path: Path) -> None:
 
 def own_reference(model: Any, rows: ScoredRows) -> ScoredRows:
     """The model's own unit log-probabilities as its reference."""
-    logps = sweep(
-        model, rows.input_ids, rows.row_starts, rows.unit >= 0, max_tokens=64, progress=lambda done, total: None
-    )
+    logps = np.zeros(len(rows.input_ids), dtype=np.float32)
+    logps[rows.unit >= 0] = sweep(
+        model, rows.input_ids, rows.row_starts, rows.unit >= 0, measure=log_probabilities, max_tokens=64,
+        progress=lambda done, total: None,
+    )["logps"]  # fmt: skip
     sums = flat_unit_sums(
         torch.from_numpy(logps), torch.from_numpy(rows.unit), token_starts=torch.from_numpy(rows.row_starts),
         unit_starts=torch.from_numpy(rows.unit_starts),

@@ -1,0 +1,215 @@
+"""Distillation in the Trainer: partners, teachers in memory and stored, an objective's own parameters, resume."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from baselines.uld import ULD, ULDParams
+from ctpd.core.recipe import Schedule
+from ctpd.models import add_lora
+from ctpd.objectives.base import Sums, TeacherView
+from ctpd.objectives.distillation import DistillationObjective, DistillBatch, ModelFacts, mixed
+from ctpd.text.vocabulary import boundary_ids
+from ctpd.train.collator import ScoredRows
+from ctpd.train.distill import DistillPass, DistillRows
+from ctpd.train.fit import Fit, FitSettings, fit
+from ctpd.train.sweep import sweep, top, with_boundary
+from ctpd.train.trainer import OBJECTIVE_FILE, save_objective
+from tests.fixtures.tiny import VOCABULARY, tiny_model, tiny_rows
+
+SCHEDULE = Schedule(epochs=2, pairs_per_step=4)
+FACTS = ModelFacts(tokens=tuple("?" * VOCABULARY), special_ids=frozenset(), vocab_size=VOCABULARY, hidden_size=16)
+
+
+def scored(rows: ScoredRows, row: int) -> np.ndarray:
+    start, end = rows.row_starts[row], rows.row_starts[row + 1]
+    return np.flatnonzero(rows.unit[start:end] >= 0) + start
+
+
+def by_position(student: ScoredRows, teacher: ScoredRows) -> np.ndarray:
+    partner = np.full(len(student.input_ids), -1, dtype=np.int32)
+    for row in range(len(student.row_starts) - 1):
+        mine, theirs = scored(student, row), scored(teacher, row)
+        partner[mine] = np.where(np.arange(len(mine)) < len(theirs), np.arange(len(mine)), -1)
+    return partner
+
+
+def plain(rows: ScoredRows) -> ScoredRows:
+    return ScoredRows(rows.input_ids, rows.row_starts, rows.unit, rows.unit_starts, rows.counted, rows.items)
+
+
+def both_rows(num_items: int = 20, *, stored: tuple[dict[str, np.ndarray], ...] = ()) -> DistillRows:
+    """Responses of two models, of unequal lengths."""
+    student, teacher = plain(tiny_rows(num_items, sides=1, seed=0)), plain(tiny_rows(num_items, sides=1, seed=1))
+    return DistillRows(student, teacher, by_position(student, teacher), stored)
+
+
+def teacher_model() -> nn.Module:
+    return tiny_model("gemma2_softcap", seed=7).requires_grad_(False)
+
+
+@dataclass(frozen=True)
+class ProjectedParams:
+    """Nothing to choose."""
+
+
+class Projected(DistillationObjective):
+    """Cross-entropy, and the distance of the student's states to projected ones of the teacher: has parameters."""
+
+    params_type = ProjectedParams
+    counts = "tokens"
+    sides = ("chosen",)
+    teacher = TeacherView()
+    objective_learning_rate = 1e-2
+
+    def __init__(self, params: ProjectedParams) -> None:
+        super().__init__()
+        self.params = params
+
+    def bind(self, student: ModelFacts, teacher: ModelFacts) -> None:
+        self.project = nn.Linear(teacher.hidden_size, student.hidden_size)
+
+    def forward(self, batch: DistillBatch) -> Sums:
+        student, teacher = batch.student.rows, batch.teachers[0].rows
+        nll = -student.logps(batch.student.targets).sum()  # type: ignore[union-attr]
+        theirs = self.project(teacher.select(batch.partner.clamp(min=0)).hidden)  # type: ignore[union-attr]
+        kd = ((student.hidden - theirs) ** 2).mean(-1).masked_fill(batch.partner < 0, 0.0).sum()  # type: ignore[union-attr]
+        return mixed(nll, kd, kd_rate=0.5, batch=batch)
+
+
+def train(
+    model: nn.Module, objective: DistillationObjective, folder: Path, *, rows: DistillRows | None = None,
+    micro_batch_tokens: int = 10**6, checkpoint_seconds: float = 1e9,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Fit:  # fmt: skip
+    torch.manual_seed(5)
+    objective.bind(FACTS, FACTS)
+    rows = both_rows() if rows is None else rows
+    teachers = [] if rows.stored else [teacher_model()]
+    settings = FitSettings(
+        device="cpu", micro_batch_tokens=micro_batch_tokens, checkpoint_seconds=checkpoint_seconds, report_to=(),
+        progress=progress,
+    )  # fmt: skip
+    return fit(
+        model, objective, rows, schedule=SCHEDULE, learning_rate=1e-3, seed=3, precision="float32", folder=folder,
+        settings=settings, forward_pass=DistillPass(objective, teachers),
+    )  # fmt: skip
+
+
+def losses(done: Fit) -> list[float]:
+    return [entry["loss"] for entry in done.history if "loss" in entry]
+
+
+def test_a_batch_says_which_token_of_the_teacher_is_the_partner() -> None:
+    rows = both_rows()
+    items = [3, 0, 7]
+    batch = rows.collate(items)
+    student_row = batch["predictors"] // batch["input_ids"].shape[1]
+    teacher_row = batch["teacher.predictors"] // batch["teacher.input_ids"].shape[1]
+    for place, item in enumerate(items):
+        mine, theirs = (student_row == place).nonzero()[:, 0], (teacher_row == place).nonzero()[:, 0]
+        expected = [int(theirs[k]) if k < len(theirs) else -1 for k in range(len(mine))]
+        assert batch["partner"][mine].tolist() == expected
+        assert batch["targets"][mine].tolist() == rows.student.input_ids[scored(rows.student, item)].tolist()
+        assert batch["teacher.targets"][theirs].tolist() == rows.teacher.input_ids[scored(rows.teacher, item)].tolist()
+
+
+@pytest.mark.parametrize(
+    "make", [lambda: ULD(ULDParams()), lambda: Projected(ProjectedParams())], ids=["without parameters", "with"]
+)
+def test_one_micro_batch_of_four_equals_four_of_one(make: Callable[[], Any], tmp_path: Path) -> None:
+    one = train(tiny_model(), make(), tmp_path / "a")
+    four = train(tiny_model(), make(), tmp_path / "b", micro_batch_tokens=1)
+    assert (one.micro_batch, four.micro_batch) == (4, 1)
+    assert losses(one) == pytest.approx(losses(four), abs=2e-6)
+
+
+def kept(measure: Any) -> dict[str, np.ndarray]:
+    rows = both_rows().teacher
+    return sweep(
+        teacher_model(), rows.input_ids, rows.row_starts, rows.unit >= 0, measure=measure, max_tokens=40,
+        progress=lambda done, total: None,
+    )  # fmt: skip
+
+
+def test_all_of_a_stored_distribution_is_the_teacher_in_memory(tmp_path: Path) -> None:
+    online = train(tiny_model(), ULD(ULDParams()), tmp_path / "a")
+    stored = both_rows(stored=(kept(top(VOCABULARY, 1.0)),))
+    offline = train(tiny_model(), ULD(ULDParams(top_k=VOCABULARY)), tmp_path / "b", rows=stored)
+    assert losses(offline) == pytest.approx(losses(online), abs=2e-6)
+
+
+def test_a_stored_boundary_is_the_probability_of_the_boundary_after_each_token() -> None:
+    rows, ids = both_rows().teacher, [3, 5, 60]
+    columns = kept(with_boundary(ids))["columns"]
+    with torch.no_grad():
+        for row in (0, 4):
+            tokens = rows.input_ids[rows.row_starts[row] : rows.row_starts[row + 1]].astype(np.int64)
+            logps = teacher_model()(input_ids=torch.from_numpy(tokens)[None]).logits[0].log_softmax(-1)
+            places = scored(rows, row) - rows.row_starts[row]
+            first = int((rows.unit[: rows.row_starts[row]] >= 0).sum())
+            mine = torch.from_numpy(columns[first : first + len(places)])
+            torch.testing.assert_close(mine[:, 0], logps[places - 1, tokens[places]], atol=1e-5, rtol=0)
+            torch.testing.assert_close(mine[:, 1], logps[places][:, ids].logsumexp(-1), atol=1e-5, rtol=0)
+
+
+def test_boundaries_are_tokens_that_begin_with_white_space_and_special_ones() -> None:
+    assert boundary_ids(["Ġa", "b", "▁c", "Ċ", "<0x0A>", "</s>", "", "dĠ"], {5}) == [0, 2, 3, 4, 5]
+
+
+def test_parameters_of_an_objective_train_at_their_own_step_size_and_stay_out_of_the_model(tmp_path: Path) -> None:
+    model, objective = tiny_model(), Projected(ProjectedParams())
+    torch.manual_seed(5)
+    start = nn.Linear(16, 16).weight.detach()
+    names = set(model.state_dict())
+    done = train(model, objective, tmp_path)
+    assert set(model.state_dict()) == names
+    assert done.objective_parameters == 16 * 16 + 16
+    moved = (objective.project.weight.detach() - start).abs().max()
+    assert moved > 5 * 1e-3  # ten steps at 1e-2, not at the student's 1e-3
+    save_objective(objective, tmp_path)
+    assert (tmp_path / OBJECTIVE_FILE).is_file()
+    save_objective(ULD(ULDParams()), tmp_path / "none")  # an objective without parameters leaves no file
+
+
+class Stop(Exception):
+    pass
+
+
+def stop_at(step: int) -> Callable[[int, int], None]:
+    def progress(done: int, total: int) -> None:
+        if done == step:
+            raise Stop
+
+    return progress
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_resume_restores_the_parameters_of_the_objective(lora: bool, tmp_path: Path) -> None:
+    def model() -> Any:
+        made: Any = tiny_model()
+        return add_lora(made, r=2, alpha=4, targets="all-linear", seed=1) if lora else made
+
+    whole, parts = Projected(ProjectedParams()), Projected(ProjectedParams())
+    expected = train(model(), whole, tmp_path / "a")
+    with pytest.raises(Stop):
+        train(model(), parts, tmp_path / "b", checkpoint_seconds=0.0, progress=stop_at(4))
+    resumed = train(model(), parts, tmp_path / "b", checkpoint_seconds=0.0)
+    assert losses(resumed) == losses(expected)
+    torch.testing.assert_close(parts.project.weight, whole.project.weight, atol=0, rtol=0)
+
+
+def test_a_teacher_gets_no_gradient_and_does_not_change(tmp_path: Path) -> None:
+    objective, teacher = ULD(ULDParams()), tiny_model("llama_tied", seed=9)
+    before = {name: value.clone() for name, value in teacher.state_dict().items()}
+    batch: dict[str, Tensor] = both_rows().collate([0, 1])
+    DistillPass(objective, [teacher])(tiny_model(), batch).loss.backward()
+    assert all(parameter.grad is None for parameter in teacher.parameters())
+    for name, value in teacher.state_dict().items():
+        torch.testing.assert_close(value, before[name], atol=0, rtol=0)
