@@ -28,5 +28,10 @@ class SFT(PairObjective):
         self.layout = Layout(granularity="tokens")
 
     def forward(self, units: Units) -> Sums:
-        logp = units.policy.masked_fill(~units.mask, 0.0).sum()
-        return Sums(-logp, units.mask.sum(), {"logps/chosen": logp.detach()})
+        return cross_entropy(units)
+
+
+def cross_entropy(units: Units) -> Sums:
+    """Minus the log-probability of all counted units, to be divided by their number."""
+    logp = units.policy.masked_fill(~units.mask, 0.0).sum()
+    return Sums(-logp, units.mask.sum(), {"logps/chosen": logp.detach()})

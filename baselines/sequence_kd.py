@@ -1,0 +1,35 @@
+"""Sequence-level distillation: fine-tuning on the teacher's own answers (Kim & Rush, EMNLP 2016; BASELINES 2).
+
+The pipeline lets the teacher answer each prompt and puts the text in the place of the chosen response (`replaced`);
+the student's tokenizer reads it anew, so the two models need not share one.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar, final
+
+from baselines.sft import cross_entropy
+from ctpd.objectives.base import Layout, PairObjective, Sums, Units
+from ctpd.objectives.distillation import Replaced
+
+
+@dataclass(frozen=True, kw_only=True)
+class SequenceKDParams:
+    """There is nothing to choose: how the teacher answers is the generation's affair."""
+
+
+@final
+class SequenceKD(PairObjective):
+    """Cross-entropy of the teacher's answer and its end token: `baselines.sft` on other texts."""
+
+    params_type = SequenceKDParams
+    counts = "tokens"
+    sides = ("chosen",)
+    replaced: ClassVar[Replaced] = "chosen by teacher"
+
+    def __init__(self, params: SequenceKDParams) -> None:
+        super().__init__()
+        self.params = params
+        self.layout = Layout(granularity="tokens")
+
+    def forward(self, units: Units) -> Sums:
+        return cross_entropy(units)
