@@ -1,24 +1,23 @@
 """Advantage-guided distillation for preference alignment: ADPA (Gao et al., ICLR 2025; BASELINES 10).
 
 The student answers by itself; a teacher before and after preference tuning says how much better each next token would
-have been. The rejected response of a pair is the student's own (`replaced`); the chosen one is the data's.
+have been. The rejected response of a pair is the student's own (`generation`); the chosen one is the data's.
 
 Shape legend: N scored tokens, R rows of a tile, V vocabulary, K kept tokens of the tuned teacher, L of the reference.
 """
 
 from dataclasses import dataclass
-from typing import ClassVar, final
+from typing import final
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from ctpd.core.errors import UserError
-from ctpd.objectives.base import BOTH_SIDES, Sums
+from ctpd.objectives.base import BOTH_SIDES, Generation, Sums
 from ctpd.objectives.distillation import (
     DistillationObjective,
     DistillBatch,
-    Replaced,
     TeacherView,
     chosen_tokens,
     per_token,
@@ -66,7 +65,7 @@ class ADPA(DistillationObjective):
     params_type = ADPAParams
     counts = "tokens"
     sides = BOTH_SIDES
-    replaced: ClassVar[Replaced] = "rejected by student"
+    generation = Generation(writer="student", side="rejected")
 
     def __init__(self, params: ADPAParams) -> None:
         super().__init__()

@@ -1,15 +1,14 @@
 """Sequence-level distillation: fine-tuning on the teacher's own answers (Kim & Rush, EMNLP 2016; BASELINES 2).
 
-The pipeline lets the teacher answer each prompt and puts the text in the place of the chosen response (`replaced`);
+The pipeline lets the teacher answer each prompt and puts the text in the place of the chosen response (`generation`);
 the student's tokenizer reads it anew, so the two models need not share one.
 """
 
 from dataclasses import dataclass
-from typing import ClassVar, final
+from typing import final
 
 from baselines.sft import cross_entropy
-from ctpd.objectives.base import Layout, PairObjective, Sums, Units
-from ctpd.objectives.distillation import Replaced
+from ctpd.objectives.base import Generation, Layout, PairObjective, Sums, Units
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,7 +23,7 @@ class SequenceKD(PairObjective):
     params_type = SequenceKDParams
     counts = "tokens"
     sides = ("chosen",)
-    replaced: ClassVar[Replaced] = "chosen by teacher"
+    generation = Generation(writer="teacher", side="chosen")
 
     def __init__(self, params: SequenceKDParams) -> None:
         super().__init__()

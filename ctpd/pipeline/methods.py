@@ -13,6 +13,10 @@ METHODS: Mapping[str, str] = {
     "dpo": "baselines.dpo:DPO",
     "tis_dpo": "baselines.tis_dpo:TISDPO",
     "ctpd": "ctpd.objectives.preference:Preference",
+    "sequence_kd": "baselines.sequence_kd:SequenceKD",
+    "token_kd": "baselines.token_kd:TokenKD",
+    "dckd": "baselines.dckd:DCKD",
+    "adpa": "baselines.adpa:ADPA",
     "uld": "baselines.uld:ULD",
 }
 

@@ -147,4 +147,5 @@ def _tokens(batch: Batch, prefix: str, outputs: Outputs | None) -> Tokens:
         every=None if outputs is None else outputs.every,
         input_ids=ids_RT,
         embed=None if outputs is None else outputs.embed,
+        position=predictors_N + 1,
     )
