@@ -4,7 +4,7 @@ import torch
 
 from baselines.sequence_kd import SequenceKD, SequenceKDParams
 from baselines.sft import SFT, SFTParams
-from ctpd.objectives.base import Units
+from ctpd.objectives.base import Generation, Units
 from tests.fixtures.distillation import VECTORS
 
 CE_SUM = 11.817973300857895  # golden ce.dskd: same logits and labels as the divergences
@@ -26,5 +26,5 @@ def test_the_loss_equals_the_public_cross_entropy_and_that_of_sft():
 
 def test_it_asks_for_the_teachers_answers():
     objective = SequenceKD(SequenceKDParams())
-    assert objective.replaced == "chosen by teacher"
+    assert objective.generation == Generation(writer="teacher", side="chosen")
     assert objective.needs == frozenset()
