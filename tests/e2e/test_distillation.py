@@ -1,0 +1,84 @@
+"""Every method of the table, trained through the command line on the smallest world, with one tokenizer and with two."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+from ctpd.core.recipe import shipped_recipes
+from ctpd.pipeline.methods import METHODS, make_objective
+from tests.conftest import Cli
+
+OBJECTIVES = {method: make_objective(method, {}, source="test") for method in METHODS}
+ACROSS = [name for name, made in OBJECTIVES.items() if made.teacher is None or not made.teacher.same_tokenizer]
+
+
+def write_recipe(folder: Path, *, methods: list[str], one_tokenizer: bool) -> Path:
+    """`testbed-smoke` with a run of each method."""
+    recipe = yaml.safe_load(shipped_recipes()["testbed-smoke"].read_text())
+    shared = recipe["shared"]
+    shared["testbed"] |= {"num_pairs": 48, "num_eval_pairs": 16}
+    shared["student"]["pretrain"] |= {"steps": 150, "hidden": 64}  # or hardly an answer of its own comes to an end
+    shared["train"] |= {"pairs_per_step": 8}
+    if one_tokenizer:
+        names = ("tokenizer", "vocab_size")
+        teacher = {name: shared["teacher"]["pretrain"][name] for name in names}
+        shared["student"]["pretrain"] |= {**teacher, "tokenizer_corpus": shared["teacher"]["pretrain"]["corpus"]}
+    recipe |= {
+        "runs": {name: {"method": name, "tuned": {"learning_rate": 0.001}} for name in methods},
+        "ablations": {},
+        "tables": {"main": {"caption": "All", "rows": methods}},
+    }
+    path = folder / "every-method.yaml"
+    path.write_text(yaml.safe_dump(recipe))
+    return path
+
+
+def trained(cli: Cli, recipe: Path, store: Path) -> dict[str, str]:
+    outcome = cli("train", recipe, "--store", store, "--device", "cpu", "--json")
+    assert outcome.code == 0, outcome.err
+    return {entry["run"]: entry["key"] for entry in json.loads(outcome.out)}
+
+
+@pytest.mark.parametrize("one_tokenizer", [True, False], ids=["one tokenizer", "two tokenizers"])
+def test_every_method_trains_from_one_recipe(one_tokenizer: bool, cli: Cli, tmp_path: Path) -> None:
+    methods = list(METHODS) if one_tokenizer else ACROSS
+    store = tmp_path / "store"
+    keys = trained(cli, write_recipe(tmp_path, methods=methods, one_tokenizer=one_tokenizer), store)
+    assert set(methods) <= set(keys)
+    for name in methods:
+        folder = store / "train" / keys[name]
+        training = json.loads((folder / "training.json").read_text())
+        losses = [entry["loss"] for entry in training["history"] if "loss" in entry]
+        assert len(losses) == training["steps"] > 0
+        assert all(-50 < loss < 50 for loss in losses), name
+        assert training["seconds"] > 0
+        assert training["peak_memory_mib"] > 0
+        has_parameters = training["objective_parameters"] > 0
+        assert (folder / "objective.safetensors").is_file() == has_parameters
+
+
+def test_a_comparison_token_by_token_is_refused_for_two_tokenizers(cli: Cli, tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path, methods=["token_kd"], one_tokenizer=False)
+    outcome = cli("train", recipe, "--store", tmp_path / "store", "--device", "cpu")
+    assert outcome.code == 2
+    assert "'token_kd' compares distributions token by token" in outcome.err
+    assert not list((tmp_path / "store").glob("*/*")), "refused before anything is computed"
+
+
+def test_an_exported_student_has_no_parameters_of_its_objective(cli: Cli, tmp_path: Path) -> None:
+    methods = [name for name, made in OBJECTIVES.items() if made.objective_learning_rate is not None]
+    assert methods
+    store = tmp_path / "store"
+    keys = trained(cli, write_recipe(tmp_path, methods=methods[:1], one_tokenizer=True), store)
+    outcome = cli("export", keys[methods[0]], "--to", tmp_path / "model", "--store", store)
+    assert outcome.code == 0, outcome.err
+    assert not list((tmp_path / "model").glob("*objective*"))
+
+
+def test_parameters_of_every_method_are_strict_and_have_defaults() -> None:
+    for made in OBJECTIVES.values():
+        assert dataclasses.is_dataclass(made.params_type)
+        assert made.params_type() == made.params
