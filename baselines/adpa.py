@@ -110,7 +110,8 @@ def advantages(tuned: Top, reference: Top) -> Float[Tensor, "R K"]:
 def _expected_advantage(logps_RV: Tensor, tuned: Top, reference: Top, *, clamp: bool) -> Float[Tensor, " R"]:
     width = logps_RV.shape[-1]
     with torch.no_grad():
-        advantage_RK = advantages(tuned, reference).to(logps_RV.dtype)
+        stored = (Top(top.ids, top.logps.to(logps_RV.dtype)) for top in (tuned, reference))
+        advantage_RK = advantages(*stored)
         # A token without a column of the student's is among the rest, whose advantage is 0.
         advantage_RK = advantage_RK.masked_fill(tuned.ids >= width, 0.0)
     probability_RK = logps_RV.gather(-1, tuned.ids.clamp(max=width - 1)).exp()
