@@ -41,6 +41,7 @@ class MultiLevelOTParams:
         ctpd_variant: replication switch `mlot_ctpd`: the port of CTPD's authors. Each row's own 50 likeliest columns;
             prompt, response and padding alike count, paired by absolute position; and the distances, which are means,
             are added to the *sum* of cross-entropies, which drowns them. Their scripts: both weights 0.5.
+        micro_batch: responses that share their columns; the public code's batch. It must divide `pairs_per_step`.
     """
 
     ce_weight: float = 1.0
@@ -50,6 +51,7 @@ class MultiLevelOTParams:
     skip_student_eos: bool = True
     top_k: int | None = None
     ctpd_variant: bool = False
+    micro_batch: int = 8
 
 
 class _Columns(NamedTuple):
@@ -78,7 +80,7 @@ class MultiLevelOT(DistillationObjective):
     def __init__(self, params: MultiLevelOTParams) -> None:
         super().__init__()
         _check(params)
-        self.params = params
+        self.params, self.micro_batch = params, params.micro_batch
         self.teacher = TeacherView(top_k=params.top_k, skip_last=params.skip_student_eos)
 
     def forward(self, batch: DistillBatch) -> Sums:
@@ -207,6 +209,8 @@ def _check(params: MultiLevelOTParams) -> None:
     for name in ("ce_weight", "distillation_weight", "sequence_weight", "sinkhorn_weight"):
         if getattr(params, name) < 0.0:
             raise UserError(f"`{name}: {getattr(params, name)}` is below 0")
+    if params.micro_batch < 1:
+        raise UserError(f"`micro_batch: {params.micro_batch}` is below 1")
     if params.top_k is not None and params.top_k < 1:
         raise UserError(f"`top_k: {params.top_k}` keeps no token")
     if params.ctpd_variant and params.top_k is not None:

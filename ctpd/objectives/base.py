@@ -133,6 +133,8 @@ class Objective(nn.Module, ABC):
         teacher: the teacher's distributions that it is given; None where log-probabilities of units are enough.
         generation: which responses are replaced by a model's own; None for the data's.
         objective_learning_rate: step size of its own parameters; None for the run's.
+        micro_batch: items of one forward pass, for an objective whose loss depends on its batch mates; None where it
+            does not, and as many go together as the memory allows.
     """
 
     params_type: ClassVar[type[Any]]
@@ -142,6 +144,7 @@ class Objective(nn.Module, ABC):
     layout: Layout
     teacher: TeacherView | None = None
     objective_learning_rate: float | None = None
+    micro_batch: int | None = None
 
     @property
     @abstractmethod

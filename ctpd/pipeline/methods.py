@@ -17,6 +17,7 @@ METHODS: Mapping[str, str] = {
     "token_kd": "baselines.token_kd:TokenKD",
     "dckd": "baselines.dckd:DCKD",
     "adpa": "baselines.adpa:ADPA",
+    "multi_level_ot": "baselines.multi_level_ot:MultiLevelOT",
     "uld": "baselines.uld:ULD",
 }
 

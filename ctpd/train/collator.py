@@ -144,11 +144,15 @@ class StepLoader(DataLoader[int]):
         self.batch_sampler.set_epoch(epoch)  # type: ignore[union-attr]
 
 
-def micro_batch_size(lengths: NDArray[np.int64], *, rows: int, per_step: int, world: int, max_tokens: int) -> int:
+def micro_batch_size(
+    lengths: NDArray[np.int64], *, rows: int, per_step: int, world: int, max_tokens: int, fixed: int | None = None
+) -> int:
     """Items of one forward pass: the largest divisor of a process's share of a step whose padded rows fit.
 
+    With ``fixed`` that many: the objective's loss depends on which items go together.
+
     Raises:
-        UserError: the step cannot be dealt evenly to the processes.
+        UserError: the step cannot be dealt evenly to the processes, or not in micro-batches of the fixed size.
     """
     if per_step % world:
         raise UserError(
@@ -156,6 +160,13 @@ def micro_batch_size(lengths: NDArray[np.int64], *, rows: int, per_step: int, wo
             fix="Make `pairs_per_step` a multiple of the number of processes",
         )
     share = per_step // world
+    if fixed is not None:
+        if share % fixed:
+            raise UserError(
+                f"{share} pairs of a step cannot be cut into micro-batches of {fixed}",
+                fix="Make `pairs_per_step` a multiple of the method's `micro_batch`, or change that",
+            )
+        return fixed
     longest = int(lengths.max()) * rows
     fitting = [m for m in range(1, share + 1) if share % m == 0 and m * longest <= max_tokens]
     return max(fitting, default=1)

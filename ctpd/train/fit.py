@@ -82,7 +82,15 @@ def fit(
         )
     total = max_steps if max_steps is not None else steps_per_epoch * schedule.epochs
     args = _arguments(
-        rows, total, schedule, settings, learning_rate=learning_rate, seed=seed, precision=precision, folder=folder
+        objective,
+        rows,
+        total,
+        schedule,
+        settings,
+        learning_rate=learning_rate,
+        seed=seed,
+        precision=precision,
+        folder=folder,
     )
     evaluations = (
         max(1, round(schedule.evaluations_per_epoch * total / steps_per_epoch)) if eval_rows is not None else 0
@@ -123,6 +131,7 @@ def fit(
 
 
 def _arguments(
+    objective: Objective,
     rows: Rows,
     total: int,
     schedule: Schedule,
@@ -164,6 +173,7 @@ def _arguments(
         per_step=schedule.pairs_per_step,
         world=arguments.world_size,
         max_tokens=settings.micro_batch_tokens,
+        fixed=objective.micro_batch,
     )
     arguments.per_device_train_batch_size = micro_batch
     arguments.per_device_eval_batch_size = micro_batch

@@ -122,3 +122,10 @@ def test_micro_batch_is_the_largest_divisor_that_fits(max_tokens: int, world: in
 def test_step_that_cannot_be_dealt_evenly_is_refused() -> None:
     with pytest.raises(UserError, match="16 pairs of a step cannot be dealt evenly to 3 processes"):
         micro_batch_size(LENGTHS, rows=2, per_step=16, world=3, max_tokens=1)
+
+
+def test_an_objective_that_depends_on_its_batch_mates_fixes_the_micro_batch() -> None:
+    lengths = np.full(16, 10)
+    assert micro_batch_size(lengths, rows=1, per_step=8, world=1, max_tokens=20, fixed=4) == 4
+    with pytest.raises(UserError, match="micro-batches of 3"):
+        micro_batch_size(lengths, rows=1, per_step=8, world=1, max_tokens=20, fixed=3)
