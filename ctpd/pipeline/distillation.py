@@ -16,6 +16,7 @@ from ctpd.core.recipe import DataSpec
 from ctpd.models import load_model, load_tokenizer, model_sizes, probe_scorer
 from ctpd.objectives.base import Generation, TeacherView
 from ctpd.objectives.distillation import DistillationObjective, ModelFacts
+from ctpd.ops.boundaries import boundary_ids
 from ctpd.pipeline.graph import Work
 from ctpd.pipeline.references import LocatedModel, ModelRef
 from ctpd.pipeline.rows import scored_rows, token_rows
@@ -23,7 +24,6 @@ from ctpd.text.blocks import TokenRows
 from ctpd.text.edit_distance import edit_distance_pairing
 from ctpd.text.pairs import Pair
 from ctpd.text.prepare import PreparedPairs
-from ctpd.text.vocabulary import boundary_ids
 from ctpd.train.collator import ScoredRows
 from ctpd.train.distill import TOP_LOGPS, DistillPass, DistillRows
 from ctpd.train.sweep import sweep, top, with_boundary

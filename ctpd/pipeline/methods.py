@@ -18,6 +18,7 @@ METHODS: Mapping[str, str] = {
     "dckd": "baselines.dckd:DCKD",
     "adpa": "baselines.adpa:ADPA",
     "multi_level_ot": "baselines.multi_level_ot:MultiLevelOT",
+    "alm": "baselines.alm:ALM",
     "uld": "baselines.uld:ULD",
 }
 

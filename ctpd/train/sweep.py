@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from ctpd.models import Outputs
+from ctpd.ops.boundaries import boundary_logps
 
 Measure = Callable[[Outputs, Tensor, Tensor], dict[str, Tensor]]
 """What is kept of N scored tokens, given the outputs, their predicting positions (flat) and the tokens: name -> [N, ...]."""
@@ -40,13 +41,9 @@ def with_boundary(boundary_ids: Sequence[int]) -> Measure:
     """Two columns: the log-probability of each token, and that of any of `boundary_ids` following it."""
 
     def measure(outputs: Outputs, predictors_N: Tensor, targets_N: Tensor) -> dict[str, Tensor]:
-        ids = torch.tensor(boundary_ids, device=targets_N.device)
-
-        def of_tile(logits_RV: Tensor) -> Tensor:
-            return logits_RV[:, ids].logsumexp(-1) - logits_RV.logsumexp(-1)
-
+        ids_S = torch.tensor(boundary_ids, device=targets_N.device)
         own_N = outputs.every.select(predictors_N).logps(targets_N)
-        after_N = outputs.every.select(predictors_N + 1).map(of_tile)
+        after_N = boundary_logps(outputs.every.select(predictors_N + 1), ids_S)
         return {"columns": torch.stack([own_N.to(after_N.dtype), after_N], dim=1)}
 
     return measure

@@ -15,7 +15,6 @@ from ctpd.core.recipe import Schedule
 from ctpd.models import add_lora
 from ctpd.objectives.base import Sums, TeacherView
 from ctpd.objectives.distillation import DistillationObjective, DistillBatch, ModelFacts, mixed
-from ctpd.text.vocabulary import boundary_ids
 from ctpd.train.collator import ScoredRows
 from ctpd.train.distill import DistillPass, DistillRows
 from ctpd.train.fit import Fit, FitSettings, fit
@@ -157,10 +156,6 @@ def test_a_stored_boundary_is_the_probability_of_the_boundary_after_each_token()
             mine = torch.from_numpy(columns[first : first + len(places)])
             torch.testing.assert_close(mine[:, 0], logps[places - 1, tokens[places]], atol=1e-5, rtol=0)
             torch.testing.assert_close(mine[:, 1], logps[places][:, ids].logsumexp(-1), atol=1e-5, rtol=0)
-
-
-def test_boundaries_are_tokens_that_begin_with_white_space_and_special_ones() -> None:
-    assert boundary_ids(["Ġa", "b", "▁c", "Ċ", "<0x0A>", "</s>", "", "dĠ"], {5}) == [0, 2, 3, 4, 5]
 
 
 def test_parameters_of_an_objective_train_at_their_own_step_size_and_stay_out_of_the_model(tmp_path: Path) -> None:
