@@ -19,6 +19,7 @@ METHODS: Mapping[str, str] = {
     "adpa": "baselines.adpa:ADPA",
     "multi_level_ot": "baselines.multi_level_ot:MultiLevelOT",
     "alm": "baselines.alm:ALM",
+    "gold": "baselines.gold:GOLD",
     "uld": "baselines.uld:ULD",
 }
 
