@@ -1,11 +1,13 @@
 """The composition root: joins the training graph and evaluation, and turns records into tables."""
 
+import contextlib
 import dataclasses
 import json
 import os
 import re
+import tempfile
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from importlib import metadata
 from pathlib import Path
@@ -17,7 +19,7 @@ from ctpd.core.recipe import EvaluationSpec, Recipe, load_recipe
 from ctpd.core.store import Store
 from ctpd.pipeline.graph import Graph, Stage, Work
 from ctpd.pipeline.progress import Progress
-from ctpd.pipeline.references import META, SUMMARY, TRAINING, External, LocatedModel, ModelRef
+from ctpd.pipeline.references import META, SUMMARY, TRAINING, External, LocatedModel, ModelRef, cached_digest
 from ctpd.pipeline.runs import PlannedRun, ablation_run, plan_runs, trials
 from ctpd.pipeline.runtime import Runtime, provenance
 from ctpd.pipeline.stages import SharedStages
@@ -161,14 +163,14 @@ def evaluation_stage(
     world: Mapping[str, Stage],
 ) -> Stage:
     """One model on one task: the protocol, the task and the model are its identity."""
-    task = {field: value for field, value in to_plain(column).items() if field not in ("name", "folder")}
+    task = {field: value for field, value in to_plain(column).items() if field not in ("name", "folder", "datasets")}
     config = {
         "task": task,
         "limit": spec.limit,
         "batch_size": spec.batch_size,
         "chat_template": spec.chat_template,
         "precision": precision,
-        "backend": "hf",
+        "backend": spec.backend,
         "lm_eval": metadata.version("lm_eval"),
     }
 
@@ -181,23 +183,55 @@ def evaluation_stage(
         (work.folder / RESULT).write_text(json.dumps(result, ensure_ascii=False), encoding="utf-8")
 
     inputs = {**model.stages("model"), **world}
-    return Stage("evaluate", 1, config, build, f"evaluate: {title} on {column.name}", inputs, model.externals("model"))
+    external = {**model.externals("model"), **(_mirror_digests(column, spec) if not world else {})}
+    return Stage("evaluate", 1, config, build, f"evaluate: {title} on {column.name}", inputs, external)
+
+
+def _mirror_digests(column: Column, spec: EvaluationSpec) -> dict[str, str]:
+    """What a mirror of the hub holds for a column: other documents under the same task make another result."""
+    if spec.data_root is None:
+        return {}
+    root = Path(spec.data_root).expanduser()
+    folders = {f"data.{name}": root / name for name in column.datasets} or {"data": root}
+    return {name: cached_digest(folder) for name, folder in folders.items() if folder.is_dir()}
 
 
 def _evaluate(
     work: Work, located: LocatedModel, column: Column, spec: EvaluationSpec, *, precision: str, data_root: Path | None
 ) -> dict[str, Any]:
     from ctpd.models import load_model, load_tokenizer
-    from harness.evaluate import evaluate_column
+    from harness.evaluate import evaluate_column, evaluate_with_vllm
 
+    protocol = {"data_root": data_root, "limit": spec.limit, "chat_template": spec.chat_template}
+    if spec.backend == "vllm":
+        with _one_folder(located, precision=precision) as (folder, tokenizer, revision):
+            return evaluate_with_vllm(folder, tokenizer, column, precision=precision, revision=revision, **protocol)
     loaded = load_model(
         located.folder, adapters=located.adapters, precision=precision, device=work.runtime.torch_device(),
         revision=located.revision,
     )  # fmt: skip
     return evaluate_column(
-        loaded, load_tokenizer(located.tokenizer, revision=located.tokenizer_revision), column, data_root=data_root,
-        batch_size=spec.batch_size, limit=spec.limit, chat_template=spec.chat_template, progress=work.progress,
+        loaded, load_tokenizer(located.tokenizer, revision=located.tokenizer_revision), column,
+        batch_size=spec.batch_size, progress=work.progress, **protocol,
     )  # fmt: skip
+
+
+@contextlib.contextmanager
+def _one_folder(located: LocatedModel, *, precision: str) -> Iterator[tuple[str, str, str | None]]:
+    """A model as one directory (or hub id) with its tokenizer's and its revision; adapters are merged for the time."""
+    if not located.adapters:
+        yield located.folder, located.tokenizer, located.revision
+        return
+    from ctpd.models import load_model, load_tokenizer, save_model
+
+    with tempfile.TemporaryDirectory() as temporary:
+        model = load_model(
+            located.folder, adapters=located.adapters, precision=precision, device="cpu", revision=located.revision
+        )
+        save_model(model, Path(temporary))
+        tokenizer = load_tokenizer(located.tokenizer, revision=located.tokenizer_revision)
+        tokenizer.save_pretrained(temporary)
+        yield temporary, temporary, None
 
 
 def _write_record(work: Work, head: Mapping[str, Any], *, columns: Sequence[str]) -> None:

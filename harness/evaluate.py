@@ -1,14 +1,11 @@
-"""Scores of one model on one column of a suite, by lm-eval's Python API. The only importer of lm_eval.
+"""Scores of one model on one column of a suite, by lm-eval's Python API.
 
 Official task definitions are used untouched. Data comes from the hub, or offline from ``data_root``, a folder that
 mirrors it (``<org>/<name>/``): ``datasets`` prefers a folder of that relative name, so tasks are built with
 ``data_root`` as the working directory (EVALUATION 2.1).
-
-Shape legend: B rows of a batch, T tokens, K kept positions, V vocabulary.
 """
 
 import contextlib
-import copy
 import time
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version as installed_version
@@ -18,18 +15,17 @@ from typing import Any
 import lm_eval.tasks
 import torch
 from datasets.exceptions import DatasetsError
-from lm_eval.api.instance import Instance
-from lm_eval.api.model import LM, CacheHook
+from lm_eval.api.model import LM
 from lm_eval.api.task import Task
 from lm_eval.evaluator import evaluate as run_lm_eval
-from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from lm_eval.utils import hash_string
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from ctpd.core.config import nearest
 from ctpd.core.errors import UserError
+from harness.backends import LastLogitsLM, open_vllm
 from harness.isolation import Progress, fresh_dataset_cache, quiet, seeded, shown
 from harness.suites import Column
 
@@ -89,6 +85,35 @@ def evaluate_column(
         "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
         "max_length": lm.max_length,
         "truncated": lm.num_truncated,
+    }
+
+
+def evaluate_with_vllm(
+    folder: str | Path,
+    tokenizer: str | Path,
+    column: Column,
+    *,
+    data_root: Path | None,
+    precision: str,
+    revision: str | None = None,
+    limit: int | None = None,
+    chat_template: bool = False,
+) -> dict[str, Any]:
+    """The same for a model directory (or hub id) through vLLM; see ``evaluate_column``.
+
+    Raises:
+        UserError: as there, or vLLM is not installed.
+    """
+    start = time.perf_counter()
+    lm: Any = open_vllm(folder, tokenizer, precision=precision, revision=revision)
+    result = score(lm, column, data_root=data_root, limit=limit, chat_template=chat_template)
+    return result | {
+        "seconds": round(time.perf_counter() - start, 3),
+        "backend": "vllm",
+        "batch_size": None,
+        "dtype": precision,
+        "max_length": lm.max_length,
+        "truncated": None,
     }
 
 
@@ -157,11 +182,7 @@ def load_tasks(column: Column, *, data_root: Path | None) -> Any:
     Raises:
         UserError: unknown task, other version than the suite's, shots or metric that the task lacks, missing data.
     """
-    if column.folder is None:
-        folders = [folder for folder in (PACKAGED_TASKS / column.task, OUR_TASKS) if folder.is_dir()]
-    else:
-        folders = [PACKAGED_TASKS / column.folder]  # an absolute folder stays what it is
-    manager = TaskManager(include_defaults=False, include_path=folders)
+    manager, folders = _task_manager(column)
     where = f"column '{column.name}'"
     entry = manager.task_index.get(column.task)
     if entry is None or entry.yaml_path is None:  # a tag has no file, and no score of its own
@@ -196,6 +217,20 @@ def load_tasks(column: Column, *, data_root: Path | None) -> Any:
         _set_shots(task, column.shots, where=where)
         _check_metrics(task, column, where=where)
     return loaded
+
+
+def datasets_of(column: Column) -> list[str]:
+    """Names of the data sets that a column's task reads."""
+    manager, _ = _task_manager(column)
+    return sorted(_datasets(column.task, manager.task_index))
+
+
+def _task_manager(column: Column) -> tuple[TaskManager, list[Path]]:
+    if column.folder is None:
+        folders = [folder for folder in (PACKAGED_TASKS / column.task, OUR_TASKS) if folder.is_dir()]
+    else:
+        folders = [PACKAGED_TASKS / column.folder]  # an absolute folder stays what it is
+    return TaskManager(include_defaults=False, include_path=folders), folders
 
 
 def _set_shots(task: Task, shots: int | None, *, where: str) -> None:
@@ -254,87 +289,3 @@ def _task_hash(samples: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
         for _, of_task in sorted(samples.items())
     ]
     return hashes[0] if len(hashes) == 1 else hash_string("".join(hashes))
-
-
-class LastLogitsLM(HFLM):
-    """lm-eval's model for transformers, that computes logits only where continuations are, and reports progress.
-
-    Memory falls from batch x prompt x vocabulary to batch x answer x vocabulary, the scores stay (EVALUATION 3).
-    DEVIATION from lm-eval's default: log-softmax in float32 for half-precision models too; sums of bfloat16
-    log-probabilities are so coarse that choices tie.
-    """
-
-    def __init__(
-        self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, *, batch_size: int, progress: Progress | None
-    ) -> None:
-        super().__init__(
-            pretrained=model, tokenizer=copy.deepcopy(tokenizer), batch_size=batch_size, softmax_dtype="float32"
-        )
-        self.num_truncated = 0
-        self._progress = progress
-        self._longest_continuation = 0
-        self._keeps_last_logits = self._probe()
-
-    def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
-        self._report(len(requests))
-        return super().loglikelihood(requests, disable_tqdm=disable_tqdm)
-
-    def generate_until(self, requests: list[Instance], disable_tqdm: bool = True) -> list[str]:
-        self._report(len(requests))
-        for context, options in (request.args for request in requests):
-            room = self.max_length - options.get("max_gen_toks", self.max_gen_toks)
-            if room <= 0:
-                raise UserError(
-                    f"the model's length of {self.max_length} tokens leaves no room for a prompt beside the "
-                    f"{self.max_length - room} tokens that the task generates",
-                    fix="Evaluate a model with a longer context, or lower `max_gen_toks` in the task's file",
-                )
-            self.num_truncated += len(self.tok_encode(context)) > room
-        return super().generate_until(requests, disable_tqdm=disable_tqdm)
-
-    def _loglikelihood_tokens(
-        self,
-        requests: list[tuple[tuple[str, str], list[int], list[int]]],
-        disable_tqdm: bool = True,
-        override_bs: int | None = None,
-    ) -> list[tuple[float, bool]]:
-        self._longest_continuation = max((len(continuation) for _, _, continuation in requests), default=0)
-        self.num_truncated += sum(len(context) + len(answer) > self.max_length + 1 for _, context, answer in requests)
-        return super()._loglikelihood_tokens(requests, disable_tqdm=disable_tqdm, override_bs=override_bs)
-
-    def _model_call(self, inps: Tensor, attn_mask: Tensor | None = None, labels: Tensor | None = None) -> Tensor:
-        """Logits [B, K, V] of the last K positions; the caller's slice counts from the end, so it fits any K."""
-        if not self._keeps_last_logits:
-            return super()._model_call(inps, attn_mask, labels)
-        # lm-eval pads on the right with token 0 and tells nobody the lengths. Trailing zeros are at least the padding.
-        padding = int((inps.flip(1) != 0).int().cumsum(1).eq(0).sum(1).max())
-        kept = min(inps.shape[1], padding + self._longest_continuation)
-        with torch.no_grad():
-            return self.model(inps, logits_to_keep=kept).logits
-
-    def _probe(self) -> bool:
-        """Whether the model takes ``logits_to_keep`` and means by it what we do."""
-        ids = torch.full((1, 3), self.prefix_token_id, device=self.device)
-        with torch.no_grad():
-            try:
-                last = self.model(ids, logits_to_keep=1).logits
-            except TypeError:
-                return False
-            return last.shape[1] == 1 and torch.allclose(last[:, -1], self.model(ids).logits[:, -1], atol=1e-2)
-
-    def _report(self, total: int) -> None:
-        if self._progress is not None:
-            self._progress(0, total)
-            self.set_cache_hook(_ProgressHook(self._progress, total))
-
-
-class _ProgressHook(CacheHook):
-    """lm-eval calls its response cache once per answered request: the one place that tells how far it is."""
-
-    def __init__(self, progress: Progress, total: int) -> None:
-        super().__init__(None)
-        self._progress, self._done, self._total = progress, 0, total
-
-    def add_partial(self, attr: str, req: Any, res: Any) -> None:
-        self._done += 1
-        self._progress(self._done, self._total)

@@ -23,6 +23,8 @@ class Column:
         also: further keys that are recorded beside ``metric``.
         folder: where the definition is, when that is neither this project's ``harness/tasks`` nor the folder of
             lm-eval's packaged tasks that has the task's name: a folder beside the suite's file, or one of lm-eval's.
+        datasets: the data sets that the task reads, by their names on the hub; their files in a mirror are part of a
+            result's identity. Without them the whole mirror is.
     """
 
     name: str
@@ -32,6 +34,7 @@ class Column:
     shots: int | None = None
     also: tuple[str, ...] = ()
     folder: str | None = None
+    datasets: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

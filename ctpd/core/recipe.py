@@ -115,13 +115,18 @@ class DataSpec:
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationSpec:
-    """The suite and its protocol. `data_root` is a folder that mirrors the hub, for machines without a network."""
+    """The suite and its protocol.
+
+    `data_root` is a folder that mirrors the hub, for machines without a network. `backend` computes all scores of a
+    comparison: `hf` (transformers), or `vllm` where it is installed, which batches by itself.
+    """
 
     suite: str
     limit: int | None = None
     batch_size: int = 8
     chat_template: bool = False
     data_root: str | None = None
+    backend: Literal["hf", "vllm"] = "hf"
 
 
 @dataclass(frozen=True, kw_only=True)

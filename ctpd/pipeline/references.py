@@ -46,7 +46,12 @@ def external_model(location: str, *, revision: str | None, role: str) -> Externa
             fix="Correct the path in the recipe (it is relative to the working directory), or make the model first; "
             "the recipe's header says how",
         )
-    return External(str(folder), _folder_digest(folder.resolve(), _newest(folder)))
+    return External(str(folder), cached_digest(folder))
+
+
+def cached_digest(folder: Path) -> str:
+    """The digest of a folder's files, computed once a process as long as none changes."""
+    return _folder_digest(folder.resolve(), _newest(folder))
 
 
 def _newest(folder: Path) -> float:

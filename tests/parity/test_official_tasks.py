@@ -10,7 +10,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from ctpd.core.errors import UserError
-from harness.evaluate import check_column, evaluate_column, score
+from harness.evaluate import check_column, datasets_of, evaluate_column, score
 from harness.suites import Column, load_suite
 
 COLUMNS = {column.name: column for column in load_suite("paper").columns}
@@ -42,6 +42,12 @@ def dummy(name: str, hub: Path, results: dict[str, dict[str, Any]]) -> dict[str,
     if name not in results:
         results[name] = score(DummyLM(), COLUMNS[name], data_root=hub, limit=2)
     return results[name]
+
+
+@pytest.mark.parametrize("name", COLUMNS)
+def test_a_suite_names_the_data_sets_that_its_tasks_read(name: str) -> None:
+    """They make the key of a result where the data come from a mirror."""
+    assert sorted(COLUMNS[name].datasets) == datasets_of(COLUMNS[name])
 
 
 @pytest.mark.parametrize("name", TASK_HASHES)

@@ -3,6 +3,8 @@
 import copy
 import json
 import random
+import sys
+import types
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +21,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from ctpd.core.errors import UserError
-from harness.evaluate import LastLogitsLM, check_column, evaluate_column
+from harness.backends import LastLogitsLM, open_vllm
+from harness.evaluate import check_column, evaluate_column
 from harness.suites import Column
 
 NUM_DOCS = 12
@@ -377,3 +380,19 @@ def test_a_chat_template_is_used_where_there_is_one_and_asked_for_in_vain_refuse
     assert with_template["chat_template"]
     assert not without["chat_template"]
     assert with_template["task_hash"] != without["task_hash"]
+
+
+def test_vllm_that_is_not_installed_is_refused_with_the_way_to_get_it() -> None:
+    with pytest.raises(UserError, match="needs vLLM") as caught:
+        open_vllm("model", "model", precision="bfloat16")
+    assert caught.value.fix is not None
+    assert "ctpd[vllm]" in caught.value.fix
+
+
+def test_vllm_is_given_the_model_its_tokenizer_and_the_precision(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: dict[str, object] = {}
+    module = types.ModuleType("lm_eval.models.vllm_causallms")
+    module.VLLM = lambda **arguments: given.update(arguments) or "the model"  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "lm_eval.models.vllm_causallms", module)
+    assert open_vllm("a", "b", precision="bfloat16", revision="c" * 40) == "the model"
+    assert given == {"pretrained": "a", "tokenizer": "b", "dtype": "bfloat16", "revision": "c" * 40}

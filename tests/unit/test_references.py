@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from ctpd.pipeline.graph import Stage, Work
-from ctpd.pipeline.references import External, ModelRef
+from ctpd.pipeline.references import External, ModelRef, external_model
 
 HUB = External("org/name", "hub:org/name@abc", "abc")
 
@@ -26,3 +26,32 @@ def test_an_adapter_stands_on_the_pinned_base() -> None:
     assert chain["base"] == "org/name"
     assert chain["revision"] == chain["tokenizer_revision"] == "abc"
     assert chain["adapters"] == [f"store:train/{stage.key}"]
+
+
+def test_an_evaluation_from_a_mirror_is_keyed_by_the_documents_it_reads(tmp_path: Path) -> None:
+    from ctpd.app import evaluation_stage
+    from ctpd.core.recipe import EvaluationSpec
+    from harness.suites import load_suite
+
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / "config.json").write_text("{}")
+    mirror = tmp_path / "hub"
+    for name in ("openai/gsm8k", "allenai/winogrande"):
+        (mirror / name).mkdir(parents=True)
+        (mirror / name / "test.jsonl").write_text("1")
+    column = load_suite("card").columns[0]
+    root = external_model(str(model), revision=None, role="model")
+
+    def key(data_root: Path | None) -> str:
+        spec = EvaluationSpec(suite="card", data_root=None if data_root is None else str(data_root))
+        return evaluation_stage(
+            ModelRef("model", root, root), column, spec, precision="float32", title="x", world={}
+        ).key
+
+    before = key(mirror)
+    (mirror / "allenai/winogrande/test.jsonl").write_text("2")
+    assert key(mirror) == before, "another task's documents"
+    (mirror / "openai/gsm8k/test.jsonl").write_text("22")
+    assert key(mirror) != before
+    assert key(None) not in (before, key(mirror))
