@@ -13,9 +13,9 @@ from ctpd.objectives.distillation import Tokens
 
 
 class Grouped(NamedTuple):
-    """The tokens of one model that are in a group, group after group, in order: `index` among all, and their group."""
+    """The tokens of one model that are in a group, in order, by their place among all; and the group of each."""
 
-    index: Int[Tensor, " K"]
+    token: Int[Tensor, " K"]
     group: Int[Tensor, " K"]
 
 
