@@ -17,12 +17,13 @@ from typing import Literal, NamedTuple, final
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from ctpd.core.errors import UserError
 from ctpd.objectives.base import Sums
 from ctpd.objectives.distillation import DistillationObjective, DistillBatch, ModelFacts, TeacherView, Tokens
+from ctpd.objectives.groups import Grouped, shared_groups
 from ctpd.ops.rows import LogitRows
 
 _LOG_EPSILON = math.log(1e-8)  # TRL's lower bound of a probability
@@ -119,7 +120,10 @@ class GOLD(DistillationObjective):
 
     def forward(self, batch: DistillBatch) -> Sums:
         student, teacher = batch.student, batch.teachers[0]
-        row_G, ours, theirs = _grouped(student, teacher, self.params)
+        row_G, *grouped = shared_groups(
+            student, teacher, by_position=self.params.groups == "positions", skip_last=self.params.skip_end
+        )
+        ours, theirs = (_members(one, first=self.params.merge == "observed") for one in grouped)
         our_rows, their_rows = (_rows_of(tokens, self.params.merge) for tokens in (student, teacher))
         our_factor_G = log_factors(our_rows, student.targets, ours, temperature=self.params.student_temperature)
         with torch.no_grad():
@@ -199,37 +203,9 @@ def _rows_of(tokens: Tokens, merge: Literal["bayesian", "observed"]) -> LogitRow
     return tokens.rows
 
 
-def _grouped(student: Tokens, teacher: Tokens, params: GOLDParams) -> tuple[Tensor, Members, Members]:
-    """The response of each group, and its tokens of both models; a group has at least one of each."""
-    units = [tokens.place if params.groups == "positions" else tokens.unit for tokens in (student, teacher)]
-    width = 1 + max(int(unit.max()) for unit in units)
-    num_keys = width * (1 + int(student.row.max()))
-    kept = [
-        _inner(tokens.row) if params.skip_end else torch.ones_like(tokens.row, dtype=torch.bool)
-        for tokens in (student, teacher)
-    ]
-    keys = [tokens.row * width + unit for tokens, unit in zip((student, teacher), units, strict=True)]
-    shared_K = torch.ones(num_keys, dtype=torch.bool, device=student.row.device)
-    for key, keep in zip(keys, kept, strict=True):
-        shared_K &= torch.bincount(key[keep], minlength=num_keys) > 0
-    number_K = shared_K.cumsum(0) - 1
-    ours, theirs = (
-        _members((keep & shared_K[key]).nonzero()[:, 0], key, number_K, first=params.merge == "observed")
-        for key, keep in zip(keys, kept, strict=True)
-    )
-    return shared_K.nonzero()[:, 0] // width, ours, theirs
-
-
-def _inner(row_N: Int[Tensor, " N"]) -> Bool[Tensor, " N"]:
-    """Whether a token is not the last one of its response."""
-    inner_N = torch.zeros_like(row_N, dtype=torch.bool)
-    inner_N[:-1] = row_N[1:] == row_N[:-1]
-    return inner_N
-
-
-def _members(index: Tensor, key_N: Tensor, number_K: Tensor, *, first: bool) -> Members:
-    """Tokens by group: the groups are in order, and so are the tokens of each."""
-    group = number_K[key_N[index]]
+def _members(grouped: Grouped, *, first: bool) -> Members:
+    """The first or the last token of each group, and the others."""
+    index, group = grouped
     border = torch.ones_like(group, dtype=torch.bool)
     if first:
         border[1:] = group[1:] != group[:-1]
