@@ -40,6 +40,7 @@ class XTokenParams:
         reverse_kl: the student's distribution comes first.
         top_k: columns that `p_kl` compares: those of the largest teacher logits in the micro-batch.
         uncommon_top_k: the other two forms' bound on the length of the sorted rest.
+        micro_batch: responses that share the columns of `p_kl`. It must divide `pairs_per_step`.
     """
 
     form: Literal["p_kl", "gold", "x_token"] = "p_kl"
@@ -49,6 +50,7 @@ class XTokenParams:
     reverse_kl: bool = False
     top_k: int = 8192
     uncommon_top_k: int = 8192
+    micro_batch: int = 8
 
 
 @final
@@ -75,10 +77,11 @@ class XToken(DistillationObjective):
         for name in ("kl_weight", "ce_weight"):
             if getattr(params, name) < 0.0:
                 raise UserError(f"`{name}: {getattr(params, name)}` is negative")
-        for name in ("top_k", "uncommon_top_k"):
+        for name in ("top_k", "uncommon_top_k", "micro_batch"):
             if getattr(params, name) < 1:
-                raise UserError(f"`{name}: {getattr(params, name)}` is no number of columns")
+                raise UserError(f"`{name}: {getattr(params, name)}` is below 1")
         self.params = params
+        self.micro_batch = params.micro_batch if params.form == "p_kl" else None
         self.teacher = TeacherView(pairing="none")
 
     def bind(self, student: ModelFacts, teacher: ModelFacts) -> None:

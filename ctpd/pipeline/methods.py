@@ -20,6 +20,7 @@ METHODS: Mapping[str, str] = {
     "multi_level_ot": "baselines.multi_level_ot:MultiLevelOT",
     "alm": "baselines.alm:ALM",
     "gold": "baselines.gold:GOLD",
+    "x_token": "baselines.x_token:XToken",
     "uld": "baselines.uld:ULD",
 }
 
