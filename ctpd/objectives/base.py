@@ -84,12 +84,13 @@ class Layout:
 class Objective(nn.Module, ABC):
     """The common part of all objectives: ``ObjectiveClass(ObjectiveClass.params_type(...))`` makes one.
 
-    ``counts`` says by what the trainer divides a step's loss: pairs, or scored tokens of the student.
+    ``counts`` says by what the trainer divides a step's loss: pairs, scored tokens of the student, or units of both
+    models (distinct spans) in the scored responses.
     ``sides`` are the responses of a pair that the policy has to score.
     """
 
     params_type: ClassVar[type[Any]]
-    counts: ClassVar[Literal["pairs", "tokens"]]
+    counts: ClassVar[Literal["pairs", "tokens", "units"]]
     sides: ClassVar[tuple[Side, ...]]
 
     @property

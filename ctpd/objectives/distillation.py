@@ -63,6 +63,8 @@ class Tokens(NamedTuple):
         input_ids: [R, T] all tokens, padded with 0.
         embed: ids -> input embeddings, without gradient; None for stored distributions.
         columns: stored numbers of each token (`TeacherView.boundary`), or None.
+        position: the token's own place among all R * T positions (one after its predictor's): the row of `every` there
+            predicts what follows the token. None for stored distributions.
     """
 
     rows: Distributions | None
@@ -74,6 +76,7 @@ class Tokens(NamedTuple):
     input_ids: Int[Tensor, "R T"] | None = None
     embed: Callable[[Tensor], Tensor] | None = None
     columns: Float[Tensor, "N C"] | None = None
+    position: Int[Tensor, " N"] | None = None
 
     @property
     def place(self) -> Int[Tensor, " N"]:
