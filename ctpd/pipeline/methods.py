@@ -21,6 +21,8 @@ METHODS: Mapping[str, str] = {
     "alm": "baselines.alm:ALM",
     "gold": "baselines.gold:GOLD",
     "x_token": "baselines.x_token:XToken",
+    "dskd": "baselines.dskd:DSKD",
+    "dskd_cma": "baselines.dskd_cma:DSKDCMA",
     "uld": "baselines.uld:ULD",
 }
 

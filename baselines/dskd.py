@@ -1,0 +1,153 @@
+"""Dual-space distillation (Zhang et al., EMNLP 2024, arXiv 2406.17328) of models that share a tokenizer (BASELINES 6a).
+
+Two linear maps carry hidden states into the other model's space, so that both distributions of a comparison come from
+one output head: the teacher's hidden states through the student's, the student's through the teacher's.
+`baselines.dskd_cma` does the same for any two tokenizers.
+
+Shape legend: N scored tokens of the student, M of the teacher, R rows of a tile, V the vocabulary of the head in use,
+H hidden size.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple, final
+
+import torch
+from torch import Tensor, nn
+
+from baselines.divergences import RowDivergence, find_divergence, forward_kl
+from ctpd.core.errors import UserError
+from ctpd.objectives.base import Sums
+from ctpd.objectives.distillation import (
+    DistillationObjective,
+    DistillBatch,
+    ModelFacts,
+    TeacherView,
+    check_kd_rate,
+    mixed,
+)
+from ctpd.ops.rows import LogitRows
+
+
+@dataclass(frozen=True, kw_only=True)
+class DSKDParams:
+    """Defaults: the scripts of DSKD and of CTPD's authors.
+
+    Args:
+        divergence: in the student's space, a name of `baselines.divergences.DIVERGENCES`; in the teacher's space it is
+            always forward KL, as published.
+        kd_rate: share of the three distillation terms; the rest is cross-entropy.
+        temperature: divides the logits of both divergences.
+        projector_learning_rate: the step size of the projectors.
+    """
+
+    divergence: str = "forward_kl"
+    kd_rate: float = 0.5
+    temperature: float = 2.0
+    projector_learning_rate: float = 1e-3
+
+
+@final
+class DSKD(DistillationObjective):
+    """`(1 - kd_rate) CE(z) + kd_rate (CE(q) + D(z, sg(q)) + KL(u || r))` over the student's scored tokens.
+
+    z and u are the models' logits, q the teacher's hidden states in the student's space, r the student's in the
+    teacher's. The student's head gets gradients from z alone, the projector to the student's space from CE(q) alone,
+    the other one from the last term.
+
+    Raises:
+        UserError: an unknown divergence, or a number out of range.
+    """
+
+    params_type = DSKDParams
+    counts = "tokens"
+    sides = ("chosen",)
+    t2s: nn.Linear
+    s2t: nn.Linear
+
+    def __init__(self, params: DSKDParams) -> None:
+        super().__init__()
+        check_kd_rate(params.kd_rate)
+        self._divergence = find_divergence(params.divergence, temperature=params.temperature)
+        self.params, self.objective_learning_rate = params, checked_rate(params.projector_learning_rate)
+        self.teacher = TeacherView(same_tokenizer=True)
+
+    def bind(self, student: ModelFacts, teacher: ModelFacts) -> None:
+        self.t2s = nn.Linear(teacher.hidden_size, student.hidden_size)
+        self.s2t = nn.Linear(student.hidden_size, teacher.hidden_size)
+
+    def forward(self, batch: DistillBatch) -> Sums:
+        student, teacher = batch.student, batch.teachers[0].rows
+        assert isinstance(student.rows, LogitRows)
+        assert isinstance(teacher, LogitRows)
+        paired_N = batch.partner >= 0
+        theirs = teacher.constant().select(batch.partner.clamp(min=0))
+        mapped = LogitRows(carried(self.t2s, theirs.hidden, student.rows), student.rows.head.constant())
+        ours = student_space(student.rows, student.targets, mapped, self._divergence)
+        s2t_kd_N = teacher_space(carried(self.s2t, student.rows.hidden, theirs), theirs, self.params.temperature)
+        t2s_ce, t2s_kd, hits, s2t_kd = (
+            part_N.masked_fill(~paired_N, 0.0).sum() for part_N in (ours.t2s_ce, ours.t2s_kd, ours.hit, s2t_kd_N)
+        )
+        return mixed(
+            ours.nll.sum(), t2s_ce + t2s_kd + s2t_kd, kd_rate=self.params.kd_rate, batch=batch,
+            t2s_ce=t2s_ce, t2s_kd=t2s_kd, s2t_kd=s2t_kd, t2s_accuracy=hits,
+        )  # fmt: skip
+
+
+class StudentSpace(NamedTuple):
+    """What the student's head says of each scored token; `hit` is 1 where the teacher's state predicts the token."""
+
+    nll: Tensor
+    t2s_ce: Tensor
+    t2s_kd: Tensor
+    hit: Tensor
+
+
+def student_space(rows: LogitRows, targets_N: Tensor, mapped: LogitRows, divergence: RowDivergence) -> StudentSpace:
+    """CE(z), CE(q), D(z, sg(q)) and `argmax q = target`, each [N]; q are the rows of ``mapped``."""
+
+    def terms(logits_RV: Tensor, targets_R: Tensor, mapped_RV: Tensor) -> Tensor:
+        return torch.stack(
+            [
+                _cross_entropy(logits_RV, targets_R),
+                _cross_entropy(mapped_RV, targets_R),
+                divergence(logits_RV, mapped_RV.detach()),
+                (mapped_RV.argmax(-1) == targets_R).to(logits_RV.dtype),
+            ],
+            dim=1,
+        )
+
+    return StudentSpace(*rows.map(terms, targets_N, mapped).unbind(1))
+
+
+def teacher_space(hidden_MH: Tensor, teacher: LogitRows, temperature: float) -> Tensor:
+    """KL(u || r): [M], of the teacher's rows u and the student's hidden states r under the teacher's constant head."""
+
+    def divergence(logits_RV: Tensor, teacher_RV: Tensor) -> Tensor:
+        return forward_kl(logits_RV, teacher_RV, temperature=temperature)
+
+    return LogitRows(hidden_MH, teacher.head.constant()).map(divergence, teacher)
+
+
+def carried(projector: nn.Linear, hidden_NH: Tensor, to: LogitRows) -> Tensor:
+    """Hidden states in another model's space, in the number format of that model's own."""
+    return projector(hidden_NH.to(projector.weight.dtype)).to(to.hidden.dtype)
+
+
+def checked_rate(learning_rate: float) -> float:
+    """The projectors' learning rate, refused if it is none."""
+    if learning_rate <= 0.0:
+        raise UserError(f"`projector_learning_rate: {learning_rate}` is not above 0")
+    return learning_rate
+
+
+def pinv_map(source_VH: Tensor, target_VK: Tensor) -> Tensor:
+    """[H, K]: the least-squares map of hidden states under which the target's head gives the source's logits.
+
+    DSKDv2's initialisation: `source^T pinv(target^T)`, over rows of tokens that both vocabularies have. The transposed
+    map of teacher and student is the weight of `t2s`; that of student and teacher replaces `s2t` there.
+    """
+    return source_VH.T @ torch.linalg.pinv(target_VK.T)
+
+
+def _cross_entropy(logits_RV: Tensor, targets_R: Tensor) -> Tensor:
+    return -logits_RV.log_softmax(-1).gather(-1, targets_R[:, None])[:, 0]
