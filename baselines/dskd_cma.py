@@ -46,6 +46,7 @@ class DSKDCMAParams:
         std_scope: what the teacher's embeddings and hidden states are normalised by. `valid`: the standard deviation
             over the scored tokens of each response. `all`: over all positions of the batch, prompt and padding
             included, as the public code does; the loss of a response then depends on its batch mates.
+        micro_batch: responses that share the deviations of `std_scope: all`. It must divide `pairs_per_step`.
     """
 
     divergence: str = "forward_kl"
@@ -53,6 +54,7 @@ class DSKDCMAParams:
     temperature: float = 2.0
     projector_learning_rate: float = 1e-3
     std_scope: Literal["valid", "all"] = "valid"
+    micro_batch: int = 8
 
 
 class _Normalised(NamedTuple):
@@ -87,6 +89,7 @@ class DSKDCMA(DistillationObjective):
         check_kd_rate(params.kd_rate)
         self._divergence = find_divergence(params.divergence, temperature=params.temperature)
         self.params, self.objective_learning_rate = params, checked_rate(params.projector_learning_rate)
+        self.micro_batch = params.micro_batch if params.std_scope == "all" else None
         self.teacher = TeacherView(pairing="none")
 
     def bind(self, student: ModelFacts, teacher: ModelFacts) -> None:
