@@ -33,7 +33,8 @@ class XTokenParams:
     """Defaults: NeMo-RL's.
 
     Args:
-        form: `p_kl`; `gold`: only tokens of equal spelling are shared; `x_token`: also those whose first piece is.
+        form: `p_kl`; `h_kl`: only tokens of equal spelling are shared; `relaxed_h_kl`: also those whose first piece is.
+            NeMo calls these two `gold` and `xtoken`.
         kl_weight: times the distance, a mean over spans, times the squared temperature.
         ce_weight: times the cross-entropy.
         temperature: of both distributions.
@@ -43,7 +44,7 @@ class XTokenParams:
         micro_batch: responses that share the columns of `p_kl`. It must divide `pairs_per_step`.
     """
 
-    form: Literal["p_kl", "gold", "x_token"] = "p_kl"
+    form: Literal["p_kl", "h_kl", "relaxed_h_kl"] = "p_kl"
     kl_weight: float = 1.0
     ce_weight: float = 0.1
     temperature: float = 1.0
@@ -95,7 +96,7 @@ class XToken(DistillationObjective):
         used_VK = pieces_VK >= 0
         self.register_buffer("entries", torch.stack([used_VK.nonzero()[:, 0], pieces_VK[used_VK]]), persistent=False)
         self.register_buffer("weights", weights_VK[used_VK], persistent=False)
-        common = shared_tokens(pieces_VK, weights_VK, relaxed=self.params.form == "x_token")
+        common = shared_tokens(pieces_VK, weights_VK, relaxed=self.params.form == "relaxed_h_kl")
         rests = [
             torch.ones(size).index_fill(0, ids, 0.0).nonzero()[:, 0]
             for size, ids in zip((len(pieces_VK), teacher_size), common, strict=True)

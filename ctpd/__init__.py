@@ -10,8 +10,10 @@ __version__ = "0.1.0"
 
 _PUBLIC = {
     "AlignedSpans": "ctpd.text.align",
+    "DistillationObjective": "ctpd.objectives.distillation",
     "Objective": "ctpd.objectives.base",
     "PairObjective": "ctpd.objectives.base",
+    "RowObjective": "ctpd.objectives.distillation",
     "PreferenceTrainer": "ctpd.train.trainer",
     "UserError": "ctpd.core.errors",
     "align_spans": "ctpd.text.align",

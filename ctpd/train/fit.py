@@ -113,6 +113,10 @@ def fit(
     reset_peak()
     start = time.monotonic()
     trainer.train(resume_from_checkpoint=get_last_checkpoint(str(folder)) if folder.is_dir() else None)
+    return _outcome(trainer, model, objective, seconds=time.monotonic() - start)
+
+
+def _outcome(trainer: PreferenceTrainer, model: nn.Module, objective: Objective, *, seconds: float) -> Fit:
     objective_parameters, _ = parameter_counts(objective)
     if objective_parameters:
         delattr(model, OBJECTIVE)  # it has served; what is saved and exported is the student alone
@@ -120,13 +124,13 @@ def fit(
     return Fit(
         history=[dict(entry) for entry in trainer.state.log_history if "train_runtime" not in entry],
         steps=trainer.state.global_step,
-        seconds=round(time.monotonic() - start, 3),
+        seconds=round(seconds, 3),
         peak_memory_mib=peak_mebibytes(),
         weights_mib=weight_mebibytes(model),
         trainable_parameters=trainable,
         parameters=everything,
         objective_parameters=objective_parameters,
-        micro_batch=args.per_device_train_batch_size,
+        micro_batch=trainer.args.per_device_train_batch_size,
     )
 
 

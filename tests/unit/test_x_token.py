@@ -16,7 +16,7 @@ SHARED = ["nemo.gold.strict", "nemo.gold.xtoken"]
 
 def params_of(vector, **changes):
     given = vector["params"]
-    form = "p_kl" if "vocab_topk" in given else "x_token" if given["xtoken_loss"] else "gold"
+    form = "p_kl" if "vocab_topk" in given else "relaxed_h_kl" if given["xtoken_loss"] else "h_kl"
     return XTokenParams(
         **{
             "form": form,
@@ -79,7 +79,7 @@ def test_shared_tokens_and_both_parts_equal_the_public_code(name):
         assert float(metrics[f"kd/{ours}"]) == pytest.approx(scaled, abs=1e-4)
 
 
-@pytest.mark.parametrize("form", ["gold", "x_token"])
+@pytest.mark.parametrize("form", ["h_kl", "relaxed_h_kl"])
 def test_a_batch_is_the_sum_of_its_responses(form):
     vector = VECTORS[SHARED[0]]
     _, batch = golden_batch(vector, copies=2)
@@ -142,7 +142,7 @@ def test_bind_builds_the_matrix_and_leaves_columns_without_a_token_out():
         tokens(logits, torch.tensor([[0, 1, 3]]), unit=torch.tensor([0, 0, 1])),
         tokens(theirs, torch.tensor([[0, 2]]), unit=torch.tensor([0, 1])),
     )
-    for form in ("p_kl", "gold", "x_token"):
+    for form in ("p_kl", "h_kl", "relaxed_h_kl"):
         objective = XToken(XTokenParams(form=form))
         objective.bind(student, teacher)
         sums = objective(batch)
