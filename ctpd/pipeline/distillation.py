@@ -196,10 +196,11 @@ def _greedy(
         out = model.generate(
             input_ids=ids.to(device), attention_mask=mask.to(device), do_sample=False, num_beams=1,
             temperature=None, top_p=None, top_k=None,
-            max_new_tokens=max_tokens - width, eos_token_id=end_token, pad_token_id=end_token,
+            max_new_tokens=max_tokens - min(len(prompts[i]) for i in chosen), eos_token_id=end_token, pad_token_id=end_token,
         )[:, width:].tolist()  # fmt: skip
         for i, tokens in zip(chosen, out, strict=True):
-            result[i] = tokens[: tokens.index(end_token)] if end_token in tokens else None
+            own = tokens[: max_tokens - len(prompts[i])]
+            result[i] = own[: own.index(end_token)] if end_token in own else None
         work.progress(start + len(chosen), len(order))
     return result
 
