@@ -154,25 +154,47 @@ def test_one_token_responses_of_any_length_of_the_other_model():
         assert parts(objective, batch) == pytest.approx(float(loss.detach()), abs=1e-10)
 
 
-@pytest.mark.parametrize("vector", [SAME, CROSS], ids=["same", "cma"])
-def test_float32_is_close_to_float64(vector):
-    make = same if vector is SAME else cross
+def narrow(one, dtype):
+    """The same tokens in another number format."""
+    embed = one.embed
+    one.rows.hidden, one.every.hidden = one.rows.hidden.detach().to(dtype), one.every.hidden.detach().to(dtype)
+    one = one._replace(embed=None if embed is None else lambda index: embed(index).to(dtype))
+    return under_head(one, nn.Parameter(one.rows.head.module.weight.detach().to(dtype)))
+
+
+@BOTH
+def test_float32_is_close_to_float64(vector, make):
     objective, batch, _ = make()
     objective.float()
-
-    def narrow(one):
-        embed, head = one.embed, nn.Parameter(one.rows.head.module.weight.detach().float())
-        rows = one.rows, one.every
-        one = one._replace(embed=None if embed is None else lambda index: embed(index).float())
-        for name, value in zip(("rows", "every"), rows, strict=True):
-            value.hidden = value.hidden.detach().float()
-            one = one._replace(**{name: value})
-        return under_head(one, head)
-
-    found = objective(batch._replace(student=narrow(batch.student), teachers=(narrow(batch.teachers[0]),)))
+    found = objective(
+        batch._replace(
+            student=narrow(batch.student, torch.float32), teachers=(narrow(batch.teachers[0], torch.float32),)
+        )
+    )
     assert found.loss.dtype == torch.float32
     loss = float(found.loss.detach()) / vector["params"]["batch_denom"]
     assert loss == pytest.approx(vector["expected"]["total"], rel=2e-6)
+
+
+@BOTH
+def test_sixteen_bits_are_coarse_but_the_attention_is_not_masked_away(vector, make):
+    """Under autocast, as the trainer runs bfloat16: all parameters stay float32."""
+    objective, batch, _ = make()
+    objective.float()
+    batch = batch._replace(
+        student=narrow(batch.student, torch.float32), teachers=(narrow(batch.teachers[0], torch.float32),)
+    )
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = objective(batch).loss
+    loss.backward()
+    assert float(loss.detach()) / vector["params"]["batch_denom"] == pytest.approx(
+        vector["expected"]["total"], rel=0.02
+    )
+    for name, parameter in objective.named_parameters():
+        wanted = vector["expected"]["grad"][name.replace(".", "_")]
+        torch.testing.assert_close(
+            parameter.grad / vector["params"]["batch_denom"], torch.tensor(wanted), atol=0.1, rtol=0.1, msg=name
+        )
 
 
 def test_projectors_are_trained_at_their_own_rate_and_have_biases():
