@@ -23,6 +23,7 @@ METHODS: Mapping[str, str] = {
     "x_token": "baselines.x_token:XToken",
     "dskd": "baselines.dskd:DSKD",
     "dskd_cma": "baselines.dskd_cma:DSKDCMA",
+    "mined": "baselines.mined:MinED",
     "uld": "baselines.uld:ULD",
 }
 
