@@ -140,14 +140,5 @@ def checked_rate(learning_rate: float) -> float:
     return learning_rate
 
 
-def pinv_map(source_VH: Tensor, target_VK: Tensor) -> Tensor:
-    """[H, K]: the least-squares map of hidden states under which the target's head gives the source's logits.
-
-    DSKDv2's initialisation: `source^T pinv(target^T)`, over rows of tokens that both vocabularies have. The transposed
-    map of teacher and student is the weight of `t2s`; that of student and teacher replaces `s2t` there.
-    """
-    return source_VH.T @ torch.linalg.pinv(target_VK.T)
-
-
 def _cross_entropy(logits_RV: Tensor, targets_R: Tensor) -> Tensor:
     return -logits_RV.log_softmax(-1).gather(-1, targets_R[:, None])[:, 0]

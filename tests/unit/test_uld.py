@@ -54,3 +54,34 @@ def test_stored_distributions_are_wrong_by_at_most_the_dropped_mass(top_k):
     used = batch.partner[batch.partner >= 0]
     dropped = float(kept.rows[0 : len(kept.rows)].rest[used].sum())
     assert abs(exact - bounded) <= dropped + 1e-12
+
+
+def test_the_pairing_without_the_students_end_equals_the_original_code():
+    """The original's normalisation (means of means, factor 1.5) is applied here; rows, pairing and gradient are ours."""
+    vector = VECTORS["uld.original.skip_eos"]
+    inputs, expected = vector["inputs"], vector["expected"]
+    student = leaf(inputs["student_logits"])
+
+    def preshifted(name):
+        labels = torch.tensor(inputs[f"{name}_labels_unshifted"])
+        return torch.cat([labels[:, 1:], torch.full_like(labels[:, :1], -100)], dim=1)
+
+    teacher = torch.tensor(inputs["teacher_logits"], dtype=torch.float64)
+    batch = batch_of(tokens(student, preshifted("student")), tokens(teacher, preshifted("teacher")))
+    is_last = torch.ones_like(batch.student.row, dtype=torch.bool)
+    is_last[:-1] = batch.student.row[1:] != batch.student.row[:-1]
+    batch = batch._replace(partner=batch.partner.masked_fill(is_last, -1))
+    objective = ULD(ULDParams(kd_rate=1.0, skip_student_eos=True))
+    assert objective.teacher.skip_last
+    parts = []
+    for row in range(batch.num_rows):
+        one = single(batch, row)
+        parts.append(objective(one).loss / int((one.partner >= 0).sum()))
+    distance = vector["params"]["distillation_weight"] * torch.stack(parts).mean()
+    assert float(distance.detach()) == pytest.approx(expected["distill"], abs=vector["tol"])
+    (grad,) = torch.autograd.grad(distance, student)
+    wanted = torch.tensor(expected["grad_distill_student_logits"], dtype=torch.float64)
+    torch.testing.assert_close(grad, wanted, atol=vector["tol"], rtol=0)
+    count = len(batch.student.row)
+    ce = total(ULD(ULDParams(kd_rate=0.0))(batch)) / count
+    assert ce + expected["distill"] == pytest.approx(expected["total"], abs=vector["tol"])
