@@ -24,15 +24,15 @@ def cost_table(runs: Mapping[str, Sequence[Record]]) -> CostTable:
     Args:
         runs: the records of each run, one a seed.
     """
-    header = ("", "Seeds", "Training", "Peak memory", "Weights", "Parameters", "Trained", "Steps", "Micro-batch",
-              "Signals, teacher", "Signals, student", "Evaluation")  # fmt: skip
+    header = ("", "Seeds", "Training", "Peak memory", "Weights", "Parameters", "Trained", "Steps",
+              "Teacher passes", "Student passes", "Evaluation")  # fmt: skip
     return CostTable(header, [_line(run, records) for run, records in runs.items()], NOTES)
 
 
 NOTES = (
     "Means over the seeds. Training: the run's own, without what all runs share (pretraining, SFT, contrastive models).",
     "Peak memory: of the GPU; on a CPU, of the whole process. Weights: memory of the model's weights alone.",
-    "Signals: passes of a frozen model over all pairs, made once, stored, and shared by every run that needs them.",
+    "Passes: of a frozen model over all pairs before the training, made once, stored, and shared by all runs that read them.",
 )
 
 
@@ -54,7 +54,6 @@ def _line(run: str, records: Sequence[Record]) -> tuple[str, ...]:
         mean("parameters", count),
         mean("trainable_parameters", count),
         mean("steps", count),
-        mean("micro_batch", count),
         _signals(records, "teacher"),
         _signals(records, "student"),
         duration(float(np.mean(evaluation))),
@@ -62,7 +61,7 @@ def _line(run: str, records: Sequence[Record]) -> tuple[str, ...]:
 
 
 def _signals(records: Sequence[Record], role: str) -> str:
-    """How many signals of a role a run read; records of older versions do not say."""
+    """How many stored signals of a role a run read; records of older versions do not say."""
     found = [record["signals"] for record in records if record.get("signals") is not None]
     return str(sum(label.startswith(f"{role} ") for label in found[0])) if found else NOTHING
 

@@ -11,6 +11,8 @@ from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 WIDTH = 360
+PANEL = 108
+"""Height of one histogram."""
 NUM_STYLES = 8
 """Classes ``s0`` to ``s7``; from the ninth on, the same colours dashed (``dash``)."""
 
@@ -93,10 +95,11 @@ def forest(estimates: Sequence[Estimate], *, title: str, unit: str, span: tuple[
     margin = 0.04 * (high - low) or 1.0
     x = Scale(low - margin, high + margin, 8, WIDTH - 8)
     bottom = 38 * len(estimates) + 8
-    body = [_vertical(x(tick), 4, bottom, "grid") for tick in ticks(x.first, x.last)]
-    body.append(_vertical(x(0), 0, bottom, "zero"))
+    body = []
     for number, item in enumerate(estimates):
         y = 38 * number + 28
+        body += [_vertical(x(tick), y - 8, y + 12, "grid") for tick in ticks(x.first, x.last)]
+        body.append(_vertical(x(0), y - 8, y + 12, "zero"))
         clear = "clear" if item.low > 0 or item.high < 0 else "open"
         body += [
             _text(8, y - 12, _short(item.label, 27), "label"),
@@ -153,25 +156,25 @@ def histograms(panels: Sequence[Bars], *, title: str, x_label: str) -> str:
     x = Scale(low, high if high > low else low + 1, 12, WIDTH - 12)
     body = []
     for number, panel in enumerate(panels):
-        bottom = 96 * number + 92
+        bottom = PANEL * number + PANEL - 4
         y = Scale(0, max(panel.counts, default=0) or 1, bottom, bottom - 62)
         outline = "".join(
             f"M{x(a)} {bottom}V{y(count)}H{x(b)}V{bottom}z"
-            for count, a, b in zip(panel.counts, panel.edges, panel.edges[1:], strict=False)
+            for count, a, b in zip(panel.counts, panel.edges[:-1], panel.edges[1:], strict=True)
             if count
         )
         body += [
-            _text(12, bottom - 78, panel.label, "label"),
+            _text(12, bottom - 88, panel.label, "label"),
             f'<path class="bars {panel.style}" d="{outline}"/>',
             f'<path class="axis" d="M12 {bottom}H{WIDTH - 12}"/>',
         ]
         for bound in panel.bounds:
+            end = " end" if x(bound) > WIDTH / 2 else ""
             body.append(_vertical(x(bound), bottom - 66, bottom, "bound"))
-            middle = x(bound) < WIDTH / 2
-            body.append(_text(x(bound) + (4 if middle else -4), bottom - 56, f"{bound:.3g}", "number" + ("" if middle else " end")))
-    body += _x_axis(x, 96 * len(panels) - 4, x_label)
+            body.append(_text(x(bound), bottom - 70, f"{bound:.3g}", f"number{end}"))
+    body += _x_axis(x, PANEL * len(panels) - 4, x_label)
     words = "; ".join(f"{p.label}, {sum(p.counts):,} from {p.edges[0]:.3g} to {p.edges[-1]:.3g}" for p in panels)
-    return _svg(96 * len(panels) + 32, title, f"{words}.", body)
+    return _svg(PANEL * len(panels) + 32, title, f"{words}.", body)
 
 
 def _svg(height: float, title: str, description: str, body: Sequence[str]) -> str:

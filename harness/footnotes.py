@@ -91,7 +91,10 @@ def _tests(spec: TableSpec, rows: Sequence[Row]) -> Iterator[str]:
     if not compared:
         return
     many = f", with Holm's correction for the {len(compared)} comparisons of this table" if len(compared) > 1 else ""
-    yield f"p: two-sided, of no difference of the Average, from the same bootstrap samples{many}."
+    yield (
+        f"p: two-sided, of no difference of the Average, from the same bootstrap samples (at least "
+        f"{2 / (DRAWS + 1):.4f}){many}."
+    )
     if any(row.seed_difference is not None for row in compared):
         yield (
             f"Over seeds: the mean of the seeds' differences of the Average, with a {CONFIDENCE:.0%} t-interval "

@@ -17,7 +17,9 @@ class Provenance(NamedTuple):
 
 def provenance_of(records: Sequence[Record]) -> Provenance:
     """What the records say of their making. Where they differ, every value is listed."""
-    settings = [(path, str(value)) for path, value in leaves(records[0]["shared"]) if value is not None and path != "seeds"]
+    settings = [
+        (path, str(value)) for path, value in leaves(records[0]["shared"]) if value is not None and path != "seeds"
+    ]
     header = ("", "Seed", "Method", "Parameters", "Tuned", "Commit", "Time (UTC)")
     return Provenance(list(_facts(records)), settings, header, [_line(record) for record in records])
 
@@ -33,8 +35,9 @@ def _facts(records: Sequence[Record]) -> Iterator[tuple[str, list[str]]]:
     yield "Machines", _distinct(one.get("platform") for one in made)
     yield "Devices", _distinct(one.get("runtime", {}).get("device") for one in made)
     packages = {name: None for one in made for name in one.get("versions", {})}
-    versions = [f"{name} {' and '.join(_distinct(one['versions'].get(name) for one in made))}" for name in packages]
-    yield "Versions", [*(f"Python {version}" for version in _distinct(one.get("python") for one in made)), *versions]
+    versions = {name: _distinct(one.get("versions", {}).get(name) for one in made) for name in packages}
+    versions = {"Python": _distinct(one.get("python") for one in made), **versions}
+    yield "Versions", [", ".join(f"{name} {' and '.join(found)}" for name, found in versions.items() if found)]
 
 
 def _pairs(data: Mapping[str, Any]) -> str | None:

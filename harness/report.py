@@ -21,8 +21,8 @@ from harness.provenance import Provenance, provenance_of
 from harness.sheet import AVERAGE, Row, Table
 
 CURVES = (
-    ("loss", "Loss", "each method's own: not to be compared between methods"),
-    ("rewards/margins", "Reward margin", "chosen minus rejected, nats times beta"),
+    ("loss", "Loss", "each method's own, on its own scale"),
+    ("rewards/margins", "Reward margin", "chosen minus rejected, beta included"),
     ("rewards/accuracies", "Reward accuracy", "share of pairs with a positive margin"),
 )
 """What is drawn of a training's history: key, title, remark. The same key with ``eval_`` gives the circles."""
@@ -39,11 +39,12 @@ class TableSection(NamedTuple):
 
 
 class CurveSection(NamedTuple):
-    """The training curves of one table's rows; ``legend`` pairs a row's label with the classes of its line."""
+    """The training curves of one table's rows: ``legend`` pairs a row's label with the classes of its line, ``figures``
+    are title, remark and figure."""
 
     caption: str
     legend: list[tuple[str, str]]
-    figures: list[tuple[str, str]]
+    figures: list[tuple[str, str, str]]
 
 
 class WeightSection(NamedTuple):
@@ -95,11 +96,11 @@ def _summary(table: Table) -> Iterator[str]:
         cell = row.cells[-1]
         assert cell is not None
         names = " and ".join(row.label for row in best)
-        yield f"Best {AVERAGE}: {names}, {100 * cell.mean:.2f} %."
+        yield f"Best {AVERAGE}: {names}, {100 * cell.mean:.2f}\N{NO-BREAK SPACE}%."
         if row.difference is not None:
             yield (
-                f"Difference to {table.base_label}: {percent_interval(row.difference)} points (95 %), "
-                f"p {_equals(p_text(row.p_value))} after Holm's correction."
+                f"Difference to {table.base_label}: {percent_interval(row.difference)} points (95\N{NO-BREAK SPACE}%), "
+                f"p\N{NO-BREAK SPACE}{_equals(p_text(row.p_value))} after Holm's correction."
             )
     if table.partial:
         yield "Evaluated on a part of the documents: no result, only a sign that the parts work together."
@@ -108,7 +109,7 @@ def _summary(table: Table) -> Iterator[str]:
 
 
 def _equals(text: str) -> str:
-    return text if text.startswith("<") else f"= {text}"
+    return text if text.startswith("<") else f"=\N{NO-BREAK SPACE}{text}"
 
 
 def _table_section(number: int, table: Table) -> TableSection:
@@ -157,7 +158,7 @@ def _curve_section(table: Table, runs: Mapping[str, Sequence[Record]]) -> CurveS
                 drawn[label] = style
                 lines.append(Curve(label, style, raw, smoothed(raw), marks))
         if lines:
-            made.append((figures.curves(lines, title=title, x_label="step", y_label=title), f"{title}: {remark}."))
+            made.append((title, remark, figures.curves(lines, title=title, x_label="step", y_label=title)))
     legend = [(label, figures.style_class(style)) for label, style in sorted(drawn.items(), key=lambda item: item[1])]
     return CurveSection(table.spec.caption.rstrip("."), legend, made)
 
