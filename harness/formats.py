@@ -29,6 +29,7 @@ class View(NamedTuple):
     rows: list[list["Styled"]]
     notes: tuple[str, ...]
     published: Published | None
+    not_ours: str = NOT_OURS
 
 
 class Styled(NamedTuple):

@@ -144,19 +144,21 @@ def _with_differences(rows: Sequence[Row], runs: Runs, base: str | None, columns
     if not compared:
         return list(rows)
     found = bootstrap_differences({name: np.stack(values, axis=1) for name, values in per_column.items()})
-    p_values = holm(found.p_values)
-    tests = _corrected(tests)
-    added = {
-        run: {
-            "difference": found.average[i],
-            "differences": {name: found.columns[name][i] for name in columns},
-            "p_value": p_values[i],
-            "seed_difference": _seed_difference(runs[run], runs[base], columns),
-            "mcnemar": tests[run],
-        }
-        for i, run in enumerate(compared)
-    }
-    return [replace(row, **added.get(row.run, {})) for row in rows]
+    p_values, tests, order = holm(found.p_values), _corrected(tests), {run: i for i, run in enumerate(compared)}
+
+    def compare(row: Row) -> Row:
+        if (i := order.get(row.run)) is None:
+            return row
+        return replace(
+            row,
+            difference=found.average[i],
+            differences={name: found.columns[name][i] for name in columns},
+            p_value=p_values[i],
+            seed_difference=_seed_difference(runs[row.run], runs[base], columns),
+            mcnemar=tests[row.run],
+        )
+
+    return [compare(row) for row in rows]
 
 
 def _seed_difference(
