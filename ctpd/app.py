@@ -26,6 +26,7 @@ from ctpd.pipeline.stages import SharedStages
 from harness.suites import Column, Suite, load_suite
 
 RESULT, RECORD = "result.json", "record.json"
+REPORT = "report.html"
 
 
 class Experiment:
@@ -46,7 +47,7 @@ class Experiment:
         seeds: Sequence[int] = (),
         limit: int | None = None,
     ) -> None:
-        self.source = str(recipe)
+        self.source, self.limit = str(recipe), limit
         self.recipe = _narrowed(load_recipe(recipe), seeds=seeds, limit=limit, source=self.source)
         self.stages = SharedStages(self.recipe.shared, source=self.source)
         runs = list(plan_runs(self.recipe, self.stages, source=self.source))
@@ -105,7 +106,8 @@ class Experiment:
         }
 
         def build(work: Work) -> None:
-            _write_record(work, head, columns=[column.name for column in self.suite.columns])
+            told = {**head, "signals": _signals(run)}
+            _write_record(work, told, columns=[column.name for column in self.suite.columns])
 
         return Stage("record", 1, head, build, f"record: {run.title}", inputs)
 
@@ -263,6 +265,18 @@ def read_records(experiment: Experiment, store: Store) -> list[dict[str, Any]]:
     return [json.loads((folder / RECORD).read_text(encoding="utf-8")) for folder in found]
 
 
+def missing_runs(experiment: Experiment, store: Store) -> list[PlannedRun]:
+    """The runs whose record is not there."""
+    stages = zip(experiment.runs, experiment.records, strict=True)
+    return [run for run, stage in stages if not store.has(stage.kind, stage.key)]
+
+
+def _signals(run: PlannedRun) -> list[str]:
+    """The stored log-probabilities that a run reads, each made by one pass of a frozen model over the pairs."""
+    upstream = [stage for made in (run.training, run.weights) if made is not None for stage in made.inputs.values()]
+    return sorted({stage.label.removeprefix("signals: ") for stage in upstream if stage.kind == "signals"})
+
+
 def differing_versions(records: Sequence[Mapping[str, Any]]) -> dict[str, list[str]]:
     """Packages that were not the same for all records, with the versions found."""
     found: dict[str, set[str]] = {}
@@ -310,11 +324,22 @@ def table_specs(recipe: Recipe) -> list[Any]:
 
 
 def write_tables(made: Iterable[Any], folder: Path) -> list[Path]:
-    """Markdown, CSV and LaTeX of every table; returns the files."""
+    """Markdown, CSV, LaTeX and HTML of every table; returns the files."""
     from harness.formats import write_table
 
     folder.mkdir(parents=True, exist_ok=True)
     return [path for table in made for path in write_table(table, folder)]
+
+
+def write_report(
+    experiment: Experiment, made: Sequence[Any], records: Sequence[Mapping[str, Any]], folder: Path
+) -> Path:
+    """The report beside the tables, in one file; returns it."""
+    from harness.report import write_report as write
+
+    path = folder / REPORT
+    write(made, records, path, title=experiment.recipe.name, about=experiment.recipe.about)
+    return path
 
 
 def write_records(records: Iterable[Mapping[str, Any]], folder: Path) -> None:

@@ -48,7 +48,7 @@ def title(record: Record) -> str:
 def _check_shared(first: Record, other: Record) -> None:
     if first["shared_hash"] == other["shared_hash"]:
         return
-    left, right = dict(_leaves(first["shared"])), dict(_leaves(other["shared"]))
+    left, right = dict(leaves(first["shared"])), dict(leaves(other["shared"]))
     names = [name for name in left | right if name != "seeds" and left.get(name) != right.get(name)]
     fields = ", ".join(f"`{name}` ({left.get(name, 'absent')} and {right.get(name, 'absent')})" for name in names)
     raise UserError(
@@ -85,10 +85,10 @@ def _values(left: object, right: object) -> str:
     return f" ({short[0]} and {short[1]})"
 
 
-def _leaves(value: object, path: str = "") -> Iterator[tuple[str, object]]:
+def leaves(value: object, path: str = "") -> Iterator[tuple[str, object]]:
     """Every leaf of nested mappings and lists, with its dotted path."""
     if isinstance(value, Mapping) and value:
         for key, item in value.items():
-            yield from _leaves(item, f"{path}.{key}" if path else str(key))
+            yield from leaves(item, f"{path}.{key}" if path else str(key))
     else:
         yield path, value

@@ -5,7 +5,7 @@ from typing import Any
 
 from harness.comparability import Record
 from harness.sheet import Row, TableSpec
-from harness.statistics import CONFIDENCE, DRAWS
+from harness.statistics import CONFIDENCE, DRAWS, MIN_SEEDS
 
 PARTIAL_MARK = "†"
 
@@ -27,6 +27,7 @@ def footnotes(
     yield from _seeds(rows)
     yield _scale(spec, rows)
     yield from _differences(spec, rows)
+    yield from _tests(spec, rows)
     yield from _protocol(measured)
     yield from _truncated(records)
     if spec.note is not None:
@@ -82,6 +83,28 @@ def _differences(spec: TableSpec, rows: Sequence[Row]) -> Iterator[str]:
             f"percentile interval from {DRAWS:,} bootstrap samples of the documents within each column. It is "
             "conditional on the trained seeds: another training run could move it further."
             f"{matched}"
+        )
+
+
+def _tests(spec: TableSpec, rows: Sequence[Row]) -> Iterator[str]:
+    compared = [row for row in rows if row.p_value is not None]
+    if not compared:
+        return
+    many = f", with Holm's correction for the {len(compared)} comparisons of this table" if len(compared) > 1 else ""
+    yield (
+        f"p: two-sided, of no difference of the Average, from the same bootstrap samples (at least "
+        f"{2 / (DRAWS + 1):.4f}){many}."
+    )
+    if any(row.seed_difference is not None for row in compared):
+        yield (
+            f"Over seeds: the mean of the seeds' differences of the Average, with a {CONFIDENCE:.0%} t-interval "
+            f"(given for {MIN_SEEDS} or more seeds)."
+        )
+    tests = sum(len(seeds) for row in compared for seeds in (row.mcnemar or {}).values())
+    if tests:
+        yield (
+            f"Columns with 0/1 scores only: exact McNemar tests per seed, with Holm's correction for all {tests}, "
+            "are in the CSV file and in the report."
         )
 
 

@@ -1,4 +1,4 @@
-"""A finished table as text: Markdown, LaTeX, CSV and plain. Scores become percentages here."""
+"""A finished table as text: Markdown, LaTeX, CSV, HTML and plain. Scores become percentages here."""
 
 import re
 import textwrap
@@ -8,16 +8,28 @@ from typing import NamedTuple
 
 import pandas as pd
 
-from harness import latex
+from harness import html, latex
 from harness.footnotes import PARTIAL_MARK
+from harness.published import Published
 from harness.sheet import AVERAGE, Cell, Row, Table
 from harness.statistics import Interval
 
 MISSING = "missing"
 NOTHING = "–"
 
-_NOT_OURS = "Reported by others; not our measurements."
-_LEGEND = "Bold: best of the column; underlined: second."
+NOT_OURS = "Reported by others; not our measurements."
+LEGEND = "Bold: best of the column; underlined: second."
+
+
+class View(NamedTuple):
+    """A table as all formats show it: its header, its cells with their ranks, and what stands above and below."""
+
+    caption: str
+    header: list[str]
+    rows: list[list["Styled"]]
+    notes: tuple[str, ...]
+    published: Published | None
+    not_ours: str = NOT_OURS
 
 
 class Styled(NamedTuple):
@@ -44,6 +56,13 @@ def frame(table: Table) -> pd.DataFrame:
             name = "difference" if end == "value" else f"difference {end}"
             line[name] = None if row.difference is None else 100 * getattr(row.difference, end)
         line["difference to"] = table.base_label
+        line["p (Holm)"] = row.p_value
+        for end in ("value", "low", "high"):
+            name = "difference over seeds" if end == "value" else f"difference over seeds {end}"
+            line[name] = None if row.seed_difference is None else 100 * getattr(row.seed_difference, end)
+        for name, tests in (row.mcnemar or {}).items():
+            for seed, test in tests.items():
+                line[f"{name} McNemar p (Holm)" + ("" if seed is None else f", seed {seed}")] = test.p_value
         line["partial columns"] = " ".join(table.partial)
         lines.append(line)
     return pd.DataFrame(lines)
@@ -59,9 +78,9 @@ def to_markdown(table: Table) -> str:
     header, rows = _grid(table)
     body = [[_mark(cell, _markdown) for cell in row] for row in rows]
     lines = [f"**{_markdown(_caption(table))}**", "", *_pipe_table(header, body)]
-    lines += ["", *(f"- {_markdown(note)}" for note in (_LEGEND, *table.footnotes))]
+    lines += ["", *(f"- {_markdown(note)}" for note in (LEGEND, *table.footnotes))]
     if (published := table.published) is not None:
-        lines += ["", f"**{_markdown(published.caption)}**", "", f"*{_NOT_OURS}*", ""]
+        lines += ["", f"**{_markdown(published.caption)}**", "", f"*{NOT_OURS}*", ""]
         lines += _pipe_table(published.header, [[_markdown(cell) for cell in row] for row in published.rows])
         lines += ["", *(f"- {_markdown(note)}" for note in published.notes)]
     return "\n".join(lines).rstrip() + "\n"
@@ -71,13 +90,18 @@ def to_latex(table: Table) -> str:
     """A ``table`` environment with booktabs rules. The file can be input into a paper, and compiles alone as well."""
     header, rows = _grid(table)
     body = [[_mark(cell, latex.escape, best=r"\textbf{%s}", second=r"\underline{%s}") for cell in row] for row in rows]
-    lines = [*latex.tabular(header, body), *latex.notes((_LEGEND, *table.footnotes))]
+    lines = [*latex.tabular(header, body), *latex.notes((LEGEND, *table.footnotes))]
     if (published := table.published) is not None:
-        heading = latex.escape(f"{published.caption}. {_NOT_OURS}")
+        heading = latex.escape(f"{published.caption}. {NOT_OURS}")
         lines += [r"\par\medskip", rf"\textit{{{heading}}}", r"\par\smallskip"]
         lines += latex.tabular(published.header, [[latex.escape(cell) for cell in row] for row in published.rows])
         lines += latex.notes(published.notes)
     return latex.table(lines, caption=_caption(table), label=table.spec.name)
+
+
+def to_html(table: Table) -> str:
+    """A page of its own, in the dress of the report: no script, no other file."""
+    return html.render("table_page.html", title=_caption(table), table=view(table))
 
 
 def to_text(table: Table) -> str:
@@ -87,16 +111,19 @@ def to_text(table: Table) -> str:
     lines = [_caption(table), "", *_aligned([f"{name}  " for name in header], body), ""]
     lines += _wrapped(("* Best of the column, + second.", *table.footnotes))
     if (published := table.published) is not None:
-        lines += ["", f"{published.caption}. {_NOT_OURS}", ""]
+        lines += ["", f"{published.caption}. {NOT_OURS}", ""]
         lines += [*_aligned(published.header, published.rows), "", *_wrapped(published.notes)]
     return "\n".join(lines).rstrip() + "\n"
 
 
-FORMATS: Mapping[str, Callable[[Table], str]] = {"md": to_markdown, "csv": to_csv, "tex": to_latex, "txt": to_text}
+FORMATS: Mapping[str, Callable[[Table], str]] = {
+    "md": to_markdown, "csv": to_csv, "tex": to_latex, "html": to_html,
+    "txt": to_text,
+}  # fmt: skip
 """By the suffix of the file."""
 
 
-def write_table(table: Table, directory: Path, *, formats: Sequence[str] = ("md", "csv", "tex")) -> list[Path]:
+def write_table(table: Table, directory: Path, *, formats: Sequence[str] = ("md", "csv", "tex", "html")) -> list[Path]:
     """Write ``directory/<name>.<format>`` for each format and return the paths."""
     directory.mkdir(parents=True, exist_ok=True)
     paths = [directory / f"{table.spec.name}.{suffix}" for suffix in formats]
@@ -110,18 +137,27 @@ def _caption(table: Table) -> str:
     return f"{caption} (partial: a part of the documents)" if table.partial else caption
 
 
+def view(table: Table) -> View:
+    """A table as all formats show it, before any escaping."""
+    header, rows = _grid(table)
+    return View(_caption(table), header, rows, (LEGEND, *table.footnotes), table.published)
+
+
 def _grid(table: Table) -> tuple[list[str], list[list[Styled]]]:
-    """Header and cells as all formats show them."""
+    """Header and cells."""
     names = [f"{name} {PARTIAL_MARK}" if name in table.partial else name for name in table.columns]
     header = ["", *names, f"{AVERAGE} {PARTIAL_MARK}" if table.partial else AVERAGE]
     compared = any(row.difference is not None for row in table.rows)
     with_seeds = any(seed is not None for row in table.rows for seed in row.seeds)
-    header += [f"{AVERAGE} vs. {table.base_label} [95 %]"] if compared else []
+    over_seeds = any(row.seed_difference is not None for row in table.rows)
+    header += [f"{AVERAGE} vs. {table.base_label} [95 %]", "p (Holm)"] if compared else []
+    header += ["over seeds [95 %]"] if over_seeds else []
     header += ["Seeds"] if with_seeds else []
     rows = []
     for row in table.rows:
         cells = [Styled(row.label), *(_score(cell, row) for cell in row.cells)]
-        cells += [Styled(_difference(row.difference))] if compared else []
+        cells += [Styled(percent_interval(row.difference)), Styled(p_text(row.p_value))] if compared else []
+        cells += [Styled(percent_interval(row.seed_difference))] if over_seeds else []
         cells += [Styled(_seeds(row))] if with_seeds else []
         rows.append(cells)
     return header, rows
@@ -136,11 +172,19 @@ def _score(cell: Cell | None, row: Row) -> Styled:
     return Styled(text, cell.rank)
 
 
-def _difference(interval: Interval | None) -> str:
+def percent_interval(interval: Interval | None) -> str:
+    """A difference in percentage points, signed, with the ends of its interval."""
     if interval is None:
         return NOTHING
     value, low, high = (f"{100 * end:+.2f}".replace("-", "−") for end in interval)
     return f"{value} [{low}, {high}]"
+
+
+def p_text(p_value: float | None) -> str:
+    """A p-value at three decimals."""
+    if p_value is None:
+        return NOTHING
+    return "< 0.001" if p_value < 0.001 else f"{p_value:.3f}"
 
 
 def _seeds(row: Row) -> str:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from harness.published import Published
-from harness.statistics import Interval
+from harness.statistics import Interval, McNemar
 
 AVERAGE = "Average"
 
@@ -47,7 +47,10 @@ class Row:
     """One line. ``cells`` has a cell per column and one for the Average; None where nothing was measured.
 
     ``seeds`` are those measured, ``missing_seeds`` those that other rows have; a row without any record has
-    ``missing`` set.
+    ``missing`` set. What compares the row with the table's base, None for the base itself: ``difference`` of the Average
+    over documents, ``p_value`` of it with Holm's correction over the table, ``seed_difference`` over seed means,
+    ``differences`` by column, and ``mcnemar`` by column and seed (0/1 scores only; p-values corrected over all of the
+    table's tests).
     """
 
     label: str
@@ -58,6 +61,9 @@ class Row:
     missing: bool
     difference: Interval | None = None
     differences: Mapping[str, Interval] | None = None
+    p_value: float | None = None
+    seed_difference: Interval | None = None
+    mcnemar: Mapping[str, Mapping[int | None, McNemar]] | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,7 +14,17 @@ from harness.comparability import Record, check_comparable
 from harness.footnotes import footnotes
 from harness.published import load_published
 from harness.sheet import Cell, Row, Table, TableSpec
-from harness.statistics import Floats, bootstrap_differences, difference_per_document, spread
+from harness.statistics import (
+    Floats,
+    Interval,
+    McNemar,
+    bootstrap_differences,
+    difference_per_document,
+    holm,
+    mcnemar,
+    spread,
+    t_interval,
+)
 
 Runs = Mapping[str, Mapping[int | None, Record]]
 """Records by run and seed; the seed is None for a model that is not trained per seed, such as the teacher."""
@@ -83,11 +93,7 @@ def _row(
         [record["evaluation"][name]["value"] for record in records.values() if name in record["evaluation"]]
         for name in columns
     ]
-    complete = [
-        float(np.mean([record["evaluation"][name]["value"] for name in columns]))
-        for record in records.values()
-        if all(name in record["evaluation"] for name in columns)
-    ]
+    complete = list(_averages(records, columns).values())
     measured = tuple(sorted(records, key=lambda seed: (seed is not None, seed)))
     seedless = None in records
     return Row(
@@ -120,27 +126,84 @@ def _with_ranks(rows: Sequence[Row], unranked: Sequence[str]) -> list[Row]:
 
 
 def _with_differences(rows: Sequence[Row], runs: Runs, base: str | None, columns: tuple[str, ...]) -> list[Row]:
-    """Add the differences to the base, of the Average and of each column, with intervals."""
+    """Add what compares each row with the base: intervals, p-values, and McNemar's tests."""
     if base is None or base not in runs:
         return list(rows)
     base_scores = {name: _scores(runs[base], name) for name in columns}
     compared = []
     per_column: dict[str, list[Floats]] = {name: [] for name in columns}
+    tests: dict[str, dict[str, dict[int | None, McNemar]]] = {}
     for row in rows:
         scores = {name: _scores(runs.get(row.run, {}), name) for name in columns}
         if row.run == base or not all(_overlap(scores[name], base_scores[name]) for name in columns):
             continue
         compared.append(row.run)
+        tests[row.run] = {name: _mcnemar(scores[name], base_scores[name]) for name in columns}
         for name in columns:
             per_column[name].append(difference_per_document(scores[name], base_scores[name]))
     if not compared:
         return list(rows)
     found = bootstrap_differences({name: np.stack(values, axis=1) for name, values in per_column.items()})
-    average = dict(zip(compared, found.average, strict=True))
-    by_column = {
-        run: {name: found.columns[name][i] for name in columns} for i, run in enumerate(compared)
-    }  # the report's forest plot
-    return [replace(row, difference=average.get(row.run), differences=by_column.get(row.run)) for row in rows]
+    p_values, tests, order = holm(found.p_values), _corrected(tests), {run: i for i, run in enumerate(compared)}
+
+    def compare(row: Row) -> Row:
+        if (i := order.get(row.run)) is None:
+            return row
+        return replace(
+            row,
+            difference=found.average[i],
+            differences={name: found.columns[name][i] for name in columns},
+            p_value=p_values[i],
+            seed_difference=_seed_difference(runs[row.run], runs[base], columns),
+            mcnemar=tests[row.run],
+        )
+
+    return [compare(row) for row in rows]
+
+
+def _seed_difference(
+    system: Mapping[int | None, Record], base: Mapping[int | None, Record], columns: tuple[str, ...]
+) -> Interval | None:
+    """The t-interval over the differences of the seeds' Averages; a system without seeds meets all of the other's."""
+    left, right = _averages(system, columns), _averages(base, columns)
+    seeds = sorted(seed for seed in {**left, **right} if seed is not None)
+    pairs = [(left.get(seed, left.get(None)), right.get(seed, right.get(None))) for seed in seeds]
+    return t_interval([a - b for a, b in pairs if a is not None and b is not None])
+
+
+def _averages(records: Mapping[int | None, Record], columns: tuple[str, ...]) -> dict[int | None, float]:
+    """The Average of every seed that has all columns."""
+    return {
+        seed: float(np.mean([record["evaluation"][name]["value"] for name in columns]))
+        for seed, record in records.items()
+        if all(name in record["evaluation"] for name in columns)
+    }
+
+
+def _mcnemar(system: Mapping[int | None, Floats], base: Mapping[int | None, Floats]) -> dict[int | None, McNemar]:
+    """The test of every seed that both have; a system without seeds meets all of the other's."""
+    found = {}
+    for seed in sorted(set(system) | set(base), key=lambda seed: (seed is not None, seed)):
+        left, right = system.get(seed, system.get(None)), base.get(seed, base.get(None))
+        if left is not None and right is not None and (test := mcnemar(left, right)) is not None:
+            found[seed] = test
+    return found
+
+
+def _corrected(
+    tests: Mapping[str, Mapping[str, Mapping[int | None, McNemar]]],
+) -> dict[str, dict[str, dict[int | None, McNemar]]]:
+    """The same tests by run, column and seed, their p-values corrected for all of them together."""
+    flat = [test.p_value for columns in tests.values() for seeds in columns.values() for test in seeds.values()]
+    p_values = iter(holm(flat))
+    return {
+        run: {
+            name: {seed: test._replace(p_value=next(p_values)) for seed, test in seeds.items()}
+            for name, seeds in columns.items()
+            if seeds
+        }
+        for run, columns in tests.items()
+    }
 
 
 def _scores(records: Mapping[int | None, Record], column: str) -> dict[int | None, Floats]:

@@ -8,9 +8,11 @@ import click
 
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
+DEFAULT_STORE = "runs"
+
 OPTIONS: dict[str, Decorator] = {
     "store": click.option(
-        "--store", type=click.Path(path_type=Path), envvar="CTPD_STORE", default="runs", show_default=True,
+        "--store", type=click.Path(path_type=Path), envvar="CTPD_STORE", default=DEFAULT_STORE, show_default=True,
         help="Folder of the artifacts (also $CTPD_STORE).",
     ),
     "device": click.option("--device", default="auto", show_default=True, help="torch device, e.g. cpu or cuda:0."),

@@ -2,18 +2,20 @@
 
 import json
 import os
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from ctpd.cli.options import execution
+from ctpd.cli.options import DEFAULT_STORE, execution
 
 if TYPE_CHECKING:
     from ctpd.app import Experiment
     from ctpd.core.store import Store
     from ctpd.pipeline.graph import Stage
+    from ctpd.pipeline.runs import PlannedRun
 
 RUNNING = ("store", "device", "offline", "only", "seed", "limit", "plan", "rebuild", "report_to", "quiet", "json")
 
@@ -80,13 +82,15 @@ def evaluate(
 
 @click.command()
 @click.argument("recipe")
-@click.option("--format", "formats", multiple=True, type=click.Choice(["txt", "md", "csv", "tex"]), default=("txt",))
+@click.option(
+    "--format", "formats", multiple=True, type=click.Choice(["txt", "md", "csv", "tex", "html"]), default=("txt",)
+)
 @click.option(
     "--to", type=click.Path(path_type=Path), help="Keep tables and records in this folder, apart from the store."
 )
 @execution("store", "only", "seed", "limit", "json")
 def compare(recipe: str, *, formats: tuple[str, ...], to: Path | None, as_json: bool, **flags: Any) -> None:
-    """Write every table of RECIPE in every format, from records alone; print one format."""
+    """Write every table of RECIPE in every format, and the report, from records alone; print one format."""
     experiment, store = _experiment(recipe, **flags)
     _print_tables(experiment, store, formats=formats, as_json=as_json, to=to)
 
@@ -175,9 +179,12 @@ def _print_tables(
     records = app.read_records(experiment, store)
     for package, versions in app.differing_versions(records).items():
         click.echo(f"Warning: the records were made with {package} {' and '.join(versions)}.", err=True)
+    for lost in app.missing_runs(experiment, store):
+        click.echo(f"Missing: {lost.title}. Bring it with: {_bringing(experiment, lost, store)}", err=True)
     made = app.tables(experiment, records)
     folder = (store.root / "tables" if to is None else to) / experiment.recipe.name
     written = app.write_tables(made, folder)
+    report = app.write_report(experiment, made, records, folder)
     if to is not None:
         app.write_records(records, folder / "records")
     if as_json:
@@ -185,7 +192,16 @@ def _print_tables(
         return
     for kind in formats:
         click.echo("\n\n".join(FORMATS[kind](table) for table in (made[:1] if first_only else made)))
-    click.echo(f"\nWritten to {folder}: {', '.join(path.name for path in written)}")
+    click.echo(f"\nWritten to {folder}: {', '.join(path.name for path in written)}\nReport: {report}")
+
+
+def _bringing(experiment: "Experiment", lost: "PlannedRun", store: "Store") -> str:
+    """The command that makes the record of one run, to be pasted into a shell."""
+    words = ["ctpd", "run", experiment.source, "--only", lost.name]
+    words += [] if lost.seed is None else ["--seed", str(lost.seed)]
+    words += [] if experiment.limit is None else ["--limit", str(experiment.limit)]
+    words += [] if str(store.root) == DEFAULT_STORE else ["--store", str(store.root)]
+    return shlex.join(words)
 
 
 def _print_scores(named: "dict[str, dict[str, Stage]]", store: "Store", *, as_json: bool) -> None:

@@ -290,6 +290,8 @@ def _check_names(recipe: Recipe, source: str) -> None:
         if twice := set(run.tuned) & set(recipe.grid):
             raise UserError(f"'runs.{label}.tuned' fixes `{min(twice)}`, which the grid varies", where=source)
     for label, table in recipe.tables.items():
+        if label == "report":
+            raise UserError("a table may not be named `report`: that file is the report", where=source, fix="Rename it")
         if bool(table.rows) == (table.ablation is not None):
             raise UserError(f"'tables.{label}' needs exactly one of `rows` and `ablation`", where=source)
         if table.ablation is not None and table.ablation not in recipe.ablations:

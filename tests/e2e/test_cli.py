@@ -34,7 +34,7 @@ def test_run_ends_well_and_prints_the_main_table(smoke: SmokeRun) -> None:
     assert smoke.outcome.out.startswith("Main results\n")
     for run in ("Teacher", "Student", "DPO", "TIS-DPO", "CTPD"):
         assert f"\n{run} " in smoke.outcome.out
-    assert {path.stem for path in (smoke.store / "tables" / "testbed-smoke").iterdir()} == set(TABLES)
+    assert {path.stem for path in (smoke.store / "tables" / "testbed-smoke").iterdir()} == {*TABLES, "report"}
     assert not list(smoke.store.glob("*/*.partial"))
 
 
@@ -64,7 +64,8 @@ def test_compare_writes_every_table_in_every_format(cli: Cli, smoke: SmokeRun) -
     shutil.rmtree(folder, ignore_errors=True)
     outcome = cli("compare", "testbed-smoke", "--store", smoke.store, "--format", "md", "--format", "tex")
     assert outcome.code == 0, outcome.err
-    assert {path.name for path in folder.iterdir()} == {f"{t}.{e}" for t in TABLES for e in ("md", "csv", "tex")}
+    tables = {f"{t}.{e}" for t in TABLES for e in ("md", "csv", "tex", "html")}
+    assert {path.name for path in folder.iterdir()} == {*tables, "report.html"}
     assert (folder / "main.md").read_text().strip() in outcome.out
     assert r"\toprule" in (folder / "main.tex").read_text()
 

@@ -5,16 +5,18 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import pytest
+from scipy import stats
 
 from ctpd.core.errors import UserError
 from harness import latex
-from harness.formats import FORMATS, frame, to_csv, to_latex, to_markdown, to_text, write_table
+from harness.formats import FORMATS, frame, to_csv, to_html, to_latex, to_markdown, to_text, write_table
 from harness.published import PUBLISHED, load_published
 from harness.sheet import Table, TableSpec
 from harness.suites import suite_names
@@ -101,6 +103,61 @@ def test_an_interval_is_the_same_whatever_other_rows_stand_in_the_table() -> Non
     assert build(study(), alone).rows[0].difference == pytest.approx(build(study()).rows[2].difference)
 
 
+def many_seeds(num_seeds: int) -> list[Record]:
+    """CTPD has one document more than DPO right on every seed, two more on seed 0, and one column of fractions."""
+    records = []
+    for seed in range(num_seeds):
+        dpo, ctpd = [1, 0, 0, 0], [1, 1, int(seed == 0), 0]
+        records += [record("dpo", seed, result("GSM8K", dpo), result("Wino", [0.5, 0.0]))]
+        records += [record("ctpd", seed, result("GSM8K", ctpd), result("Wino", [0.5, 0.0]))]
+    return records
+
+
+def test_five_seeds_add_the_t_interval_of_their_differences_and_four_do_not() -> None:
+    five, four = (build(many_seeds(n), seeds=range(n)) for n in (5, 4))
+    differences = [0.25, 0.125, 0.125, 0.125, 0.125]
+    low, high = stats.t.interval(0.95, 4, loc=np.mean(differences), scale=stats.sem(differences))
+    assert five.rows[2].seed_difference == pytest.approx((0.15, low, high))
+    assert four.rows[2].seed_difference is None
+    assert "| over seeds [95 %] |" in to_markdown(five)
+    assert "over seeds [95 %]" not in to_markdown(four)
+    assert "t-interval" in " ".join(five.footnotes)
+
+
+def test_mcnemar_is_given_per_seed_for_columns_of_0_and_1_alone() -> None:
+    table = build(many_seeds(2))
+    tests = table.rows[2].mcnemar
+    assert tests is not None
+    assert set(tests) == {"GSM8K"}
+    assert [(t.only_system, t.only_base) for t in tests["GSM8K"].values()] == [(2, 0), (1, 0)]
+    assert [t.p_value for t in tests["GSM8K"].values()] == [1.0, 1.0]  # 0.5 and 1, each of two tests
+    assert frame(table)["GSM8K McNemar p (Holm), seed 0"].tolist()[2] == 1.0
+
+
+def test_p_values_are_corrected_for_the_comparisons_of_their_table() -> None:
+    alone = TableSpec(name="two", caption="Two", rows=(("CTPD", "ctpd"), ("DPO", "dpo")), base="dpo")
+    raw, corrected = build(study(), alone).rows[0].p_value, build(study()).rows[2].p_value
+    assert raw is not None
+    assert corrected == pytest.approx(min(1.0, raw))  # the teacher's is smaller, so CTPD's is the last step
+    teacher = build(study()).rows[0].p_value
+    assert teacher == pytest.approx(
+        2 * build(study(), replace(alone, rows=(("T", "teacher"), ("DPO", "dpo")))).rows[0].p_value
+    )
+    assert "Holm's correction for the 2 comparisons" in " ".join(build(study()).footnotes)
+    assert "Holm" not in " ".join(n for n in build(study(), alone).footnotes if n.startswith("p:"))
+
+
+def test_html_is_one_escaped_page_with_the_best_and_the_second_marked() -> None:
+    spec = TableSpec(name="main", caption="<b>Main</b>", rows=(("Teacher", "teacher"), ("<DPO>", "dpo"), ("CTPD", "ctpd")), base="dpo", unranked=("teacher",), note="Run `ctpd run a`.")  # fmt: skip
+    page = to_html(build(study(), spec))
+    assert "&lt;b&gt;Main&lt;/b&gt;" in page
+    assert '<th scope="row">&lt;DPO&gt;</th>' in page
+    assert '<td class="best">62.50 ± 17.68</td>' in page
+    assert '<td class="second">37.50 ± 17.68</td>' in page
+    assert "<li>Run <code>ctpd run a</code>.</li>" in page
+    assert "<b>" not in page
+
+
 def test_a_missing_seed_is_shown_missing_with_the_command_that_brings_it() -> None:
     table = build(study()[:-1])
     assert table.rows[2].missing_seeds == (1,)
@@ -151,7 +208,7 @@ def test_limited_runs_are_marked_partial_everywhere() -> None:
     table = build(records)
     assert table.partial == ("GSM8K",)
     assert frame(table)["partial columns"].tolist() == ["GSM8K"] * 3
-    for text in (to_markdown(table), to_text(table), to_latex(table)):
+    for text in (to_markdown(table), to_text(table), to_latex(table), to_html(table)):
         assert "(partial: a part of the documents)" in text
         assert "GSM8K 2 of 1,319" in text
     assert "GSM8K †" in to_markdown(table)
@@ -244,7 +301,7 @@ def test_csv_reads_back_as_numbers_in_percent_without_published_ones() -> None:
 @pytest.mark.parametrize("name", sorted(path.stem for path in PUBLISHED.glob("*.csv")))
 def test_every_published_table_is_labelled_and_shown_below_ours(name: str) -> None:
     table = build(study(), TableSpec(name="m", caption="M", rows=SPEC.rows, published=name))
-    for suffix in ("md", "txt", "tex"):
+    for suffix in ("md", "txt", "tex", "html"):
         ours, label, theirs = FORMATS[suffix](table).partition("Published (arXiv 2601.11865")
         assert label
         assert "Reported by others; not our measurements." in theirs
@@ -296,7 +353,7 @@ def test_latex_environments_and_braces_balance_and_rows_have_equal_columns() -> 
 
 def test_write_table_writes_the_formats_asked_for(tmp_path: Path) -> None:
     paths = write_table(build(study()), tmp_path / "tables")
-    assert [path.name for path in paths] == ["main.md", "main.csv", "main.tex"]
+    assert [path.name for path in paths] == ["main.md", "main.csv", "main.tex", "main.html"]
     assert all(path.read_text(encoding="utf-8").strip() for path in paths)
 
 

@@ -1,0 +1,86 @@
+"""What each run cost, as far as its records say: time, memory, parameters, passes of other models over the pairs."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from harness.comparability import Record
+
+NOTHING = "–"
+
+
+class CostTable(NamedTuple):
+    """Header and cells, as text; ``notes`` say what the columns mean."""
+
+    header: tuple[str, ...]
+    rows: list[tuple[str, ...]]
+    notes: tuple[str, ...]
+
+
+def cost_table(runs: Mapping[str, Sequence[Record]]) -> CostTable:
+    """One line a run: means over its seeds; a dash where no record says anything.
+
+    Args:
+        runs: the records of each run, one a seed.
+    """
+    header = ("", "Seeds", "Training", "Peak memory", "Weights", "Parameters", "Trained", "Steps",
+              "Teacher passes", "Student passes", "Evaluation")  # fmt: skip
+    return CostTable(header, [_line(run, records) for run, records in runs.items()], NOTES)
+
+
+NOTES = (
+    "Means over the seeds. Training: the run's own, without what all runs share (pretraining, SFT, contrastive models).",
+    "Peak memory: of the GPU; on a CPU, of the whole process. Weights: memory of the model's weights alone.",
+    "Passes: of a frozen model over all pairs before the training, made once, stored, and shared by all runs that read them.",
+)
+
+
+def _line(run: str, records: Sequence[Record]) -> tuple[str, ...]:
+    trainings = [record["training"] for record in records if record["training"] is not None]
+    seeds = [record["seed"] for record in records if record["seed"] is not None]
+
+    def mean(key: str, form: Callable[[float], str]) -> str:
+        found = [training[key] for training in trainings if training.get(key) is not None]
+        return form(float(np.mean(found))) if found else NOTHING
+
+    evaluation = [sum(result["seconds"] for result in record["evaluation"].values()) for record in records]
+    return (
+        run,
+        str(len(seeds)) if seeds else NOTHING,
+        mean("seconds", duration),
+        mean("peak_memory_mib", mebibytes),
+        mean("weights_mib", mebibytes),
+        mean("parameters", count),
+        mean("trainable_parameters", count),
+        mean("steps", count),
+        _signals(records, "teacher"),
+        _signals(records, "student"),
+        duration(float(np.mean(evaluation))),
+    )
+
+
+def _signals(records: Sequence[Record], role: str) -> str:
+    """How many stored signals of a role a run read; records of older versions do not say."""
+    found = [record["signals"] for record in records if record.get("signals") is not None]
+    return str(sum(label.startswith(f"{role} ") for label in found[0])) if found else NOTHING
+
+
+def duration(seconds: float) -> str:
+    """A time in the two units that matter: ``7.5 s``, ``5 min 41 s``, ``2 h 3 min``."""
+    if seconds < 59.95:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest:02d} s"
+    return f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def mebibytes(value: float) -> str:
+    """Memory in MiB, or in GiB from 10,000 MiB on."""
+    return f"{value / 1024:,.1f} GiB" if value >= 10_000 else f"{value:,.0f} MiB" if value >= 10 else f"{value:.1f} MiB"
+
+
+def count(value: float) -> str:
+    """A number of things, in thousands with commas, from ten million on in millions."""
+    return f"{value / 1e6:,.1f} M" if value >= 1e7 else f"{value:,.0f}"

@@ -1,0 +1,37 @@
+"""The templates of the report and of tables: everything but figures is escaped, nothing is loaded from elsewhere."""
+
+import re
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+TEMPLATES = Path(__file__).parent / "templates"
+
+
+def render(template: str, **values: object) -> str:
+    """A template of ``harness/templates`` with these values; one that it lacks is an error."""
+    return str(_environment().get_template(template).render(**values))
+
+
+@cache
+def _environment() -> Any:
+    import jinja2  # only who writes HTML pays for it
+
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(TEMPLATES),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters["code"] = code
+    return environment
+
+
+def code(text: str) -> str:
+    """Escaped, what stands between two backticks as code."""
+    from markupsafe import Markup, escape
+
+    parts = [escape(part) for part in re.split("`([^`]+)`", text)]
+    return Markup("").join(Markup("<code>%s</code>") % part if i % 2 else part for i, part in enumerate(parts))

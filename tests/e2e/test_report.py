@@ -1,0 +1,136 @@
+"""The report in a real browser, and what `compare` says about records that are not there."""
+
+import re
+import shlex
+import shutil
+import struct
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from ctpd.app import Experiment
+from ctpd.core.recipe import load_recipe
+from tests.conftest import Cli, Outcome, SmokeRun
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed")
+
+
+@pytest.fixture(scope="module")
+def compared(cli: Cli, smoke: SmokeRun, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Outcome]:
+    """The folder that `compare --to` fills, with the report beside the tables."""
+    folder = tmp_path_factory.mktemp("compared")
+    outcome = cli("compare", "testbed-smoke", "--store", smoke.store, "--to", folder)
+    assert outcome.code == 0, outcome.err
+    return folder / "testbed-smoke", outcome
+
+
+def browse(report: Path, profile: Path, *options: str) -> subprocess.CompletedProcess[str]:
+    assert CHROMIUM is not None
+    command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--disable-dev-shm-usage",
+               "--enable-logging=stderr", f"--user-data-dir={profile}", *options, report.as_uri()]  # fmt: skip
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+
+
+def test_run_and_compare_name_the_report_last(smoke: SmokeRun, compared: tuple[Path, Outcome]) -> None:
+    folder, outcome = compared
+    assert outcome.out.splitlines()[-1] == f"Report: {folder / 'report.html'}"
+    path = smoke.outcome.out.splitlines()[-1].removeprefix("Report: ")
+    assert Path(path) == smoke.store / "tables" / "testbed-smoke" / "report.html"
+    assert "missing" not in outcome.err.lower()
+
+
+def test_the_report_shows_every_table_run_and_stored_signal(compared: tuple[Path, Outcome]) -> None:
+    text = (compared[0] / "report.html").read_text(encoding="utf-8")
+    recipe = load_recipe("testbed-smoke")
+    for table in recipe.tables.values():
+        assert f"<caption>{table.caption}</caption>" in text
+    costs = dict(re.findall(r'<tr><th scope="row">([^<]*)</th>((?:<td>[^<]*</td>){10,})</tr>', text))
+    passes = {run: re.findall(r"<td>([^<]*)</td>", cells)[7:9] for run, cells in costs.items()}
+    assert passes["Teacher"] == ["0", "0"]
+    assert passes["DPO"] == ["0", "1"]  # the student's reference
+    assert passes["TIS-DPO"] == ["0", "3"]  # its reference and its contrastive pair
+    assert passes["CTPD"] == ["3", "0"]
+    assert passes["reference: Student"] == ["2", "1"]
+
+
+@needs_browser
+def test_a_browser_renders_the_report_without_an_error(compared: tuple[Path, Outcome], tmp_path: Path) -> None:
+    shown = browse(compared[0] / "report.html", tmp_path, "--dump-dom")
+    for heading in ("Results", "Ablations and further tables", "Training", "Importance weights", "Cost", "Provenance"):
+        assert re.search(rf"<h2[^>]*>{heading}</h2>", shown.stdout)
+    assert shown.stdout.count('<svg class="figure"') > 12
+    assert "CONSOLE" not in shown.stderr
+
+
+@needs_browser
+@pytest.mark.parametrize("width", [1280, 500])
+def test_the_report_fills_a_screen_and_never_scrolls_sideways(
+    compared: tuple[Path, Outcome], tmp_path: Path, width: int
+) -> None:
+    """A copy with a probe says how wide the page is; wide tables scroll inside their own box."""
+    probe = "<script>document.title = 'wide ' + document.documentElement.scrollWidth + ' of ' + innerWidth</script>"
+    copy = tmp_path / "probed.html"
+    copy.write_text((compared[0] / "report.html").read_text(encoding="utf-8").replace("</body>", probe + "</body>"))
+    shown = browse(copy, tmp_path / "profile", "--dump-dom", f"--window-size={width},900")
+    measured = re.search(r"<title>wide (\d+) of (\d+)</title>", shown.stdout)
+    assert measured
+    assert int(measured[1]) <= int(measured[2]) <= width
+
+    picture = tmp_path / "report.png"
+    browse(copy, tmp_path / "profile", f"--screenshot={picture}", f"--window-size={width},2000")
+    data = picture.read_bytes()
+    assert data[:8] == b"\x89PNG\r\n\x1a\n"
+    assert struct.unpack(">II", data[16:24]) == (width, 2000)
+    assert len(data) > 60_000  # an empty page has about 8 kB
+
+
+def test_compare_names_the_command_that_brings_a_missing_record_and_it_does(
+    cli: Cli, smoke: SmokeRun, tmp_path: Path
+) -> None:
+    store = tmp_path / "a store"
+    shutil.copytree(smoke.store, store)
+    experiment = Experiment("testbed-smoke")
+    number = next(i for i, run in enumerate(experiment.runs) if run.name == "weights: Random")
+    record = experiment.records[number]
+    shutil.rmtree(store / record.kind / record.key)
+
+    outcome = cli("compare", "testbed-smoke", "--store", store)
+    assert outcome.code == 0
+    assert re.search(r"^Random +missing", outcome.out, re.MULTILINE)
+    expected = ["ctpd", "run", "testbed-smoke", "--only", "weights: Random", "--seed", "0", "--store", str(store)]
+    (message,) = [line for line in outcome.err.splitlines() if line.startswith("Missing: ")]
+    assert message == f"Missing: weights: Random, seed 0. Bring it with: {shlex.join(expected)}"
+    assert "--only 'weights: Random'" in message
+
+    assert cli(*shlex.split(message.partition("with: ctpd ")[2])).code == 0
+    again = cli("compare", "testbed-smoke", "--store", store)
+    assert again.err == ""
+    assert not re.search(r"^Random +missing", again.out, re.MULTILINE)
+
+
+def test_a_missing_anchor_is_brought_without_a_seed(cli: Cli, smoke: SmokeRun) -> None:
+    experiment = Experiment("testbed-smoke")
+    anchor = experiment.records[0]
+    moved = smoke.store / "moved"
+    (smoke.store / anchor.kind / anchor.key).rename(moved)
+    try:
+        outcome = cli("compare", "testbed-smoke", "--store", smoke.store)
+    finally:
+        moved.rename(smoke.store / anchor.kind / anchor.key)
+    command = f"ctpd run testbed-smoke --only Teacher --store {shlex.quote(str(smoke.store))}"
+    assert f"Missing: Teacher. Bring it with: {command}\n" in outcome.err
+
+
+def test_a_table_may_not_take_the_reports_name(cli: Cli, tmp_path: Path) -> None:
+    from ctpd.core.recipe import shipped_recipes
+
+    text = (
+        shipped_recipes()["testbed-smoke"].read_text(encoding="utf-8").replace("  main: {caption", "  report: {caption")
+    )
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text(text, encoding="utf-8")
+    outcome = cli("run", recipe, "--store", tmp_path, "--plan")
+    assert outcome.code == 2
+    assert "may not be named `report`" in outcome.err
