@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from jaxtyping import Float, Int
 from peft import LoraConfig, PeftModel, get_peft_model
+from tokenizers import Tokenizer
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
@@ -167,7 +168,7 @@ def find_tokenizer(location: str) -> PreTrainedTokenizerBase:
     fix = "Give a folder with a tokenizer.json, such a file, or a hub id, `name@revision` to pin it"
     if path.is_file():
         try:
-            return PreTrainedTokenizerFast(tokenizer_file=str(path), name_or_path=location)
+            return PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_file(str(path)))
         except Exception as error:  # the tokenizers library raises plain Exceptions
             raise UserError(f"the file is no tokenizer.json ({_first_line(error)})", where=location, fix=fix) from error
     name, _, revision = (location, "", "") if path.exists() else location.partition("@")

@@ -17,8 +17,16 @@ from ctpd.pipeline.builders import WEIGHTS, load_pairs
 from ctpd.pipeline.references import SUMMARY
 from ctpd.pipeline.rows import end_units, units_of
 from ctpd.pipeline.sources import read_rows
-from ctpd.text.fidelity import Speller, compare_spans, coverage
-from ctpd.text.mismatch import SPAN_TYPES, AlignedTexts, align_texts, mismatch_counts, span_sizes, span_types
+from ctpd.text.fidelity import Speller, compare_spans, coverage, readable
+from ctpd.text.mismatch import (
+    SPAN_TYPES,
+    AlignedTexts,
+    align_texts,
+    mismatch_counts,
+    span_sizes,
+    span_tokens,
+    span_types,
+)
 from ctpd.text.pairs import parse_pairs
 from ctpd.text.prepare import PreparedPairs
 from ctpd.text.templates import FastTokenizer
@@ -61,7 +69,9 @@ def read_responses(path: Path, *, limit: int | None = None) -> list[str]:
         UserError: no such file, or a row that is no pair.
     """
     if not path.is_file():
-        raise UserError(f"the data file '{path}' does not exist", fix="Give a jsonl, json, parquet or csv file of pairs")
+        raise UserError(
+            f"the data file '{path}' does not exist", fix="Give a jsonl, json, parquet or csv file of pairs"
+        )
     rows: Iterable[Mapping[str, Any]] = read_rows(path)
     if limit is not None:
         rows = (row for row, _ in zip(rows, range(limit), strict=False))
@@ -104,6 +114,51 @@ def compare_tokenizers(texts: Sequence[str], *, teacher: FastTokenizer, student:
         spelling={name: dict(part) for name, part in spelled.items()},
         examples=examples,
     )
+
+
+def drawn_spans(
+    texts: Sequence[str], *, teacher: FastTokenizer, student: FastTokenizer, limit: int
+) -> list[list[dict[str, Any]]]:
+    """The spans of the first texts: each with its type, its text, and what every token of both sides spells."""
+    spellers = Speller(teacher), Speller(student)
+    aligned = align_texts([text for text in texts if text][:limit], teacher=teacher, student=student)
+    spans = aligned.spans
+    pieces = []
+    for side, span, speller in (
+        (aligned.teacher, spans.teacher_span, spellers[0]), (aligned.student, spans.student_span, spellers[1])
+    ):  # fmt: skip
+        spelled = [readable(speller(id)) for id in side.ids.tolist()]
+        pieces.append([spelled[a:b] for a, b in span_tokens(side, span, spans.span_starts)])
+    types = aligned.span_types.tolist()
+    drawn = []
+    for text, first, stop in zip(aligned.texts, spans.span_starts[:-1], spans.span_starts[1:], strict=True):
+        ends = spans.boundaries[first:stop].tolist()
+        drawn.append(
+            [
+                {"type": SPAN_TYPES[types[s]], "text": text[a:b], "teacher": pieces[0][s], "student": pieces[1][s]}
+                for s, a, b in zip(range(first, stop), [0, *ends[:-1]], ends, strict=True)
+            ]
+        )
+    return drawn
+
+
+def vocabulary_facts(*, teacher: FastTokenizer, student: FastTokenizer) -> dict[str, dict[str, Any]]:
+    """Kind of model, normalizer and number of tokens of both tokenizers, and the number of spellings they share."""
+    facts = {}
+    spelled: list[set[bytes]] = []
+    for name, tokenizer in (("teacher", teacher), ("student", student)):
+        backend, speller = tokenizer.backend_tokenizer, Speller(tokenizer)
+        spelled.append({speller(id) for id in backend.get_vocab().values()})
+        normalizer = type(backend.normalizer).__name__ if backend.normalizer is not None else None
+        facts[name] = {
+            "model": type(backend.model).__name__,
+            "normalizer": normalizer,
+            "tokens": backend.get_vocab_size(),
+        }
+    shared = len(spelled[0] & spelled[1])
+    for name, own in zip(("teacher", "student"), spelled, strict=True):
+        facts[name]["shared"] = shared / len(own)
+    return facts
 
 
 def _blocks(texts: Sequence[str], *, teacher: FastTokenizer, student: FastTokenizer) -> Iterable[AlignedTexts]:

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ctpd.text.align import BoolArray, IntArray, row_starts
-from ctpd.text.mismatch import AlignedTexts, Tokenized
+from ctpd.text.mismatch import AlignedTexts, Tokenized, span_tokens
 from ctpd.text.templates import FastTokenizer
 
 COVERAGE = ("offsets", "cleaning", "white_space", "dropped")
@@ -85,7 +85,7 @@ class Speller:
         if "ByteLevel" in self._types:
             alphabet = _byte_alphabet()
             if id in self._added or any(character not in alphabet for character in token):
-                return self._added.get(id, token).encode()
+                return str(self._added.get(id, token)).encode()
             return bytes(alphabet[character] for character in token)
         if "ByteFallback" in self._types and len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
             return bytes([int(token[3:5], 16)])
@@ -134,12 +134,16 @@ def compare_spans(aligned: AlignedTexts, *, teacher: Speller, student: Speller) 
             case = (i, text, pieces[i], unknown[i])
             kind = kinds.get(case)
             if kind is None:
-                kind = kinds[case] = difference(pieces[i], text, has_unknown=unknown[i], normalize=spellers[i].normalize)
+                kind = kinds[case] = difference(
+                    pieces[i], text, has_unknown=unknown[i], normalize=spellers[i].normalize
+                )
             sides[i][kind] += 1
             if kind in EXCEPTIONS:
                 kept = examples.setdefault(f"{('teacher', 'student')[i]}: {kind}", [])
                 if len(kept) < NUM_EXAMPLES:
-                    kept.append({"text": text, **{s: readable(p) for s, p in zip(("teacher", "student"), pieces, strict=True)}})
+                    kept.append(
+                        {"text": text, **{s: readable(p) for s, p in zip(("teacher", "student"), pieces, strict=True)}}
+                    )
     return SpanFidelity(both, sides[0], sides[1], examples)
 
 
@@ -202,13 +206,11 @@ def _spans(
 
 def _pieces(side: Tokenized, span: IntArray, span_starts: IntArray, speller: Speller) -> list[tuple[bytes, bool]]:
     """``[sum S]`` what one side spells in each span, and whether a token for unknown text is in it."""
-    in_line = span + np.repeat(span_starts[:-1], np.diff(side.starts))
-    firsts = np.searchsorted(in_line, np.arange(int(span_starts[-1]) + 1)).tolist()
     spelled = [speller(id) for id in side.ids.tolist()]
     unknown = (side.ids == speller.unknown_id).tolist() if speller.unknown_id is not None else [False] * side.ids.size
     return [
         (spelled[a], unknown[a]) if b == a + 1 else (b"".join(spelled[a:b]), any(unknown[a:b]))
-        for a, b in zip(firsts[:-1], firsts[1:], strict=True)
+        for a, b in span_tokens(side, span, span_starts)
     ]
 
 

@@ -6,7 +6,7 @@ The teacher's tokens come first: type ``1:n`` is one teacher token over several 
 
 from collections import Counter
 from collections.abc import Sequence
-from itertools import chain
+from itertools import chain, pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -93,6 +93,18 @@ def align_texts(texts: Sequence[str], *, teacher: FastTokenizer, student: FastTo
         lengths=np.array([len(text) for text in kept], dtype=np.int64),
     )  # fmt: skip
     return AlignedTexts(kept, first, second, spans, len(texts) - len(kept))
+
+
+def span_tokens(side: Tokenized, span: IntArray, span_starts: IntArray) -> list[tuple[int, int]]:
+    """Where each span's tokens begin and end in a side's flat arrays, for all spans of all texts.
+
+    Args:
+        side: the tokens.
+        span: ``[sum N]`` the span of each token, counted from 0 in each text.
+        span_starts: ``[R + 1]``.
+    """
+    in_line = span + np.repeat(span_starts[:-1], np.diff(side.starts))
+    return list(pairwise(np.searchsorted(in_line, np.arange(int(span_starts[-1]) + 1)).tolist()))
 
 
 def mismatch_counts(aligned: AlignedTexts) -> Counter[str]:
