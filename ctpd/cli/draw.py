@@ -32,17 +32,17 @@ def shown(text: str) -> str:
 
 def spans(text: Sequence[Mapping[str, Any]], *, title: str) -> str:
     """Both sides' tokens of one text, span under span, wrapped to the terminal; `|` parts the tokens of a span."""
-    width = max(shutil.get_terminal_size((100, 24)).columns, 40)
+    columns = max(shutil.get_terminal_size((100, 24)).columns, 40)
     lines = [click.style(title, bold=True)]
     rows, used = (["T "], ["S "]), 2
     for span in text:
         cells = ["|".join(map(shown, span[side])) for side in _SIDES]
-        size = max(map(_width, cells))
-        if used + size + 2 > width and used > 2:
+        size = max(map(width, cells))
+        if used + size + 1 > columns and used > 2:
             lines += _flush(rows)
             rows, used = (["T "], ["S "]), 2
         for row, cell in zip(rows, cells, strict=True):
-            row.append(_coloured(cell, span["type"]) + " " * (size - _width(cell)))
+            row.append(_coloured(cell, span["type"]) + " " * (size - width(cell)))
         used += size + 1
     lines += _flush(rows)
     return "\n".join(lines).rstrip()
@@ -90,7 +90,7 @@ def fidelity_lines(found: "Comparison") -> list[tuple[str, str]]:
     from ctpd.text.fidelity import EXCEPTIONS, FORGIVEN
 
     total, characters = found.both["spans"], found.counts["characters"]
-    lines = [("characters in a span", _percent(characters, characters))]
+    lines = [("characters in a span", _percent(found.counts["covered"], characters))]
     for side in _SIDES:
         parts = [f"{_percent(n, characters)} {name.replace('_', ' ')}" for name, n in found.coverage[side].items() if n]
         lines.append((f"  {side}: covered by", ", ".join(parts)))
@@ -183,9 +183,9 @@ def weights(title: str, found: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def bar(share: float, width: int) -> str:
-    """A bar of at most ``width`` characters; anything above 0 shows."""
-    eighths = max(round(8 * share * width), 1 if share > 0 else 0)
+def bar(share: float, size: int) -> str:
+    """A bar of at most ``size`` characters; anything above 0 shows."""
+    eighths = max(round(8 * share * size), 1 if share > 0 else 0)
     return "█" * (eighths // 8) + _BAR[eighths % 8].strip()
 
 
@@ -196,12 +196,12 @@ def heights(counts: Sequence[int]) -> str:
 
 
 def _lines(head: str, rows: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    lines = [f"{head:<22} {'units':>9} {'chosen':>8} {'rejected':>9} {'low %':>8} {'high %':>8}"]
+    lines = [f"{head:<22} {'units':>9} {'mean chosen':>12} {'mean rejected':>14} {'clamped low %':>14} {'high %':>7}"]
     for label, line in rows.items():
         low, high = (None if line[n] is None else 100 * line[n] for n in ("clamped_low", "clamped_high"))
         lines.append(
-            f"{label:<22} {line['units']:>9,} {_value(line['chosen']):>8} {_value(line['rejected']):>9} "
-            f"{_value(low, 1):>8} {_value(high, 1):>8}"
+            f"{label:<22} {line['units']:>9,} {_value(line['chosen']):>12} {_value(line['rejected']):>14} "
+            f"{_value(low, 1):>14} {_value(high, 1):>7}"
         )
     return lines
 
@@ -226,7 +226,7 @@ def _flush(rows: tuple[list[str], list[str]]) -> list[str]:
     return ["".join([row[0], " ".join(row[1:])]).rstrip() for row in rows] + [""]
 
 
-def _width(text: str) -> int:
+def width(text: str) -> int:
     """Columns of a terminal that a text takes."""
     return sum(
         0 if unicodedata.combining(c) else 2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in text

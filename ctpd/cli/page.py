@@ -34,8 +34,9 @@ table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nu
 th, td { text-align: left; padding: .3rem .75rem .3rem 0; border-bottom: 1px solid var(--line); vertical-align: top; }
 th { font-weight: 600; color: var(--faint); }
 td.number, th.number { text-align: right; }
+td.kind { white-space: nowrap; }
 td.inner { padding-left: 1.25rem; color: var(--faint); }
-.grid { display: grid; gap: 0 2.5rem; grid-template-columns: repeat(auto-fit, minmax(22rem, 1fr)); }
+.grid { display: grid; gap: 0 2.5rem; grid-template-columns: repeat(auto-fit, minmax(min(24rem, 100%), 1fr)); }
 .bar { display: flex; height: 1rem; gap: 2px; margin: .5rem 0 .75rem; }
 .bar i { min-width: 3px; border-radius: 2px; }
 .key { display: inline-block; width: .75rem; height: .75rem; border-radius: 2px; margin-right: .5rem; }
@@ -94,7 +95,7 @@ def _types(found: "Comparison") -> str:
         if n
     )
     rows = "".join(
-        f'<tr><td><i class="key {_CLASSES[name]}"></i>{name}</td><td>{_MEANINGS[name]}</td>'
+        f'<tr><td class="kind"><i class="key {_CLASSES[name]}"></i>{name}</td><td>{_MEANINGS[name]}</td>'
         f'<td class="number">{n:,}</td><td class="number">{100 * n / total:.2f}&nbsp;%</td></tr>'
         for name, n in found.types.items()
     )

@@ -44,7 +44,7 @@ _NOT_CLAMPED = ("average", "random", "uniform")
 class Comparison:
     """Two tokenizers on the same texts. Everything counts spans, but for `counts` and `coverage`."""
 
-    counts: dict[str, int]  # texts, skipped, characters, spans, tokens of both sides
+    counts: dict[str, int]  # of `mismatch_counts`, without the types
     types: dict[str, int]  # by span type, teacher first
     tokens_per_span: dict[str, dict[int, int]]  # side -> number of tokens -> spans
     coverage: dict[str, dict[str, int]]  # side -> what covers a character -> characters
@@ -196,7 +196,8 @@ def inspect_weights(store: Store, key: str) -> dict[str, Any]:
     row = np.repeat(np.arange(unit_starts.size - 1), np.diff(unit_starts))
     index = np.arange(values.size) - unit_starts[row]
     num_inner = np.bincount(row[inner], minlength=unit_starts.size - 1)
-    position = np.minimum(NUM_POSITIONS * index // np.maximum(num_inner[row], 1), NUM_POSITIONS - 1)
+    # By the middle of a unit, so that responses of a few units favour neither the first nor the last tenth.
+    position = np.minimum(NUM_POSITIONS * (2 * index + 1) // np.maximum(2 * num_inner[row], 1), NUM_POSITIONS - 1)
     low, high = _at_clamp(values, row % 2, config["weighting"])
     table = _Table(values, row % 2, low, high)
     found: dict[str, Any] = {

@@ -108,12 +108,14 @@ def span_tokens(side: Tokenized, span: IntArray, span_starts: IntArray) -> list[
 
 
 def mismatch_counts(aligned: AlignedTexts) -> Counter[str]:
-    """Counts that add up over blocks of texts: texts, characters, tokens, spans, spans of each type."""
+    """Counts that add up over blocks of texts: texts, characters (of them covered by spans), tokens, spans, span types."""
+    lasts = aligned.spans.span_starts[1:] - 1
     types = np.bincount(aligned.span_types, minlength=len(SPAN_TYPES))
     counts = Counter(
         texts=len(aligned.texts),
         skipped=aligned.num_skipped,
         characters=sum(map(len, aligned.texts)),
+        covered=int(aligned.spans.boundaries[lasts].sum()),
         spans=aligned.spans.boundaries.size,
         teacher_tokens=aligned.teacher.ids.size,
         student_tokens=aligned.student.ids.size,
