@@ -14,8 +14,16 @@ from typing import Any, NamedTuple
 import torch
 from jaxtyping import Float, Int
 from peft import LoraConfig, PeftModel, get_peft_model
+from tokenizers import Tokenizer
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
 from transformers.utils.logging import disable_progress_bar
 
 from ctpd.core.errors import UserError
@@ -166,6 +174,30 @@ def load_tokenizer(folder: str | Path, *, revision: str | None = None) -> PreTra
         raise UserError(f"no tokenizer could be loaded ({_first_line(error)})", where=str(folder)) from error
     if tokenizer.pad_token_id is None and tokenizer.eos_token_id is None:
         raise UserError("the tokenizer has no end-of-text token", where=str(folder), fix="Set `eos_token` in its files")
+    return tokenizer
+
+
+def find_tokenizer(location: str) -> PreTrainedTokenizerBase:
+    """Load the fast tokenizer that a user names: a folder, a `tokenizer.json`, or a hub id with `@revision` or without.
+
+    Raises:
+        UserError: there is none, or only a slow one.
+    """
+    path = Path(location).expanduser()
+    fix = "Give a folder with a tokenizer.json, such a file, or a hub id, `name@revision` to pin it"
+    if path.is_file():
+        try:
+            return PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_file(str(path)))
+        except Exception as error:  # the tokenizers library raises plain Exceptions
+            raise UserError(f"the file is no tokenizer.json ({_first_line(error)})", where=location, fix=fix) from error
+    name, _, revision = (location, "", "") if path.exists() else location.partition("@")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(path) if path.exists() else name, revision=revision or None)
+    except (OSError, ValueError) as error:
+        what = f"no tokenizer could be loaded ({_first_line(error)})"
+        raise UserError(what, where=location, fix=fix) from error
+    if not tokenizer.is_fast:
+        raise UserError("the tokenizer is a slow one, which knows no character offsets", where=location, fix=fix)
     return tokenizer
 
 

@@ -87,9 +87,7 @@ class Side:
             *(i for i, t in added.items() if t.special),
         }
         self._special_ids = np.array(sorted(special), dtype=np.int64)
-        marks = {mark: tokenizer.convert_tokens_to_ids(mark) for mark in _SPACE_MARKS}
-        found = [id for mark, id in marks.items() if id is not None and tokenizer.convert_ids_to_tokens(id) == mark]
-        self._space_ids = np.array(found, dtype=np.int64)
+        self._space_ids = space_mark_ids(tokenizer)
         self._special = re.compile(
             "|".join(map(re.escape, sorted(self.special_texts, key=len, reverse=True))) or r"(?!)"
         )
@@ -230,6 +228,13 @@ class Side:
             result[starts[:-1]] = self.tokenizer.bos_token_id
         result[inner] = ids
         return result, starts
+
+
+def space_mark_ids(tokenizer: FastTokenizer) -> IntArray:
+    """The ids of the tokens that spell nothing but the tokenizer's mark for a space."""
+    marks = {mark: tokenizer.convert_tokens_to_ids(mark) for mark in _SPACE_MARKS}
+    found = [id for mark, id in marks.items() if id is not None and tokenizer.convert_ids_to_tokens(id) == mark]
+    return np.array(found, dtype=np.int64)
 
 
 class _Tokens(NamedTuple):

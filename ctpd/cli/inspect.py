@@ -1,0 +1,182 @@
+"""The command group `inspect`: look inside spans, tokenizers and weights."""
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from ctpd.cli.options import Decorator, execution
+
+if TYPE_CHECKING:
+    from ctpd.core.store import Store
+
+_SHOWN = 3
+
+
+@click.group()
+def inspect() -> None:
+    """Look inside: aligned spans, tokenizers, weights.
+
+    A TOKENIZER is a folder with a tokenizer.json, such a file, or a hub id, `name@revision` to pin it. The teacher's
+    comes first.
+    """
+
+
+def _texts(function: Any) -> Any:
+    """The options that say which texts to read."""
+    options: tuple[Decorator, ...] = (
+        click.option("--data", type=click.Path(path_type=Path), help="Pairs: jsonl, json, parquet or csv; their responses are read."),
+        click.option("--text", "texts", multiple=True, help="A text; may be repeated."),
+        click.option("--limit", type=click.IntRange(min=1), help="With --data: only so many pairs."),
+    )  # fmt: skip
+    for option in reversed(options):
+        function = option(function)
+    return function
+
+
+@inspect.command()
+@click.argument("teacher")
+@click.argument("student")
+@_texts
+@click.option(
+    "--show", type=click.IntRange(min=0), default=_SHOWN, show_default=True, help="Draw the spans of so many texts."
+)
+@click.option("--html", type=click.Path(path_type=Path, dir_okay=False), help="Write a page with the same as one file.")
+@execution("offline", "json")
+def spans(
+    teacher: str, student: str, *, data: Path | None, texts: tuple[str, ...], limit: int | None, show: int,
+    html: Path | None, offline: bool, as_json: bool,
+) -> None:  # fmt: skip
+    """Align the tokens of TEACHER and STUDENT on texts: spans in colour, their types, and their fidelity."""
+    given = _read(data, texts, limit=limit)
+    sides = _tokenizers(teacher, student, offline=offline)
+    from ctpd.cli import draw, page
+    from ctpd.pipeline.inspection import compare_tokenizers, drawn_spans
+
+    found = compare_tokenizers(given, teacher=sides[0], student=sides[1])
+    drawn = drawn_spans(given, teacher=sides[0], student=sides[1], limit=show)
+    if html is not None:
+        _write(html, page.spans_page(found, drawn, teacher=teacher, student=student))
+    if as_json:
+        click.echo(json.dumps({**found.plain(), "drawn": drawn}, ensure_ascii=False))
+        return
+    for number, text in enumerate(drawn, start=1):
+        click.echo(draw.spans(text, title=f"text {number}") + "\n")
+    if drawn:
+        click.echo(draw.legend() + "\n")
+    click.echo(draw.summary(found, teacher=teacher, student=student))
+    if html is not None:
+        click.echo(f"\nWritten to {html}")
+
+
+@inspect.command()
+@click.argument("teacher")
+@click.argument("student")
+@_texts
+@execution("offline", "json")
+def tokenizers(
+    teacher: str, student: str, *, data: Path | None, texts: tuple[str, ...], limit: int | None, offline: bool,
+    as_json: bool,
+) -> None:  # fmt: skip
+    """The mismatch of TEACHER and STUDENT as a table in Markdown: vocabularies, span types, fidelity."""
+    given = _read(data, texts, limit=limit)
+    sides = _tokenizers(teacher, student, offline=offline)
+    from ctpd.cli import draw
+    from ctpd.pipeline.inspection import compare_tokenizers, vocabulary_facts
+
+    found = compare_tokenizers(given, teacher=sides[0], student=sides[1])
+    facts = vocabulary_facts(teacher=sides[0], student=sides[1])
+    if as_json:
+        click.echo(json.dumps({**found.plain(), "vocabularies": facts}, ensure_ascii=False))
+        return
+    click.echo(draw.markdown(found, facts, teacher=teacher, student=student))
+
+
+@inspect.command()
+@click.argument("recipe")
+@execution("store", "only", "seed", "json")
+def weights(recipe: str, *, store: Path, only: tuple[str, ...], seed: tuple[int, ...], as_json: bool) -> None:
+    """The importance weights of RECIPE's runs, or of the weights artifact with this KEY (its beginning is enough)."""
+    from ctpd.cli import draw
+    from ctpd.core.store import Store
+    from ctpd.pipeline.inspection import inspect_weights
+
+    opened = Store(store)
+    keys = _weight_keys(recipe, opened, only=only, seed=seed)
+    found = {", ".join(names): inspect_weights(opened, key) for key, names in keys.items()}
+    if as_json:
+        click.echo(json.dumps(found))
+        return
+    click.echo("\n\n".join(draw.weights(title, one) for title, one in found.items()))
+
+
+def _weight_keys(recipe: str, store: "Store", *, only: tuple[str, ...], seed: tuple[int, ...]) -> dict[str, list[str]]:
+    """Key -> the runs that use it; those that are not built yet are named on stderr."""
+    from ctpd.core.errors import UserError
+    from ctpd.core.recipe import shipped_recipes
+
+    if recipe not in shipped_recipes() and not Path(recipe).is_file():
+        try:
+            artifact = store.find(recipe if "/" in recipe else f"weights/{recipe}")
+        except UserError as error:
+            raise UserError(
+                f"'{recipe}' is no recipe and no key of importance weights in {store.root}",
+                fix="Give a shipped recipe, a path, or the beginning of a key from `ctpd store du`",
+            ) from error
+        if artifact.stage != "weights":
+            raise UserError(f"the artifact holds no importance weights but {artifact.stage}", where=str(artifact.path))
+        return {artifact.key: [f"weights/{artifact.key[:12]}"]}
+    from ctpd.app import Experiment
+
+    stages = [
+        (run.title, run.weights) for run in Experiment(recipe, only=only, seeds=seed).runs if run.weights is not None
+    ]
+    keys: dict[str, list[str]] = {}
+    missing = []
+    for title, stage in stages:
+        if store.has(stage.kind, stage.key):
+            keys.setdefault(stage.key, []).append(title)
+        else:
+            missing.append(title)
+    if not keys:
+        what = (
+            f"no importance weights of it are in the store {store.root}"
+            if stages
+            else "none of its runs has importance weights"
+        )
+        raise UserError(what, where=recipe, fix=f"Run `ctpd train {recipe}` first, or give another --store")
+    if missing:
+        click.echo(f"Not built yet: {'; '.join(missing)}.", err=True)
+    return keys
+
+
+def _read(data: Path | None, texts: tuple[str, ...], *, limit: int | None) -> list[str]:
+    if (data is None) == (not texts):
+        raise click.UsageError("Give --data or --text, one of them.")
+    if data is None:
+        return list(texts)
+    from ctpd.pipeline.inspection import read_responses
+
+    return read_responses(data, limit=limit)
+
+
+def _tokenizers(teacher: str, student: str, *, offline: bool) -> tuple[Any, Any]:
+    import os
+
+    if offline:
+        os.environ["HF_HUB_OFFLINE"] = "1"
+    from ctpd.models import find_tokenizer
+
+    return find_tokenizer(teacher), find_tokenizer(student)
+
+
+def _write(path: Path, text: str) -> None:
+    from ctpd.core.errors import UserError
+
+    try:
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise UserError(
+            f"the page cannot be written ({error.strerror})", where=str(path), fix="Give a file in a folder that exists"
+        ) from error
