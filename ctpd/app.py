@@ -106,7 +106,7 @@ class Experiment:
         }
 
         def build(work: Work) -> None:
-            told = {**head, "signals": _signals(run)}
+            told = {**head, "signals": _signals(run), "in_memory": _in_memory(run)}
             _write_record(work, told, columns=[column.name for column in self.suite.columns])
 
         return Stage("record", 1, head, build, f"record: {run.title}", inputs)
@@ -272,9 +272,16 @@ def missing_runs(experiment: Experiment, store: Store) -> list[PlannedRun]:
 
 
 def _signals(run: PlannedRun) -> list[str]:
-    """The stored log-probabilities that a run reads, each made by one pass of a frozen model over the pairs."""
+    """The stored signals that a run reads, each made by one pass of a frozen model over the pairs."""
     upstream = [stage for made in (run.training, run.weights) if made is not None for stage in made.inputs.values()]
-    return sorted({stage.label.removeprefix("signals: ") for stage in upstream if stage.kind == "signals"})
+    labels = [stage.label.split(": ", 1)[1] for stage in upstream if stage.kind in ("signals", "distributions")]
+    return sorted(labels)
+
+
+def _in_memory(run: PlannedRun) -> list[str]:
+    """The frozen models that are in memory while a run trains."""
+    view = run.method.objective.teacher if run.method is not None else None
+    return [] if view is None or view.is_stored else [signal.value.replace("_", " ") for signal in view.models]
 
 
 def differing_versions(records: Sequence[Mapping[str, Any]]) -> dict[str, list[str]]:

@@ -25,7 +25,7 @@ def cost_table(runs: Mapping[str, Sequence[Record]]) -> CostTable:
         runs: the records of each run, one a seed.
     """
     header = ("", "Seeds", "Training", "Peak memory", "Weights", "Parameters", "Trained", "Steps",
-              "Teacher passes", "Student passes", "Evaluation")  # fmt: skip
+              "Teacher passes", "Student passes", "Teacher in memory", "Evaluation")  # fmt: skip
     return CostTable(header, [_line(run, records) for run, records in runs.items()], NOTES)
 
 
@@ -33,6 +33,7 @@ NOTES = (
     "Means over the seeds. Training: the run's own, without what all runs share (pretraining, SFT, contrastive models).",
     "Peak memory: of the GPU; on a CPU, of the whole process. Weights: memory of the model's weights alone.",
     "Passes: of a frozen model over all pairs before the training, made once, stored, and shared by all runs that read them.",
+    "Teacher in memory: it reads every batch while the student trains; its memory and time are the run's.",
 )
 
 
@@ -56,6 +57,7 @@ def _line(run: str, records: Sequence[Record]) -> tuple[str, ...]:
         mean("steps", count),
         _signals(records, "teacher"),
         _signals(records, "student"),
+        _in_memory(records),
         duration(float(np.mean(evaluation))),
     )
 
@@ -64,6 +66,12 @@ def _signals(records: Sequence[Record], role: str) -> str:
     """How many stored signals of a role a run read; records of older versions do not say."""
     found = [record["signals"] for record in records if record.get("signals") is not None]
     return str(sum(label.startswith(f"{role} ") for label in found[0])) if found else NOTHING
+
+
+def _in_memory(records: Sequence[Record]) -> str:
+    """Whether frozen models stood beside the student while it trained; records of older versions do not say."""
+    found = [record["in_memory"] for record in records if record.get("in_memory") is not None]
+    return ("yes" if found[0] else "no") if found else NOTHING
 
 
 def duration(seconds: float) -> str:
