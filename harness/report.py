@@ -91,6 +91,8 @@ def report(tables: Sequence[Table], records: Sequence[Record], *, title: str, ab
 
 def _summary(table: Table) -> Iterator[str]:
     """The main result in a sentence or two, from the numbers alone."""
+    if table.partial:
+        yield "Evaluated on a part of the documents only."
     best = [row for row in table.rows if (cell := row.cells[-1]) is not None and cell.rank == 1]
     for row in best[:1]:
         cell = row.cells[-1]
@@ -102,8 +104,6 @@ def _summary(table: Table) -> Iterator[str]:
                 f"Difference to {table.base_label}: {percent_interval(row.difference)} points (95\N{NO-BREAK SPACE}%), "
                 f"p\N{NO-BREAK SPACE}{_equals(p_text(row.p_value))} after Holm's correction."
             )
-    if table.partial:
-        yield "Evaluated on a part of the documents: no result, only a sign that the parts work together."
     if any(row.missing or row.missing_seeds for row in table.rows):
         yield "Some runs are missing: see below the table."
 

@@ -1,10 +1,13 @@
 """Intervals of paired differences: against scipy, against theory, and under the rules for missing seeds."""
 
+from collections.abc import Iterable
+
 import numpy as np
 import pytest
 from scipy import stats
 
 from harness.statistics import (
+    Interval,
     bootstrap_differences,
     difference_per_document,
     holm,
@@ -46,32 +49,48 @@ def test_intervals_of_columns_have_the_width_of_their_standard_error() -> None:
         assert interval.high - interval.low == pytest.approx(2 * half, rel=0.05)
 
 
-def simulated(num_sets: int, *, gain: float, seed: int) -> dict[str, np.ndarray]:
-    """Differences per document, [D, data sets], of systems with three seeds on two columns of 200 documents of 0/1.
+def simulated(
+    num_sets: int, *, gain: float, seed: int, num_seeds: int = 3, effect: float = 0.0
+) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    """Differences per document of two columns, [D, data sets] each, and of the Average per seed, [S, data sets].
 
-    Seeds are crossed with documents and have no effect of their own; a document's difficulty is shared by both systems.
+    Each column has 200 documents of 0/1, crossed with seeds; their difficulty is shared by both systems. `effect` is the
+    standard deviation of a training run's own luck.
     """
     rng = np.random.default_rng(seed)
-    differences = {}
+    luck, base_luck = rng.normal(0.0, effect, size=(2, num_seeds, num_sets))
+    differences, per_seed = {}, []
     for name in ("A", "B"):
         difficulty = rng.uniform(0.2, 0.7, size=(200, num_sets))
-        base = {s: (rng.random(difficulty.shape) < difficulty).astype(float) for s in range(3)}
-        system = {s: (rng.random(difficulty.shape) < difficulty + gain).astype(float) for s in range(3)}
+        shape, seeds = difficulty.shape, range(num_seeds)
+        base = {s: (rng.random(shape) < difficulty + base_luck[s]).astype(float) for s in seeds}
+        system = {s: (rng.random(shape) < difficulty + luck[s] + gain).astype(float) for s in seeds}
         differences[name] = difference_per_document(system, base)
-    return differences
+        per_seed.append([(system[s] - base[s]).mean(axis=0) for s in seeds])
+    return differences, np.mean(per_seed, axis=0)
+
+
+def coverage(intervals: Iterable[Interval | None], truth: float) -> float:
+    return float(np.mean([interval is not None and interval.low <= truth <= interval.high for interval in intervals]))
 
 
 def test_intervals_cover_a_known_difference() -> None:
     """Of 1,000 simulated data sets, 93 to 97 % have the true difference inside the 95 % interval of the Average."""
-    found = bootstrap_differences(simulated(1000, gain=0.1, seed=3), draws=2000)
-    covered = np.mean([interval.low <= 0.1 <= interval.high for interval in found.average])
-    assert 0.93 <= covered <= 0.97
+    found = bootstrap_differences(simulated(1000, gain=0.1, seed=10)[0], draws=2000)
+    assert 0.93 <= coverage(found.average, 0.1) <= 0.97
+
+
+def test_intervals_over_documents_leave_the_luck_of_a_training_out_and_t_intervals_over_seeds_count_it() -> None:
+    differences, per_seed = simulated(1000, gain=0.1, seed=11, num_seeds=5, effect=0.03)
+    over_documents = bootstrap_differences(differences, draws=2000).average
+    assert coverage(over_documents, 0.1) < 0.85
+    assert 0.93 <= coverage([t_interval(list(column)) for column in per_seed.T], 0.1) <= 0.97
 
 
 def test_p_values_are_below_the_level_where_the_interval_leaves_out_zero_and_about_uniform_without_a_difference() -> (
     None
 ):
-    found = bootstrap_differences(simulated(1000, gain=0.0, seed=4), draws=2000)
+    found = bootstrap_differences(simulated(1000, gain=0.0, seed=4)[0], draws=2000)
     p_values = np.array(found.p_values)
     outside = np.array([interval.low > 0 or interval.high < 0 for interval in found.average])
     clear = np.abs(p_values - 0.05) > 0.005
