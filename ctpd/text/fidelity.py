@@ -65,10 +65,7 @@ class Speller:
         self._suffixes = [part["suffix"] for part in parts if part.get("type") == "BPEDecoder"]
         self._added = {id: token.content for id, token in backend.get_added_tokens_decoder().items()}
         self._token: Callable[[int], str | None] = backend.id_to_token
-        unknown = getattr(backend.model, "unk_token", None)
-        self.unknown_id: int | None = backend.token_to_id(unknown) if unknown else None
-        if self.unknown_id is None:
-            self.unknown_id = getattr(tokenizer, "unk_token_id", None)
+        self.unknown_id = _unknown_id(tokenizer)
         normalizer = backend.normalizer
         self.normalize: Callable[[str], str] = normalizer.normalize_str if normalizer is not None else str
         self._spelled: dict[int, bytes] = {}
@@ -242,6 +239,17 @@ _FORMS: dict[str, Callable[[str], str]] = {
     "case": lambda text: _without_space(text.casefold()),
     "compatibility": _normal_form,
 }
+
+
+def _unknown_id(tokenizer: FastTokenizer) -> int | None:
+    """The id of the token for unknown text: a Unigram model names it by id and shows it in its state only."""
+    backend = tokenizer.backend_tokenizer
+    if type(backend.model).__name__ == "Unigram":
+        found = json.loads(backend.model.__getstate__())["unk_id"]
+    else:
+        token = getattr(backend.model, "unk_token", None)
+        found = backend.token_to_id(token) if token else None
+    return None if found is None else int(found)
 
 
 def _parts(decoder: Any) -> Iterator[dict[str, Any]]:

@@ -97,7 +97,7 @@ def test_coverage_says_what_covers_a_character() -> None:
     assert found["offsets"] + found["cleaning"] == 3
 
 
-@pytest.mark.parametrize("student", ["byte_bpe_trimmed", "gemma_bpe", "sentencepiece_bpe", "unigram"])
+@pytest.mark.parametrize("student", ["byte_bpe_trimmed", "gemma_bpe", "sentencepiece_bpe"])
 def test_spans_of_lossless_tokenizers_are_spelled_alike(student: str) -> None:
     texts = ["No, Tom! It has 12 lazy\n\nfoxes: the dog is not quick.", "What? A brown pear."]
     sides = tokenizer("byte_bpe"), tokenizer(student)
@@ -107,6 +107,12 @@ def test_spans_of_lossless_tokenizers_are_spelled_alike(student: str) -> None:
     assert found.teacher == {"exact": found.both["spans"]}
     assert not set(found.student) & set(EXCEPTIONS)
     assert not found.examples
+
+
+@pytest.mark.parametrize("kind", ["wordpiece", "unigram", "unigram_words"])
+def test_the_token_for_unknown_text_is_known(kind: str) -> None:
+    core = tokenizer(kind)
+    assert Speller(core).unknown_id == core.convert_tokens_to_ids("<unk>") in tokenize_bare(core, ["a 龍"]).ids
 
 
 def test_exceptions_of_wordpiece_are_counted_by_class_with_examples() -> None:
