@@ -79,6 +79,7 @@ class DSKD(DistillationObjective):
         student, teacher = batch.student, batch.teachers[0].rows
         assert isinstance(student.rows, LogitRows)
         assert isinstance(teacher, LogitRows)
+        check_states((student.rows, self.t2s.out_features), (teacher, self.s2t.out_features))
         paired_N = batch.partner >= 0
         theirs = teacher.constant().select(batch.partner.clamp(min=0))
         mapped = LogitRows(carried(self.t2s, theirs.hidden, student.rows), student.rows.head.constant())
@@ -131,6 +132,15 @@ def teacher_space(hidden_MH: Tensor, teacher: LogitRows, temperature: float) -> 
 def carried(projector: nn.Linear, hidden_NH: Tensor, to: LogitRows) -> Tensor:
     """Hidden states in another model's space, in the number format of that model's own."""
     return projector(hidden_NH.to(projector.weight.dtype)).to(to.hidden.dtype)
+
+
+def check_states(*sides: tuple[LogitRows, int]) -> None:
+    """Refuse rows that are no hidden states: where the scorer fell back to full logits, these stand in their place."""
+    if any(rows.hidden.shape[-1] != size for rows, size in sides):
+        raise UserError(
+            "the method compares hidden states, and one of the models gives logits only (see the warning about its scorer)",
+            fix="Use a method that compares distributions, or a model whose last hidden states give its logits",
+        )
 
 
 def checked_rate(learning_rate: float) -> float:

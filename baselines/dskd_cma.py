@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from baselines.divergences import find_divergence
-from baselines.dskd import checked_rate, student_space, teacher_space
+from baselines.dskd import check_states, checked_rate, student_space, teacher_space
+from ctpd.core.errors import UserError
 from ctpd.objectives.base import Sums
 from ctpd.objectives.distillation import (
     DistillationObjective,
@@ -88,6 +89,8 @@ class DSKDCMA(DistillationObjective):
         super().__init__()
         check_kd_rate(params.kd_rate)
         self._divergence = find_divergence(params.divergence, temperature=params.temperature)
+        if params.micro_batch < 1:
+            raise UserError(f"`micro_batch: {params.micro_batch}` is below 1")
         self.params, self.objective_learning_rate = params, checked_rate(params.projector_learning_rate)
         self.micro_batch = params.micro_batch if params.std_scope == "all" else None
         self.teacher = TeacherView(pairing="none")
@@ -101,6 +104,7 @@ class DSKDCMA(DistillationObjective):
         student, teacher = batch.student, batch.teachers[0]
         assert isinstance(student.rows, LogitRows)
         assert isinstance(teacher.rows, LogitRows)
+        check_states((student.rows, self.t2s.out_features), (teacher.rows, self.s2t.out_features))
         theirs = teacher.rows.constant()
         t2s_NH, s2t_MK = self._attend(student, teacher, batch.num_rows)
         mapped = LogitRows(t2s_NH.to(student.rows.hidden.dtype), student.rows.head.constant())

@@ -19,7 +19,7 @@ from ctpd.core.recipe import EvaluationSpec, Recipe, load_recipe
 from ctpd.core.store import Store
 from ctpd.pipeline.graph import Graph, Stage, Work
 from ctpd.pipeline.progress import Progress
-from ctpd.pipeline.references import META, SUMMARY, TRAINING, External, LocatedModel, ModelRef, cached_digest
+from ctpd.pipeline.references import META, SUMMARY, TRAINING, WRITTEN, External, LocatedModel, ModelRef, cached_digest
 from ctpd.pipeline.runs import PlannedRun, ablation_run, plan_runs, trials
 from ctpd.pipeline.runtime import Runtime, provenance
 from ctpd.pipeline.stages import SharedStages
@@ -85,7 +85,9 @@ class Experiment:
 
     def _record(self, run: PlannedRun, evaluations: Mapping[str, Stage]) -> Stage:
         inputs = {f"evaluation.{column}": stage for column, stage in evaluations.items()}
-        inputs["pairs"] = self.stages.pairs
+        inputs["pairs"] = _pairs_of(run, self.stages)
+        if "generated" in inputs["pairs"].inputs:
+            inputs["generated"] = inputs["pairs"].inputs["generated"]
         if isinstance(run.model.newest, Stage):
             inputs["training"] = run.model.newest
         if run.weights is not None:
@@ -205,35 +207,36 @@ def _evaluate(
     from harness.evaluate import evaluate_column, evaluate_with_vllm
 
     protocol = {"data_root": data_root, "limit": spec.limit, "chat_template": spec.chat_template}
+    tokenizer = load_tokenizer(located.tokenizer, revision=located.tokenizer_revision)
     if spec.backend == "vllm":
-        with _one_folder(located, precision=precision) as (folder, tokenizer, revision):
-            return evaluate_with_vllm(folder, tokenizer, column, precision=precision, revision=revision, **protocol)
+        with _one_folder(located, precision=precision) as (folder, revision):
+            return evaluate_with_vllm(
+                folder, tokenizer, column, precision=precision, revision=revision,
+                tokenizer_location=located.tokenizer, tokenizer_revision=located.tokenizer_revision, **protocol,
+            )  # fmt: skip
     loaded = load_model(
         located.folder, adapters=located.adapters, precision=precision, device=work.runtime.torch_device(),
         revision=located.revision,
     )  # fmt: skip
     return evaluate_column(
-        loaded, load_tokenizer(located.tokenizer, revision=located.tokenizer_revision), column,
-        batch_size=spec.batch_size, progress=work.progress, **protocol,
+        loaded, tokenizer, column, batch_size=spec.batch_size, progress=work.progress, **protocol,
     )  # fmt: skip
 
 
 @contextlib.contextmanager
-def _one_folder(located: LocatedModel, *, precision: str) -> Iterator[tuple[str, str, str | None]]:
-    """A model as one directory (or hub id) with its tokenizer's and its revision; adapters are merged for the time."""
+def _one_folder(located: LocatedModel, *, precision: str) -> Iterator[tuple[str, str | None]]:
+    """A model as one directory (or hub id) and its revision; adapters are merged for the time."""
     if not located.adapters:
-        yield located.folder, located.tokenizer, located.revision
+        yield located.folder, located.revision
         return
-    from ctpd.models import load_model, load_tokenizer, save_model
+    from ctpd.models import load_model, save_model
 
     with tempfile.TemporaryDirectory() as temporary:
         model = load_model(
             located.folder, adapters=located.adapters, precision=precision, device="cpu", revision=located.revision
         )
         save_model(model, Path(temporary))
-        tokenizer = load_tokenizer(located.tokenizer, revision=located.tokenizer_revision)
-        tokenizer.save_pretrained(temporary)
-        yield temporary, temporary, None
+        yield temporary, None
 
 
 def _write_record(work: Work, head: Mapping[str, Any], *, columns: Sequence[str]) -> None:
@@ -246,7 +249,12 @@ def _write_record(work: Work, head: Mapping[str, Any], *, columns: Sequence[str]
         **head,
         "training": read("training", TRAINING) if "training" in work.inputs else None,
         "weights": read("weights", SUMMARY) if "weights" in work.inputs else None,
-        "data": {"pairs": len(meta["pair_ids"]), "dropped": meta["dropped"], "report": meta["report"]},
+        "data": {
+            "pairs": len(meta["pair_ids"]),
+            "dropped": meta["dropped"],
+            "report": meta["report"],
+            "written": read("generated", WRITTEN) if "generated" in work.inputs else None,
+        },
         "evaluation": evaluation,
         "provenance": {**provenance(work.runtime), "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())},
     }
@@ -271,11 +279,17 @@ def missing_runs(experiment: Experiment, store: Store) -> list[PlannedRun]:
     return [run for run, stage in stages if not store.has(stage.kind, stage.key)]
 
 
+def _pairs_of(run: PlannedRun, stages: SharedStages) -> Stage:
+    """The pairs that a run was trained on: the data's own, or those with a model's responses."""
+    return stages.pairs if run.training is None else run.training.inputs["pairs"]
+
+
 def _signals(run: PlannedRun) -> list[str]:
-    """The stored signals that a run reads, each made by one pass of a frozen model over the pairs."""
+    """The stored signals that a run reads, and the responses that were written for it: each a pass over the pairs."""
+    written = run.training.inputs["pairs"].inputs.get("generated") if run.training is not None else None
     upstream = [stage for made in (run.training, run.weights) if made is not None for stage in made.inputs.values()]
     labels = [stage.label.split(": ", 1)[1] for stage in upstream if stage.kind in ("signals", "distributions")]
-    return sorted(labels)
+    return sorted([*labels, *([written.label] if written is not None else [])])
 
 
 def _in_memory(run: PlannedRun) -> list[str]:

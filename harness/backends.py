@@ -19,7 +19,14 @@ from ctpd.core.errors import UserError
 from harness.isolation import Progress
 
 
-def open_vllm(folder: str | Path, tokenizer: str | Path, *, precision: str, revision: str | None = None) -> LM:
+def open_vllm(
+    folder: str | Path,
+    tokenizer: str | Path,
+    *,
+    precision: str,
+    revision: str | None = None,
+    tokenizer_revision: str | None = None,
+) -> LM:
     """A model directory or hub id behind vLLM, which batches by itself.
 
     Scores differ from those of transformers by the noise of other kernels: one table has one backend.
@@ -34,7 +41,12 @@ def open_vllm(folder: str | Path, tokenizer: str | Path, *, precision: str, revi
             f"`backend: vllm` needs vLLM, which cannot be imported ({error})",
             fix="Install it beside a GPU, `pip install 'ctpd[vllm]'`, or use `backend: hf`",
         ) from error
-    made: LM = module.VLLM(pretrained=str(folder), tokenizer=str(tokenizer), dtype=precision, revision=revision)
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()  # vLLM asks for most of the device at its start; a training in this process left blocks
+    made: LM = module.VLLM(
+        pretrained=str(folder), tokenizer=str(tokenizer), dtype=precision, revision=revision,
+        tokenizer_revision=tokenizer_revision,
+    )  # fmt: skip
     return made
 
 

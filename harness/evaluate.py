@@ -66,8 +66,7 @@ def evaluate_column(
     Raises:
         UserError: unknown task, other version than the suite's, missing data, missing metric or chat template.
     """
-    if chat_template and tokenizer.chat_template is None:
-        raise UserError("the tokenizer has no chat template", fix="Evaluate with `chat_template: false`")
+    _check_template(tokenizer, chat_template)
     modes = [(module, module.training) for module in model.modules()]
     start = time.perf_counter()
     try:
@@ -90,12 +89,14 @@ def evaluate_column(
 
 def evaluate_with_vllm(
     folder: str | Path,
-    tokenizer: str | Path,
+    tokenizer: PreTrainedTokenizerBase,
     column: Column,
     *,
     data_root: Path | None,
     precision: str,
     revision: str | None = None,
+    tokenizer_location: str | Path,
+    tokenizer_revision: str | None = None,
     limit: int | None = None,
     chat_template: bool = False,
 ) -> dict[str, Any]:
@@ -105,7 +106,10 @@ def evaluate_with_vllm(
         UserError: as there, or vLLM is not installed.
     """
     start = time.perf_counter()
-    lm: Any = open_vllm(folder, tokenizer, precision=precision, revision=revision)
+    _check_template(tokenizer, chat_template)
+    lm: Any = open_vllm(
+        folder, tokenizer_location, precision=precision, revision=revision, tokenizer_revision=tokenizer_revision
+    )
     result = score(lm, column, data_root=data_root, limit=limit, chat_template=chat_template)
     return result | {
         "seconds": round(time.perf_counter() - start, 3),
@@ -159,6 +163,11 @@ def score(
         "seeds": dict(SEEDS),
         "lm_eval_version": installed_version("lm_eval"),
     }
+
+
+def _check_template(tokenizer: PreTrainedTokenizerBase, chat_template: bool) -> None:
+    if chat_template and tokenizer.chat_template is None:
+        raise UserError("the tokenizer has no chat template", fix="Evaluate with `chat_template: false`")
 
 
 def check_column(column: Column, *, data_root: Path | None) -> None:

@@ -273,8 +273,7 @@ def _check_pinned(revision: str | None, path: str, source: str) -> None:
 
 
 def _check_names(recipe: Recipe, source: str) -> None:
-    if recipe.grid and recipe.ablations:
-        raise UserError("a recipe has a `grid` or `ablations`, not both", where=source)
+    _check_grid(recipe, source)
     names = {**recipe.runs, **recipe.anchors}
     if set(recipe.runs) & set(recipe.anchors):
         raise UserError("a run and an anchor have the same name", where=source, fix="Rename one of them")
@@ -287,8 +286,8 @@ def _check_names(recipe: Recipe, source: str) -> None:
     for label, run in recipe.runs.items():
         if "learning_rate" not in {*run.tuned, *recipe.grid}:
             raise UserError(f"'runs.{label}.tuned' lacks `learning_rate`", where=source)
-        if twice := set(run.tuned) & set(recipe.grid):
-            raise UserError(f"'runs.{label}.tuned' fixes `{min(twice)}`, which the grid varies", where=source)
+        if twice := {*run.tuned, *run.params} & set(recipe.grid):
+            raise UserError(f"'runs.{label}' fixes `{min(twice)}`, which the grid varies", where=source)
     for label, table in recipe.tables.items():
         if label == "report":
             raise UserError("a table may not be named `report`: that file is the report", where=source, fix="Rename it")
@@ -304,6 +303,21 @@ def _check_names(recipe: Recipe, source: str) -> None:
         for row in (*table.rows, *([table.base] if table.base else [])):
             if row not in known:
                 raise UserError(f"'tables.{label}' names no row: '{row}'.{nearest(row, known)}", where=source)
+
+
+def _check_grid(recipe: Recipe, source: str) -> None:
+    if recipe.grid and recipe.ablations:
+        raise UserError("a recipe has a `grid` or `ablations`, not both", where=source)
+    for name, values in recipe.grid.items():
+        if not values:
+            raise UserError(f"'grid.{name}' has no values", where=source)
+    for label, table in recipe.tables.items():
+        if recipe.grid and table.base in recipe.runs:
+            raise UserError(
+                f"'tables.{label}.base' is the run '{table.base}', which the grid makes several rows of",
+                where=source,
+                fix="Leave `base` out, or take an anchor",
+            )
 
 
 def looks_local(model: str) -> bool:

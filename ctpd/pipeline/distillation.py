@@ -10,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 from safetensors.numpy import load_file, save_file
 from torch import nn
+from transformers import GenerationConfig
 
 from ctpd.core.errors import UserError
 from ctpd.core.recipe import DataSpec
@@ -18,7 +19,7 @@ from ctpd.objectives.base import Generation, TeacherView
 from ctpd.objectives.distillation import DistillationObjective, ModelFacts
 from ctpd.ops.boundaries import boundary_ids
 from ctpd.pipeline.graph import Work
-from ctpd.pipeline.references import LocatedModel, ModelRef
+from ctpd.pipeline.references import WRITTEN, LocatedModel, ModelRef
 from ctpd.pipeline.rows import scored_rows, token_rows
 from ctpd.text.blocks import TokenRows
 from ctpd.text.edit_distance import edit_distance_pairing
@@ -29,7 +30,7 @@ from ctpd.train.distill import TOP_LOGPS, DistillPass, DistillRows
 from ctpd.train.sweep import sweep, top, with_boundary
 from ctpd.train.trainer import ForwardPass, Rows
 
-DISTRIBUTIONS, DROPPED, GENERATED = "distributions.safetensors", "dropped.json", "pairs_{split}.jsonl"
+DISTRIBUTIONS, GENERATED = "distributions.safetensors", "pairs_{split}.jsonl"
 
 
 def distributions(work: Work, *, prepared: PreparedPairs, model: ModelRef, view: TeacherView, precision: str) -> None:
@@ -48,9 +49,6 @@ def distributions(work: Work, *, prepared: PreparedPairs, model: ModelRef, view:
         max_tokens=work.runtime.signal_batch_tokens, progress=work.progress,
     )  # fmt: skip
     save_file(kept, work.folder / DISTRIBUTIONS)
-    mass = 1.0 - np.exp(kept[TOP_LOGPS].astype(np.float64)).sum(axis=1) if TOP_LOGPS in kept else np.zeros(1)
-    summary = {"dropped_mass": float(mass.mean().clip(min=0.0)), "dropped_mass_max": float(mass.max().clip(min=0.0))}
-    (work.folder / DROPPED).write_text(json.dumps(summary))
 
 
 def distilled(
@@ -71,7 +69,8 @@ def distilled(
     torch.manual_seed(seed)  # the initial values of an objective's parameters
     objective.bind(ours, theirs)
     stored = [load_file(work.inputs[name] / DISTRIBUTIONS) for name in sorted(work.inputs) if name.startswith("stored")]
-    partner = partners(prepared, view, facts=(ours, theirs))
+    used = np.unique(np.concatenate([mine.items.reshape(-1) for mine in rows.values()]))
+    partner = partners(prepared, view, facts=(ours, theirs), rows=used)
     made: dict[str, Rows] = {
         split: DistillRows(
             student=mine,
@@ -86,7 +85,7 @@ def distilled(
         model.requires_grad_(False)
     constants = {}
     if view.top_k is not None:
-        constants["teacher/dropped_mass"] = json.loads((work.inputs["stored0"] / DROPPED).read_text())["dropped_mass"]
+        constants["teacher/dropped_mass"] = dropped_mass(prepared.teacher, stored[0][TOP_LOGPS], rows["train"].items)
     return made, DistillPass(objective, in_memory), constants
 
 
@@ -95,18 +94,24 @@ def refuse_other_tokenizer(student: ModelFacts, teacher: ModelFacts) -> None:
     if tuple(student.tokens) != tuple(teacher.tokens):
         raise UserError(
             "the method compares distributions token by token, and teacher and student have different tokenizers",
-            fix="Use a method that works across tokenizers (CTPD, ULD, ALM, GOLD, DSKD with cross-model attention, "
-            "Multi-Level OT, MinED), or a student that shares the teacher's tokenizer",
+            fix="Use a method that works across tokenizers (CTPD, sequence KD, ULD, ALM, GOLD, X-Token, DSKD with cross-model "
+            "attention, Multi-Level OT, MinED), or a student that shares the teacher's tokenizer",
         )
 
 
-def partners(prepared: PreparedPairs, view: TeacherView, *, facts: tuple[ModelFacts, ModelFacts]) -> NDArray[np.int32]:
-    """For each token of the student the place of its partner among the scored ones of the teacher's row, or -1."""
+def partners(
+    prepared: PreparedPairs, view: TeacherView, *, facts: tuple[ModelFacts, ModelFacts], rows: NDArray[np.int64]
+) -> NDArray[np.int32]:
+    """For each token of the student the place of its partner among the scored ones of the teacher's row, or -1.
+
+    Args:
+        rows: the rows that are trained or evaluated on; the others get no partners.
+    """
     student, teacher = prepared.student, prepared.teacher
     result = np.full(len(student.input_ids), -1, dtype=np.int32)
     if view.pairing == "none":
         return result
-    for row in range(len(student.row_starts) - 1):
+    for row in rows.tolist():
         mine, theirs = _scored(student, row), _scored(teacher, row)
         if view.pairing == "position":
             place = np.arange(len(mine))
@@ -125,6 +130,13 @@ def partners(prepared: PreparedPairs, view: TeacherView, *, facts: tuple[ModelFa
     return result
 
 
+def dropped_mass(teacher: TokenRows, logps_MK: NDArray[np.float32], items: NDArray[np.int64]) -> float:
+    """The mean probability of what was not kept, over the scored tokens of the rows that are trained on."""
+    row = np.repeat(np.arange(len(teacher.row_starts) - 1), np.diff(teacher.row_starts))[teacher.unit >= 0]
+    kept = np.exp(logps_MK[np.isin(row, items)].astype(np.float64)).sum(axis=1)
+    return float(np.clip(1.0 - kept, 0.0, None).mean())
+
+
 def _scored(rows: TokenRows, row: int) -> NDArray[np.int64]:
     start, end = rows.row_starts[row], rows.row_starts[row + 1]
     return np.asarray(np.flatnonzero(rows.unit[start:end] >= 0) + start, dtype=np.int64)
@@ -134,10 +146,12 @@ def facts_of(located: LocatedModel) -> ModelFacts:
     """Vocabulary and sizes of a model, from its configuration and tokenizer alone."""
     tokenizer: Any = load_tokenizer(located.tokenizer, revision=located.tokenizer_revision)
     vocab_size, hidden_size = model_sizes(located.folder, revision=located.revision)
-    spelled = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
+    # A tokenizer may have more ids than the model has logits: what cannot be predicted is no part of its vocabulary.
+    spelled = tokenizer.convert_ids_to_tokens(range(min(len(tokenizer), vocab_size)))
+    added = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
     return ModelFacts(
         tokens=tuple("" if token is None else token for token in spelled),
-        special_ids=frozenset(tokenizer.all_special_ids),
+        special_ids=frozenset(i for i in {*tokenizer.all_special_ids, *added} if i < vocab_size),
         vocab_size=vocab_size,
         hidden_size=hidden_size,
     )
@@ -150,12 +164,20 @@ def generate(
     """The pairs with one side rewritten by a model: greedy, until its end of turn.
 
     Left out and counted: responses that do not end within `max_tokens`, empty ones, and those equal to the other side.
+
+    Raises:
+        UserError: more than `max_dropped` of the responses are left out, or no response of the data has an end of turn.
     """
     located = model.located("model", work.inputs)
     loaded = _loaded(work, located, precision)
     tokenizer: Any = load_tokenizer(located.tokenizer, revision=located.tokenizer_revision)
     rows = token_rows(prepared, model.role)
     prompts = [rows.input_ids[rows.row_starts[2 * i] : _scored(rows, 2 * i)[0]] for i in range(len(prepared.pair_ids))]
+    if not prepared.has_end.any():
+        raise UserError(
+            "every response of the data is cut at `max_tokens`: nothing shows by which token a turn ends",
+            fix="Raise `max_tokens`",
+        )
     end_token = int(rows.input_ids[rows.row_starts[1:][prepared.has_end] - 1][0])
     written = _greedy(loaded, prompts, end_token=end_token, max_tokens=data.max_tokens, work=work)
     known = {(split, pair.id): pair for split, pairs in originals.items() for pair in pairs}
@@ -172,17 +194,34 @@ def generate(
             messages = {"prompt": [m._asdict() for m in pair.prompt]}
             messages |= {side: [{"role": "assistant", "content": content}] for side, content in sides.items()}
             lines[split].append(json.dumps(messages, ensure_ascii=False))
+    _refuse_losses(counts, generation, data)
     for split, of_split in lines.items():
         (work.folder / GENERATED.format(split=split)).write_text("\n".join([*of_split, ""]), encoding="utf-8")
-    (work.folder / DROPPED).write_text(json.dumps(dict(counts)))
+    (work.folder / WRITTEN).write_text(json.dumps(dict(counts)))
+
+
+def _refuse_losses(counts: Counter[str], generation: Generation, data: DataSpec) -> None:
+    lost = counts.total() - counts["kept"]
+    if lost > data.max_dropped * counts.total():
+        reasons = ", ".join(f"{number} {reason}" for reason, number in sorted(counts.items()) if reason != "kept")
+        raise UserError(
+            f"of {counts.total()} responses that the {generation.writer} wrote, {lost} cannot be used ({reasons}), more than "
+            f"`max_dropped: {data.max_dropped}` allows",
+            fix="A model whose answers do not end needs more fine-tuning, or a larger `max_tokens`; raise `max_dropped` if the "
+            "loss is meant",
+        )
 
 
 @torch.no_grad()
 def _greedy(
     model: Any, prompts: Sequence[NDArray[np.int32]], *, end_token: int, max_tokens: int, work: Work, batch: int = 32
 ) -> list[list[int] | None]:
-    """The likeliest continuation of each prompt without its end token; None if it did not end."""
+    """The likeliest continuation of each prompt without its end token; None if it did not end.
+
+    A model's own `generation_config` (penalties, suppressed tokens) has no say.
+    """
     device = next(model.parameters()).device
+    model.generation_config = GenerationConfig()  # the library fills what is unset from the model's own
     result: list[list[int] | None] = [None] * len(prompts)
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]), reverse=True)
     for start in range(0, len(order), batch):
@@ -193,10 +232,12 @@ def _greedy(
         for place, i in enumerate(chosen):
             ids[place, width - len(prompts[i]) :] = torch.from_numpy(prompts[i].astype(np.int64))
             mask[place, width - len(prompts[i]) :] = 1
+        settings = GenerationConfig(
+            do_sample=False, max_new_tokens=max_tokens - min(len(prompts[i]) for i in chosen), eos_token_id=end_token,
+            pad_token_id=end_token,
+        )  # fmt: skip
         out = model.generate(
-            input_ids=ids.to(device), attention_mask=mask.to(device), do_sample=False, num_beams=1,
-            temperature=None, top_p=None, top_k=None,
-            max_new_tokens=max_tokens - min(len(prompts[i]) for i in chosen), eos_token_id=end_token, pad_token_id=end_token,
+            input_ids=ids.to(device), attention_mask=mask.to(device), generation_config=settings
         )[:, width:].tolist()  # fmt: skip
         for i, tokens in zip(chosen, out, strict=True):
             own = tokens[: max_tokens - len(prompts[i])]

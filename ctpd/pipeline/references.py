@@ -11,7 +11,13 @@ from ctpd.core.store import digest_folder
 from ctpd.pipeline.graph import Stage
 
 MODEL_FOLDER = "model"  # inside an artifact that holds a model
-META, TRAINING, SUMMARY, CHAIN = "pairs.json", "training.json", "summary.json", "chain.json"  # JSON files of artifacts
+META, TRAINING, SUMMARY, CHAIN, WRITTEN = (
+    "pairs.json",
+    "training.json",
+    "summary.json",
+    "chain.json",
+    "written.json",
+)  # JSON files of artifacts
 ADAPTER_CONFIG = "adapter_config.json"
 
 

@@ -90,10 +90,10 @@ class SharedStages:
         writer = self.sft[generation.writer]
         inputs, external = self._data()
         written = Stage(
-            "generate", 1, {"generation": generation, "precision": self.shared.precision},
+            "generate", 2, {"generation": generation, "precision": self.shared.precision},
             _builder("generate", model=writer, generation=generation, data=self.shared.data,
                      precision=self.shared.precision),
-            f"responses of the {generation.writer} as {generation.side}",
+            f"{generation.writer} responses as {generation.side}",
             {"pairs": self.pairs, **inputs, **writer.stages("model")}, {**external, **writer.externals("model")},
         )  # fmt: skip
         label = f"pairs: {generation.side} responses of the {generation.writer}"
@@ -219,6 +219,16 @@ class SharedStages:
             {"pairs": pairs, **model.stages("model")}, model.externals("model"),
         )  # fmt: skip
 
+    def _refuse_uneven_steps(self, method: Method, schedule: Schedule) -> None:
+        fixed = method.objective.micro_batch
+        if fixed is not None and schedule.pairs_per_step % fixed:
+            raise UserError(
+                f"the method '{method.name}' has micro-batches of {fixed}, and a step of {schedule.pairs_per_step} pairs cannot be "
+                "cut into them",
+                where=self.source,
+                fix="Make `pairs_per_step` a multiple of the method's `micro_batch`, or change that",
+            )
+
     def _refuse_two_tokenizers(self, method: Method) -> None:
         teacher, student = (self.bases[role].tokenizer for role in ROLES)
         if isinstance(teacher, Stage) and isinstance(student, Stage) and teacher.key != student.key:
@@ -274,11 +284,13 @@ class SharedStages:
     ) -> Stage:
         """The stage of `train`."""
         layout, generation = method.objective.layout, method.objective.generation
+        own_pairs = layout.reference is None and layout.weighting is None
+        assert generation is None or own_pairs, "signals and weights are those of the data's own pairs"
+        self._refuse_uneven_steps(method, schedule)
         pairs = self.pairs if generation is None else self.generated_pairs(generation)
         teachers, teacher_inputs, teacher_externals = self.teachers(method, pairs)
         inputs = {"pairs": pairs, **start.stages("start"), **teacher_inputs}
         if layout.reference is not None:
-            assert generation is None, "signals are taken on the data's own pairs"
             anchor = "teacher" if layout.reference == "teacher" else start.role
             inputs["reference"] = self.signal(self.sft[anchor], f"{anchor} SFT")
         weights = self.weights(method, seed=seed, label=label)

@@ -145,10 +145,13 @@ class PreferenceTrainer(Trainer):
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """With the objective's parameters, which an adapter's checkpoint would leave out."""
-        super()._save_checkpoint(model, trial)
-        if self.args.should_save:
+        if (
+            self.args.should_save
+        ):  # first: what the library writes last makes the state complete, and it drops the older one
             folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
+            folder.mkdir(parents=True, exist_ok=True)
             save_objective(self.objective, folder)
+        super()._save_checkpoint(model, trial)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)

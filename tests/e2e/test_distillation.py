@@ -68,6 +68,16 @@ def test_a_comparison_token_by_token_is_refused_for_two_tokenizers(cli: Cli, tmp
     assert not list((tmp_path / "store").glob("*/*")), "refused before anything is computed"
 
 
+def test_a_step_that_a_fixed_micro_batch_does_not_divide_is_refused_in_the_plan(cli: Cli, tmp_path: Path) -> None:
+    fixed = [name for name, made in OBJECTIVES.items() if made.micro_batch is not None]
+    assert fixed
+    recipe = write_recipe(tmp_path, methods=fixed[:1], one_tokenizer=False)
+    recipe.write_text(recipe.read_text().replace("pairs_per_step: 8", "pairs_per_step: 12"))
+    outcome = cli("run", recipe, "--store", tmp_path / "store", "--plan")
+    assert outcome.code == 2
+    assert "micro-batches of 8" in outcome.err
+
+
 def test_an_exported_student_has_no_parameters_of_its_objective(cli: Cli, tmp_path: Path) -> None:
     methods = [name for name, made in OBJECTIVES.items() if made.objective_learning_rate is not None]
     assert methods

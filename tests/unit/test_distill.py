@@ -15,12 +15,16 @@ from ctpd.core.recipe import Schedule
 from ctpd.models import add_lora
 from ctpd.objectives.base import Sums, TeacherView
 from ctpd.objectives.distillation import DistillationObjective, DistillBatch, ModelFacts, mixed
+from ctpd.pipeline.distillation import dropped_mass, facts_of
+from ctpd.pipeline.references import LocatedModel
+from ctpd.text.blocks import TokenRows
 from ctpd.train.collator import ScoredRows
 from ctpd.train.distill import DistillPass, DistillRows
 from ctpd.train.fit import Fit, FitSettings, fit
 from ctpd.train.sweep import sweep, top, with_boundary
 from ctpd.train.trainer import OBJECTIVE_FILE, save_objective
 from tests.fixtures.tiny import VOCABULARY, tiny_model, tiny_rows
+from tests.fixtures.tokenizers import tokenizer
 
 SCHEDULE = Schedule(epochs=2, pairs_per_step=4)
 FACTS = ModelFacts(tokens=tuple("?" * VOCABULARY), special_ids=frozenset(), vocab_size=VOCABULARY, hidden_size=16)
@@ -142,6 +146,32 @@ def test_all_of_a_stored_distribution_is_the_teacher_in_memory(tmp_path: Path) -
     stored = both_rows(stored=(kept(top(VOCABULARY, 1.0)),))
     offline = train(tiny_model(), ULD(ULDParams(top_k=VOCABULARY)), tmp_path / "b", rows=stored)
     assert losses(offline) == pytest.approx(losses(online), abs=2e-6)
+
+
+def test_dropped_mass_is_that_of_the_rows_that_are_trained_on() -> None:
+    teacher = TokenRows(
+        np.arange(7, dtype=np.int32), np.array([0, 3, 7]), np.array([-1, 0, 1, -1, 0, 0, 1], dtype=np.int32)
+    )
+    logps = np.log(np.array([[0.5, 0.25], [0.5, 0.5], [0.1, 0.1], [0.2, 0.1], [0.3, 0.1]], dtype=np.float32))
+    assert dropped_mass(teacher, logps, np.array([[0]])) == pytest.approx((0.25 + 0.0) / 2)
+    assert dropped_mass(teacher, logps, np.array([[0, 1]])) == pytest.approx((0.25 + 0.0 + 0.8 + 0.7 + 0.6) / 5)
+
+
+def test_an_id_without_a_logit_is_no_part_of_a_models_vocabulary(tmp_path: Path) -> None:
+    """Gemma 3's tokenizer has one id more than its text model has logits."""
+    made = tokenizer("byte_bpe")
+    made.add_special_tokens({"additional_special_tokens": ["<extra>"]})
+    made.save_pretrained(str(tmp_path))
+    fewer = len(made) - 1
+    config = tiny_model().config
+    config.vocab_size = fewer
+    config.save_pretrained(str(tmp_path))
+    located = LocatedModel(
+        folder=str(tmp_path), revision=None, adapters=(), tokenizer=str(tmp_path), tokenizer_revision=None
+    )
+    facts = facts_of(located)
+    assert len(facts.tokens) == facts.vocab_size == fewer
+    assert max(facts.special_ids) < fewer
 
 
 def test_a_stored_boundary_is_the_probability_of_the_boundary_after_each_token() -> None:

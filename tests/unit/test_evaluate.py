@@ -394,5 +394,7 @@ def test_vllm_is_given_the_model_its_tokenizer_and_the_precision(monkeypatch: py
     module = types.ModuleType("lm_eval.models.vllm_causallms")
     module.VLLM = lambda **arguments: given.update(arguments) or "the model"  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "lm_eval.models.vllm_causallms", module)
-    assert open_vllm("a", "b", precision="bfloat16", revision="c" * 40) == "the model"
-    assert given == {"pretrained": "a", "tokenizer": "b", "dtype": "bfloat16", "revision": "c" * 40}
+    assert open_vllm("a", "b", precision="bfloat16", revision="c" * 40, tokenizer_revision="d" * 40) == "the model"
+    assert given == {
+        "pretrained": "a", "tokenizer": "b", "dtype": "bfloat16", "revision": "c" * 40, "tokenizer_revision": "d" * 40,
+    }  # fmt: skip
