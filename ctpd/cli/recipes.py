@@ -102,7 +102,8 @@ def recipes(*, as_json: bool) -> None:
     from ctpd.core.recipe import load_recipe, shipped_recipes
 
     found = {name: load_recipe(name).about for name in shipped_recipes()}
-    click.echo(json.dumps(found) if as_json else "\n".join(f"{name:<26} {about}" for name, about in found.items()))
+    width = max(map(len, found))
+    click.echo(json.dumps(found) if as_json else "\n".join(f"{name:<{width}} {about}" for name, about in found.items()))
 
 
 @click.command()
