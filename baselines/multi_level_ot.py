@@ -104,9 +104,7 @@ def _of_responses(batch: DistillBatch, *, top_k: int | None, skip_last: bool) ->
     """The responses' rows only. Cross-entropy of all of the student's tokens; columns without the skipped ones."""
     student, teacher = batch.student, batch.teachers[0]
     assert isinstance(student.rows, LogitRows)
-    is_last_N = torch.ones_like(student.row, dtype=torch.bool)
-    is_last_N[:-1] = student.row[1:] != student.row[:-1]
-    used_N = ~is_last_N if skip_last else torch.ones_like(is_last_N)
+    used_N = ~student.is_last if skip_last else torch.ones_like(student.is_last)
     if isinstance(teacher.rows, TopRows):
         assert top_k is not None
         order_K, teacher_NK = None, teacher.rows.logps.exp()

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from ctpd.core.errors import UserError
@@ -51,6 +51,13 @@ class Tokens(NamedTuple):
     embed: Callable[[Tensor], Tensor] | None = None
     columns: Float[Tensor, "N C"] | None = None
     position: Int[Tensor, " N"] | None = None
+
+    @property
+    def is_last(self) -> Bool[Tensor, " N"]:
+        """Whether a token is the last scored one of its response."""
+        last_N = torch.ones_like(self.row, dtype=torch.bool)
+        last_N[:-1] = self.row[1:] != self.row[:-1]
+        return last_N
 
     @property
     def place(self) -> Int[Tensor, " N"]:

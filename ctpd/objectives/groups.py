@@ -6,7 +6,7 @@ Shape legend: N scored tokens of one model, K those of them that are in a group,
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Int
 from torch import Tensor
 
 from ctpd.objectives.distillation import Tokens
@@ -34,7 +34,7 @@ def shared_groups(
     units = [tokens.place if by_position else tokens.unit.long() for tokens in sides]
     width = 1 + max(int(unit.max()) for unit in units)
     num_keys = width * (1 + int(student.row.max()))
-    kept = [_inner(tokens.row) if skip_last else torch.ones_like(tokens.row, dtype=torch.bool) for tokens in sides]
+    kept = [~tokens.is_last if skip_last else torch.ones_like(tokens.row, dtype=torch.bool) for tokens in sides]
     keys = [tokens.row * width + unit for tokens, unit in zip(sides, units, strict=True)]
     shared = torch.ones(num_keys, dtype=torch.bool, device=student.row.device)
     for key_N, keep_N in zip(keys, kept, strict=True):
@@ -49,10 +49,3 @@ def shared_groups(
 
 def _grouped(index: Tensor, key_N: Tensor, number: Tensor) -> Grouped:
     return Grouped(index, number[key_N[index]])
-
-
-def _inner(row_N: Int[Tensor, " N"]) -> Bool[Tensor, " N"]:
-    """Whether a token is not the last one of its response."""
-    inner_N = torch.zeros_like(row_N, dtype=torch.bool)
-    inner_N[:-1] = row_N[1:] == row_N[:-1]
-    return inner_N

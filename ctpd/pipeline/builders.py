@@ -104,12 +104,7 @@ def pairs(work: Work, *, data: DataSpec, models: Mapping[str, ModelSpec], tokeni
 def signals(work: Work, *, model: ModelRef, precision: str) -> None:
     """Per-token log-probabilities of one frozen model on all pairs, in one sweep."""
     prepared = load_pairs(work.inputs["pairs"])
-    located = model.located("model", work.inputs)
-    loaded = load_model(
-        located.folder, adapters=located.adapters, precision=precision, device=work.runtime.torch_device(),
-        revision=located.revision,
-    )  # fmt: skip
-    probe_scorer(loaded)
+    loaded = distillation.frozen_model(work, model.located("model", work.inputs), precision)
     rows = token_rows(prepared, model.role)
     logps = np.zeros(len(rows.input_ids), dtype=np.float32)
     logps[rows.unit >= 0] = sweep(

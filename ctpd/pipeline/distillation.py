@@ -26,8 +26,8 @@ from ctpd.text.edit_distance import edit_distance_pairing
 from ctpd.text.pairs import Pair
 from ctpd.text.prepare import PreparedPairs
 from ctpd.train.collator import ScoredRows
-from ctpd.train.distill import TOP_LOGPS, DistillPass, DistillRows
-from ctpd.train.sweep import sweep, top, with_boundary
+from ctpd.train.distill import DistillPass, DistillRows
+from ctpd.train.sweep import TOP_LOGPS, sweep, top, with_boundary
 from ctpd.train.trainer import ForwardPass, Rows
 
 DISTRIBUTIONS, GENERATED = "distributions.safetensors", "pairs_{split}.jsonl"
@@ -36,7 +36,7 @@ DISTRIBUTIONS, GENERATED = "distributions.safetensors", "pairs_{split}.jsonl"
 def distributions(work: Work, *, prepared: PreparedPairs, model: ModelRef, view: TeacherView, precision: str) -> None:
     """What an objective keeps of a frozen model's distributions at every scored token, in one sweep."""
     located = model.located("model", work.inputs)
-    loaded = _loaded(work, located, precision)
+    loaded = frozen_model(work, located, precision)
     rows = token_rows(prepared, model.role)
     if view.boundary:
         facts = facts_of(located)
@@ -80,7 +80,7 @@ def distilled(
         )
         for split, mine in rows.items()
     }
-    in_memory: list[nn.Module] = [] if stored else [_loaded(work, where, precision) for where in located]
+    in_memory: list[nn.Module] = [] if stored else [frozen_model(work, where, precision) for where in located]
     for model in in_memory:
         model.requires_grad_(False)
     constants = {}
@@ -169,7 +169,7 @@ def generate(
         UserError: more than `max_dropped` of the responses are left out, or no response of the data has an end of turn.
     """
     located = model.located("model", work.inputs)
-    loaded = _loaded(work, located, precision)
+    loaded = frozen_model(work, located, precision)
     tokenizer: Any = load_tokenizer(located.tokenizer, revision=located.tokenizer_revision)
     rows = token_rows(prepared, model.role)
     prompts = [rows.input_ids[rows.row_starts[2 * i] : _scored(rows, 2 * i)[0]] for i in range(len(prepared.pair_ids))]
@@ -246,7 +246,8 @@ def _greedy(
     return result
 
 
-def _loaded(work: Work, located: LocatedModel, precision: str) -> nn.Module:
+def frozen_model(work: Work, located: LocatedModel, precision: str) -> nn.Module:
+    """A model that is only read, on the device of the work, its scorer probed."""
     model = load_model(
         located.folder, adapters=located.adapters, precision=precision, device=work.runtime.torch_device(),
         revision=located.revision,

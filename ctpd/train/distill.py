@@ -21,8 +21,8 @@ from ctpd.objectives.base import Sums
 from ctpd.objectives.distillation import DistillationObjective, DistillBatch, Tokens
 from ctpd.ops.rows import TopRows
 from ctpd.train.collator import Batch, ScoredRows
+from ctpd.train.sweep import COLUMNS, TOP_IDS, TOP_LOGPS
 
-TOP_IDS, TOP_LOGPS, COLUMNS = "ids", "logps", "columns"  # the arrays of a stored signal
 Stored = Mapping[str, NDArray[np.generic]]
 
 

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from ctpd.models import Outputs
 from ctpd.ops.boundaries import boundary_logps
 
+TOP_IDS, TOP_LOGPS, COLUMNS = "ids", "logps", "columns"  # the arrays of a stored signal of distributions
+
 Measure = Callable[[Outputs, Tensor, Tensor], dict[str, Tensor]]
 """What is kept of N scored tokens, given the outputs, their predicting positions (flat) and the tokens: name -> [N, ...]."""
 
@@ -32,7 +34,7 @@ def top(k: int, temperature: float) -> Measure:
             return torch.cat([ids_RK.to(logps_RK.dtype), logps_RK], dim=1)  # float32 holds ids exactly up to 2**24
 
         ids_NK, logps_NK = outputs.every.select(predictors_N).map(of_tile).chunk(2, dim=1)
-        return {"ids": ids_NK.to(torch.int32), "logps": logps_NK}
+        return {TOP_IDS: ids_NK.to(torch.int32), TOP_LOGPS: logps_NK}
 
     return measure
 
@@ -44,7 +46,7 @@ def with_boundary(boundary_ids: Sequence[int]) -> Measure:
         ids_S = torch.tensor(boundary_ids, device=targets_N.device)
         own_N = outputs.every.select(predictors_N).logps(targets_N)
         after_N = boundary_logps(outputs.every.select(predictors_N + 1), ids_S)
-        return {"columns": torch.stack([own_N.to(after_N.dtype), after_N], dim=1)}
+        return {COLUMNS: torch.stack([own_N.to(after_N.dtype), after_N], dim=1)}
 
     return measure
 
