@@ -1,0 +1,79 @@
+"""The processes of one launch, and the few things that they tell each other.
+
+A launcher (`--num-processes`, `torchrun`, `accelerate launch`) says by environment variables which process this is and
+how many there are. Without them there is one process, and everything here is immediate.
+"""
+
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+
+import numpy as np
+from numpy.typing import NDArray
+
+_PATIENCE = timedelta(days=7)  # one process may build for hours while the others wait
+
+
+@dataclass(frozen=True)
+class Processes:
+    """This process among those of its launch.
+
+    Attributes:
+        rank: its number, from 0.
+        world: how many there are, on all machines.
+        local_rank: its number on its own machine: the number of its device.
+    """
+
+    rank: int = 0
+    world: int = 1
+    local_rank: int = 0
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this is the process that writes and speaks."""
+        return self.rank == 0
+
+    def join(self) -> None:
+        """Connect the processes: gloo between CPUs, NCCL between GPUs. A second call does nothing.
+
+        Call it before anything of `accelerate`, which then uses this group: its own would end long waits.
+        """
+        import torch
+
+        if self.world == 1 or torch.distributed.is_initialized():
+            return
+        if torch.cuda.is_available():
+            torch.cuda.set_device(self.local_rank)
+            torch.distributed.init_process_group("cpu:gloo,cuda:nccl", timeout=_PATIENCE)
+        else:
+            torch.distributed.init_process_group("gloo", timeout=_PATIENCE)
+
+    def wait(self) -> None:
+        """Go on when every process is here."""
+        self.agree(0)
+
+    def agree(self, number: int) -> int:
+        """The first process's number, in every process."""
+        if self.world == 1:
+            return number
+        import torch
+
+        told = torch.tensor([number], dtype=torch.int64)
+        torch.distributed.broadcast(told, src=0)
+        return int(told)
+
+    def joined(self, part: NDArray[np.generic]) -> NDArray[np.generic]:
+        """The sum of arrays of one shape: exact where each entry is zero in all processes but one."""
+        if self.world == 1:
+            return part
+        import torch
+
+        total = torch.from_numpy(np.ascontiguousarray(part))
+        torch.distributed.all_reduce(total)
+        return np.asarray(total.numpy())
+
+
+def processes() -> Processes:
+    """This process, as its launcher's environment says."""
+    rank, world, local_rank = (int(os.environ.get(name, "0")) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+    return Processes(rank, world, local_rank) if world > 1 else Processes()
