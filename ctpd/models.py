@@ -11,12 +11,15 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
 from peft import LoraConfig, PeftModel, get_peft_model
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -24,15 +27,19 @@ from transformers import (
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
 )
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 from transformers.utils.logging import disable_progress_bar
 
 from ctpd.core.errors import UserError
 from ctpd.ops.rows import Head, LogitRows
+from ctpd.ops.shared_rows import SharedRows, attend_apart, share_rows
 
 disable_progress_bar()  # the pipeline shows its own; the library's would break into it
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 PROBE_TOLERANCE = 1e-3
+SHARING = "ctpd_shared_rows"  # the name of our attention function among the library's
 
 
 class Outputs(NamedTuple):
@@ -107,13 +114,76 @@ def install_scorer(model: PreTrainedModel) -> PreTrainedModel:
     return model
 
 
-def score(model: nn.Module, input_ids: Int[Tensor, "R T"], request: Score) -> Float[Tensor, " N"]:
+def score(
+    model: nn.Module, input_ids: Int[Tensor, "R T"], request: Score, *, shared: SharedRows | None = None
+) -> Float[Tensor, " N"]:
     """Log-probabilities of the requested tokens, float32, without a `[R, T, V]` tensor.
 
     Rows are padded on the right, where a causal model's earlier positions cannot look; so no attention mask is needed.
+
+    Args:
+        shared: `input_ids` are packed sequences [P, W] of rows that begin alike, and the predictors count in them; the
+            model must have passed `can_share_rows`.
     """
-    logps_N: Tensor = model(input_ids=input_ids, score=request)
+    layout: dict[str, Any] = {}
+    if shared is not None:
+        # A mask of four dimensions is handed through to attention, which ignores it: each row is plainly causal.
+        nothing = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=input_ids.device)
+        layout = {"position_ids": shared.positions, "attention_mask": nothing, "shared_rows": shared}
+    logps_N: Tensor = model(input_ids=input_ids, score=request, **layout)
     return logps_N
+
+
+def _attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, *,
+    shared_rows: SharedRows | None = None, position_ids: Tensor | None = None, **options: Any,
+) -> tuple[Tensor, None]:  # fmt: skip
+    """The library's attention, and the same for rows that are packed."""
+    if shared_rows is None:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
+    return attend_apart(sdpa_attention_forward, module, query, key, value, shared=shared_rows, **options)
+
+
+AttentionInterface.register(SHARING, _attention)
+AttentionMaskInterface.register(SHARING, sdpa_mask)
+
+
+def can_share_rows(model: nn.Module) -> bool:
+    """Prepare a model for rows that begin alike and share a sequence; False, and nothing changed, where it cannot.
+
+    A probe compares shared with separate rows, values and gradients. Recurrent layers, attention of a kind of its
+    own and positions that are counted and not told do not pass.
+    """
+    base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    if base.config.get_text_config()._attn_implementation != "sdpa":
+        return False
+    vocabulary = base.config.get_text_config().vocab_size
+    rows = np.arange(4 * 16).reshape(4, 16) * 7919 % vocabulary
+    rows[2:, :9] = rows[:2, :9]  # two pairs, whose rows begin alike and have different lengths
+    lengths = np.array([16, 12, 13, 16])
+    packed = share_rows(rows, lengths)
+    assert packed is not None
+    device = next(model.parameters()).device
+    shared = SharedRows(*(part.to(device) for part in packed[1]))
+    predictors = torch.tensor([8, 14, 16 + 10, 32 + 8, 32 + 11, 48 + 12], device=device)
+    ids = torch.from_numpy(rows).to(device)
+    targets = ids.flatten()[predictors + 1]
+
+    def apart() -> Tensor:
+        return score(model, ids, Score(predictors, targets))
+
+    def together() -> Tensor:
+        request = Score(shared.unpack.flatten()[predictors], targets)
+        return score(model, torch.from_numpy(packed[0]).to(device), request, shared=shared)
+
+    base.set_attn_implementation(SHARING)
+    try:
+        same = _agree(model, apart, together)
+    except (TypeError, ValueError, RuntimeError):  # it takes no further arguments, or attention of another shape
+        same = False
+    if not same:
+        base.set_attn_implementation("sdpa")
+    return same
 
 
 @torch.no_grad()
@@ -126,35 +196,50 @@ def _randomised_adapters(model: nn.Module) -> dict[str, Tensor]:
     return saved
 
 
-def probe_scorer(model: nn.Module) -> None:
-    """Compare the scorer with full logits, values and one gradient, and fall back to full logits if they differ.
+def _agree(model: nn.Module, expected: Callable[[], Tensor], found: Callable[[], Tensor]) -> bool:
+    """Whether two ways to compute log-probabilities give the same values and gradients, of the first and last parameter.
 
-    Adapter weights start at zero, where a forgotten adapter would not show: they are randomised for the probe.
+    Adapter weights start at zero, where a forgotten adapter would not show: they are randomised meanwhile.
     """
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
-    parameter = next((p for p in reversed(list(model.parameters())) if p.requires_grad), None)
+    trained = [p for p in model.parameters() if p.requires_grad]
     saved, was_training = _randomised_adapters(model), model.training
     model.eval()
+    results = []
+    try:
+        for way in (expected, found):
+            with torch.enable_grad():
+                logps_N = way()
+                grads = torch.autograd.grad(logps_N.sum(), [trained[0], trained[-1]]) if trained else ()
+            results.append([(logps_N.detach().float(), 1.0), *((g.float(), 10 * g.abs().max().item()) for g in grads)])
+    finally:
+        for name, value in saved.items():
+            model.get_parameter(name).data.copy_(value)
+        model.train(was_training)
+    tolerance = PROBE_TOLERANCE if next(model.parameters()).dtype == torch.float32 else 0.1
+    return all(
+        bool((one - other).abs().max() <= tolerance * max(scale, 1e-6))
+        for (one, scale), (other, _) in zip(*results, strict=True)
+    )
+
+
+def probe_scorer(model: nn.Module) -> None:
+    """Compare the scorer with full logits, values and gradients, and fall back to full logits if they differ."""
+    base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
     device = next(model.parameters()).device
     vocabulary = base.config.get_text_config().vocab_size
     ids = torch.arange(24, device=device).reshape(2, 12) * 7919 % vocabulary
     request = Score(
         torch.tensor([3, 4, 15, 20], device=device), ids.flatten()[torch.tensor([4, 5, 16, 21], device=device)]
     )
-    found = []
-    for uses_logits in (True, False):
-        base._scorer_uses_logits = uses_logits
-        with torch.enable_grad():
-            logps_N = score(model, ids, request)
-            grad = torch.autograd.grad(logps_N.sum(), parameter)[0] if parameter is not None else logps_N.new_zeros(1)
-        found.append((logps_N.detach().float(), grad.detach().float()))
-    for name, value in saved.items():
-        model.get_parameter(name).data.copy_(value)
-    model.train(was_training)
-    tolerance = PROBE_TOLERANCE if next(model.parameters()).dtype == torch.float32 else 0.1
-    (full, full_grad), (fused, fused_grad) = found
-    scale = full_grad.abs().max().clamp(min=1e-6)
-    if (full - fused).abs().max() > tolerance or (full_grad - fused_grad).abs().max() / scale > 10 * tolerance:
+
+    def by(uses_logits: bool) -> Callable[[], Tensor]:
+        def way() -> Tensor:
+            base._scorer_uses_logits = uses_logits
+            return score(model, ids, request)
+
+        return way
+
+    if not _agree(model, by(uses_logits=True), by(uses_logits=False)):
         base._scorer_uses_logits = True
         warnings.warn(
             f"the scorer without logits does not reproduce {type(base).__name__}; full logits are used, which need more memory",

@@ -20,7 +20,7 @@ from ctpd.core.recipe import DataSpec, ModelSpec, PlainSpec, Schedule
 from ctpd.core.recipe import Source as PairSource
 from ctpd.core.store import RESUME_FOLDER
 from ctpd.core.world import PretrainConfig, WorldConfig
-from ctpd.models import add_lora, install_scorer, load_model, load_tokenizer, probe_scorer, save_model
+from ctpd.models import add_lora, can_share_rows, install_scorer, load_model, load_tokenizer, probe_scorer, save_model
 from ctpd.objectives.base import Generation, Layout, Objective, TeacherView
 from ctpd.objectives.distillation import DistillationObjective
 from ctpd.ops.weights import Signal, find_strategy, span_weights
@@ -175,8 +175,9 @@ def train(
     if schedule.lora is not None:
         model = add_lora(model, r=schedule.lora.r, alpha=schedule.lora.alpha, targets=schedule.lora.targets, seed=seed)
     probe_scorer(model)
+    shares = len(objective.sides) > 1 and not isinstance(objective, DistillationObjective) and can_share_rows(model)
     split_rows = {
-        split: _training_rows(work, prepared, start.role, objective, split=split, swap=swap)
+        split: _training_rows(work, prepared, start.role, objective, split=split, swap=swap, shares=shares)
         for split in sorted(set(prepared.split))
     }
     rows, forward_pass, constants = distillation.distilled(
@@ -217,7 +218,7 @@ def fit_settings(work: Work) -> FitSettings:
 
 
 def _training_rows(
-    work: Work, prepared: PreparedPairs, role: str, objective: Objective, *, split: str, swap: bool
+    work: Work, prepared: PreparedPairs, role: str, objective: Objective, *, split: str, swap: bool, shares: bool
 ) -> ScoredRows:
     layout = objective.layout
     reference = None
@@ -225,7 +226,7 @@ def _training_rows(
         anchor = "teacher" if layout.reference == "teacher" else role
         reference = (anchor, load_signal(work.inputs["reference"]))
     weights = load_file(work.inputs["weights"] / WEIGHTS)["weights"] if "weights" in work.inputs else None
-    return scored_rows(
+    rows = scored_rows(
         prepared,
         role=role,
         layout=layout,
@@ -235,6 +236,7 @@ def _training_rows(
         reference=reference,
         weights=weights,
     )
+    return dataclasses.replace(rows, shares_prompts=shares)
 
 
 def _clamped(work: Work) -> dict[str, float]:
