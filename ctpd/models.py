@@ -11,15 +11,12 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from jaxtyping import Float, Int
 from peft import LoraConfig, PeftModel, get_peft_model
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 from transformers import (
-    AttentionInterface,
-    AttentionMaskInterface,
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -27,19 +24,16 @@ from transformers import (
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
 )
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
 from transformers.utils.logging import disable_progress_bar
 
 from ctpd.core.errors import UserError
 from ctpd.ops.rows import Head, LogitRows
-from ctpd.ops.shared_rows import SharedRows, attend_apart, share_rows
+from ctpd.ops.shared_rows import SharedRows
 
 disable_progress_bar()  # the pipeline shows its own; the library's would break into it
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 PROBE_TOLERANCE = 1e-3
-SHARING = "ctpd_shared_rows"  # the name of our attention function among the library's
 
 
 class Outputs(NamedTuple):
@@ -123,7 +117,7 @@ def score(
 
     Args:
         shared: `input_ids` are packed sequences [P, W] of rows that begin alike, and the predictors count in them; the
-            model must have passed `can_share_rows`.
+            model must have passed `ctpd.train.sharing.can_share_rows`.
     """
     layout: dict[str, Any] = {}
     if shared is not None:
@@ -132,58 +126,6 @@ def score(
         layout = {"position_ids": shared.positions, "attention_mask": nothing, "shared_rows": shared}
     logps_N: Tensor = model(input_ids=input_ids, score=request, **layout)
     return logps_N
-
-
-def _attention(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, *,
-    shared_rows: SharedRows | None = None, position_ids: Tensor | None = None, **options: Any,
-) -> tuple[Tensor, None]:  # fmt: skip
-    """The library's attention, and the same for rows that are packed."""
-    if shared_rows is None:
-        return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
-    return attend_apart(sdpa_attention_forward, module, query, key, value, shared=shared_rows, **options)
-
-
-AttentionInterface.register(SHARING, _attention)
-AttentionMaskInterface.register(SHARING, sdpa_mask)
-
-
-def can_share_rows(model: nn.Module) -> bool:
-    """Prepare a model for rows that begin alike and share a sequence; False, and nothing changed, where it cannot.
-
-    A probe compares shared with separate rows, values and gradients. Recurrent layers, attention of a kind of its
-    own and positions that are counted and not told do not pass.
-    """
-    base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
-    if base.config.get_text_config()._attn_implementation != "sdpa":
-        return False
-    vocabulary = base.config.get_text_config().vocab_size
-    rows = np.arange(4 * 16).reshape(4, 16) * 7919 % vocabulary
-    rows[2:, :9] = rows[:2, :9]  # two pairs, whose rows begin alike and have different lengths
-    lengths = np.array([16, 12, 13, 16])
-    packed = share_rows(rows, lengths)
-    assert packed is not None
-    device = next(model.parameters()).device
-    shared = SharedRows(*(part.to(device) for part in packed[1]))
-    predictors = torch.tensor([8, 14, 16 + 10, 32 + 8, 32 + 11, 48 + 12], device=device)
-    ids = torch.from_numpy(rows).to(device)
-    targets = ids.flatten()[predictors + 1]
-
-    def apart() -> Tensor:
-        return score(model, ids, Score(predictors, targets))
-
-    def together() -> Tensor:
-        request = Score(shared.unpack.flatten()[predictors], targets)
-        return score(model, torch.from_numpy(packed[0]).to(device), request, shared=shared)
-
-    base.set_attn_implementation(SHARING)
-    try:
-        same = _agree(model, apart, together)
-    except (TypeError, ValueError, RuntimeError):  # it takes no further arguments, or attention of another shape
-        same = False
-    if not same:
-        base.set_attn_implementation("sdpa")
-    return same
 
 
 @torch.no_grad()
@@ -196,8 +138,8 @@ def _randomised_adapters(model: nn.Module) -> dict[str, Tensor]:
     return saved
 
 
-def _agree(model: nn.Module, expected: Callable[[], Tensor], found: Callable[[], Tensor]) -> bool:
-    """Whether two ways to compute log-probabilities give the same values and gradients, of the first and last parameter.
+def same_results(model: nn.Module, expected: Callable[[], Tensor], found: Callable[[], Tensor]) -> bool:
+    """Probe: whether two ways to compute log-probabilities give the same values and gradients, of the first and last parameter.
 
     Adapter weights start at zero, where a forgotten adapter would not show: they are randomised meanwhile.
     """
@@ -239,7 +181,7 @@ def probe_scorer(model: nn.Module) -> None:
 
         return way
 
-    if not _agree(model, by(uses_logits=True), by(uses_logits=False)):
+    if not same_results(model, by(uses_logits=True), by(uses_logits=False)):
         base._scorer_uses_logits = True
         warnings.warn(
             f"the scorer without logits does not reproduce {type(base).__name__}; full logits are used, which need more memory",

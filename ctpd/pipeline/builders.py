@@ -20,7 +20,7 @@ from ctpd.core.recipe import DataSpec, ModelSpec, PlainSpec, Schedule
 from ctpd.core.recipe import Source as PairSource
 from ctpd.core.store import RESUME_FOLDER
 from ctpd.core.world import PretrainConfig, WorldConfig
-from ctpd.models import add_lora, can_share_rows, install_scorer, load_model, load_tokenizer, probe_scorer, save_model
+from ctpd.models import add_lora, install_scorer, load_model, load_tokenizer, probe_scorer, save_model
 from ctpd.objectives.base import Generation, Layout, Objective, TeacherView
 from ctpd.objectives.distillation import DistillationObjective
 from ctpd.ops.weights import Signal, find_strategy, span_weights
@@ -39,6 +39,7 @@ from ctpd.text.prepare import PreparedPairs, arrays, from_arrays, prepare_pairs,
 from ctpd.text.render import ChatTemplate, PlainTemplate, Side
 from ctpd.train.collator import ScoredRows
 from ctpd.train.fit import Fit, FitSettings, fit
+from ctpd.train.sharing import can_share_rows
 from ctpd.train.sweep import log_probabilities, sweep
 from ctpd.train.trainer import save_objective
 

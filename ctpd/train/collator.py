@@ -34,7 +34,7 @@ class ScoredRows:
         weights: float32, flat units, or None.
         items: int64 [items, rows of an item]: (chosen, rejected) rows of a pair, or one row.
         shares_prompts: whether the rows of a pair may share a sequence: a model must have passed
-            `ctpd.models.can_share_rows`. It moves no number beyond rounding.
+            `ctpd.train.sharing.can_share_rows`. It moves no number beyond rounding.
     """
 
     input_ids: NDArray[np.int32]

@@ -11,10 +11,11 @@ from torch import Tensor, nn
 
 from baselines.dpo import DPO, DPOParams
 from ctpd.core.recipe import Schedule
-from ctpd.models import SHARING, Score, add_lora, can_share_rows, score
+from ctpd.models import Score, add_lora, score
 from ctpd.ops.shared_rows import MOST_OF_SEPARATE, SharedRows, attend_apart, share_rows
 from ctpd.train.collator import ScoredRows, shared_rows
 from ctpd.train.fit import Fit, FitSettings, fit
+from ctpd.train.sharing import SHARING, can_share_rows
 from ctpd.train.trainer import PairPass
 from tests.fixtures.tiny import CONFIGS, VOCABULARY, tiny_model
 
