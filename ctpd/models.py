@@ -4,8 +4,10 @@ Shape legend: R rows of a batch, T tokens of the longest row, N scored tokens, H
 """
 
 import contextlib
+import importlib.util
 import json
 import math
+import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -20,6 +22,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    BitsAndBytesConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
@@ -236,19 +239,23 @@ def load_model(
     Args:
         folder: a model directory or a hub id.
         adapters: LoRA adapter directories, each on the model that the ones before it give.
-        precision: `float32` or `bfloat16`, of the weights.
+        precision: of the weights: `float32`, `bfloat16`, or `4bit` (NF4, of the merged weights in bfloat16).
         device: torch device.
         revision: the pinned revision of a hub id.
 
     Raises:
-        UserError: the directory does not exist or holds no causal language model.
+        UserError: the directory does not exist or holds no causal language model; 4 bits without bitsandbytes.
     """
+    if precision == "4bit" and adapters:
+        with tempfile.TemporaryDirectory() as merged:
+            whole = load_model(folder, adapters=adapters, precision="bfloat16", device="cpu", revision=revision)
+            whole.save_pretrained(merged)
+            return load_model(merged, precision=precision, device=device)
+    options = _four_bits(device) if precision == "4bit" else {"dtype": DTYPES[precision]}
     try:
         config = AutoConfig.from_pretrained(str(folder), revision=revision)
         _no_dropout(config)
-        model = AutoModelForCausalLM.from_pretrained(
-            str(folder), config=config, revision=revision, dtype=DTYPES[precision]
-        )
+        model = AutoModelForCausalLM.from_pretrained(str(folder), config=config, revision=revision, **options)
     except (OSError, ValueError, KeyError) as error:
         raise UserError(
             f"no causal language model could be loaded ({_first_line(error)})",
@@ -258,10 +265,27 @@ def load_model(
     for adapter in adapters:
         with _peft_on_transformers():
             model = PeftModel.from_pretrained(model, str(adapter)).merge_and_unload()
-    model.to(device)
+    if precision != "4bit":  # those are where they belong already, and may not move
+        model.to(device)
     model.eval()
     install_scorer(model)
     return model
+
+
+def _four_bits(device: str) -> dict[str, Any]:
+    """How the library loads weights as QLoRA has them (Dettmers et al. 2023)."""
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise UserError(
+            "`lora.base: 4bit` needs bitsandbytes, which is not installed",
+            fix="Install it, `pip install 'ctpd[quantization]'`, or take `base: bfloat16`",
+        )
+    quantized = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+    )
+    return {"dtype": torch.bfloat16, "quantization_config": quantized, "device_map": {"": device}}
 
 
 def model_sizes(folder: str | Path, *, revision: str | None = None) -> tuple[int, int]:
@@ -310,7 +334,9 @@ def save_model(model: nn.Module, folder: Path) -> None:
 
 def parameter_counts(model: nn.Module) -> tuple[int, int]:
     """(trainable, all) parameters, tied ones once."""
-    sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
+    # bitsandbytes packs two weights of 4 bits into a byte, and remembers their shape.
+    shapes = [(getattr(p, "quant_state", None) or p, p.requires_grad) for p in model.parameters()]
+    sizes = [(math.prod(weight.shape), trains) for weight, trains in shapes]
     return sum(n for n, trains in sizes if trains), sum(n for n, _ in sizes)
 
 

@@ -170,8 +170,8 @@ def train(
     prepared = load_pairs(work.inputs["pairs"])
     located = start.located("start", work.inputs)
     model: Any = load_model(
-        located.folder, adapters=located.adapters, precision="float32", device=work.runtime.torch_device(),
-        revision=located.revision,
+        located.folder, adapters=located.adapters, precision=schedule.lora.base if schedule.lora else "float32",
+        device=work.runtime.torch_device(), revision=located.revision,
     )  # fmt: skip
     if schedule.lora is not None:
         model = add_lora(model, r=schedule.lora.r, alpha=schedule.lora.alpha, targets=schedule.lora.targets, seed=seed)
