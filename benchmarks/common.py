@@ -37,6 +37,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -91,6 +92,42 @@ class Meter:
         self.cpu_seconds = time.process_time() - self._cpu
         self.other_cpu = max(0.0, machine_seconds() - self._load - self.cpu_seconds) / max(self.seconds, 1e-9)
         self.peak_mib = peak_mib() if not self._cuda else _torch().cuda.max_memory_allocated() / MIB
+
+
+class StepClock:
+    """When each step ended, on either side; the first interval begins at the end of the first step."""
+
+    def __init__(self, device: str) -> None:
+        self._cuda = device == "cuda"
+        self._ends: list[float] = []
+        self._marks: list[tuple[float, float]] = []
+
+    def __call__(self, *_: Any) -> None:
+        """A step has ended."""
+        if self._cuda:
+            _torch().cuda.synchronize()
+        self._ends.append(time.perf_counter())
+        self._marks.append((time.process_time(), machine_seconds()))
+
+    @property
+    def _steps(self) -> list[float]:
+        return [end - start for start, end in pairwise(self._ends)]
+
+    @property
+    def median(self) -> float:
+        """Seconds of a step."""
+        return statistics.median(self._steps)
+
+    def report(self) -> dict[str, Any]:
+        """Wall and CPU seconds of a step, and the cores that others kept busy meanwhile."""
+        wall = self._ends[-1] - self._ends[0]
+        own, machine = (last - first for first, last in zip(self._marks[0], self._marks[-1], strict=True))
+        return {
+            "step_s": self.median,
+            "steps_s": self._steps,
+            "cpu_s": own / (len(self._ends) - 1),
+            "other_cpu": max(0.0, machine - own) / wall,
+        }
 
 
 def _torch() -> Any:
