@@ -170,6 +170,14 @@ def child(measure: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
     print(_MARK + json.dumps(measure(config)), flush=True)
 
 
+def either(main: Callable[[], None], measure: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
+    """For a script that is its own side: measure if `alternate` called it, else the benchmark's ``main``."""
+    if len(sys.argv) == 2 and sys.argv[1].startswith("{"):
+        child(measure)
+    else:
+        main()
+
+
 def alternate(sides: Sequence[Side], args: argparse.Namespace, *, rounds: int | None = None) -> Found:
     """Measure every side in every round, each in its own process; every second round in reverse order.
 
