@@ -64,6 +64,7 @@ def measure(config: dict[str, Any]) -> dict[str, Any]:
         "align_s": aligning,
         "prepare_s": time.perf_counter() - start,
         "responses": len(texts),
+        "vocabularies": {role: len(tok) for role, tok in tokenizers.items()},
         "characters": sum(map(len, texts)),
         "teacher_tokens": sum(len(block[0]) for block in found["teacher"]),
         "student_tokens": sum(len(block[0]) for block in found["student"]),
@@ -187,8 +188,8 @@ def _write(found: Found, args: argparse.Namespace) -> None:
         Claim("prepare_pairs as a whole, prompts included / tokenization of the responses", "at most", None, whole),
     ]
     names = {
-        role: Path(getattr(args, role)).name if getattr(args, role) else "trained on the responses"
-        for role in VOCABULARIES
+        role: f"{'given' if getattr(args, role) else 'trained on the responses'}, {size:,} entries"
+        for role, size in one["vocabularies"].items()
     }
     data = args.data.name if args.data else "generated pairs"
     text = (

@@ -66,7 +66,7 @@ def _way(name: str) -> Any:
 
 def main() -> None:
     """Measure all ways, and write the result."""
-    parser = arguments(__doc__, rounds=3)
+    parser = arguments(__doc__, rounds=2)
     args = parser.parse_args()
     size = {"rows": 64, "hidden": 32, "vocab": 512} if args.quick else {"rows": 2048, "hidden": 256, "vocab": 128256}
     sides = [

@@ -152,7 +152,7 @@ def _profile(config: dict[str, Any]) -> dict[str, Any]:
 
 def main() -> None:
     """Measure both shapes, and write the result."""
-    args = arguments(__doc__, rounds=3, steps=4).parse_args()
+    args = arguments(__doc__, rounds=2, steps=4).parse_args()
     shapes = {"quick": (QUICK, 1.5)} if args.quick else SHAPES
     claims, tables, figure, measured = [], [], [], {}
     for name, (shape, bound) in shapes.items():

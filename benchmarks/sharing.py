@@ -24,7 +24,7 @@ def with_prompt(shape: Shape, share: float) -> Shape:
 
 def main() -> None:
     """Measure on and off for each share of prompt, and write the result."""
-    args = arguments(__doc__, rounds=3, steps=4).parse_args()
+    args = arguments(__doc__, rounds=2, steps=4).parse_args()
     if not shares_prompts():
         print("benchmarks.sharing: this version's trainer shares no prompts; nothing to measure", flush=True)
         return

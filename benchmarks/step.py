@@ -186,7 +186,7 @@ def run_scenario(name: str, args: argparse.Namespace) -> tuple[Scenario, Found]:
     is_default = scenario.shape == Shape() and not scenario.lora and args.dtype == "float32" and not args.quick
     if args.quick:
         quick = Shape(**{**as_json(QUICK), "ragged": scenario.shape.ragged})
-        scenario = Scenario(**{**vars(scenario), "shape": quick, "rounds": None})
+        scenario = Scenario(**{**vars(scenario), "shape": quick, "rounds": None, "extra": ()})
     print(f"step: {scenario.title}", flush=True)
     share = {"auto": None, "on": True, "off": False}[args.share]
     with tempfile.TemporaryDirectory() as folder:
