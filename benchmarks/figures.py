@@ -9,7 +9,7 @@ from typing import NamedTuple
 from harness.figures import Scale, tick_text, ticks
 
 WIDTH = 720
-LABEL = 250
+LABEL = 320
 """Width of the labels beside bars."""
 _STYLE = """
 svg { --paper: #fdfdfb; --ink: #1d1f23; --muted: #5f646d; --faint: #e7e7e2; --s0: #1f5fa8; --s1: #c2570c; --s2: #2b8050;
@@ -91,7 +91,7 @@ def log_lines(lines: Sequence[Line], *, title: str, x_label: str, y_label: str) 
     x = _log_scale([p[0] for p in points], 60, WIDTH - 190)
     y = _log_scale([p[1] for p in points], 300, 50)
     body = []
-    for tick in _powers(y):
+    for tick in _round_numbers(y):
         body.append(f'<path class="grid" d="M60 {y(math.log2(tick))}H{x.end}"/>')
         body.append(_text(54, y(math.log2(tick)) + 4, tick_text(tick), "number end"))
     for tick in sorted({p[0] for p in points}):
@@ -119,9 +119,12 @@ def _log_scale(values: Sequence[float], start: float, end: float) -> Scale:
     return Scale(low - 0.1, max(high, low + 1) + 0.1, start, end)
 
 
-def _powers(scale: Scale) -> list[float]:
-    step = max(1, round((scale.last - scale.first) / 7))
-    return [2.0**power for power in range(math.ceil(scale.first), math.floor(scale.last) + 1, step)]
+def _round_numbers(scale: Scale) -> list[float]:
+    """1, 2 and 5 times powers of ten inside the axis; on a long axis the powers alone."""
+    first, last = (math.floor(math.log10(2) * end) for end in (scale.first, scale.last))
+    factors = (1, 2, 5) if last - first < 3 else (1,)
+    found = [factor * 10.0**power for power in range(first, last + 1) for factor in factors]
+    return [value for value in found if scale.first <= math.log2(value) <= scale.last]
 
 
 def _text(x: float, y: float, text: str, kind: str) -> str:

@@ -45,14 +45,14 @@ class Scenario:
 SCENARIOS = {
     "default": Scenario(title="default shape", shape=Shape(), rounds=None, extra=(SFT,)),
     "no-checkpointing": Scenario(
-        title="without activation checkpointing", shape=Shape(), checkpointing=False, extra=(SMALL,)
+        title="no checkpointing", shape=Shape(), checkpointing=False, extra=(SMALL,)
     ),
     "ragged": Scenario(title="ragged completions", shape=Shape(ragged=True)),
     "frozen-head": Scenario(
         title="LoRA, frozen head", shape=Shape(), lora=True, bounds=(0.25, 0.25, 0.3)
     ),
     "wide": Scenario(
-        title="wider student (1024, 8 layers, 32k)",
+        title="wider student",
         shape=Shape(hidden=1024, layers=8, heads=16, vocab=32000, batch=2, seq_len=256, prompt_len=64),
         rounds=2,
         bounds=(0.9, 0.7, None),
