@@ -9,7 +9,7 @@ from typing import NamedTuple
 from harness.figures import Scale, tick_text, ticks
 
 WIDTH = 720
-LABEL = 320
+LABEL = 360
 """Width of the labels beside bars."""
 _STYLE = """
 svg { --paper: #fdfdfb; --ink: #1d1f23; --muted: #5f646d; --faint: #e7e7e2; --s0: #1f5fa8; --s1: #c2570c; --s2: #2b8050;
