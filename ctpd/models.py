@@ -28,6 +28,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from ctpd.core.errors import UserError
 from ctpd.ops.rows import Head, LogitRows
+from ctpd.ops.shared_rows import SharedRows
 
 disable_progress_bar()  # the pipeline shows its own; the library's would break into it
 
@@ -107,12 +108,23 @@ def install_scorer(model: PreTrainedModel) -> PreTrainedModel:
     return model
 
 
-def score(model: nn.Module, input_ids: Int[Tensor, "R T"], request: Score) -> Float[Tensor, " N"]:
+def score(
+    model: nn.Module, input_ids: Int[Tensor, "R T"], request: Score, *, shared: SharedRows | None = None
+) -> Float[Tensor, " N"]:
     """Log-probabilities of the requested tokens, float32, without a `[R, T, V]` tensor.
 
     Rows are padded on the right, where a causal model's earlier positions cannot look; so no attention mask is needed.
+
+    Args:
+        shared: `input_ids` are packed sequences [P, W] of rows that begin alike, and the predictors count in them; the
+            model must have passed `ctpd.train.sharing.can_share_rows`.
     """
-    logps_N: Tensor = model(input_ids=input_ids, score=request)
+    layout: dict[str, Any] = {}
+    if shared is not None:
+        # A mask of four dimensions is handed through to attention, which ignores it: each row is plainly causal.
+        nothing = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=input_ids.device)
+        layout = {"position_ids": shared.positions, "attention_mask": nothing, "shared_rows": shared}
+    logps_N: Tensor = model(input_ids=input_ids, score=request, **layout)
     return logps_N
 
 
@@ -126,35 +138,50 @@ def _randomised_adapters(model: nn.Module) -> dict[str, Tensor]:
     return saved
 
 
-def probe_scorer(model: nn.Module) -> None:
-    """Compare the scorer with full logits, values and one gradient, and fall back to full logits if they differ.
+def same_results(model: nn.Module, expected: Callable[[], Tensor], found: Callable[[], Tensor]) -> bool:
+    """Probe: whether two ways to compute log-probabilities give the same values and gradients, of the first and last parameter.
 
-    Adapter weights start at zero, where a forgotten adapter would not show: they are randomised for the probe.
+    Adapter weights start at zero, where a forgotten adapter would not show: they are randomised meanwhile.
     """
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
-    parameter = next((p for p in reversed(list(model.parameters())) if p.requires_grad), None)
+    trained = [p for p in model.parameters() if p.requires_grad]
     saved, was_training = _randomised_adapters(model), model.training
     model.eval()
+    results = []
+    try:
+        for way in (expected, found):
+            with torch.enable_grad():
+                logps_N = way()
+                grads = torch.autograd.grad(logps_N.sum(), [trained[0], trained[-1]]) if trained else ()
+            results.append([(logps_N.detach().float(), 1.0), *((g.float(), 10 * g.abs().max().item()) for g in grads)])
+    finally:
+        for name, value in saved.items():
+            model.get_parameter(name).data.copy_(value)
+        model.train(was_training)
+    tolerance = PROBE_TOLERANCE if next(model.parameters()).dtype == torch.float32 else 0.1
+    return all(
+        bool((one - other).abs().max() <= tolerance * max(scale, 1e-6))
+        for (one, scale), (other, _) in zip(*results, strict=True)
+    )
+
+
+def probe_scorer(model: nn.Module) -> None:
+    """Compare the scorer with full logits, values and gradients, and fall back to full logits if they differ."""
+    base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
     device = next(model.parameters()).device
     vocabulary = base.config.get_text_config().vocab_size
     ids = torch.arange(24, device=device).reshape(2, 12) * 7919 % vocabulary
     request = Score(
         torch.tensor([3, 4, 15, 20], device=device), ids.flatten()[torch.tensor([4, 5, 16, 21], device=device)]
     )
-    found = []
-    for uses_logits in (True, False):
-        base._scorer_uses_logits = uses_logits
-        with torch.enable_grad():
-            logps_N = score(model, ids, request)
-            grad = torch.autograd.grad(logps_N.sum(), parameter)[0] if parameter is not None else logps_N.new_zeros(1)
-        found.append((logps_N.detach().float(), grad.detach().float()))
-    for name, value in saved.items():
-        model.get_parameter(name).data.copy_(value)
-    model.train(was_training)
-    tolerance = PROBE_TOLERANCE if next(model.parameters()).dtype == torch.float32 else 0.1
-    (full, full_grad), (fused, fused_grad) = found
-    scale = full_grad.abs().max().clamp(min=1e-6)
-    if (full - fused).abs().max() > tolerance or (full_grad - fused_grad).abs().max() / scale > 10 * tolerance:
+
+    def by(uses_logits: bool) -> Callable[[], Tensor]:
+        def way() -> Tensor:
+            base._scorer_uses_logits = uses_logits
+            return score(model, ids, request)
+
+        return way
+
+    if not same_results(model, by(uses_logits=True), by(uses_logits=False)):
         base._scorer_uses_logits = True
         warnings.warn(
             f"the scorer without logits does not reproduce {type(base).__name__}; full logits are used, which need more memory",
