@@ -31,6 +31,7 @@ from ctpd.pipeline.methods import make_objective
 from ctpd.pipeline.rows import starts_of
 from ctpd.train.collator import ScoredRows
 from ctpd.train.fit import Fit, FitSettings, fit
+from ctpd.train.sharing import can_share_rows
 from ctpd.train.sweep import log_probabilities, sweep
 
 LONGEST_SPAN = 3
@@ -70,6 +71,7 @@ def measure(config: dict[str, Any]) -> dict[str, Any]:
         "extra_mib": peak - state - (base if config["device"] == "cpu" else 0.0),
         "reference_s": reference_seconds,
         "micro_batch": done.micro_batch,
+        "shares_prompts": rows.shares_prompts,
         "parameters": parameters,
         "trainable": trainable,
     }
@@ -117,28 +119,19 @@ def rows_for(model: Any, pairs: Sequence[TokenPair], config: dict[str, Any]) -> 
         counted=np.ones(int(unit_starts[-1]), dtype=bool), items=_in_training_order(items),
         reference=reference, weights=weights,
     )  # fmt: skip
-    return with_sharing(rows, config.get("share"))
+    return with_sharing(model, rows, config.get("share"))
 
 
-def with_sharing(rows: ScoredRows, share: bool | None) -> ScoredRows:
-    """The one place that switches the sharing of prompts; None leaves it to the trainer.
+def with_sharing(model: Any, rows: ScoredRows, share: bool | None) -> ScoredRows:
+    """The one place that switches the sharing of prompts; None does what `ctpd` does: wherever the model can.
 
     Raises:
-        ValueError: this version's trainer has no such switch.
+        ValueError: it was asked for, and the model cannot.
     """
-    if share is None:
-        return rows
-    switch = next((f.name for f in dataclasses.fields(rows) if f.name.startswith("share")), None)
-    if switch is None:
-        if share:
-            raise ValueError("this version of ScoredRows shares no prompts")
-        return rows
-    return dataclasses.replace(rows, **{switch: share})
-
-
-def shares_prompts() -> bool:
-    """Whether this version's trainer can share prompts."""
-    return any(field.name.startswith("share") for field in dataclasses.fields(ScoredRows))
+    shares = share is not False and rows.items.shape[1] > 1 and can_share_rows(model)
+    if share and not shares:
+        raise ValueError("rows of one side, or a model that did not pass the probe, share no prompts")
+    return dataclasses.replace(rows, shares_prompts=shares)
 
 
 def train(model: Any, rows: ScoredRows, shape: Shape, config: dict[str, Any], *, clock: StepClock, folder: Path) -> Fit:

@@ -3,7 +3,6 @@
 from benchmarks.common import Side, alternate, arguments, ratios
 from benchmarks.figures import Bar, bars
 from benchmarks.inputs import Shape, as_json
-from benchmarks.ours import shares_prompts
 from benchmarks.report import Claim, Result, Table, spread, write
 
 SHARES = (0.0, 0.25, 0.5, 0.75)
@@ -25,9 +24,6 @@ def with_prompt(shape: Shape, share: float) -> Shape:
 def main() -> None:
     """Measure on and off for each share of prompt, and write the result."""
     args = arguments(__doc__, rounds=2, steps=4).parse_args()
-    if not shares_prompts():
-        print("benchmarks.sharing: this version's trainer shares no prompts; nothing to measure", flush=True)
-        return
     body, heavy = (QUICK, QUICK) if args.quick else (BODY, HEAVY)
     cases = [(f"body, prompt {share:.0%}", with_prompt(body, share), bound(share)) for share in SHARES]
     cases.append(("body-heavy model, prompt 75%: whole step", with_prompt(heavy, 0.75), 0.75))
