@@ -21,7 +21,7 @@ from benchmarks.report import Claim, Result, Table, claim_row, spread, write
 from benchmarks.roofline import Product, products
 from benchmarks.scaling import exponent
 from benchmarks.sharing import bound, with_prompt
-from benchmarks.step import DPO, EXPECTED, PRECOMPUTED, SCENARIOS, TRL, check_losses, claims_of
+from benchmarks.step import DPO, EXACT, EXPECTED, PRECOMPUTED, SCENARIOS, TRL, check_losses, claims_of
 
 TINY = Shape(batch=2, seq_len=24, prompt_len=6, words=40, hidden=16, layers=1, heads=2, vocab=64)
 
@@ -118,7 +118,12 @@ def test_losses_that_differ_are_refused() -> None:
     def found(ours: tuple[float, ...], theirs: tuple[float, ...]) -> dict[str, list[dict[str, Any]]]:
         return {DPO: [{"losses": list(ours)}], TRL: [{"losses": list(theirs)}], PRECOMPUTED: [{"losses": list(theirs)}]}
 
-    check_losses(found(EXPECTED, EXPECTED[:3]), dtype="float32", expected=EXPECTED)
+    ours = (EXPECTED[0], EXACT[1], *EXPECTED[2:])
+    check_losses(found(ours, EXPECTED[:3]), dtype="float32", expected=EXPECTED)
+    with pytest.raises(RuntimeError, match=rf"{DPO}: loss 0\.704426 at step 2, where 0\.704442"):
+        check_losses(found(EXPECTED, EXPECTED[:3]), dtype="float32", expected=EXPECTED)
+    with pytest.raises(RuntimeError, match=rf"{TRL}: loss 0\.704442 at step 2, where 0\.704426"):
+        check_losses(found(ours, ours[:3]), dtype="float32", expected=EXPECTED)
     with pytest.raises(RuntimeError, match=rf"{DPO}: loss 0\.693247 at step 1"):
         check_losses(found((EXPECTED[0] + 1e-4,), EXPECTED[:1]), dtype="float32", expected=None)
     with pytest.raises(RuntimeError, match=r"where 0\.704426 is expected"):
