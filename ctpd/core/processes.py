@@ -50,7 +50,7 @@ class Processes:
 
     def wait(self) -> None:
         """Go on when every process is here."""
-        self.agree(0)
+        self.joined(np.zeros(1, dtype=np.int64))  # a broadcast would let the first process go on alone
 
     def agree(self, number: int) -> int:
         """The first process's number, in every process."""

@@ -58,6 +58,7 @@ def provenance(runtime: Runtime) -> dict[str, Any]:
         "commit": source_commit(),
         "command": " ".join(["ctpd", *sys.argv[1:]]),
         "runtime": dataclasses.asdict(runtime),
+        "processes": processes().world,
     }
 
 
