@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ctpd.core.processes import processes
-from ctpd.core.recipe import FsdpSpec
+from ctpd.core.recipe import FsdpSpec, LaunchSpec
 
 RECORDED_PACKAGES = (
     "ctpd", "torch", "transformers", "tokenizers", "accelerate", "peft", "datasets", "lm_eval", "numpy", "pandas",
@@ -37,6 +37,11 @@ class Runtime:
     checkpoint_seconds: float = 600.0
     report_to: tuple[str, ...] = ()
     fsdp: FsdpSpec | None = None
+
+    @classmethod
+    def of(cls, launch: LaunchSpec, **settings: Any) -> "Runtime":
+        """These settings, with those of a recipe's ``launch`` that matter now: one process shares nothing out."""
+        return cls(fsdp=launch.fsdp if processes().world > 1 else None, **settings)
 
     def torch_device(self) -> str:
         """The device in torch's own words."""
