@@ -182,10 +182,11 @@ def _first_error(folder: Path, failures: Mapping[int, Any], *, count: int) -> La
     """What ended a launch: an error of its own, else a process that died without one, else whatever was said."""
     told = [json.loads(path.read_text(encoding="utf-8")) for path in folder.glob("*.json")]
     told.sort(key=lambda error: (error["lost"], error["time"]))
-    silent = [rank for rank in sorted(failures) if not (folder / f"{rank}.json").exists()]
-    if told and not (told[0]["lost"] and silent):
+    # The launcher has ended the others with SIGTERM: that is nobody's own death.
+    died = [rank for rank, end in failures.items() if end.exitcode < 0 and end.exitcode != -signal.SIGTERM]
+    if told and not (told[0]["lost"] and died):
         return LaunchError(told[0]["text"], told[0]["exit_code"])
-    rank = min(silent or failures)
+    rank = min(died or failures)
     log = next(folder.glob(f"logs/*/*/{rank}/stderr.log"), None)
     return LaunchError(f"Process {rank} of {count} died. {_last_words(log, failures[rank].exitcode)}", 1)
 

@@ -88,19 +88,25 @@ def main(args: list[str] | None = None) -> Any:
     except click.ClickException as error:
         error.show()
         sys.exit(error.exit_code)
-    except click.Abort:
-        click.echo("Stopped. What is finished is kept; the same command goes on from there.", err=True)
+    except click.Abort as error:
+        text = "Stopped. What is finished is kept; the same command goes on from there."
+        if not _left_to_parent(error, text, 130):
+            click.echo(text, err=True)
         sys.exit(130)
     except Exception as error:
-        from ctpd.cli.launch import leave_error
-
         code = error.exit_code if isinstance(error, CtpdError) else 1
-        text = traceback.format_exc() if debug else _paragraph(error)
-        if not leave_error(error, text, code):
+        text = _paragraph(error)
+        if not _left_to_parent(error, traceback.format_exc() if debug else text, code):
             if debug:
                 raise
             click.echo(f"Error: {text}", err=True)
         sys.exit(code)
+
+
+def _left_to_parent(error: Exception, text: str, code: int) -> bool:
+    from ctpd.cli.launch import leave_error
+
+    return leave_error(error, text, code)
 
 
 def _paragraph(error: Exception) -> str:
