@@ -148,7 +148,8 @@ def run(
         UserError: anything wrong with the recipe, the data or the models.
     """
     experiment, artifacts = Experiment(recipe), Store(Path(store))
-    Graph(experiment.records).run(artifacts, runtime=runtime or Runtime(), progress=Progress(quiet=quiet))
+    runtime = runtime or Runtime.of(experiment.recipe.launch)
+    Graph(experiment.records).run(artifacts, runtime=runtime, progress=Progress(quiet=quiet))
     return tables(experiment, read_records(experiment, artifacts))
 
 

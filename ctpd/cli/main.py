@@ -1,6 +1,7 @@
 """The command group, and the one place where errors become a paragraph and an exit code."""
 
 import sys
+import traceback
 from typing import Any
 
 import click
@@ -78,28 +79,40 @@ def cli() -> None:
 
 def main(args: list[str] | None = None) -> Any:
     """Run the command line; exit 2 for the user's input, 1 for our errors, a traceback only with --debug."""
-    debug = "--debug" in (sys.argv if args is None else args)
+    argv = sys.argv[1:] if args is None else args
+    debug = "--debug" in argv
     try:
-        return cli.main(args=args, prog_name="ctpd", standalone_mode=False)
+        return cli.main(args=args, prog_name="ctpd", standalone_mode=False, obj=list(argv))
     except click.exceptions.Exit as error:
         sys.exit(error.exit_code)
     except click.ClickException as error:
         error.show()
         sys.exit(error.exit_code)
-    except click.Abort:
-        click.echo("Stopped. What is finished is kept; the same command goes on from there.", err=True)
+    except click.Abort as error:
+        text = "Stopped. What is finished is kept; the same command goes on from there."
+        if not _left_to_parent(error, text, 130):
+            click.echo(text, err=True)
         sys.exit(130)
-    except CtpdError as error:
-        if debug:
-            raise
-        click.echo(f"Error: {error}", err=True)
-        sys.exit(error.exit_code)
     except Exception as error:
-        if debug:
-            raise
-        click.echo(
-            f"Error: {type(error).__name__}: {' '.join(str(error).split())} This is a fault of ctpd; what is finished is "
-            "kept. Run the same command with --debug for the traceback.",
-            err=True,
-        )
-        sys.exit(1)
+        code = error.exit_code if isinstance(error, CtpdError) else 1
+        text = _paragraph(error)
+        if not _left_to_parent(error, traceback.format_exc() if debug else text, code):
+            if debug:
+                raise
+            click.echo(f"Error: {text}", err=True)
+        sys.exit(code)
+
+
+def _left_to_parent(error: Exception, text: str, code: int) -> bool:
+    from ctpd.cli.launch import leave_error
+
+    return leave_error(error, text, code)
+
+
+def _paragraph(error: Exception) -> str:
+    if isinstance(error, CtpdError):
+        return str(error)
+    return (
+        f"{type(error).__name__}: {' '.join(str(error).split())} This is a fault of ctpd; what is finished is kept. "
+        "Run the same command with --debug for the traceback."
+    )

@@ -16,6 +16,14 @@ OPTIONS: dict[str, Decorator] = {
         help="Folder of the artifacts (also $CTPD_STORE).",
     ),
     "device": click.option("--device", default="auto", show_default=True, help="torch device, e.g. cpu or cuda:0."),
+    "num_processes": click.option(
+        "--num-processes", type=click.IntRange(min=1), metavar="N",
+        help="Train and score with N processes, each on a GPU of its own [default: as the recipe's `launch` says].",
+    ),
+    "jobs": click.option(
+        "--jobs", type=click.IntRange(min=1), default=1, metavar="J",
+        help="Build J independent parts of the recipe at a time, dealt over the GPUs.",
+    ),
     "offline": click.option("--offline", is_flag=True, help="Never ask the hub for anything."),
     "only": click.option("--only", multiple=True, metavar="RUN", help="Only this run; may be repeated."),
     "seed": click.option("--seed", multiple=True, type=int, help="Only this seed; may be repeated."),

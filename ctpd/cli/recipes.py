@@ -1,5 +1,6 @@
 """The commands about recipes: run, train, eval, compare, recipes, init."""
 
+import contextlib
 import json
 import os
 import shlex
@@ -13,11 +14,15 @@ from ctpd.cli.options import DEFAULT_STORE, execution
 
 if TYPE_CHECKING:
     from ctpd.app import Experiment
+    from ctpd.core.recipe import LaunchSpec
     from ctpd.core.store import Store
     from ctpd.pipeline.graph import Stage
     from ctpd.pipeline.runs import PlannedRun
 
-RUNNING = ("store", "device", "offline", "only", "seed", "limit", "plan", "rebuild", "report_to", "quiet", "json")
+RUNNING = (
+    "store", "device", "num_processes", "jobs", "offline", "only", "seed", "limit", "plan", "rebuild", "report_to", "quiet",
+    "json",
+)  # fmt: skip
 
 
 @click.command()
@@ -26,7 +31,7 @@ RUNNING = ("store", "device", "offline", "only", "seed", "limit", "plan", "rebui
 def run(recipe: str, *, as_json: bool, plan: bool, **flags: Any) -> None:
     """Train, evaluate and compare everything in RECIPE that is missing; print the main table."""
     experiment, store = _experiment(recipe, **flags)
-    if _execute(experiment.records, store, plan=plan, as_json=as_json, **flags):
+    if _execute(experiment.records, store, experiment.recipe.launch, plan=plan, as_json=as_json, **flags):
         _print_tables(experiment, store, formats=("txt",), as_json=as_json, first_only=True)
 
 
@@ -36,7 +41,7 @@ def run(recipe: str, *, as_json: bool, plan: bool, **flags: Any) -> None:
 def train(recipe: str, *, as_json: bool, plan: bool, **flags: Any) -> None:
     """Train every run of RECIPE."""
     experiment, store = _experiment(recipe, **flags)
-    if not _execute(experiment.training, store, plan=plan, as_json=as_json, **flags):
+    if not _execute(experiment.training, store, experiment.recipe.launch, plan=plan, as_json=as_json, **flags):
         return
     made = [{"run": r.name, "seed": r.seed, "key": getattr(r.model.newest, "key", None)} for r in experiment.runs]
     if as_json:
@@ -75,7 +80,7 @@ def evaluate(
     assert recipe is not None
     experiment, store = _experiment(recipe, **flags)
     stages = [stage for columns in experiment.evaluations.values() for stage in columns.values()]
-    if _execute(stages, store, plan=plan, as_json=as_json, **flags):
+    if _execute(stages, store, experiment.recipe.launch, plan=plan, as_json=as_json, **flags):
         named = {run.title: experiment.evaluations[i] for i, run in enumerate(experiment.runs)}
         _print_scores(named, store, as_json=as_json)
 
@@ -136,10 +141,12 @@ def _go_offline(offline: bool) -> None:
 
 
 def _execute(
-    targets: "Sequence[Stage]", artifacts: "Store", /, *, plan: bool, as_json: bool, device: str, rebuild: bool,
-    report_to: tuple[str, ...], quiet: bool, **_: Any,
+    targets: "Sequence[Stage]", artifacts: "Store", launch: "LaunchSpec", /, *, plan: bool, as_json: bool, rebuild: bool,
+    quiet: bool, num_processes: int | None, jobs: int, **flags: Any,
 ) -> bool:  # fmt: skip
-    """Run the graph of ``targets``, or show it with ``plan``; says whether it ran."""
+    """Run the graph of ``targets``, or show it with ``plan``; says whether this process has results to print."""
+    from ctpd.cli.launch import helpers, processes_to_start, run_launched
+    from ctpd.core.processes import processes
     from ctpd.pipeline.graph import Graph
     from ctpd.pipeline.progress import Progress
     from ctpd.pipeline.runtime import Runtime
@@ -148,15 +155,27 @@ def _execute(
     if plan:
         _print_plan(graph.plan(artifacts), as_json=as_json)
         return False
-    built = graph.run(
-        artifacts, runtime=Runtime(device=device, report_to=report_to), progress=Progress(quiet=quiet), rebuild=rebuild
-    )
-    if not quiet:
+    count = processes_to_start(launch, num_processes=num_processes, jobs=jobs)
+    device, argv = flags["device"], click.get_current_context().find_root().obj
+    beside: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
+    if count > 1 or jobs > 1:
+        graph.check(artifacts, rebuild=rebuild)  # here, once: no process may remove what another reads
+        rebuild = False
+        if graph.missing(artifacts) and count > 1:
+            run_launched(argv, count=count, device=device)
+            return False  # the first of them has printed
+        if graph.missing(artifacts):
+            beside = helpers(argv, jobs=jobs, device=device, quiet=quiet)
+    runtime = Runtime.of(launch, device=device, report_to=flags["report_to"])
+    with beside:
+        built = graph.run(artifacts, runtime=runtime, progress=Progress(quiet=quiet), rebuild=rebuild)
+    processes().leave()
+    if not quiet and processes().is_first:
         click.echo(
             f"{built} stage{'s' if built != 1 else ''} built, {len(graph.stages) - built} not needed or already there.\n",
             err=True,
         )
-    return True
+    return processes().is_first
 
 
 def _print_plan(lines: Sequence[Any], *, as_json: bool) -> None:
@@ -225,7 +244,7 @@ def _print_scores(named: "dict[str, dict[str, Stage]]", store: "Store", *, as_js
 def _evaluate_model(model: str, suite: str, *, data_root: Path | None, as_json: bool, plan: bool, **flags: Any) -> None:
     _go_offline(flags["offline"])
     from ctpd.app import evaluation_stage
-    from ctpd.core.recipe import EvaluationSpec
+    from ctpd.core.recipe import EvaluationSpec, LaunchSpec
     from ctpd.core.store import Store
     from ctpd.pipeline.references import ModelRef, external_model
     from harness.suites import load_suite
@@ -240,5 +259,5 @@ def _evaluate_model(model: str, suite: str, *, data_root: Path | None, as_json: 
         for column in load_suite(suite).columns
     }
     store = Store(flags["store"])
-    if _execute(list(stages.values()), store, plan=plan, as_json=as_json, **flags):
+    if _execute(list(stages.values()), store, LaunchSpec(), plan=plan, as_json=as_json, **flags):
         _print_scores({model: stages}, store, as_json=as_json)

@@ -4,14 +4,22 @@ A launcher (`--num-processes`, `torchrun`, `accelerate launch`) says by environm
 how many there are. Without them there is one process, and everything here is immediate.
 """
 
+import contextlib
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ctpd.core.errors import CtpdError
+
 _PATIENCE = timedelta(days=7)  # one process may build for hours while the others wait
+
+
+class ProcessLost(CtpdError):
+    """Another process of the launch has ended while this one waited for it."""
 
 
 @dataclass(frozen=True)
@@ -48,9 +56,16 @@ class Processes:
         else:
             torch.distributed.init_process_group("gloo", timeout=_PATIENCE)
 
+    def leave(self) -> None:
+        """Disconnect; the last thing to do before the program ends without an error."""
+        import torch
+
+        if self.world > 1 and torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+
     def wait(self) -> None:
         """Go on when every process is here."""
-        self.agree(0)
+        self.joined(np.zeros(1, dtype=np.int64))  # a broadcast would let the first process go on alone
 
     def agree(self, number: int) -> int:
         """The first process's number, in every process."""
@@ -59,7 +74,8 @@ class Processes:
         import torch
 
         told = torch.tensor([number], dtype=torch.int64)
-        torch.distributed.broadcast(told, src=0)
+        with _others_needed():
+            torch.distributed.broadcast(told, src=0)
         return int(told)
 
     def joined(self, part: NDArray[np.generic]) -> NDArray[np.generic]:
@@ -69,8 +85,17 @@ class Processes:
         import torch
 
         total = torch.from_numpy(np.ascontiguousarray(part))
-        torch.distributed.all_reduce(total)
+        with _others_needed():
+            torch.distributed.all_reduce(total)
         return np.asarray(total.numpy())
+
+
+@contextlib.contextmanager
+def _others_needed() -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        raise ProcessLost("Another process of this launch has ended; its own error says why.") from error
 
 
 def processes() -> Processes:

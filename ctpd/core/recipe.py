@@ -183,6 +183,29 @@ class TableEntry:
 
 
 @dataclass(frozen=True, kw_only=True)
+class FsdpSpec:
+    """Weights, gradients and optimizer states in shares, one a process.
+
+    `wrap` names the layer classes that are gathered one at a time; empty means the model's own `_no_split_modules`.
+    `offload` keeps the shares in the memory of the CPU.
+    """
+
+    wrap: tuple[str, ...] = ()
+    offload: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class LaunchSpec:
+    """On how many processes a recipe is meant to run: execution, in no key.
+
+    With `fsdp` a model in training is shared out over the processes; without, each process holds all of it.
+    """
+
+    num_processes: int = 1
+    fsdp: FsdpSpec | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class Recipe:
     """One experiment.
 
@@ -198,6 +221,7 @@ class Recipe:
     grid: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
     ablations: Mapping[str, AblationSpec] = field(default_factory=dict)
     tables: Mapping[str, TableEntry]
+    launch: LaunchSpec = field(default_factory=LaunchSpec)
 
 
 def shipped_recipes() -> dict[str, Path]:
@@ -253,6 +277,8 @@ def _check(recipe: Recipe, source: str) -> None:
         raise UserError("a model is pretrained on the testbed, and `shared.testbed` is missing", where=source)
     if shared.train.epochs < 1 or shared.train.pairs_per_step < 1 or not shared.seeds:
         raise UserError("`epochs`, `pairs_per_step` and the number of `seeds` must be at least 1", where=source)
+    if recipe.launch.num_processes < 1:
+        raise UserError("'launch.num_processes' must be at least 1", where=source)
     _check_names(recipe, source)
 
 

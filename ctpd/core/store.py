@@ -14,7 +14,7 @@ import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from ctpd.core.config import to_plain
 from ctpd.core.errors import DamagedArtifact, UserError
@@ -44,6 +44,10 @@ class Store:
         """Where the artifact stands, or would stand."""
         return self.root / stage / key
 
+    def partial(self, stage: str, key: str) -> Path:
+        """Where the artifact is built, and where an interrupted build lies."""
+        return self.root / stage / f"{key}.partial"
+
     def has(self, stage: str, key: str) -> bool:
         """Whether the artifact is finished (its manifest is written last)."""
         return (self.path(stage, key) / MANIFEST).is_file()
@@ -70,7 +74,7 @@ class Store:
         build on. Hold `lock`, and ask `has` inside it, so that one process at a time builds a key.
         """
         target = self.path(stage, key)
-        partial = target.with_name(f"{key}.partial")
+        partial = self.partial(stage, key)
         partial.mkdir(parents=True, exist_ok=True)
         for left in partial.iterdir():
             if left.is_dir() and left.name != RESUME_FOLDER:
@@ -93,15 +97,32 @@ class Store:
     @contextlib.contextmanager
     def lock(self, stage: str, key: str) -> Iterator[None]:
         """Hold the key's lock: two processes never build the same artifact."""
-        folder = self.root / stage
-        folder.mkdir(parents=True, exist_ok=True)
-        with (folder / f".{key}.lock").open("w") as handle:
+        with self._lock_file(stage, key) as handle:
             fcntl.flock(handle, fcntl.LOCK_EX)
             yield
 
+    @contextlib.contextmanager
+    def try_lock(self, stage: str, key: str) -> Iterator[bool]:
+        """Hold the key's lock if nobody else does, without waiting; gives whether it is held.
+
+        The lock of a process that has died is free.
+        """
+        with self._lock_file(stage, key) as handle:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                yield False
+            else:
+                yield True
+
+    def _lock_file(self, stage: str, key: str) -> TextIO:
+        folder = self.root / stage
+        folder.mkdir(parents=True, exist_ok=True)
+        return (folder / f".{key}.lock").open("w")
+
     def remove(self, stage: str, key: str) -> None:
         """Delete an artifact and what an interrupted build left of it."""
-        for path in (self.path(stage, key), self.path(stage, key).with_name(f"{key}.partial")):
+        for path in (self.path(stage, key), self.partial(stage, key)):
             shutil.rmtree(path, ignore_errors=True)
 
     def artifacts(self) -> list[Artifact]:

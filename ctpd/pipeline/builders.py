@@ -74,9 +74,10 @@ def pretrain(work: Work, *, config: PretrainConfig) -> None:
         schedule=schedule, learning_rate=config.learning_rate, seed=config.seed, precision="float32",
         folder=work.folder / RESUME_FOLDER, settings=fit_settings(work), max_steps=config.steps,
     )  # fmt: skip
-    save_model(model, work.folder / MODEL_FOLDER)
-    tok.save_pretrained(str(work.folder / MODEL_FOLDER))
-    _finish_training(work, done)
+    _save_trained(work, model)
+    if work.writes:
+        tok.save_pretrained(str(work.folder / MODEL_FOLDER))
+        _finish_training(work, done)
 
 
 def pairs(work: Work, *, data: DataSpec, models: Mapping[str, ModelSpec], tokenizers: Mapping[str, str]) -> None:
@@ -112,7 +113,8 @@ def signals(work: Work, *, model: ModelRef, precision: str) -> None:
         loaded, rows.input_ids, rows.row_starts, rows.unit >= 0, measure=log_probabilities,
         max_tokens=work.runtime.signal_batch_tokens, progress=work.progress,
     )["logps"]  # fmt: skip
-    save_file({"logps": logps}, work.folder / SIGNAL)
+    if work.writes:
+        save_file({"logps": logps}, work.folder / SIGNAL)
 
 
 def distributions(work: Work, *, model: ModelRef, view: TeacherView, precision: str) -> None:
@@ -189,7 +191,9 @@ def train(
         folder=work.folder / RESUME_FOLDER, settings=fit_settings(work), eval_rows=rows.get("eval"),
         constants=constants, forward_pass=forward_pass,
     )  # fmt: skip
-    save_model(model, work.folder / MODEL_FOLDER)
+    _save_trained(work, model)
+    if not work.writes:
+        return
     save_objective(objective, work.folder)
     if schedule.lora is not None:
         _write_json(work.folder / CHAIN, start.chain())
@@ -287,6 +291,12 @@ def _side(work: Work, role: str, spec: ModelSpec, location: str | None) -> Side:
 def _corpus(work: Work, corpus: str) -> list[str]:
     lines = (work.inputs["world"] / f"corpus_{corpus}.jsonl").read_text(encoding="utf-8").splitlines()
     return [json.loads(line)["text"] for line in lines]
+
+
+def _save_trained(work: Work, model: Any) -> None:
+    """The weights, from the one process that writes."""
+    if work.writes:
+        save_model(model, work.folder / MODEL_FOLDER)
 
 
 def _finish_training(work: Work, done: Fit) -> None:

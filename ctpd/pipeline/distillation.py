@@ -48,7 +48,8 @@ def distributions(work: Work, *, prepared: PreparedPairs, model: ModelRef, view:
         loaded, rows.input_ids, rows.row_starts, rows.unit >= 0, measure=measure,
         max_tokens=work.runtime.signal_batch_tokens, progress=work.progress,
     )  # fmt: skip
-    save_file(kept, work.folder / DISTRIBUTIONS)
+    if work.writes:
+        save_file(kept, work.folder / DISTRIBUTIONS)
 
 
 def distilled(

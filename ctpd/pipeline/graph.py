@@ -1,8 +1,9 @@
 """Stages, their keys, and the one function that builds what is missing."""
 
+import contextlib
 import gc
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -10,20 +11,28 @@ from typing import Any, Protocol
 
 from ctpd.core.config import digest, to_plain
 from ctpd.core.errors import DamagedArtifact
+from ctpd.core.processes import processes
 from ctpd.core.store import Store
-from ctpd.pipeline.progress import Progress
+from ctpd.pipeline.progress import Bar, Progress
 from ctpd.pipeline.runtime import Runtime, provenance
+
+POLL_SECONDS = 0.5  # how often a process that waits for others looks again
+NOTHING_LEFT, APART = -1, -2  # said by a launch's first process in place of the number of a stage
 
 
 @dataclass(frozen=True)
 class Work:
-    """What a builder is given: its folder, its inputs' folders, and how to run."""
+    """What a builder is given: its folder, its inputs' folders, and how to run.
+
+    `writes` is off in all but one of the processes that build a stage together: they compute and leave no file.
+    """
 
     folder: Path
     inputs: Mapping[str, Path]
     store: Store
     runtime: Runtime
     progress: Callable[[int, int], None]
+    writes: bool = True
 
 
 class Builder(Protocol):
@@ -45,6 +54,7 @@ class Stage:
         inputs: the stages whose artifacts the builder reads; their keys are identity too.
         external: digests of files that are no stages (a model directory, a data file); identity.
         label: for people; no identity.
+        together: all processes of a launch run the builder at once, and share its work among them; no identity.
     """
 
     kind: str
@@ -54,6 +64,7 @@ class Stage:
     label: str
     inputs: Mapping[str, "Stage"] = field(default_factory=dict)
     external: Mapping[str, str] = field(default_factory=dict)
+    together: bool = False
 
     @cached_property
     def identity(self) -> dict[str, Any]:
@@ -104,24 +115,35 @@ class Graph:
         return list(needed.values())
 
     def run(self, store: Store, *, runtime: Runtime, progress: Progress, rebuild: bool = False) -> int:
-        """Build what is missing and check what is there; return the number of stages built.
+        """Build what is missing and check what is there; return the number of stages that were missing.
 
+        Any number of processes may do this on one store: each stage is built by one of them, or by all processes of a
+        launch together, which must call this with the same targets.
         With ``rebuild``, artifacts that are found damaged are removed and built anew.
 
         Raises:
             DamagedArtifact: a target, or an input of a missing stage, is damaged and ``rebuild`` is off.
         """
-        self._check(store, rebuild=rebuild)
-        missing = self.missing(store)
-        for place, stage in enumerate(missing, start=1):
-            with store.lock(stage.kind, stage.key):
-                if not store.has(stage.kind, stage.key):
-                    with progress.stage(stage.label, place=place, total=len(missing)) as bar:
-                        _build(stage, store, runtime=runtime, report=bar.update)
-            gc.collect()  # models hold cycles; without this the next stage's memory stands beside the last one's
-        return len(missing)
+        ranks = processes()
+        ranks.join()
+        if ranks.is_first:
+            self.check(store, rebuild=rebuild)
+        ranks.wait()
+        total = len(self.missing(store))
+        ranks.wait()
+        work = _Building(self, store, runtime, progress if ranks.is_first else Progress(quiet=True), total)
+        if ranks.world == 1:
+            work.alone()
+        else:
+            work.side_by_side()
+        return total
 
-    def _check(self, store: Store, *, rebuild: bool) -> None:
+    def check(self, store: Store, *, rebuild: bool = False) -> None:
+        """Compare what a run would read with its manifests; with ``rebuild`` remove what is damaged.
+
+        Raises:
+            DamagedArtifact: an artifact is damaged and ``rebuild`` is off.
+        """
         missing = {stage.key for stage in self.missing(store)}
         used = {stage.key: stage for stage in self.targets}
         for stage in self.stages:
@@ -130,22 +152,130 @@ class Graph:
         for stage in used.values():
             if not store.has(stage.kind, stage.key):
                 continue
-            try:
-                (store.verify if rebuild else store.open)(stage.kind, stage.key)
-            except DamagedArtifact:
-                if not rebuild:
-                    raise
-                store.remove(stage.kind, stage.key)
-                self._check(store, rebuild=rebuild)  # its inputs are used now, and may be damaged too
+            if not rebuild:
+                store.open(stage.kind, stage.key)
+            elif _remove_damaged(stage, store):
+                self.check(store, rebuild=True)  # its inputs are used now, and may be damaged too
                 return
 
 
-def _build(stage: Stage, store: Store, *, runtime: Runtime, report: Callable[[int, int], None]) -> None:
-    inputs = {name: store.path(i.kind, i.key) for name, i in stage.inputs.items()}
+@dataclass(frozen=True)
+class _Building:
+    """One process that builds a graph's missing stages, beside any number of others on the same store."""
+
+    graph: Graph
+    store: Store
+    runtime: Runtime
+    progress: Progress
+    total: int
+    told: set[str] = field(default_factory=set)
+
+    def alone(self) -> None:
+        """Build one by one what nobody else is building, until nothing is missing."""
+        while pending := self.graph.missing(self.store):
+            ready = _ready(pending)
+            if not self._build_one(ready):
+                self._pause(ready)
+
+    def side_by_side(self) -> None:
+        """The same by all processes of a launch: a stage that is built together comes first, the others are dealt."""
+        ranks = processes()
+        number = APART
+        while number != NOTHING_LEFT:
+            with contextlib.ExitStack() as held:
+                number = ranks.agree(self._choice(held) if ranks.is_first else 0)
+                if number >= 0:
+                    self._build_together(self.graph.stages[number])
+            if number == APART:
+                self._build_apart()
+            gc.collect()
+
+    def _choice(self, held: contextlib.ExitStack) -> int:
+        """The number of a stage to be built together, whose lock ``held`` gets, or what there is to do instead."""
+        pending = self.graph.missing(self.store)
+        for stage in _ready(pending):
+            if not stage.together or not held.enter_context(self.store.try_lock(stage.kind, stage.key)):
+                continue
+            if not self.store.has(stage.kind, stage.key):
+                return [known.key for known in self.graph.stages].index(stage.key)
+        return APART if pending else NOTHING_LEFT
+
+    def _build_together(self, stage: Stage) -> None:
+        ranks = processes()
+        with contextlib.ExitStack() as open_:
+            bar = open_.enter_context(self._bar(stage))
+            if ranks.is_first:
+                open_.enter_context(_artifact(stage, self.store, self.runtime))
+            ranks.wait()  # the folder is there
+            stage.build(self._work(stage, bar, writes=ranks.is_first))
+            ranks.wait()  # the first process may finish before another
+        ranks.wait()  # the artifact is there
+
+    def _build_apart(self) -> None:
+        """A round in which each process builds what it gets of the stages that are ready now."""
+        ready = _ready(self.graph.missing(self.store))
+        single = [stage for stage in ready if not stage.together]
+        built = 0
+        while self._build_one(single):
+            built += 1
+        if processes().is_first and not built:
+            self._pause(ready)
+        processes().wait()
+
+    def _build_one(self, ready: Sequence[Stage]) -> bool:
+        """Build the first stage that is neither there nor locked; says whether there was one."""
+        for stage in ready:
+            with self.store.try_lock(stage.kind, stage.key) as free:
+                if not free or self.store.has(stage.kind, stage.key):
+                    continue
+                with self._bar(stage) as bar, _artifact(stage, self.store, self.runtime):
+                    stage.build(self._work(stage, bar))
+            gc.collect()  # models hold cycles; without this the next stage's memory stands beside the last one's
+            return True
+        return False
+
+    def _bar(self, stage: Stage) -> contextlib.AbstractContextManager[Bar]:
+        done = self.total - len(self.graph.missing(self.store))
+        return self.progress.stage(stage.label, place=done + 1, total=self.total)
+
+    def _work(self, stage: Stage, bar: Bar, *, writes: bool = True) -> Work:
+        inputs = {name: self.store.path(i.kind, i.key) for name, i in stage.inputs.items()}
+        folder = self.store.partial(stage.kind, stage.key)
+        return Work(folder, inputs, self.store, self.runtime, bar.update, writes)
+
+    def _pause(self, ready: Sequence[Stage]) -> None:
+        """Give the processes that build these a little time; say once what is waited for."""
+        waiting = [stage for stage in ready if not self.store.has(stage.kind, stage.key)]
+        if waiting and not self.told & {stage.key for stage in waiting}:
+            self.progress.note(f"Another process builds: {waiting[0].label}")
+            self.told.add(waiting[0].key)
+        time.sleep(POLL_SECONDS)
+
+
+def _ready(pending: Sequence[Stage]) -> list[Stage]:
+    """The stages whose inputs are all there."""
+    keys = {stage.key for stage in pending}
+    return [stage for stage in pending if not any(source.key in keys for source in stage.inputs.values())]
+
+
+def _remove_damaged(stage: Stage, store: Store) -> bool:
+    """Compare an artifact byte for byte and remove it if it is damaged; says whether it was."""
+    with store.lock(stage.kind, stage.key):  # another process may be mending it
+        try:
+            store.verify(stage.kind, stage.key)
+        except DamagedArtifact:
+            store.remove(stage.kind, stage.key)
+            return True
+    return False
+
+
+@contextlib.contextmanager
+def _artifact(stage: Stage, store: Store, runtime: Runtime) -> Iterator[None]:
+    """Prepare a stage's folder; finish the artifact when the block ends without an error."""
     made = dict(provenance(runtime))
-    with store.build(stage.kind, stage.key, identity=stage.identity, provenance=made) as folder:
+    with store.build(stage.kind, stage.key, identity=stage.identity, provenance=made):
         start = time.time()
-        stage.build(Work(folder, inputs, store, runtime, report))
+        yield
         made |= {
             "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(start)),
             "seconds": round(time.time() - start, 3),

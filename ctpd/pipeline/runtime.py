@@ -10,6 +10,9 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from ctpd.core.processes import processes
+from ctpd.core.recipe import FsdpSpec, LaunchSpec
+
 RECORDED_PACKAGES = (
     "ctpd", "torch", "transformers", "tokenizers", "accelerate", "peft", "datasets", "lm_eval", "numpy", "pandas",
 )  # fmt: skip
@@ -20,11 +23,12 @@ class Runtime:
     """Execution settings.
 
     Attributes:
-        device: torch device; `auto` takes CUDA where there is one.
+        device: torch device; `auto` takes CUDA where there is one, and with several processes each its own GPU.
         micro_batch_tokens: padded tokens that one forward and backward pass may hold; pairs per pass follow from it.
         signal_batch_tokens: the same for passes without a gradient.
         checkpoint_seconds: a training saves its resume state this often.
         report_to: loggers of `transformers` that receive the training's metrics.
+        fsdp: how the weights in training are shared out over the processes of a launch; None: each holds all.
     """
 
     device: str = "auto"
@@ -32,6 +36,12 @@ class Runtime:
     signal_batch_tokens: int = 32768
     checkpoint_seconds: float = 600.0
     report_to: tuple[str, ...] = ()
+    fsdp: FsdpSpec | None = None
+
+    @classmethod
+    def of(cls, launch: LaunchSpec, **settings: Any) -> "Runtime":
+        """These settings, with those of a recipe's ``launch`` that matter now: one process shares nothing out."""
+        return cls(fsdp=launch.fsdp if processes().world > 1 else None, **settings)
 
     def torch_device(self) -> str:
         """The device in torch's own words."""
@@ -39,7 +49,9 @@ class Runtime:
             return self.device
         import torch
 
-        return "cuda" if torch.cuda.is_available() else "cpu"
+        if not torch.cuda.is_available():
+            return "cpu"
+        return f"cuda:{processes().local_rank}" if processes().world > 1 else "cuda"
 
 
 def provenance(runtime: Runtime) -> dict[str, Any]:
@@ -51,6 +63,7 @@ def provenance(runtime: Runtime) -> dict[str, Any]:
         "commit": source_commit(),
         "command": " ".join(["ctpd", *sys.argv[1:]]),
         "runtime": dataclasses.asdict(runtime),
+        "processes": processes().world,
     }
 
 

@@ -76,7 +76,7 @@ class SharedStages:
         )
         root = Stage(
             "pretrain", 1, pretrain, _builder("pretrain", config=pretrain), f"{role}: pretraining",
-            {"world": self.world, "tokenizer": tokenizer},
+            {"world": self.world, "tokenizer": tokenizer}, together=True,
         )  # fmt: skip
         return ModelRef(role, root, tokenizer)
 
@@ -176,7 +176,7 @@ class SharedStages:
         return Stage(
             "signals", 1, config, _builder("signals", model=model, precision=self.shared.precision),
             f"signals: {label}",
-            {"pairs": self.pairs, **model.stages("model")}, model.externals("model"),
+            {"pairs": self.pairs, **model.stages("model")}, model.externals("model"), together=True,
         )  # fmt: skip
 
     def named_signal(self, signal: Signal) -> Stage:
@@ -216,7 +216,7 @@ class SharedStages:
             "distributions", 1, config,
             _builder("distributions", model=model, view=view, precision=self.shared.precision),
             f"distributions: {signal.value.replace('_', ' ')}",
-            {"pairs": pairs, **model.stages("model")}, model.externals("model"),
+            {"pairs": pairs, **model.stages("model")}, model.externals("model"), together=True,
         )  # fmt: skip
 
     def _refuse_uneven_steps(self, method: Method, schedule: Schedule) -> None:
@@ -309,7 +309,8 @@ class SharedStages:
             "train", start=start, teachers=teachers, objective=method.objective, schedule=_only_schedule(schedule),
             learning_rate=learning_rate, seed=seed, precision=self.shared.precision, swap=swap,
         )  # fmt: skip
-        return Stage("train", 1, config, build, label, inputs, {**start.externals("start"), **teacher_externals})
+        external = {**start.externals("start"), **teacher_externals}
+        return Stage("train", 1, config, build, label, inputs, external, together=True)
 
 
 def _builder(name: str, **arguments: Any) -> Builder:

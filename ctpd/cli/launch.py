@@ -1,0 +1,244 @@
+"""Several processes for one command: those of one launch (`--num-processes`), or helpers on the same store (`--jobs`)."""
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+
+from ctpd.core.errors import CtpdError, UserError
+from ctpd.core.processes import ProcessLost, processes
+from ctpd.core.recipe import LaunchSpec
+
+ERRORS = "CTPD_ERRORS"  # the folder in which the processes of our launch leave their errors; nobody else sets it
+PATIENCE_SECONDS = 10.0  # for a helper that is told to end
+
+
+class LaunchError(CtpdError):
+    """The first error of a launch's processes, in their own words and with their exit code."""
+
+    def __init__(self, text: str, exit_code: int) -> None:
+        super().__init__(text)
+        self.exit_code = exit_code
+
+
+def processes_to_start(spec: LaunchSpec, *, num_processes: int | None, jobs: int) -> int:
+    """How many processes this command is to start for its work; 1: it does the work itself.
+
+    Args:
+        spec: the recipe's; a launcher that has started us, and then ``num_processes``, have a say before it.
+        num_processes: the flag.
+        jobs: the flag.
+
+    Raises:
+        UserError: the flags contradict each other, or the launcher.
+    """
+    started = processes().world if "WORLD_SIZE" in os.environ else None
+    count = num_processes or started or spec.num_processes
+    if started is not None and count != started:
+        raise UserError(
+            f"`--num-processes {count}` contradicts the launcher, which has started {started}",
+            fix="Leave out one of them",
+        )
+    if jobs > 1 and count > 1:
+        asking = "a launcher" if started else "`--num-processes`" if num_processes else "the recipe's `launch` block"
+        raise UserError(
+            f"`--jobs {jobs}` runs parts of a recipe side by side, each in one process, and {asking} asks for {count} "
+            "processes that work on one part together",
+            fix="Leave `--jobs` out" + ("" if started else ", or give it with `--num-processes 1`"),
+        )
+    return 1 if started else count
+
+
+def run_launched(argv: Sequence[str], *, count: int, device: str) -> None:
+    """Run the command in ``count`` processes and wait; the first one's output is this one's.
+
+    Raises:
+        LaunchError: one of them failed.
+        UserError: there are fewer GPUs.
+        KeyboardInterrupt: this process was told to stop; so are they.
+    """
+    import torch
+    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException, Std
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    gpus = torch.cuda.device_count()
+    if device == "auto" and 0 < gpus < count:
+        raise UserError(
+            f"{count} processes need a GPU each, and there are {gpus}", fix="Give `--num-processes` or a device"
+        )
+    with tempfile.TemporaryDirectory(prefix="ctpd-") as name, _environment({ERRORS: name, **_threads(count)}):
+        folder = Path(name)
+        config = LaunchConfig(
+            min_nodes=1, max_nodes=1, nproc_per_node=count, run_id=uuid.uuid4().hex, rdzv_backend="c10d",
+            rdzv_endpoint="localhost:0", local_addr="localhost", max_restarts=0,
+            logs_specs=DefaultLogsSpecs(str(folder / "logs"), redirects=dict.fromkeys(range(1, count), Std.ALL)),
+        )  # fmt: skip
+        arguments = _without(argv, values=("--num-processes",), flags=("--rebuild",))
+        try:
+            with _silent("torch.distributed.elastic"):
+                elastic_launch(config, sys.executable)("-m", "ctpd", *arguments)
+        except SignalException:
+            raise KeyboardInterrupt from None
+        except ChildFailedError as error:
+            raise _first_error(folder, error.failures, count=count) from None
+
+
+def leave_error(error: BaseException, text: str, exit_code: int) -> bool:
+    """In a process of our launch: leave an error to the process that waits for it; says whether this is one."""
+    folder = os.environ.get(ERRORS)
+    if folder is None:
+        return False
+    told = {"time": time.time(), "text": text, "exit_code": exit_code, "lost": isinstance(error, ProcessLost)}
+    (Path(folder) / f"{processes().rank}.json").write_text(json.dumps(told), encoding="utf-8")
+    return True
+
+
+@contextlib.contextmanager
+def helpers(argv: Sequence[str], *, jobs: int, device: str, quiet: bool) -> Iterator[None]:
+    """Share the work of the block with ``jobs - 1`` processes that build for the same command on the same store.
+
+    They end with the block. One that ends early is no error: the stage that it leaves is built, or fails, here.
+    """
+    import torch
+
+    gpus = torch.cuda.device_count() if device == "auto" else 0
+    threads = torch.get_num_threads()
+    environment = _threads(jobs)
+    with tempfile.TemporaryDirectory(prefix="ctpd-") as name, _ending_on_sigterm():
+        started: list[tuple[subprocess.Popen[bytes], Path]] = []
+        try:
+            for number in range(1, jobs):
+                log = Path(name) / f"{number}.log"
+                own = f"cuda:{number % gpus}" if gpus else device
+                command = [sys.executable, "-m", "ctpd", *_helping(argv, device=own)]
+                with log.open("wb") as stderr:
+                    helper = subprocess.Popen(
+                        command, stdout=subprocess.DEVNULL, stderr=stderr, env={**os.environ, **environment}
+                    )
+                started.append((helper, log))
+            torch.set_num_threads(int(environment.get("OMP_NUM_THREADS", threads)))
+            yield
+        finally:
+            torch.set_num_threads(threads)
+            _end(started, quiet=quiet)
+
+
+def _end(started: Sequence[tuple[subprocess.Popen[bytes], Path]], *, quiet: bool) -> None:
+    ended = [(log, code) for helper, log in started if (code := helper.poll())]
+    for helper, _ in started:
+        helper.terminate()
+    for helper, _ in started:
+        try:
+            helper.wait(PATIENCE_SECONDS)
+        except subprocess.TimeoutExpired:
+            helper.kill()
+            helper.wait()
+    for log, code in ended:
+        if not quiet:
+            click.echo(f"Note: a helper of `--jobs` ended early. {_last_words(log, code)}", err=True)
+
+
+def _helping(argv: Sequence[str], *, device: str) -> list[str]:
+    """The command of a helper. That of `run` is `eval`: records and tables are written once, by the command itself."""
+    command, *rest = argv
+    rest = _without(rest, values=("--jobs", "--device", "--num-processes"), flags=("--rebuild", "--json", "--quiet"))
+    own = ["--quiet", "--device", device, "--num-processes", "1"]
+    return ["eval" if command == "run" else command, *own, *rest]
+
+
+def _without(argv: Sequence[str], *, values: Sequence[str], flags: Sequence[str]) -> list[str]:
+    """The arguments without these options."""
+    left: list[str] = []
+    skip = False
+    for word in argv:
+        if skip or word in flags or any(word.startswith(f"{name}=") for name in values):
+            skip = False
+        elif word in values:
+            skip = True
+        else:
+            left.append(word)
+    return left
+
+
+def _threads(count: int) -> dict[str, str]:
+    """The threads of each of ``count`` processes, unless the environment says it."""
+    import torch
+
+    return {} if "OMP_NUM_THREADS" in os.environ else {"OMP_NUM_THREADS": str(max(1, torch.get_num_threads() // count))}
+
+
+def _first_error(folder: Path, failures: Mapping[int, Any], *, count: int) -> LaunchError:
+    """What ended a launch: an error of its own, else a process that died without one, else whatever was said."""
+    told = [json.loads(path.read_text(encoding="utf-8")) for path in folder.glob("*.json")]
+    told.sort(key=lambda error: (error["lost"], error["time"]))
+    # The launcher has ended the others with SIGTERM: that is nobody's own death.
+    died = [rank for rank, end in failures.items() if end.exitcode < 0 and end.exitcode != -signal.SIGTERM]
+    if told and not (told[0]["lost"] and died):
+        return LaunchError(told[0]["text"], told[0]["exit_code"])
+    rank = min(died or failures)
+    log = next(folder.glob(f"logs/*/*/{rank}/stderr.log"), None)
+    return LaunchError(f"Process {rank} of {count} died. {_last_words(log, failures[rank].exitcode)}", 1)
+
+
+def _last_words(log: Path | None, code: int) -> str:
+    lines = log.read_text(encoding="utf-8", errors="replace").splitlines() if log is not None else []
+    if code < 0:
+        lines.append(f"It was ended by {signal.Signals(-code).name}" + (" (out of memory?)." if code == -9 else "."))
+    return lines[-1] if lines else f"Its exit code was {code}."
+
+
+@contextlib.contextmanager
+def _environment(values: Mapping[str, str]) -> Iterator[None]:
+    """Variables for the processes that are started in the block."""
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+@contextlib.contextmanager
+def _silent(logger: str) -> Iterator[None]:
+    """Nothing from a library's loggers: what they say of a failed process is said here in one paragraph."""
+    import logging
+
+    found = [log for name, log in logging.root.manager.loggerDict.items() if name.startswith(logger)]
+    loggers = [log for log in found if isinstance(log, logging.Logger)]
+    levels = [log.level for log in loggers]
+    for log in loggers:
+        log.setLevel(logging.CRITICAL + 1)
+    try:
+        yield
+    finally:
+        for log, level in zip(loggers, levels, strict=True):
+            log.setLevel(level)
+
+
+@contextlib.contextmanager
+def _ending_on_sigterm() -> Iterator[None]:
+    """In the block SIGTERM ends this process in an orderly way, so that it can end its helpers."""
+
+    def end(number: int, _frame: object) -> None:
+        sys.exit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
