@@ -13,7 +13,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from ctpd.core.config import digest, to_plain
+from ctpd.core.config import digest, nearest, to_plain
 from ctpd.core.errors import UserError
 from ctpd.core.recipe import EvaluationSpec, Recipe, load_recipe
 from ctpd.core.store import Store
@@ -386,8 +386,6 @@ def _narrowed(recipe: Recipe, *, seeds: Sequence[int], limit: int | None, source
 
 
 def _chosen(runs: list[PlannedRun], only: Sequence[str], *, source: str) -> list[PlannedRun]:
-    from ctpd.core.config import nearest
-
     names = list(dict.fromkeys(run.name for run in runs))
     for name in only:
         if name not in names:
