@@ -25,7 +25,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ctpd.core.config import nearest
 from ctpd.core.errors import UserError
-from harness.backends import LastLogitsLM, open_vllm
+from harness.backends import SharedContextLM, open_vllm
 from harness.isolation import Progress, fresh_dataset_cache, quiet, seeded, shown
 from harness.suites import Column
 
@@ -72,7 +72,7 @@ def evaluate_column(
     try:
         report = shown(progress) if progress is not None else None
         with quiet("lm_eval"):
-            lm = LastLogitsLM(model, tokenizer, batch_size=batch_size, progress=report)
+            lm = SharedContextLM(model, tokenizer, batch_size=batch_size, progress=report)
         result = score(lm, column, data_root=data_root, limit=limit, chat_template=chat_template)
     finally:
         for module, training in modes:

@@ -21,7 +21,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from ctpd.core.errors import UserError
-from harness.backends import LastLogitsLM, open_vllm
+from harness.backends import SharedContextLM, open_vllm
 from harness.evaluate import check_column, evaluate_column
 from harness.suites import Column
 
@@ -155,7 +155,7 @@ def test_log_probabilities_are_those_of_full_logits(model: LlamaForCausalLM, tok
     zero = tokenizer.decode([0])
     pairs = [("A" * 9, "xyz"), ("B" * 30, "x"), ("C", "long answer " * 3), ("D" + zero, zero * 3), ("E" * 12, zero)]
     requests = [Instance("loglikelihood", {}, pair, i) for i, pair in enumerate(pairs)]
-    ours = LastLogitsLM(model, tokenizer, batch_size=3, progress=None)
+    ours = SharedContextLM(model, tokenizer, batch_size=3, progress=None)
     theirs = HFLM(pretrained=model, tokenizer=copy.deepcopy(tokenizer), batch_size=3)
     assert ours._keeps_last_logits
     for mine, other in zip(
@@ -170,7 +170,7 @@ def test_only_as_many_logits_are_computed_as_the_longest_continuation_needs(
 ) -> None:
     from lm_eval.api.instance import Instance
 
-    lm = LastLogitsLM(model, tokenizer, batch_size=2, progress=None)
+    lm = SharedContextLM(model, tokenizer, batch_size=2, progress=None)
     shapes = []
     monkeypatch.setattr(
         model.lm_head,
@@ -189,7 +189,7 @@ def test_a_model_without_logits_to_keep_falls_back_to_full_logits(tokenizer: Any
             return super().forward(input_ids=input_ids)
 
     plain = Plain(model.config).eval()
-    lm = LastLogitsLM(plain, tokenizer, batch_size=2, progress=None)
+    lm = SharedContextLM(plain, tokenizer, batch_size=2, progress=None)
     assert not lm._keeps_last_logits
     assert lm._model_call(torch.ones(1, 7, dtype=torch.long)).shape[:2] == (1, 7)
 
@@ -203,7 +203,7 @@ def test_an_adapter_on_a_model_is_evaluated_as_the_merged_model_is(
 
     adapted = get_peft_model(copy.deepcopy(model), LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
     adapted.eval()
-    assert LastLogitsLM(adapted, tokenizer, batch_size=2, progress=None)._keeps_last_logits
+    assert SharedContextLM(adapted, tokenizer, batch_size=2, progress=None)._keeps_last_logits
     ours = evaluate_column(adapted, tokenizer, choice, data_root=data_root, batch_size=5)
     theirs = stock(adapted.merge_and_unload(), tokenizer, choice, data_root)
     assert ours["documents"] == [
