@@ -5,7 +5,6 @@ import io
 import logging
 import random
 import sys
-import tempfile
 from collections.abc import Callable, Iterator, Mapping
 
 import datasets
@@ -56,17 +55,16 @@ def quiet(library: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def fresh_dataset_cache() -> Iterator[None]:
-    """A cache of ``datasets`` that is empty, and gone afterwards.
+def dataset_cache(folder: str) -> Iterator[None]:
+    """Let ``datasets`` cache in this folder.
 
     For a folder with a dataset card, the library's own key covers the card's text alone, neither the folder's place nor
     the contents or times of its files (datasets 5.2, measured; a test holds it): two testbed worlds, or a mended file,
-    would be answered with the documents of whichever was read first.
+    would be answered with the documents of whichever was read first. So each state of a mirror needs a cache of its own.
     """
     place = datasets.config.HF_DATASETS_CACHE
-    with tempfile.TemporaryDirectory(prefix="ctpd-datasets-", ignore_cleanup_errors=True) as folder:
-        datasets.config.HF_DATASETS_CACHE = folder
-        try:
-            yield
-        finally:
-            datasets.config.HF_DATASETS_CACHE = place
+    datasets.config.HF_DATASETS_CACHE = folder
+    try:
+        yield
+    finally:
+        datasets.config.HF_DATASETS_CACHE = place
