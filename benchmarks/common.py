@@ -37,6 +37,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -93,6 +94,42 @@ class Meter:
         self.peak_mib = peak_mib() if not self._cuda else _torch().cuda.max_memory_allocated() / MIB
 
 
+class StepClock:
+    """When each step ended, on either side; the first interval begins at the end of the first step."""
+
+    def __init__(self, device: str) -> None:
+        self._cuda = device == "cuda"
+        self._ends: list[float] = []
+        self._marks: list[tuple[float, float]] = []
+
+    def __call__(self, *_: Any) -> None:
+        """A step has ended."""
+        if self._cuda:
+            _torch().cuda.synchronize()
+        self._ends.append(time.perf_counter())
+        self._marks.append((time.process_time(), machine_seconds()))
+
+    @property
+    def _steps(self) -> list[float]:
+        return [end - start for start, end in pairwise(self._ends)]
+
+    @property
+    def median(self) -> float:
+        """Seconds of a step."""
+        return statistics.median(self._steps)
+
+    def report(self) -> dict[str, Any]:
+        """Wall and CPU seconds of a step, and the cores that others kept busy meanwhile."""
+        wall = self._ends[-1] - self._ends[0]
+        own, machine = (last - first for first, last in zip(self._marks[0], self._marks[-1], strict=True))
+        return {
+            "step_s": self.median,
+            "steps_s": self._steps,
+            "cpu_s": own / (len(self._ends) - 1),
+            "other_cpu": max(0.0, machine - own) / wall,
+        }
+
+
 def _torch() -> Any:
     import torch
 
@@ -133,6 +170,14 @@ def child(measure: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
     print(_MARK + json.dumps(measure(config)), flush=True)
 
 
+def either(main: Callable[[], None], measure: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
+    """For a script that is its own side: measure if `alternate` called it, else the benchmark's ``main``."""
+    if len(sys.argv) == 2 and sys.argv[1].startswith("{"):
+        child(measure)
+    else:
+        main()
+
+
 def alternate(sides: Sequence[Side], args: argparse.Namespace, *, rounds: int | None = None) -> Found:
     """Measure every side in every round, each in its own process; every second round in reverse order.
 
@@ -166,14 +211,15 @@ def run_child(side: Side, args: argparse.Namespace) -> dict[str, Any]:
 
 
 def child_environment(threads: int) -> dict[str, str]:
-    """No network, no telemetry, a fixed number of threads, and threads that do not spin at barriers."""
+    """No network, no telemetry, a fixed number of threads that do not spin at barriers, and imports compiled once only."""
     counts = {name: str(threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")}
     quiet = {
         "OMP_WAIT_POLICY": "PASSIVE", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1",
-        "HF_HUB_DISABLE_TELEMETRY": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1", "PYTHONDONTWRITEBYTECODE": "1",
-        "PYTHONPATH": str(ROOT),
+        "HF_HUB_DISABLE_TELEMETRY": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
+        "PYTHONPATH": str(ROOT), "PYTHONPYCACHEPREFIX": str(ROOT / "build" / "bytecode"),
     }  # fmt: skip
-    return {**os.environ, **counts, **quiet}
+    given = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+    return {**given, **counts, **quiet}
 
 
 def ratios(found: Found, key: str, *, of: str, to: str) -> list[float]:

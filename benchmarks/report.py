@@ -18,11 +18,11 @@ _PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "tokenizers",
 
 @dataclass(frozen=True)
 class Claim:
-    """A number that is promised: the bound, and what each round measured."""
+    """A number that is promised: the bound, and what each round measured. Without a target it is a record, no promise."""
 
     text: str
     kind: Literal["at most", "at least"]
-    target: float
+    target: float | None
     values: Sequence[float]
     unit: str = ""
 
@@ -32,8 +32,10 @@ class Claim:
         return statistics.median(self.values)
 
     @property
-    def met(self) -> bool:
-        """Whether the median keeps the bound."""
+    def met(self) -> bool | None:
+        """Whether the median keeps the bound; None without one."""
+        if self.target is None:
+            return None
         return self.median <= self.target if self.kind == "at most" else self.median >= self.target
 
 
@@ -135,14 +137,14 @@ def write(result: Result, args: argparse.Namespace) -> Path:
 
 
 def command(args: argparse.Namespace) -> str:
-    """The command that makes this result again, without the folder it is written to."""
+    """The command that makes this result again; of a path only its last part."""
     words = [Path(sys.argv[0]).stem if sys.argv[0] else "benchmark"]
     given = iter(sys.argv[1:])
     for word in given:
         if word == "--to":
             next(given, None)
         elif not word.startswith("--to="):
-            words.append(word)
+            words.append(Path(word).name)
     return "python -m benchmarks." + " ".join(words)
 
 
@@ -172,12 +174,13 @@ CLAIM_HEADER = ("Claim", "Target", "Measured: median (least to greatest)", "Roun
 
 def claim_row(claim: Mapping[str, Any]) -> list[str]:
     """A claim of a JSON file as a row of the table of claims."""
-    met = {True: "yes", False: "**no**", None: "not judged (reduced shape)"}[claim["met"]]
+    met = {True: "yes", False: "**no**", None: "not judged"}[claim["met"]]
     unit = f" {claim['unit']}" if claim["unit"] else ""
+    target = "" if claim["target"] is None else f"{claim['kind']} {claim['target']:g}{unit}"
     measured = spread(claim["values"])
     return [
         claim["text"],
-        f"{claim['kind']} {claim['target']:g}{unit}",
+        target,
         measured + unit,
         str(len(claim["values"])),
         met,
