@@ -4,7 +4,6 @@ Shape legend: B rows of a batch, T tokens, K kept positions, V vocabulary.
 """
 
 import copy
-import functools
 import importlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -14,7 +13,7 @@ import torch
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM, CacheHook
 from lm_eval.models.huggingface import HFLM
-from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
+from lm_eval.models.utils import handle_stop_sequences, has_bos_prefix, normalize_gen_kwargs, postprocess_generated_text
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
@@ -23,6 +22,9 @@ from harness.branching import BranchingModel, Unsupported, choices
 from harness.decoding import end_tokens, generate, plainly_greedy
 from harness.isolation import Progress
 from harness.prefixes import Group, Request, cost, plain_cost, plan
+
+ENCODED_AT_ONCE = 1024
+"""Requests whose texts one call of the tokenizer gets."""
 
 WORTHWHILE = 0.9
 """Requests are computed in branches where that takes at most this share of the tokens."""
@@ -82,7 +84,7 @@ class SharedContextLM(HFLM):
         self.unshared: str | None = None
         self._progress = progress
         self._longest_continuation = 0
-        self._encode = functools.lru_cache(maxsize=4096)(super().tok_encode)
+        self._ahead: dict[str, list[int]] = {}
         self._keeps_last_logits = self._probe()
         self._branching: BranchingModel | None = None
         try:
@@ -93,16 +95,43 @@ class SharedContextLM(HFLM):
     def tok_encode(
         self, string: str, add_special_tokens: bool | None = None, left_truncate_len: int | None = None, **kwargs: Any
     ) -> list[int]:
-        # The choices of a document follow one context, which lm-eval encodes once for each.
-        encoded: list[int] = self._encode(string, add_special_tokens, left_truncate_len, **kwargs)
+        if string in self._ahead and add_special_tokens is None and not left_truncate_len and not kwargs:
+            return self._ahead[string]
+        encoded: list[int] = super().tok_encode(string, add_special_tokens, left_truncate_len, **kwargs)
         return encoded
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
         self._report(len(requests))
-        return super().loglikelihood(requests, disable_tqdm=disable_tqdm)
+        encoded = []
+        for start in range(0, len(requests), ENCODED_AT_ONCE):
+            pairs = [request.args for request in requests[start : start + ENCODED_AT_ONCE]]
+            self._encode_ahead([text for context, answer in pairs for text in (context.rstrip(), context + answer)])
+            encoded += [((context, answer), *self._encode(context, answer)) for context, answer in pairs]
+        self._ahead = {}
+        return self._loglikelihood_tokens(encoded, disable_tqdm=disable_tqdm)
+
+    def _encode(self, context: str, answer: str) -> tuple[list[int], list[int]]:
+        """Context and continuation, as lm-eval parts them; the continuation of an empty context follows BOS."""
+        if context:
+            parted: tuple[list[int], list[int]] = self._encode_pair(context, answer)
+            return parted
+        tokens = self.tok_encode(answer, add_special_tokens=False)
+        return (tokens[:1], tokens[1:]) if tokens[0] == self.prefix_token_id else ([self.prefix_token_id], tokens)
+
+    def _encode_ahead(self, texts: Sequence[str]) -> None:
+        """Keep the tokens of these texts for `tok_encode`: one call of the tokenizer, and none twice."""
+        self._ahead = {}
+        bos = self.tokenizer.decode(self.prefix_token_id)
+        options = {} if self.add_bos_token is None else {"add_special_tokens": self.add_bos_token}
+        for begun in (True, False):  # a text that begins with BOS gets none
+            some = list(dict.fromkeys(text for text in texts if text and has_bos_prefix(text, bos) is begun))
+            if some:
+                given = {"add_special_tokens": False} if begun else options
+                self._ahead |= dict(zip(some, self.tokenizer(some, **given)["input_ids"], strict=True))
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = True) -> list[str]:
         self._report(len(requests))
+        self._encode_ahead([request.args[0] for request in requests])
         settings = [normalize_gen_kwargs(request.args[1], self.max_gen_toks) for request in requests]
         for (context, _), options in zip((request.args for request in requests), settings, strict=True):
             room = self.max_length - options["max_gen_toks"]

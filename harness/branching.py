@@ -3,7 +3,7 @@
 Shape legend: B rows of a batch, T tokens of a row, P tokens of a prefix, K kept positions, V vocabulary.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -23,6 +23,8 @@ class Unsupported(Exception):
 
 class BranchingModel:
     """Calls a model on trees of tokens (`Row`), after prefixes that are computed once.
+
+    Layers with a sliding window get a mask of their own and keep all keys; windows count positions, as in transformers.
 
     Raises:
         Unsupported: the model's attention, positions or cache are of another kind, or a trial gives other logits.
@@ -135,15 +137,14 @@ class BranchingModel:
         training = self._model.training
         self._model.eval()
         try:
-            found = self.logits(rows, self.prefix(shared[:2]))
-            for number, row in enumerate(rows):
-                for index, nodes in row.readings:
-                    self._compare(found[number], row, nodes, requests[index])
-            # The same again without a prefix.
-            row = pack(requests, skip=0)
-            found = self.logits([row], [])
-            for index, nodes in row.readings:
-                self._compare(found[0], row, nodes, requests[index])
+            plain = [self._plain(requests[index]) for index in requests]
+            # After a prefix, in a batch with padding; then the same again in one row.
+            for tried, past in ((rows, self.prefix(shared[:2])), ([pack(requests, skip=0)], [])):
+                found = self.logits(tried, past)
+                for number, row in enumerate(tried):
+                    for index, nodes in row.readings:
+                        last = found.shape[1] - len(row.tokens)
+                        _check_equal(found[number, [last + node for node in nodes]], plain[index])
         except Unsupported:
             raise
         except Exception as error:  # whatever a model of another kind raises: it is then called plainly
@@ -151,18 +152,15 @@ class BranchingModel:
         finally:
             self._model.train(training)
 
-    def _compare(self, found: Tensor, row: Row, nodes: Sequence[int], request: Request) -> None:
-        with torch.no_grad():
-            plain = self._model(torch.tensor([request.tokens[:-1]], device=self.device)).logits[0, -request.scored :]
-        offset = found.shape[0] - len(row.tokens)
-        ours = torch.stack([found[offset + node] for node in nodes])
-        limit = (1e-4 if plain.dtype == torch.float32 else 4e-2) * float(plain.abs().max())
-        worst = float((ours - plain).abs().max())
-        if not worst <= limit:
-            raise Unsupported(f"logits differ by {worst:.1e} from those of a plain pass")
+    @torch.no_grad()
+    def _plain(self, request: Request) -> Tensor:
+        ids = torch.tensor([request.tokens[:-1]], device=self.device)
+        return self._model(ids).logits[0, -request.scored :]
 
 
-def choices(model: BranchingModel, group: Group, requests: Sequence[Request], *, batch_size: int) -> Any:
+def choices(
+    model: BranchingModel, group: Group, requests: Sequence[Request], *, batch_size: int
+) -> Iterator[tuple[int, float, bool]]:
     """Yield ``(request, log-likelihood, whether greedy)`` for every request of a group."""
     past = model.prefix(group.prefix) if group.prefix else []
     for start in range(0, len(group.rows), batch_size):
@@ -200,6 +198,13 @@ def _check_configuration(config: Any, kinds: set[str]) -> None:
     kinds_of_rope = {rope.get("rope_type"), *(one.get("rope_type") for one in rope.values() if isinstance(one, dict))}
     if kinds_of_rope & {"dynamic", "longrope"}:
         raise Unsupported("positions that depend on the length of the whole batch")
+
+
+def _check_equal(found: Tensor, plain: Tensor) -> None:
+    limit = (1e-4 if plain.dtype == torch.float32 else 4e-2) * float(plain.abs().max())
+    worst = float((found - plain).abs().max())
+    if not worst <= limit:
+        raise Unsupported(f"logits differ by {worst:.1e} from those of a plain pass")
 
 
 def _see_ancestors(allowed: Tensor, row: Row) -> None:

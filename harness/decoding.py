@@ -16,6 +16,7 @@ from harness.branching import BranchingModel
 HARMLESS = {
     "bos_token_id", "eos_token_id", "pad_token_id", "transformers_version", "_from_model_config", "do_sample",
     "temperature", "top_p", "top_k", "max_length", "max_new_tokens", "use_cache",
+    "output_attentions", "output_hidden_states", "output_logits", "output_scores", "return_dict_in_generate",
 }  # fmt: skip
 """Settings of a model's generation that do not move the greedy choice of a token."""
 

@@ -30,7 +30,7 @@ from transformers import PreTrainedTokenizerBase
 from ctpd.core.config import nearest
 from ctpd.core.errors import UserError
 from harness.backends import SharedContextLM, open_vllm
-from harness.isolation import Progress, dataset_cache, quiet, seeded, shown
+from harness.isolation import Progress, compiled_templates, dataset_cache, quiet, seeded, shown
 from harness.suites import Column
 
 OUR_TASKS = Path(__file__).parent / "tasks"
@@ -135,7 +135,7 @@ def score(
     with seeded(torch.device(lm.device or "cpu"), seeds=SEEDS), quiet("lm_eval"):
         kept = _kept(column, data_root=data_root)
         loaded = kept.ready(limit=limit, chat_template=chat_template)
-        with kept.dataset_cache():
+        with kept.dataset_cache(), compiled_templates():
             results = run_lm_eval(
                 lm,
                 loaded,

@@ -1,13 +1,16 @@
 """Running a library that seeds, logs, caches and draws progress bars, without letting its caller notice."""
 
 import contextlib
+import functools
 import io
 import logging
 import random
 import sys
 from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 import datasets
+import lm_eval.utils
 import numpy as np
 import torch
 
@@ -68,3 +71,14 @@ def dataset_cache(folder: str) -> Iterator[None]:
         yield
     finally:
         datasets.config.HF_DATASETS_CACHE = place
+
+
+@contextlib.contextmanager
+def compiled_templates() -> Iterator[None]:
+    """Let lm-eval compile a task's templates once, not once for each document, example and choice: a third of its time."""
+    environment: Any = lm_eval.utils.env
+    environment.from_string = functools.lru_cache(maxsize=1024)(environment.from_string)
+    try:
+        yield
+    finally:
+        del environment.from_string  # the method of the class is seen again
