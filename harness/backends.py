@@ -193,7 +193,7 @@ class SharedContextLM(HFLM):
     ) -> list[tuple[float, bool]]:
         self._longest_continuation = max((len(continuation) for _, _, continuation in requests), default=0)
         self.num_truncated += sum(len(context) + len(answer) > self.max_length + 1 for _, context, answer in requests)
-        if self._branching is not None:
+        if self._branching is not None and all(answer for _, _, answer in requests):  # lm-eval refuses empty ones
             wanted = [
                 Request(tuple((context + answer)[-(self.max_length + 1) :]), len(answer))
                 for _, context, answer in requests

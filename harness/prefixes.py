@@ -131,7 +131,8 @@ def _documents(requests: Sequence[Request]) -> Iterator[list[int]]:
             first = requests[document[0]]
             shared = common(first.tokens[:-1], request.tokens[:-1])
             added = len(request.tokens) - 1 - shared
-            same = _context(first) == _context(request) or _continuation(first) == _continuation(request)
+            last = requests[document[-1]]
+            same = _context(first) == _context(request) or _continuation(last) == _continuation(request)
             if same and shared and size + added <= max(MAX_ROW, 2 * len(first.tokens)):
                 document.append(index)
                 size += added
