@@ -398,3 +398,61 @@ def test_vllm_is_given_the_model_its_tokenizer_and_the_precision(monkeypatch: py
     assert given == {
         "pretrained": "a", "tokenizer": "b", "dtype": "bfloat16", "revision": "c" * 40, "tokenizer_revision": "d" * 40,
     }  # fmt: skip
+
+
+def test_prompts_are_built_once_for_many_models_and_anew_for_another_limit_or_a_template(
+    model: LlamaForCausalLM, tokenizer: Any, choice: Column, data_root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A result that reuses tasks is the one of tasks newly loaded, few-shot examples and all."""
+    from lm_eval.api.task import ConfigurableTask
+
+    built = []
+    original = ConfigurableTask.fewshot_context
+
+    def counted(self: Any, *args: Any, **kwargs: Any) -> Any:
+        built.append(self)
+        return original(self, *args, **kwargs)
+
+    monkeypatch.setattr(ConfigurableTask, "fewshot_context", counted)
+    other = copy.deepcopy(model)
+    other.lm_head.weight.data.neg_()
+    options: dict[str, Any] = {"data_root": data_root, "batch_size": 5}
+    first = evaluate_column(model, tokenizer, choice, **options, limit=4)
+    second = evaluate_column(other, tokenizer, choice, **options, limit=4)
+    assert len(built) == 4
+    assert second["task_hash"] == first["task_hash"]
+    assert second["documents"] != first["documents"]
+    whole = evaluate_column(model, tokenizer, choice, **options)
+    assert len(built) == 4 + NUM_DOCS
+    chatty = copy.deepcopy(tokenizer)
+    chatty.chat_template = "{% for m in messages %}[{{ m.content }}]{% endfor %}"
+    evaluate_column(model, chatty, choice, **options, chat_template=True)
+    again = evaluate_column(model, tokenizer, choice, **options)
+    assert len(built) == 4 + 3 * NUM_DOCS
+    assert {**again, "seconds": 0} == {**whole, "seconds": 0}
+    monkeypatch.setattr("harness.evaluate._KEPT", {})
+    fresh = evaluate_column(other, tokenizer, choice, **options, limit=4)
+    assert {**fresh, "seconds": 0} == {**second, "seconds": 0}
+
+
+def test_a_result_says_whether_contexts_were_shared(
+    model: LlamaForCausalLM, tokenizer: Any, choice: Column, data_root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And one that could not share them has the same scores."""
+    shared = evaluate_column(model, tokenizer, choice, data_root=data_root, batch_size=5)
+    monkeypatch.setattr(model.config, "is_encoder_decoder", True)
+    plain = evaluate_column(model, tokenizer, choice, data_root=data_root, batch_size=5)
+    assert (shared["unshared"], plain["unshared"]) == (None, "encoder and decoder")
+    assert plain["documents"] == shared["documents"]
+
+
+def test_templates_compiled_once_are_forgotten_afterwards() -> None:
+    import lm_eval.utils
+
+    from harness.isolation import compiled_templates
+
+    method = lm_eval.utils.env.from_string
+    with compiled_templates():
+        assert lm_eval.utils.env.from_string("{{a}}") is lm_eval.utils.env.from_string("{{a}}")
+        assert lm_eval.utils.apply_template("{{a}} {{b}}", {"a": 1, "b": 2}) == "1 2"
+    assert lm_eval.utils.env.from_string == method
