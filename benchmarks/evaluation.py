@@ -15,6 +15,7 @@ from ctpd.core.world import WorldConfig
 from harness.suites import Column, load_suite
 
 TARGET = 0.5
+OFFICIAL = "official tasks, one model"
 SUBJECTS = ("anatomy", "global_facts", "high_school_physics", "philosophy")
 DOCUMENTS = {"ARC": 20, "MMLU": 25, "TruthfulQA": 40, "Winogrande": 100, "GSM8K": 16}
 
@@ -31,12 +32,13 @@ def main() -> None:
         cases = {"testbed, three models in one process": _testbed(Path(temporary), quick=args.quick)}
         if args.data_root.is_dir():
             root = args.data_root.resolve()
-            cases["official tasks, one model"] = _official(Path(temporary), root, quick=args.quick)
+            cases[OFFICIAL] = _official(Path(temporary), root, quick=args.quick)
         for name, config in cases.items():
             module = "benchmarks.evaluation_side"
             found = alternate([Side(side, module, {**config, "side": side}) for side in ("ours", "lm-eval")], args)
             check_equal(found)
-            for key, what in (("seconds", "all of it"), ("requests", "the requests alone")):
+            promised = (("seconds", "all of it"), ("requests", "the requests alone")) if name == OFFICIAL else ()
+            for key, what in promised:
                 values = ratios(found, key, of="ours", to="lm-eval")
                 claims.append(Claim(f"{name}: time / lm-eval's, {what}", "at most", TARGET, values))
             tables.append(Table(name[0].upper() + name[1:], HEADER, rows(found, config["tasks"])))
@@ -51,7 +53,8 @@ TEXT = [
     "*All*: loading tasks and building prompts included; *requests*: tokenization and the model alone.",
     "Testbed: Llama, hidden 96, 3 layers, 640 unigram pieces, batches of 32. Official: Llama, hidden 256, 4 layers, 8,192 "
     "byte-BPE pieces, batches of 8; the first documents of each task. A greater vocabulary favours ours (lm-eval computes "
-    "logits everywhere), so does a model that ends its generations.",
+    "logits everywhere), so does a model that ends its generations. The testbed's models are so small, and its prompts so "
+    "short, that calls cost more than tokens: no bound is promised there.",
 ]
 HEADER = ("Task", "Documents", "Requests", "lm-eval, s", "Ours, s", "Ratio, all", "Ratio, requests", "Value")
 
