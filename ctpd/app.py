@@ -167,7 +167,8 @@ def evaluation_stage(
     title: str,
     world: Mapping[str, Stage],
 ) -> Stage:
-    """One model on one task: the protocol, the task and the model are its identity."""
+    """One model on one task: the protocol, the task and the model are its identity; `spec.precision` comes first."""
+    precision = spec.precision or precision
     task = {field: value for field, value in to_plain(column).items() if field not in ("name", "folder", "datasets")}
     config = {
         "task": task,
@@ -189,7 +190,7 @@ def evaluation_stage(
 
     inputs = {**model.stages("model"), **world}
     external = {**model.externals("model"), **(_mirror_digests(column, spec) if not world else {})}
-    return Stage("evaluate", 1, config, build, f"evaluate: {title} on {column.name}", inputs, external)
+    return Stage("evaluate", 2, config, build, f"evaluate: {title} on {column.name}", inputs, external)
 
 
 def _mirror_digests(column: Column, spec: EvaluationSpec) -> dict[str, str]:

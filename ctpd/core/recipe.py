@@ -124,7 +124,8 @@ class EvaluationSpec:
     """The suite and its protocol.
 
     `data_root` is a folder that mirrors the hub, for machines without a network. `backend` computes all scores of a
-    comparison: `hf` (transformers), or `vllm` where it is installed, which batches by itself.
+    comparison: `hf` (transformers), or `vllm` where it is installed, which batches by itself. `precision` is the one in
+    which models are evaluated, None for `shared.precision`; a record tells it as `dtype`.
     """
 
     suite: str
@@ -133,6 +134,7 @@ class EvaluationSpec:
     chat_template: bool = False
     data_root: str | None = None
     backend: Literal["hf", "vllm"] = "hf"
+    precision: Literal["float32", "bfloat16"] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
