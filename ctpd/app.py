@@ -1,18 +1,18 @@
-"""The composition root: joins the training graph and evaluation, and turns records into tables."""
+"""The composition root: joins the training graph and evaluation."""
 
 import contextlib
 import dataclasses
 import json
 import os
-import re
 import tempfile
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from ctpd.comparison import tables
 from ctpd.core.config import digest, nearest, to_plain
 from ctpd.core.errors import UserError
 from ctpd.core.recipe import EvaluationSpec, Recipe, load_recipe
@@ -20,13 +20,12 @@ from ctpd.core.store import Store
 from ctpd.pipeline.graph import Graph, Stage, Work
 from ctpd.pipeline.progress import Progress
 from ctpd.pipeline.references import META, SUMMARY, TRAINING, WRITTEN, External, LocatedModel, ModelRef, cached_digest
-from ctpd.pipeline.runs import PlannedRun, ablation_run, plan_runs, trials
+from ctpd.pipeline.runs import PlannedRun, plan_runs
 from ctpd.pipeline.runtime import Runtime, provenance
 from ctpd.pipeline.stages import SharedStages
 from harness.suites import Column, Suite, load_suite
 
 RESULT, RECORD = "result.json", "record.json"
-REPORT = "report.html"
 
 
 class Experiment:
@@ -75,6 +74,23 @@ class Experiment:
     def records(self) -> list[Stage]:
         """One record a run and seed."""
         return [self._record(run, self.evaluations[number]) for number, run in enumerate(self.runs)]
+
+    def check_suite(self, store: Store) -> None:
+        """Load the tasks that are still to be evaluated: what is missing is said before hours of training, not after.
+
+        Raises:
+            UserError: an unknown task, another version than the suite's, missing data.
+        """
+        root = self.recipe.shared.evaluation.data_root
+        stages = [(name, stage) for columns in self.evaluations.values() for name, stage in columns.items()]
+        missing = {name for name, stage in stages if not store.has(stage.kind, stage.key)}
+        if root == "testbed" or not missing:  # the recipe itself writes the testbed's data
+            return
+        from harness.evaluate import check_column
+
+        for column in self.suite.columns:
+            if column.name in missing:
+                check_column(column, data_root=None if root is None else Path(root).expanduser())
 
     def _evaluation(self, run: PlannedRun, column: Column) -> Stage:
         spec = self.recipe.shared.evaluation
@@ -149,8 +165,10 @@ def run(
     """
     experiment, artifacts = Experiment(recipe), Store(Path(store))
     runtime = runtime or Runtime.of(experiment.recipe.launch)
+    experiment.check_suite(artifacts)
     Graph(experiment.records).run(artifacts, runtime=runtime, progress=Progress(quiet=quiet))
-    return tables(experiment, read_records(experiment, artifacts))
+    columns = [column.name for column in experiment.suite.columns]
+    return tables(experiment.recipe, read_records(experiment, artifacts), columns=columns)
 
 
 def plan(recipe: str | os.PathLike[str]) -> Graph:
@@ -298,80 +316,6 @@ def _in_memory(run: PlannedRun) -> list[str]:
     """The frozen models that are in memory while a run trains."""
     view = run.method.objective.teacher if run.method is not None else None
     return [] if view is None or view.is_stored else [signal.value.replace("_", " ") for signal in view.models]
-
-
-def differing_versions(records: Sequence[Mapping[str, Any]]) -> dict[str, list[str]]:
-    """Packages that were not the same for all records, with the versions found."""
-    found: dict[str, set[str]] = {}
-    for record in records:
-        for package, version in record["provenance"]["versions"].items():
-            found.setdefault(package, set()).add(version)
-    return {package: sorted(versions) for package, versions in found.items() if len(versions) > 1}
-
-
-def tables(experiment: Experiment, records: Sequence[Mapping[str, Any]]) -> list[Any]:
-    """Every table that the recipe declares, from records alone."""
-    from harness.tables import build_tables
-
-    return build_tables(
-        records,
-        table_specs(experiment.recipe),
-        columns=[column.name for column in experiment.suite.columns],
-        seeds=experiment.recipe.shared.seeds,
-    )
-
-
-def table_specs(recipe: Recipe) -> list[Any]:
-    """The tables that a recipe declares; the teacher is shown, but not ranked."""
-    from harness.sheet import TableSpec
-
-    teachers = tuple(name for name, role in recipe.anchors.items() if role == "teacher")
-    specs = []
-    for name, entry in recipe.tables.items():
-        plain = [trial for row in entry.rows for trial in (trials(recipe, row) if row in recipe.runs else [row])]
-        labels = recipe.ablations[entry.ablation].values if entry.ablation else plain
-        rows = tuple((label, ablation_run(entry.ablation, label) if entry.ablation else label) for label in labels)
-        base = ablation_run(entry.ablation, entry.base) if entry.ablation and entry.base else entry.base
-        specs.append(
-            TableSpec(
-                name,
-                entry.caption,
-                rows,
-                base=base,
-                note=entry.note,
-                unranked=tuple(run for _, run in rows if run in teachers),
-                published=entry.published,
-            )
-        )
-    return specs
-
-
-def write_tables(made: Iterable[Any], folder: Path) -> list[Path]:
-    """Markdown, CSV, LaTeX and HTML of every table; returns the files."""
-    from harness.formats import write_table
-
-    folder.mkdir(parents=True, exist_ok=True)
-    return [path for table in made for path in write_table(table, folder)]
-
-
-def write_report(
-    experiment: Experiment, made: Sequence[Any], records: Sequence[Mapping[str, Any]], folder: Path
-) -> Path:
-    """The report beside the tables, in one file; returns it."""
-    from harness.report import write_report as write
-
-    path = folder / REPORT
-    write(made, records, path, title=experiment.recipe.name, about=experiment.recipe.about)
-    return path
-
-
-def write_records(records: Iterable[Mapping[str, Any]], folder: Path) -> None:
-    """Keep the records as files of their own, named by run and seed."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for record in records:
-        name = re.sub(r"[^a-z0-9]+", "-", record["run"].lower()).strip("-")
-        seed = "" if record["seed"] is None else f".seed{record['seed']}"
-        (folder / f"{name}{seed}.json").write_text(json.dumps(record, ensure_ascii=False), encoding="utf-8")
 
 
 def _narrowed(recipe: Recipe, *, seeds: Sequence[int], limit: int | None, source: str) -> Recipe:

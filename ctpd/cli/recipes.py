@@ -31,6 +31,8 @@ RUNNING = (
 def run(recipe: str, *, as_json: bool, plan: bool, **flags: Any) -> None:
     """Train, evaluate and compare everything in RECIPE that is missing; print the main table."""
     experiment, store = _experiment(recipe, **flags)
+    if not plan:
+        experiment.check_suite(store)
     if _execute(experiment.records, store, experiment.recipe.launch, plan=plan, as_json=as_json, **flags):
         _print_tables(experiment, store, formats=("txt",), as_json=as_json, first_only=True)
 
@@ -79,6 +81,8 @@ def evaluate(
         return
     assert recipe is not None
     experiment, store = _experiment(recipe, **flags)
+    if not plan:
+        experiment.check_suite(store)
     stages = [stage for columns in experiment.evaluations.values() for stage in columns.values()]
     if _execute(stages, store, experiment.recipe.launch, plan=plan, as_json=as_json, **flags):
         named = {run.title: experiment.evaluations[i] for i, run in enumerate(experiment.runs)}
@@ -193,20 +197,20 @@ def _print_tables(
     to: Path | None = None,
 ) -> None:  # fmt: skip
     """Write every table, print them all or the main one; with ``to`` keep the records beside them."""
-    from ctpd import app
+    from ctpd import app, comparison
     from harness.formats import FORMATS, frame
 
     records = app.read_records(experiment, store)
-    for package, versions in app.differing_versions(records).items():
+    for package, versions in comparison.differing_versions(records).items():
         click.echo(f"Warning: the records were made with {package} {' and '.join(versions)}.", err=True)
     for lost in app.missing_runs(experiment, store):
         click.echo(f"Missing: {lost.title}. Bring it with: {_bringing(experiment, lost, store)}", err=True)
-    made = app.tables(experiment, records)
+    made = comparison.tables(experiment.recipe, records, columns=[c.name for c in experiment.suite.columns])
     folder = (store.root / "tables" if to is None else to) / experiment.recipe.name
-    written = app.write_tables(made, folder)
-    report = app.write_report(experiment, made, records, folder)
+    written = comparison.write_tables(made, folder)
+    report = comparison.write_report(experiment.recipe, made, records, folder)
     if to is not None:
-        app.write_records(records, folder / "records")
+        comparison.write_records(records, folder / "records")
     if as_json:
         click.echo(json.dumps({t.spec.name: frame(t).to_dict(orient="records") for t in made}, default=float))
         return

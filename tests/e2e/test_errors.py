@@ -175,3 +175,14 @@ def test_unknown_command_names_the_nearest(cli: Cli) -> None:
     outcome = cli("trian")
     assert outcome.code == 2
     assert "Did you mean 'train'?" in outcome.err
+
+
+def test_missing_evaluation_data_is_said_before_the_first_stage(
+    cli: Cli, recipe: Callable[..., Path], tmp_path: Path
+) -> None:
+    path = recipe(
+        lambda text: text.replace("suite: testbed", "suite: card").replace("data_root: testbed", "data_root: lost")
+    )
+    outcome = cli("run", str(path), "--store", str(tmp_path / "store"))
+    assert_refused(outcome, "column 'GSM8K'", "lost/openai/gsm8k does not exist", "hf download openai/gsm8k")
+    assert not (tmp_path / "store").exists()
