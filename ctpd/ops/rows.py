@@ -10,7 +10,9 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.func import functional_call
+from torch.nn.functional import linear
 from torch.utils.checkpoint import checkpoint
 
 from ctpd.ops.logps import token_logps, token_logps_module
@@ -39,7 +41,13 @@ class Head:
 
     def __call__(self, hidden_RH: Float[Tensor, "R H"]) -> Float[Tensor, "R V"]:
         """Logits, float32 (float64 for float64)."""
-        if self.is_constant:
+        if self.is_linear:  # read, not called: FSDP's hooks on it are for a pass over all rows
+            weight_VH, bias_V = (
+                parameter.detach() if self.is_constant and parameter is not None else parameter
+                for parameter in (self.module.weight, self.module.bias)
+            )
+            logits_RV = linear(hidden_RH, weight_VH, bias_V)
+        elif self.is_constant:
             constants = {name: parameter.detach() for name, parameter in self.module.named_parameters()}
             logits_RV = functional_call(self.module, constants, (hidden_RH,))
         else:
@@ -48,6 +56,12 @@ class Head:
         if self.scale != 1.0:
             logits_RV = logits_RV * self.scale
         return logits_RV if self.softcap is None else self.softcap * torch.tanh(logits_RV / self.softcap)
+
+    @property
+    def is_linear(self) -> bool:
+        """Whether the module is a plain product with its weight, which may then be read: no adapter, no quantisation."""
+        kinds = type(self.module).__mro__
+        return kinds[2 if isinstance(self.module, FSDPModule) else 0] is nn.Linear  # FSDP puts two classes before it
 
     def constant(self) -> "Head":
         """The same head as a constant: gradients pass through it to the hidden states only."""
@@ -115,7 +129,7 @@ class LogitRows:
     def logps(self, targets_N: Int[Tensor, " N"]) -> Float[Tensor, " N"]:
         """Log-probability of each row's target; see `ctpd.ops.logps.token_logps`."""
         head = self.head
-        if type(head.module) is nn.Linear and not head.is_constant:
+        if head.is_linear and not head.is_constant:
             return token_logps(
                 self.hidden, head.module.weight, targets_N, bias_V=head.module.bias, softcap=head.softcap,
                 scale=head.scale,
