@@ -79,7 +79,7 @@ def fit(
         UserError: fewer items than one step, or the weights cannot be shared out as `settings.fsdp` asks.
     """
     if settings.fsdp is not None:
-        _refuse_own_parameters(objective)
+        _refuse_unshared(objective)
     steps_per_epoch = len(rows) // schedule.pairs_per_step
     if steps_per_epoch == 0:
         raise UserError(
@@ -131,7 +131,9 @@ def _last_state(folder: Path) -> str | None:
     return None if step < 0 else str(folder / f"{PREFIX_CHECKPOINT_DIR}-{step}")
 
 
-def _refuse_own_parameters(objective: Objective) -> None:
+def _refuse_unshared(objective: Objective) -> None:
+    if processes().world == 1:
+        raise UserError("FSDP shares a model out over processes, and there is one process", fix="Give `--num-processes`")
     if any(True for _ in objective.parameters()):
         raise UserError(
             "the method has parameters of its own, and these cannot be shared out over the processes with the model's",
