@@ -278,7 +278,9 @@ def whole_state(model: nn.Module) -> dict[str, Tensor] | None:
     """
     if not any(isinstance(parameter, DTensor) for parameter in model.parameters()):
         return None
-    return get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    own = {name for name, _ in [*model.named_parameters(), *model.named_buffers()]}
+    return {name: value for name, value in state.items() if name in own}  # tied weights once
 
 
 def save_model(model: nn.Module, folder: Path, *, state: dict[str, Tensor] | None = None) -> None:

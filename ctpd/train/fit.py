@@ -133,7 +133,9 @@ def _last_state(folder: Path) -> str | None:
 
 def _refuse_unshared(objective: Objective) -> None:
     if processes().world == 1:
-        raise UserError("FSDP shares a model out over processes, and there is one process", fix="Give `--num-processes`")
+        raise UserError(
+            "FSDP shares a model out over processes, and there is one process", fix="Give `--num-processes`"
+        )
     if any(True for _ in objective.parameters()):
         raise UserError(
             "the method has parameters of its own, and these cannot be shared out over the processes with the model's",

@@ -7,10 +7,12 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from ctpd.core.errors import UserError
 from ctpd.core.recipe import FsdpSpec
-from tests.fixtures import together
+from ctpd.models import load_model
+from tests.fixtures import shares, together
 from tests.fixtures.ranks import launch
 from tests.fixtures.tiny import tiny_model, tiny_rows
 
@@ -26,7 +28,7 @@ class Found(NamedTuple):
 def launched(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One launch of two processes for all tests of this module."""
     folder = tmp_path_factory.mktemp("launched")
-    launch("tests.fixtures.together", "all_of_ddp", folder)
+    launch("tests.fixtures.shares", "all_of_it", folder)
     return folder
 
 
@@ -133,3 +135,75 @@ def test_fsdp_on_cpus_is_refused_where_accelerate_would_copy_the_model(launched:
         refused = torch.load(launched / "refused" / f"{rank}.pt", weights_only=False)
         assert "accelerate would train with MULTI_CPU here" in refused["on a CPU"]
         assert "parameters of its own" in refused["own parameters"]
+
+
+def of_ranks(launched: Path, name: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    first, second = (torch.load(launched / name / f"{rank}.pt", weights_only=False) for rank in (0, 1))
+    return first, second
+
+
+@pytest.mark.parametrize(("name", "plan"), shares.SHARED)
+def test_shared_weights_give_the_loss_and_gradients_of_whole_ones(launched: Path, name: str, plan: str) -> None:
+    """`fully_shard`: the scorer reads an output embedding that nobody calls; its weight must be whole, and get its gradient.
+
+    Twice: a pass without a gradient comes before each, and leaves some weights gathered.
+    """
+    expected = shares.expected(name)
+    for rank, of_rank in enumerate(of_ranks(launched, "passes")):
+        made = of_rank[f"{name}, {plan}"]
+        assert made["parameters"] == {"DTensor"}
+        torch.testing.assert_close(made["logps"], expected["logps"][rank], rtol=0, atol=1e-6)
+        for objective, kind in (("pairs", "pairs"), ("kd", "kd"), ("again", "pairs")):
+            whole = expected["passes"][kind]
+            assert made[objective]["losses"] == pytest.approx([whole["losses"][rank]], abs=1e-6)
+            for key, gradient in whole["gradients"].items():
+                if gradient is None:
+                    assert made[objective]["gradients"][key] is None
+                else:
+                    torch.testing.assert_close(made[objective]["gradients"][key], gradient, rtol=1e-5, atol=1e-6)
+
+
+def assert_close_histories(made: list[dict[str, float]], expected: list[dict[str, float]], *, abs: float) -> None:
+    assert len(made) == len(expected) == 6
+    for entry, alone in zip(made, expected, strict=True):
+        assert entry.keys() == alone.keys()
+        for metric, value in alone.items():
+            assert entry[metric] == pytest.approx(value, rel=abs, abs=abs), metric
+
+
+@pytest.mark.parametrize("name", ["untied", "tied", "lora"])
+def test_fsdp_trains_and_exports_what_one_process_does(launched: Path, tmp_path: Path, name: str) -> None:
+    """accelerate's own path, on CPUs that it is told are GPUs; `Told` asserts that it says FSDP."""
+    alone = shares.trained(tmp_path, name)
+    for of_rank in of_ranks(launched, "accelerated"):
+        assert of_rank[name]["parameters"] == {"DTensor"}
+        assert_close_histories(of_rank[name]["history"], alone["history"], abs=2e-5)
+    exported, expected = launched / "accelerated" / name / "model", tmp_path / "model"
+    assert {path.name for path in exported.iterdir()} == {path.name for path in expected.iterdir()}
+    weights = next(expected.glob("*.safetensors"))
+    made, whole = load_file(exported / weights.name), load_file(weights)
+    assert made.keys() == whole.keys()
+    for key, value in whole.items():
+        torch.testing.assert_close(made[key], value, rtol=1e-3, atol=2e-5, msg=key)
+    if name != "lora":
+        loaded = load_model(exported, precision="float32", device="cpu")
+        assert all(torch.equal(parameter, made[key]) for key, parameter in loaded.named_parameters())
+
+
+def test_fsdp_rounds_to_bfloat16_where_one_process_does(launched: Path, tmp_path: Path) -> None:
+    """Weights are gathered as float32 under autocast, checkpointed layers too; accelerate's default rounds everything."""
+    alone = shares.trained(tmp_path, "untied", precision="bfloat16")
+    exact = shares.trained(tmp_path / "exact", "untied")
+    for of_rank in of_ranks(launched, "accelerated"):
+        assert_close_histories(of_rank["bfloat16"]["history"], alone["history"], abs=1e-3)
+    assert abs(exact["history"][0]["logps/chosen"] - alone["history"][0]["logps/chosen"]) > 2e-3
+
+
+def test_an_interrupted_training_under_fsdp_goes_on_bit_for_bit(launched: Path) -> None:
+    for of_rank in of_ranks(launched, "accelerated"):
+        assert of_rank["states"] == ["checkpoint-2"]
+        assert of_rank["resumed"]["history"] == of_rank["untied"]["history"]
+    straight, resumed = (
+        load_file(launched / "accelerated" / name / "model/model.safetensors") for name in ("untied", "resumed")
+    )
+    assert all(torch.equal(value, resumed[key]) for key, value in straight.items())
