@@ -14,7 +14,7 @@ from ctpd.core.recipe import FsdpSpec
 from ctpd.models import load_model
 from tests.fixtures import shares, together
 from tests.fixtures.ranks import launch
-from tests.fixtures.tiny import tiny_model, tiny_rows
+from tests.fixtures.tiny import tiny_model
 
 
 class Found(NamedTuple):
