@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import torch
+from accelerate.utils import DistributedType
 from safetensors.torch import load_file
 
 from ctpd.core.errors import UserError
@@ -207,3 +208,23 @@ def test_an_interrupted_training_under_fsdp_goes_on_bit_for_bit(launched: Path) 
         load_file(launched / "accelerated" / name / "model/model.safetensors") for name in ("untied", "resumed")
     )
     assert all(torch.equal(value, resumed[key]) for key, value in straight.items())
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="FSDP needs two GPUs")
+def test_fsdp_on_gpus_trains_exports_and_reloads(tmp_path: Path) -> None:
+    launch("tests.fixtures.shares", "on_gpus", tmp_path)
+    for of_rank in of_ranks(tmp_path, "."):
+        assert of_rank["types"] == [DistributedType.FSDP] * 3
+        for name in ("untied", "tied", "lora"):
+            alone = shares.trained(tmp_path / f"{name}-alone", name)
+            assert of_rank[name]["parameters"] == {"DTensor"}
+            assert_close_histories(of_rank[name]["history"], alone["history"], abs=1e-3)
+            exported, expected = tmp_path / name / "model", tmp_path / f"{name}-alone" / "model"
+            weights = next(expected.glob("*.safetensors"))
+            made, whole = load_file(exported / weights.name), load_file(weights)
+            assert made.keys() == whole.keys()
+            for key, value in whole.items():
+                torch.testing.assert_close(made[key], value, rtol=1e-2, atol=1e-3, msg=key)
+            if name != "lora":
+                loaded = load_model(exported, precision="float32", device="cpu")
+                assert all(torch.equal(parameter, made[key]) for key, parameter in loaded.named_parameters())
