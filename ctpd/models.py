@@ -4,8 +4,10 @@ Shape legend: R rows of a batch, T tokens of the longest row, N scored tokens, H
 """
 
 import contextlib
+import importlib.util
 import json
 import math
+import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -23,6 +25,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    BitsAndBytesConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
@@ -31,6 +34,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from ctpd.core.errors import UserError
 from ctpd.ops.rows import Head, LogitRows
+from ctpd.ops.shared_rows import SharedRows
 
 disable_progress_bar()  # the pipeline shows its own; the library's would break into it
 
@@ -111,12 +115,23 @@ def install_scorer(model: PreTrainedModel) -> PreTrainedModel:
     return model
 
 
-def score(model: nn.Module, input_ids: Int[Tensor, "R T"], request: Score) -> Float[Tensor, " N"]:
+def score(
+    model: nn.Module, input_ids: Int[Tensor, "R T"], request: Score, *, shared: SharedRows | None = None
+) -> Float[Tensor, " N"]:
     """Log-probabilities of the requested tokens, float32, without a `[R, T, V]` tensor.
 
     Rows are padded on the right, where a causal model's earlier positions cannot look; so no attention mask is needed.
+
+    Args:
+        shared: `input_ids` are packed sequences [P, W] of rows that begin alike, and the predictors count in them; the
+            model must have passed `ctpd.train.sharing.can_share_rows`.
     """
-    logps_N: Tensor = model(input_ids=input_ids, score=request)
+    layout: dict[str, Any] = {}
+    if shared is not None:
+        # A mask of four dimensions is handed through to attention, which ignores it: each row is plainly causal.
+        nothing = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=input_ids.device)
+        layout = {"position_ids": shared.positions, "attention_mask": nothing, "shared_rows": shared}
+    logps_N: Tensor = model(input_ids=input_ids, score=request, **layout)
     return logps_N
 
 
@@ -130,35 +145,50 @@ def _randomised_adapters(model: nn.Module) -> dict[str, Tensor]:
     return saved
 
 
-def probe_scorer(model: nn.Module) -> None:
-    """Compare the scorer with full logits, values and one gradient, and fall back to full logits if they differ.
+def same_results(model: nn.Module, expected: Callable[[], Tensor], found: Callable[[], Tensor]) -> bool:
+    """Probe: whether two ways to compute log-probabilities give the same values and gradients, of the first and last parameter.
 
-    Adapter weights start at zero, where a forgotten adapter would not show: they are randomised for the probe.
+    Adapter weights start at zero, where a forgotten adapter would not show: they are randomised meanwhile.
     """
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
-    parameter = next((p for p in reversed(list(model.parameters())) if p.requires_grad), None)
+    trained = [p for p in model.parameters() if p.requires_grad]
     saved, was_training = _randomised_adapters(model), model.training
     model.eval()
+    results = []
+    try:
+        for way in (expected, found):
+            with torch.enable_grad():
+                logps_N = way()
+                grads = torch.autograd.grad(logps_N.sum(), [trained[0], trained[-1]]) if trained else ()
+            results.append([(logps_N.detach().float(), 1.0), *((g.float(), 10 * g.abs().max().item()) for g in grads)])
+    finally:
+        for name, value in saved.items():
+            model.get_parameter(name).data.copy_(value)
+        model.train(was_training)
+    tolerance = PROBE_TOLERANCE if next(model.parameters()).dtype == torch.float32 else 0.1
+    return all(
+        bool((one - other).abs().max() <= tolerance * max(scale, 1e-6))
+        for (one, scale), (other, _) in zip(*results, strict=True)
+    )
+
+
+def probe_scorer(model: nn.Module) -> None:
+    """Compare the scorer with full logits, values and gradients, and fall back to full logits if they differ."""
+    base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
     device = next(model.parameters()).device
     vocabulary = base.config.get_text_config().vocab_size
     ids = torch.arange(24, device=device).reshape(2, 12) * 7919 % vocabulary
     request = Score(
         torch.tensor([3, 4, 15, 20], device=device), ids.flatten()[torch.tensor([4, 5, 16, 21], device=device)]
     )
-    found = []
-    for uses_logits in (True, False):
-        base._scorer_uses_logits = uses_logits
-        with torch.enable_grad():
-            logps_N = score(model, ids, request)
-            grad = torch.autograd.grad(logps_N.sum(), parameter)[0] if parameter is not None else logps_N.new_zeros(1)
-        found.append((logps_N.detach().float(), grad.detach().float()))
-    for name, value in saved.items():
-        model.get_parameter(name).data.copy_(value)
-    model.train(was_training)
-    tolerance = PROBE_TOLERANCE if next(model.parameters()).dtype == torch.float32 else 0.1
-    (full, full_grad), (fused, fused_grad) = found
-    scale = full_grad.abs().max().clamp(min=1e-6)
-    if (full - fused).abs().max() > tolerance or (full_grad - fused_grad).abs().max() / scale > 10 * tolerance:
+
+    def by(uses_logits: bool) -> Callable[[], Tensor]:
+        def way() -> Tensor:
+            base._scorer_uses_logits = uses_logits
+            return score(model, ids, request)
+
+        return way
+
+    if not same_results(model, by(uses_logits=True), by(uses_logits=False)):
         base._scorer_uses_logits = True
         warnings.warn(
             f"the scorer without logits does not reproduce {type(base).__name__}; full logits are used, which need more memory",
@@ -213,19 +243,23 @@ def load_model(
     Args:
         folder: a model directory or a hub id.
         adapters: LoRA adapter directories, each on the model that the ones before it give.
-        precision: `float32` or `bfloat16`, of the weights.
+        precision: of the weights: `float32`, `bfloat16`, or `4bit` (NF4, of the merged weights in bfloat16).
         device: torch device.
         revision: the pinned revision of a hub id.
 
     Raises:
-        UserError: the directory does not exist or holds no causal language model.
+        UserError: the directory does not exist or holds no causal language model; 4 bits without bitsandbytes.
     """
+    if precision == "4bit" and adapters:
+        with tempfile.TemporaryDirectory() as merged:
+            whole = load_model(folder, adapters=adapters, precision="bfloat16", device="cpu", revision=revision)
+            whole.save_pretrained(merged)
+            return load_model(merged, precision=precision, device=device)
+    options = _four_bits(device) if precision == "4bit" else {"dtype": DTYPES[precision]}
     try:
         config = AutoConfig.from_pretrained(str(folder), revision=revision)
         _no_dropout(config)
-        model = AutoModelForCausalLM.from_pretrained(
-            str(folder), config=config, revision=revision, dtype=DTYPES[precision]
-        )
+        model = AutoModelForCausalLM.from_pretrained(str(folder), config=config, revision=revision, **options)
     except (OSError, ValueError, KeyError) as error:
         raise UserError(
             f"no causal language model could be loaded ({_first_line(error)})",
@@ -235,10 +269,27 @@ def load_model(
     for adapter in adapters:
         with _peft_on_transformers():
             model = PeftModel.from_pretrained(model, str(adapter)).merge_and_unload()
-    model.to(device)
+    if precision != "4bit":  # those are where they belong already, and may not move
+        model.to(device)
     model.eval()
     install_scorer(model)
     return model
+
+
+def _four_bits(device: str) -> dict[str, Any]:
+    """How the library loads weights as QLoRA has them (Dettmers et al. 2023)."""
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise UserError(
+            "`lora.base: 4bit` needs bitsandbytes, which is not installed",
+            fix="Install it, `pip install 'ctpd[quantization]'`, or take `base: bfloat16`",
+        )
+    quantized = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+    )
+    return {"dtype": torch.bfloat16, "quantization_config": quantized, "device_map": {"": device}}
 
 
 def model_sizes(folder: str | Path, *, revision: str | None = None) -> tuple[int, int]:
@@ -303,7 +354,9 @@ def save_model(model: nn.Module, folder: Path, *, state: dict[str, Tensor] | Non
 
 def parameter_counts(model: nn.Module) -> tuple[int, int]:
     """(trainable, all) parameters, tied ones once."""
-    sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
+    # bitsandbytes packs two weights of 4 bits into a byte, and remembers their shape.
+    shapes = [(getattr(p, "quant_state", None) or p, p.requires_grad) for p in model.parameters()]
+    sizes = [(math.prod(weight.shape), trains) for weight, trains in shapes]
     return sum(n for n, trains in sizes if trains), sum(n for n, _ in sizes)
 
 

@@ -5,6 +5,7 @@ Shape legend: B rows of a batch, T tokens, K kept positions, V vocabulary.
 
 import copy
 import importlib
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,21 @@ import torch
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM, CacheHook
 from lm_eval.models.huggingface import HFLM
+from lm_eval.models.utils import handle_stop_sequences, has_bos_prefix, normalize_gen_kwargs, postprocess_generated_text
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from ctpd.core.errors import UserError
+from harness.branching import BranchingModel, Unsupported, choices
+from harness.decoding import end_tokens, generate, plainly_greedy
 from harness.isolation import Progress
+from harness.prefixes import Group, Request, cost, plain_cost, plan
+
+ENCODED_AT_ONCE = 1024
+"""Requests whose texts one call of the tokenizer gets."""
+
+WORTHWHILE = 0.9
+"""Requests are computed in branches where that takes at most this share of the tokens."""
 
 
 def open_vllm(
@@ -50,12 +61,17 @@ def open_vllm(
     return made
 
 
-class LastLogitsLM(HFLM):
-    """lm-eval's model for transformers, that computes logits only where continuations are, and reports progress.
+class SharedContextLM(HFLM):
+    """lm-eval's model for transformers, which computes what requests have in common once, and reports progress.
 
-    Memory falls from batch x prompt x vocabulary to batch x answer x vocabulary, the scores stay (EVALUATION 3).
+    The choices of a document are branches after one context, few-shot examples that documents share are kept as keys and
+    values (`harness.prefixes`), and logits are computed only where continuations are. Scores are lm-eval's to float
+    noise. A model that cannot be called so (`unshared` says why) is called as lm-eval does, last logits only where it
+    takes ``logits_to_keep``: memory falls from batch x prompt x vocabulary to batch x answer x vocabulary.
     DEVIATION from lm-eval's default: log-softmax in float32 for half-precision models too; sums of bfloat16
     log-probabilities are so coarse that choices tie.
+    DEVIATION in generation: a row ends at its own first stop string. In lm-eval it goes on until all rows of its batch
+    have met the same one; the text behind a stop is cut off either way.
     """
 
     def __init__(
@@ -65,18 +81,60 @@ class LastLogitsLM(HFLM):
             pretrained=model, tokenizer=copy.deepcopy(tokenizer), batch_size=batch_size, softmax_dtype="float32"
         )
         self.num_truncated = 0
+        self.unshared: str | None = None
         self._progress = progress
         self._longest_continuation = 0
+        self._ahead: dict[str, list[int]] = {}
         self._keeps_last_logits = self._probe()
+        self._branching: BranchingModel | None = None
+        try:
+            self._branching = BranchingModel(model)
+        except Unsupported as error:
+            self.unshared = str(error)
+
+    def tok_encode(
+        self, string: str, add_special_tokens: bool | None = None, left_truncate_len: int | None = None, **kwargs: Any
+    ) -> list[int]:
+        if string in self._ahead and add_special_tokens is None and not left_truncate_len and not kwargs:
+            return self._ahead[string]
+        encoded: list[int] = super().tok_encode(string, add_special_tokens, left_truncate_len, **kwargs)
+        return encoded
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
         self._report(len(requests))
-        return super().loglikelihood(requests, disable_tqdm=disable_tqdm)
+        encoded = []
+        for start in range(0, len(requests), ENCODED_AT_ONCE):
+            pairs = [request.args for request in requests[start : start + ENCODED_AT_ONCE]]
+            self._encode_ahead([text for context, answer in pairs for text in (context.rstrip(), context + answer)])
+            encoded += [((context, answer), *self._encode(context, answer)) for context, answer in pairs]
+        self._ahead = {}
+        return self._loglikelihood_tokens(encoded, disable_tqdm=disable_tqdm)
+
+    def _encode(self, context: str, answer: str) -> tuple[list[int], list[int]]:
+        """Context and continuation, as lm-eval parts them; the continuation of an empty context follows BOS."""
+        if context:
+            parted: tuple[list[int], list[int]] = self._encode_pair(context, answer)
+            return parted
+        tokens = self.tok_encode(answer, add_special_tokens=False)
+        return (tokens[:1], tokens[1:]) if tokens[0] == self.prefix_token_id else ([self.prefix_token_id], tokens)
+
+    def _encode_ahead(self, texts: Sequence[str]) -> None:
+        """Keep the tokens of these texts for `tok_encode`: one call of the tokenizer, and none twice."""
+        self._ahead = {}
+        bos = self.tokenizer.decode(self.prefix_token_id)
+        options = {} if self.add_bos_token is None else {"add_special_tokens": self.add_bos_token}
+        for begun in (True, False):  # a text that begins with BOS gets none
+            some = list(dict.fromkeys(text for text in texts if text and has_bos_prefix(text, bos) is begun))
+            if some:
+                given = {"add_special_tokens": False} if begun else options
+                self._ahead |= dict(zip(some, self.tokenizer(some, **given)["input_ids"], strict=True))
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = True) -> list[str]:
         self._report(len(requests))
-        for context, options in (request.args for request in requests):
-            room = self.max_length - options.get("max_gen_toks", self.max_gen_toks)
+        self._encode_ahead([request.args[0] for request in requests])
+        settings = [normalize_gen_kwargs(request.args[1], self.max_gen_toks) for request in requests]
+        for (context, _), options in zip((request.args for request in requests), settings, strict=True):
+            room = self.max_length - options["max_gen_toks"]
             if room <= 0:
                 raise UserError(
                     f"the model's length of {self.max_length} tokens leaves no room for a prompt beside the "
@@ -84,7 +142,48 @@ class LastLogitsLM(HFLM):
                     fix="Evaluate a model with a longer context, or lower `max_gen_toks` in the task's file",
                 )
             self.num_truncated += len(self.tok_encode(context)) > room
-        return super().generate_until(requests, disable_tqdm=disable_tqdm)
+        own = getattr(self.model, "generation_config", None)
+        if self._branching is None or not plainly_greedy(own) or not all(map(_plain, settings)):
+            return super().generate_until(requests, disable_tqdm=disable_tqdm)
+        return self._generate(self._branching, requests, settings)
+
+    def _generate(
+        self, model: BranchingModel, requests: list[Instance], settings: Sequence[Mapping[str, Any]]
+    ) -> list[str]:
+        """Greedy texts, in lm-eval's batches: requests of the same settings, the longest prompts first."""
+        prompts = [self.tok_encode(request.args[0]) for request in requests]
+        alike: dict[str, list[int]] = {}
+        for index, options in enumerate(settings):
+            alike.setdefault(repr(options), []).append(index)
+        texts = [""] * len(requests)
+        for group in alike.values():
+            options = settings[group[0]]
+            eos = self.tok_decode(self.eot_token_id, skip_special_tokens=False)
+            until = handle_stop_sequences(list(options["until"]), eos=eos)
+            finished = self._finish(until)
+            order = sorted(group, key=lambda index: (-len(prompts[index]), requests[index].args[0]))
+            for start in range(0, len(order), self.batch_size):
+                batch = order[start : start + self.batch_size]
+                room = options["max_gen_toks"]
+                cut = [prompts[index][-(self.max_length - room) :] for index in batch]
+                for index, tokens in zip(batch, generate(model, cut, room=room, finished=finished), strict=True):
+                    texts[index] = postprocess_generated_text(self.tok_decode(tokens), until, None)
+                    self.cache_hook.add_partial("generate_until", requests[index].args, texts[index])
+        return texts
+
+    def _finish(self, until: Sequence[str]) -> Callable[[list[int]], bool]:
+        """Whether a row ends: at the model's end token, or where its last tokens read as a stop string (as in lm-eval)."""
+        ends = end_tokens(getattr(self.model, "generation_config", None))
+        # Two tokens more than the stop has by itself: a model may write it in other pieces.
+        longest = 2 + max(len(self.tokenizer.encode(stop, add_special_tokens=False)) for stop in until)
+
+        def finished(tokens: list[int]) -> bool:
+            if tokens[-1] in ends:
+                return True
+            tail = self.tokenizer.decode(tokens[-longest:])
+            return any(stop in tail for stop in until)
+
+        return finished
 
     def _loglikelihood_tokens(
         self,
@@ -94,7 +193,26 @@ class LastLogitsLM(HFLM):
     ) -> list[tuple[float, bool]]:
         self._longest_continuation = max((len(continuation) for _, _, continuation in requests), default=0)
         self.num_truncated += sum(len(context) + len(answer) > self.max_length + 1 for _, context, answer in requests)
+        if self._branching is not None and all(answer for _, _, answer in requests):  # lm-eval refuses empty ones
+            wanted = [
+                Request(tuple((context + answer)[-(self.max_length + 1) :]), len(answer))
+                for _, context, answer in requests
+            ]
+            groups = plan(wanted)
+            if cost(groups) <= WORTHWHILE * plain_cost(wanted):
+                return self._shared(self._branching, groups, wanted, [text for text, _, _ in requests])
         return super()._loglikelihood_tokens(requests, disable_tqdm=disable_tqdm, override_bs=override_bs)
+
+    def _shared(
+        self, model: BranchingModel, groups: Sequence[Group], wanted: Sequence[Request], texts: Sequence[Any]
+    ) -> list[tuple[float, bool]]:
+        answers: list[tuple[float, bool]] = [(0.0, False)] * len(wanted)
+        for group in groups:
+            for index, value, greedy in choices(model, group, wanted, batch_size=self.batch_size):
+                answers[index] = value, greedy
+                if texts[index] is not None:  # the parts of a rolling request have none
+                    self.cache_hook.add_partial("loglikelihood", texts[index], answers[index])
+        return answers
 
     def _model_call(self, inps: Tensor, attn_mask: Tensor | None = None, labels: Tensor | None = None) -> Tensor:
         """Logits [B, K, V] of the last K positions; the caller's slice counts from the end, so it fits any K."""
@@ -132,3 +250,9 @@ class _ProgressHook(CacheHook):
     def add_partial(self, attr: str, req: Any, res: Any) -> None:
         self._done += 1
         self._progress(self._done, self._total)
+
+
+def _plain(options: Mapping[str, Any]) -> bool:
+    """Whether a request asks for greedy text and nothing else."""
+    rest = {name: value for name, value in options.items() if name not in ("until", "max_gen_toks")}
+    return not rest.pop("do_sample", False) and not rest.pop("temperature", 0.0) and not rest

@@ -6,8 +6,12 @@ mirrors it (``<org>/<name>/``): ``datasets`` prefers a folder of that relative n
 """
 
 import contextlib
+import shutil
+import tempfile
 import time
+import weakref
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from importlib.metadata import version as installed_version
 from pathlib import Path
 from typing import Any
@@ -25,8 +29,8 @@ from transformers import PreTrainedTokenizerBase
 
 from ctpd.core.config import nearest
 from ctpd.core.errors import UserError
-from harness.backends import LastLogitsLM, open_vllm
-from harness.isolation import Progress, fresh_dataset_cache, quiet, seeded, shown
+from harness.backends import SharedContextLM, open_vllm
+from harness.isolation import Progress, compiled_templates, dataset_cache, quiet, seeded, shown
 from harness.suites import Column
 
 OUR_TASKS = Path(__file__).parent / "tasks"
@@ -54,14 +58,16 @@ def evaluate_column(
         tokenizer: the model's; a copy is used, since lm-eval gives a tokenizer without a pad token one.
         column: what to measure.
         data_root: a mirror of the hub; None takes the hub itself (or the cache of ``datasets``).
-        batch_size: rows of one forward pass. Part of the protocol: float noise moves with it.
+        batch_size: rows of one forward pass; a row holds all choices of a document. Part of the protocol: float noise
+            moves with it, and with which requests share a row or a prefix.
         limit: the first so many documents of each task; None takes all.
         chat_template: whether prompts are rendered with the tokenizer's chat template.
         progress: called after each answered request.
 
     Returns:
         The column's part of a record, of JSON types only. Fractions, not percentages. ``documents`` holds
-        ``[doc_hash, score]`` in the task's order; ``truncated`` counts requests that did not fit the model's length.
+        ``[doc_hash, score]`` in the task's order; ``truncated`` counts requests that did not fit the model's length;
+        ``unshared`` says why contexts were not shared, None where they were.
 
     Raises:
         UserError: unknown task, other version than the suite's, missing data, missing metric or chat template.
@@ -72,7 +78,7 @@ def evaluate_column(
     try:
         report = shown(progress) if progress is not None else None
         with quiet("lm_eval"):
-            lm = LastLogitsLM(model, tokenizer, batch_size=batch_size, progress=report)
+            lm = SharedContextLM(model, tokenizer, batch_size=batch_size, progress=report)
         result = score(lm, column, data_root=data_root, limit=limit, chat_template=chat_template)
     finally:
         for module, training in modes:
@@ -84,6 +90,7 @@ def evaluate_column(
         "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
         "max_length": lm.max_length,
         "truncated": lm.num_truncated,
+        "unshared": lm.unshared,
     }
 
 
@@ -125,16 +132,19 @@ def score(
     lm: LM, column: Column, *, data_root: Path | None, limit: int | None = None, chat_template: bool = False
 ) -> dict[str, Any]:
     """Evaluate any lm-eval model on one column; see ``evaluate_column``. Seconds and model are the caller's to add."""
-    with seeded(torch.device(lm.device or "cpu"), seeds=SEEDS), quiet("lm_eval"), _dataset_cache(data_root):
-        loaded = load_tasks(column, data_root=data_root)
-        results = run_lm_eval(
-            lm,
-            loaded,
-            limit=limit,
-            bootstrap_iters=1000,  # only metrics without a closed form draw; the means of our suites have one
-            apply_chat_template=chat_template,
-            fewshot_as_multiturn=True,  # the default of lm-eval's entry point; acts with a chat template only
-        )
+    with seeded(torch.device(lm.device or "cpu"), seeds=SEEDS), quiet("lm_eval"):
+        kept = _kept(column, data_root=data_root)
+        loaded = kept.ready(limit=limit, chat_template=chat_template)
+        with kept.dataset_cache(), compiled_templates():
+            results = run_lm_eval(
+                lm,
+                loaded,
+                limit=limit,
+                bootstrap_iters=1000,  # only metrics without a closed form draw; the means of our suites have one
+                apply_chat_template=chat_template,
+                fewshot_as_multiturn=True,  # the default of lm-eval's entry point; acts with a chat template only
+            )
+        kept.prompts = None if chat_template else (limit,)
     assert results is not None, "one process evaluates: rank 0"
     scores, samples = results["results"][column.task], results["samples"]
     metric, filter_name = column.metric.split(",")
@@ -176,13 +186,73 @@ def check_column(column: Column, *, data_root: Path | None) -> None:
     Raises:
         UserError: as ``load_tasks``.
     """
-    with quiet("lm_eval"), _dataset_cache(data_root):
-        load_tasks(column, data_root=data_root)
+    with quiet("lm_eval"):
+        _kept(column, data_root=data_root)
 
 
-def _dataset_cache(data_root: Path | None) -> contextlib.AbstractContextManager[None]:
-    """A cache of its own for a mirror's files; the hub's are cached by revision, where they always are."""
-    return contextlib.nullcontext() if data_root is None else fresh_dataset_cache()
+@dataclass(eq=False)
+class _Kept:
+    """The loaded tasks of a column, for all models that this process evaluates on it.
+
+    Attributes:
+        tasks: what ``load_tasks`` gave.
+        folder: the cache of ``datasets`` for a mirror's files, which tasks go on to use; None where they are the hub's.
+        prompts: the limit that the tasks' prompts were built for, in a tuple; None if they must be built.
+    """
+
+    tasks: Any
+    folder: str | None
+    prompts: tuple[int | None] | None = None
+
+    def dataset_cache(self) -> contextlib.AbstractContextManager[None]:
+        """A cache of its own for a mirror's files; the hub's are cached by revision, where they always are."""
+        return contextlib.nullcontext() if self.folder is None else dataset_cache(self.folder)
+
+    def ready(self, *, limit: int | None, chat_template: bool) -> Any:
+        """The tasks as if newly loaded, but with their prompts if these would be the same: no template renders them."""
+        same = not chat_template and self.prompts == (limit,)
+        self.prompts = None  # until the evaluation that is about to begin has built them
+        for task in self.tasks["tasks"].values():
+            if same:
+                task.build_all_requests = _as_built
+                for instance in task.instances:
+                    instance.resps, instance.filtered_resps = [], {}
+            else:
+                vars(task).pop("build_all_requests", None)
+                task.set_fewshot_seed(seed=SEEDS["fewshot"])
+        return self.tasks
+
+
+def _as_built(**_: Any) -> None:
+    """In place of a task's method that builds its prompts anew."""
+
+
+_KEPT: dict[Any, _Kept] = {}
+MAX_KEPT = 8
+
+
+def _kept(column: Column, *, data_root: Path | None) -> _Kept:
+    """The column's tasks, loaded once in a process for each state of the files; raises as ``load_tasks``."""
+    key = column, _state(column, data_root)
+    if key not in _KEPT:
+        new = _Kept(None, None if data_root is None else tempfile.mkdtemp(prefix="ctpd-datasets-"))
+        if new.folder is not None:
+            weakref.finalize(new, shutil.rmtree, new.folder, ignore_errors=True)  # at the end of the process at last
+        with new.dataset_cache():
+            new.tasks = load_tasks(column, data_root=data_root)
+        while len(_KEPT) >= MAX_KEPT:
+            del _KEPT[next(iter(_KEPT))]
+        _KEPT[key] = new
+    return _KEPT[key]
+
+
+def _state(column: Column, data_root: Path | None) -> tuple[tuple[str, int, int], ...] | None:
+    """Path, size and time of each file that a column reads from a mirror."""
+    if data_root is None:
+        return None
+    folders = [data_root.resolve() / name for name in column.datasets or datasets_of(column)]
+    files = [path for folder in folders for path in sorted(folder.rglob("*")) if path.is_file()]
+    return tuple((str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files)
 
 
 def load_tasks(column: Column, *, data_root: Path | None) -> Any:

@@ -125,6 +125,6 @@ def _protocol(results: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
 
 
 def _truncated(records: Sequence[Record]) -> Iterator[str]:
-    cut = sum(result.get("truncated", 0) > 0 for record in records for result in record["evaluation"].values())
+    cut = sum((result.get("truncated") or 0) > 0 for record in records for result in record["evaluation"].values())
     if cut:
         yield f"In {cut} evaluations some prompts exceeded the model's length and were cut from the left."

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 
 GIB = 2**30
 FLOAT32, BFLOAT16 = 4, 2
-TILE = 128 * 2**20  # ctpd.ops.logps
 RESERVED = 1.5 * GIB  # CUDA's context and the libraries' workspaces; a guess
 
 
@@ -83,19 +82,21 @@ class Training:
     Attributes:
         tokens: padded tokens of one forward and backward pass (`micro_batch_tokens`, or one long pair).
         lora: the adapters' rank; None for full fine-tuning.
+        base: bytes of a frozen weight (`lora.base`).
         checkpointing: whether layers are computed again in the backward pass.
         shares: over how many processes FSDP shares the weights out; 1 for none, DDP included.
     """
 
     tokens: int = 16384
     lora: int | None = None
+    base: float = FLOAT32
     checkpointing: bool = True
     shares: int = 1
     ddp: bool = False
 
 
 def training_bytes(shape: Shape, training: Training) -> dict[str, float]:
-    """The parts of a training's peak on one GPU."""
+    """The parts of a training's peak on one GPU; the scorer's tile is left to `head_bytes`."""
     trained = shape.weights if training.lora is None else shape.adapters(training.lora)
     frozen = 0 if training.lora is None else shape.weights
     whole_layer, whole_head = FLOAT32 * shape.layer, FLOAT32 * shape.head * (1 if shape.tied else 2)
@@ -105,27 +106,27 @@ def training_bytes(shape: Shape, training: Training) -> dict[str, float]:
     inputs = FLOAT32 * shape.hidden * (shape.layers if training.checkpointing else 0)
     # A rounded copy of each weight: autocast's cache holds all of them, the backward pass those of what is not repeated.
     copied_all = not training.checkpointing or (training.lora is None and training.shares == 1)
-    copies = BFLOAT16 * (shape.layers * shape.layer if copied_all else shape.layer)
+    copies = 0 if frozen and training.base < FLOAT32 else BFLOAT16 * shape.layer * (shape.layers if copied_all else 1)
     return {
-        "weights": FLOAT32 * (trained + frozen) / training.shares,
+        "weights": (FLOAT32 * trained + training.base * frozen) / training.shares,
         "gradients": FLOAT32 * trained * (2 if training.ddp else 1) / training.shares,
         "AdamW": 2 * FLOAT32 * trained / training.shares,
         "gathered": gathered,
         "copies": copies,
         "activations": training.tokens * (saved + inputs),
-        "head": head_bytes(shape, trains=training.lora is None),
+        "head": shape.head * (BFLOAT16 + (FLOAT32 if training.lora is None else 0)),
     }
 
 
-def head_bytes(shape: Shape, *, trains: bool) -> float:
-    """The scorer: a tile, its rounded copy, the rounded output embedding, and the sum of its gradient."""
-    return TILE * (1 + BFLOAT16 / FLOAT32) + shape.head * (BFLOAT16 + (FLOAT32 if trains else 0))
+def tile_bytes(available: float) -> float:
+    """The scorer's tile on a GPU with so much memory (`ctpd.ops.logps.tile_bytes_for`), and its rounded copy."""
+    return min(max(available / 128, 64 * 2**20), GIB) * (1 + BFLOAT16 / FLOAT32)
 
 
 def sweep_bytes(shape: Shape, *, tokens: int = 32768) -> dict[str, float]:
     """The parts of a signal's peak: a frozen model in bfloat16, and what one layer has at once."""
     layer = tokens * BFLOAT16 * (4 * shape.hidden + 3 * shape.intermediate + 2 * shape.kv_width)
-    return {"weights": BFLOAT16 * shape.weights, "activations": layer, "head": TILE * (1 + BFLOAT16 / FLOAT32)}
+    return {"weights": BFLOAT16 * shape.weights, "activations": layer, "head": 0}
 
 
 CASES: dict[str, tuple[tuple[str, str, Training | None], ...]] = {
@@ -135,6 +136,7 @@ CASES: dict[str, tuple[tuple[str, str, Training | None], ...]] = {
         ("full", "Llama-3.2-1B", Training(tokens=4096)),
         ("LoRA, rank 16", "Llama-3.2-1B", Training(lora=16, tokens=4096)),
         ("LoRA, rank 16", "Llama-3.1-8B", Training(lora=16, tokens=4096)),
+        ("LoRA, rank 16, bfloat16 base", "Llama-3.1-8B", Training(lora=16, base=BFLOAT16, tokens=4096)),
     ),
     "1 x 80 GB": (
         ("teacher's signals", "Qwen2.5-7B", None),
@@ -145,6 +147,7 @@ CASES: dict[str, tuple[tuple[str, str, Training | None], ...]] = {
         ("full", "Llama-3.1-8B", Training()),
         ("teacher's SFT, LoRA, rank 16", "Qwen2.5-7B", Training(lora=16)),
         ("teacher's SFT, LoRA, rank 16", "Qwen2.5-14B", Training(lora=16, tokens=4096)),
+        ("the same, bfloat16 base", "Qwen2.5-14B", Training(lora=16, base=BFLOAT16)),
     ),
     "8 x 80 GB": (
         ("full, DDP", "Llama-3.2-1B", Training(ddp=True)),
@@ -166,6 +169,7 @@ def table() -> Iterator[str]:
         for what, name, training in cases:
             tokens = 32768 if training is None else training.tokens
             parts = sweep_bytes(SHAPES[name]) if training is None else training_bytes(SHAPES[name], training)
+            parts["head"] += tile_bytes(available)
             total = math.fsum(parts.values())
             cells = [_gib(parts.get(part, 0)) for part in PARTS]
             fits = "yes" if total + RESERVED <= available else "**no**"

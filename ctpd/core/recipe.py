@@ -18,11 +18,17 @@ from ctpd.core.world import PretrainConfig, WorldConfig
 
 @dataclass(frozen=True, kw_only=True)
 class LoraSpec:
-    """Low-rank adapters: rank `r`, `alpha`, on all linear layers or on the modules named by `targets`."""
+    """Low-rank adapters: rank `r`, `alpha`, on all linear layers or on the modules named by `targets`.
+
+    `base` is the form of the frozen weights in training: 4 bytes, 2 bytes or half a byte each (QLoRA's NF4, which needs
+    bitsandbytes). Adapters are trained in float32. Stored references are those of the weights before they lost
+    precision: with 4 bits a first DPO loss is near log 2, not log 2.
+    """
 
     r: int = 16
     alpha: int = 32
     targets: Literal["all-linear"] | tuple[str, ...] = "all-linear"
+    base: Literal["float32", "bfloat16", "4bit"] = "float32"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,7 +124,8 @@ class EvaluationSpec:
     """The suite and its protocol.
 
     `data_root` is a folder that mirrors the hub, for machines without a network. `backend` computes all scores of a
-    comparison: `hf` (transformers), or `vllm` where it is installed, which batches by itself.
+    comparison: `hf` (transformers), or `vllm` where it is installed, which batches by itself. `precision` is the one in
+    which models are evaluated, None for `shared.precision`; a record tells it as `dtype`.
     """
 
     suite: str
@@ -127,6 +134,7 @@ class EvaluationSpec:
     chat_template: bool = False
     data_root: str | None = None
     backend: Literal["hf", "vllm"] = "hf"
+    precision: Literal["float32", "bfloat16"] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -257,6 +265,15 @@ def _check(recipe: Recipe, source: str) -> None:
             _check_source(data, f"shared.data.{role}", source, world=shared.testbed is not None)
     if shared.data.select == "shortest" and shared.data.limit is None:
         raise UserError("'shared.data' selects the shortest pairs and needs a `limit`", where=source)
+    phases = [shared.train, *(p for m in (shared.teacher, shared.student) for p in (m.sft, m.positive, m.negative))]
+    if shared.precision == "float32" and any(
+        isinstance(phase, Schedule) and phase.lora is not None and phase.lora.base != "float32" for phase in phases
+    ):
+        raise UserError(
+            "`lora.base` is of lower precision than the computation, which `shared.precision` says is float32",
+            where=source,
+            fix="Write `precision: bfloat16` in `shared`, or leave `base` out",
+        )
     needs_world = [m for m in (shared.teacher, shared.student) if m.pretrain is not None]
     if needs_world and shared.testbed is None:
         raise UserError("a model is pretrained on the testbed, and `shared.testbed` is missing", where=source)

@@ -1,18 +1,20 @@
 """Log-probabilities of given tokens without the logits of a whole batch.
 
-The output embedding is applied to tiles of rows. A tile is float32 (float64 for float64 inputs), is worked on in place
-and is dropped: peak extra memory is O(tile x vocabulary), whatever the number of rows. What is saved for the backward
-pass depends on what has a gradient:
+The output embedding is applied tile by tile: some rows against some of the vocabulary. A tile is float32 (float64 for
+float64 inputs), is worked on in place, and the next one overwrites it: the extra memory is one tile, whatever the number
+of rows and the vocabulary. A row's sum over the vocabulary is carried from tile to tile, scaled to the largest logit so
+far. What is saved for the backward pass depends on what has a gradient:
 
 - the embedding is trained: one number per row; the backward pass computes each tile again;
 - the embedding is frozen: the gradient of every log-probability with respect to its hidden state, formed in the
-  forward pass while the tile is there. The loss is a function of the log-probabilities, so the incoming gradient only
+  forward pass while the tiles are there. The loss is a function of the log-probabilities, so the incoming gradient only
   scales it, and the backward pass needs no tile at all;
 - nothing has a gradient: nothing.
 
-Shape legend: N rows (predicting positions), H hidden size, V vocabulary, R rows of one tile.
+Shape legend: N rows (predicting positions), H hidden size, V vocabulary, R rows and C columns of one tile.
 """
 
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -22,10 +24,23 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
-# About 256 rows of a vocabulary of 128k: large enough for full speed of the matrix product, small beside a model.
-_TILE_BYTES = 128 * 2**20
-# Vocabulary entries per block where a 16-bit product is added to a float32 sum.
-_BLOCK = 2**14
+_CACHED = 4 * 2**20  # bytes of a tile on a CPU: it stays in the cache between the operations on it
+_SMALLEST, _LARGEST = 64 * 2**20, 2**30  # on a GPU, where few large operations are better than many small ones
+_ROWS = 1024  # of a tile that does not hold the whole vocabulary: enough for full speed of the products
+
+
+@functools.cache
+def tile_bytes_for(device: torch.device) -> int:
+    """The size of a tile on a device: the cache's on a CPU, a small part of the memory on a GPU."""
+    if device.type != "cuda":
+        return _CACHED
+    return min(max(torch.cuda.get_device_properties(device).total_memory // 128, _SMALLEST), _LARGEST)
+
+
+class _Tile(NamedTuple):
+    rows: slice
+    columns: slice
+    is_last: bool  # of its rows
 
 
 class _Head(NamedTuple):
@@ -37,11 +52,15 @@ class _Head(NamedTuple):
     tile: torch.dtype  # of everything else
     tile_bytes: int
 
-    def slices(self, num_rows: int, num_columns: int) -> Iterator[slice]:
-        """Cut the rows into tiles; soft-capping needs a second buffer of the same size."""
-        buffers = 1 if self.softcap is None else 2
-        step = max(1, self.tile_bytes // (buffers * self.tile.itemsize * max(num_columns, 1)))
-        return (slice(start, min(start + step, num_rows)) for start in range(0, num_rows, step))
+    def tiles(self, num_rows: int, num_columns: int) -> Iterator[_Tile]:
+        """All tiles, those of the same rows one after another; soft-capping needs a second buffer of the same size."""
+        size = max(1, self.tile_bytes // (self.tile.itemsize * (1 if self.softcap is None else 2)))
+        rows = max(1, min(num_rows, size, max(_ROWS, size // max(num_columns, 1))))
+        columns = max(1, min(num_columns, size // rows))
+        for top in range(0, num_rows, rows):
+            for left in range(0, num_columns, columns):
+                right = min(left + columns, num_columns)
+                yield _Tile(slice(top, min(top + rows, num_rows)), slice(left, right), right == num_columns)
 
 
 def token_logps(
@@ -52,7 +71,7 @@ def token_logps(
     bias_V: Float[Tensor, " V"] | None = None,
     softcap: float | None = None,
     scale: float = 1.0,
-    tile_bytes: int = _TILE_BYTES,
+    tile_bytes: int | None = None,
 ) -> Float[Tensor, " N"]:
     """Log-softmax of ``softcap(scale * (hidden @ weight.T + bias))`` at the target of each row, in nats.
 
@@ -62,13 +81,14 @@ def token_logps(
     Differentiable once. Leave out rows that are not scored (prompt, padding): every row costs a product with V.
 
     Args:
-        tile_bytes: the size of a tile; at least one row is taken.
+        tile_bytes: the size of a tile; None for the device's own, `tile_bytes_for`.
     """
-    head = _Head(softcap, scale, *_dtypes(hidden_NH, weight_VH), tile_bytes)
+    size = tile_bytes_for(hidden_NH.device) if tile_bytes is None else tile_bytes
+    head = _Head(softcap, scale, *_dtypes(hidden_NH, weight_VH), size)
     needs_grad = [t is not None and t.requires_grad for t in (hidden_NH, weight_VH, bias_V)]
     logps_N: Tensor
     if not (torch.is_grad_enabled() and any(needs_grad)):
-        logps_N = _forward(hidden_NH, weight_VH, bias_V, targets_N, head=head)
+        logps_N = _forward(hidden_NH, weight_VH, bias_V, targets_N, head=head).logps
     elif any(needs_grad[1:]):
         logps_N = _TrainedHead.apply(hidden_NH, weight_VH, bias_V, targets_N, head)
     else:
@@ -113,33 +133,118 @@ def _dtypes(hidden_NH: Tensor, weight_VH: Tensor) -> tuple[torch.dtype, torch.dt
     return product, torch.promote_types(product, torch.float32)
 
 
-def _logits(hidden_RH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, *, head: _Head) -> Tensor:
-    """One tile of logits, in a buffer that the caller may overwrite."""
-    logits_RV = torch.mm(hidden_RH, weight_VH.T).to(head.tile)
-    if bias_V is not None:
-        logits_RV += bias_V
-    if head.scale != 1.0:
-        logits_RV *= head.scale
-    if head.softcap is not None:
-        logits_RV.div_(head.softcap).tanh_().mul_(head.softcap)
-    return logits_RV
+class _Weights(NamedTuple):
+    """The output embedding in the dtype of the products, and a buffer that every tile is written into."""
+
+    weight_VH: Tensor
+    bias_V: Tensor | None
+    buffer: Tensor
+
+    @classmethod
+    def of(cls, hidden_NH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, *, head: _Head) -> "_Weights":
+        tiles = head.tiles(len(hidden_NH), len(weight_VH))
+        first = next(tiles, _Tile(slice(0, 0), slice(0, 0), is_last=True))
+        size = first.rows.stop * first.columns.stop if head.product == head.tile else 0
+        return cls(weight_VH.to(head.product), bias_V, hidden_NH.new_empty(size, dtype=head.tile))
+
+    def logits(self, hidden_RH: Tensor, columns: slice, *, head: _Head) -> tuple[Tensor, Tensor | None]:
+        """One tile of logits, to be overwritten, and d softcap(z) / dz there; None without soft-capping."""
+        weight_CH = self.weight_VH[columns]
+        if head.product == head.tile:
+            shape = len(hidden_RH), len(weight_CH)
+            tile_RC = self.buffer[: shape[0] * shape[1]].view(shape)
+            torch.mm(hidden_RH, weight_CH.T, out=tile_RC)
+        else:
+            tile_RC = torch.mm(hidden_RH, weight_CH.T).to(head.tile)
+        if self.bias_V is not None:
+            tile_RC += self.bias_V[columns]
+        if head.scale != 1.0:
+            tile_RC *= head.scale
+        if head.softcap is None:
+            return tile_RC, None
+        tile_RC.div_(head.softcap).tanh_()
+        slopes_RC = tile_RC.square().neg_().add_(1.0)
+        tile_RC *= head.softcap
+        return tile_RC, slopes_RC
 
 
-def _softcap_slopes(logits_RV: Tensor, *, head: _Head) -> Tensor | None:
-    """d softcap(z) / dz as a function of softcap(z), in a second buffer; None without soft-capping."""
-    if head.softcap is None:
-        return None
-    return (logits_RV / head.softcap).square_().neg_().add_(1.0)
+class _Targets(NamedTuple):
+    """Where the targets of some rows are in a tile, if they are there."""
+
+    column_R1: Tensor
+    is_here_R1: Tensor
+
+    @classmethod
+    def of(cls, targets_R: Tensor, columns: slice) -> "_Targets":
+        column_R1 = (targets_R - columns.start).unsqueeze(1)
+        width = columns.stop - columns.start
+        return cls(column_R1.clamp(0, width - 1), (column_R1 >= 0) & (column_R1 < width))
+
+    def taken(self, tile_RC: Tensor, otherwise: Tensor) -> Tensor:
+        return torch.where(self.is_here_R1, tile_RC.gather(1, self.column_R1), otherwise)
+
+    def clear(self, tile_RC: Tensor) -> None:
+        """Set them to zero."""
+        tile_RC.scatter_(1, self.column_R1, tile_RC.gather(1, self.column_R1).masked_fill_(self.is_here_R1, 0.0))
+
+    def add(self, tile_RC: Tensor, value_R1: Tensor) -> None:
+        tile_RC.scatter_add_(1, self.column_R1, value_R1.masked_fill(~self.is_here_R1, 0.0))
 
 
-def _exponentials(logits_RV: Tensor, targets_R: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Overwrite a tile with exp(logits - maximum). Returns (logp, log-sum-exp, sum of the exponentials) of each row."""
-    target_R = logits_RV.gather(1, targets_R.unsqueeze(1)).squeeze(1)
-    maximum_R = logits_RV.amax(1)
-    logits_RV.sub_(maximum_R.unsqueeze(1)).exp_()
-    sum_R = logits_RV.sum(1)
-    log_sum_R = sum_R.log()
-    return target_R - maximum_R - log_sum_R, maximum_R + log_sum_R, sum_R
+class _Sums:
+    """What is carried of some rows from tile to tile. All sums are in units of exp(``largest``).
+
+    Attributes:
+        target_R1, slope_R1: the target's logit, and d softcap(z) / dz there.
+        largest_R1: the largest logit so far.
+        others_R1: the exponentials of all other tokens. Without the target's own, 1 - p is exact where p is nearly 1.
+        towards_RH: the sum of their slopes times their embeddings, if the gradient is formed.
+    """
+
+    def __init__(self, hidden_RH: Tensor, *, head: _Head, forms_gradient: bool) -> None:
+        zeros_R1 = hidden_RH.new_zeros((len(hidden_RH), 1), dtype=head.tile)
+        self.target_R1, self.slope_R1, self.others_R1 = zeros_R1, torch.ones_like(zeros_R1), zeros_R1
+        self.largest_R1 = torch.full_like(zeros_R1, -torch.inf)
+        self.towards_RH = torch.zeros_like(hidden_RH, dtype=head.tile) if forms_gradient else None
+
+    def add(self, tile_RC: Tensor, slopes_RC: Tensor | None, targets: _Targets, weight_CH: Tensor) -> None:
+        """Take in one tile; it is overwritten."""
+        self.target_R1 = targets.taken(tile_RC, self.target_R1)
+        largest_R1 = torch.maximum(self.largest_R1, tile_RC.amax(1, keepdim=True))
+        tile_RC.sub_(largest_R1).exp_()
+        targets.clear(tile_RC)
+        shrink_R1 = (self.largest_R1 - largest_R1).exp_()
+        self.others_R1, self.largest_R1 = self.others_R1 * shrink_R1 + tile_RC.sum(1, keepdim=True), largest_R1
+        if self.towards_RH is not None:
+            if slopes_RC is not None:
+                self.slope_R1 = targets.taken(slopes_RC, self.slope_R1)
+                tile_RC *= slopes_RC
+            product_RC = tile_RC.to(weight_CH.dtype)
+            if product_RC.dtype == self.towards_RH.dtype:
+                self.towards_RH.mul_(shrink_R1).addmm_(product_RC, weight_CH)
+            else:
+                self.towards_RH.mul_(shrink_R1).add_(product_RC @ weight_CH)
+
+    @property
+    def log_sum_R1(self) -> Tensor:
+        """Log-sum-exp of the logits."""
+        return self.largest_R1 + self._all_R1.log()
+
+    @property
+    def _all_R1(self) -> Tensor:
+        return self.others_R1 + (self.target_R1 - self.largest_R1).exp()
+
+    def gradient(self, weight_RH: Tensor, *, head: _Head) -> Tensor:
+        """d logp / d hidden [R, H] from the targets' embeddings: no difference of two nearly equal sums."""
+        assert self.towards_RH is not None
+        own_RH = (self.others_R1 * self.slope_R1) * weight_RH
+        return (own_RH - self.towards_RH).mul_(head.scale / self._all_R1)
+
+
+class _Forward(NamedTuple):
+    logps: Tensor
+    log_sums: Tensor
+    gradients_NH: Tensor | None
 
 
 def _forward(
@@ -149,45 +254,32 @@ def _forward(
     targets_N: Tensor,
     *,
     head: _Head,
-    logsumexp_N: Tensor | None = None,
-    slopes_NH: Tensor | None = None,
-) -> Tensor:
-    """Log-probabilities, tile by tile. Fills, where given, the log-sum-exp and d logp / d hidden of each row."""
-    logps_N = torch.empty(len(hidden_NH), dtype=head.tile, device=hidden_NH.device)
+    forms_gradient: bool = False,
+) -> _Forward:
+    """Log-probabilities and log-sum-exp of each row, and d logp / d hidden where asked for."""
+    made = _Forward(
+        torch.empty(len(hidden_NH), dtype=head.tile, device=hidden_NH.device),
+        torch.empty(len(hidden_NH), dtype=head.tile, device=hidden_NH.device),
+        torch.empty_like(hidden_NH, dtype=head.product) if forms_gradient else None,
+    )
     targets_N = targets_N.long()
-
-    def one_tile(rows: slice) -> None:  # a function, so that its tile is gone before the next one is made
-        tile_RV = _logits(hidden_NH[rows], weight_VH, bias_V, head=head)
-        softcap_RV = _softcap_slopes(tile_RV, head=head) if slopes_NH is not None else None
-        logps_N[rows], logsumexp_R, sum_R = _exponentials(tile_RV, targets_N[rows])
-        if logsumexp_N is not None:
-            logsumexp_N[rows] = logsumexp_R
-        if slopes_NH is not None:
-            # d logp / d logits = onehot - p, complete before the product: in 16 bits the difference of two products
-            # would drown the small gradient of a token that is nearly certain.
-            tile_RV.mul_(-1.0 / sum_R.unsqueeze(1))
-            _add_to_targets(tile_RV, targets_N[rows], 1.0)
-            _through_softcap_and_scale(tile_RV, softcap_RV, head=head)
-            slopes_NH[rows] = tile_RV.to(head.product) @ weight_VH
-
     with torch.autocast(hidden_NH.device.type, enabled=False):
-        hidden_NH, weight_VH = hidden_NH.to(head.product), weight_VH.to(head.product)
-        for rows in head.slices(len(hidden_NH), len(weight_VH)):
-            one_tile(rows)
-    return logps_N
-
-
-def _add_to_targets(tile_RV: Tensor, targets_R: Tensor, value: Tensor | float) -> None:
-    rows_R = torch.arange(len(targets_R), device=targets_R.device)
-    tile_RV[rows_R, targets_R] += value
-
-
-def _through_softcap_and_scale(tile_RV: Tensor, softcap_RV: Tensor | None, *, head: _Head) -> None:
-    """From the gradient of the final logits to that of ``hidden @ weight.T + bias``, in place."""
-    if softcap_RV is not None:
-        tile_RV *= softcap_RV
-    if head.scale != 1.0:
-        tile_RV *= head.scale
+        left_NH = hidden_NH.to(head.product)
+        weights = _Weights.of(left_NH, weight_VH, bias_V, head=head)
+        sums = None
+        for rows, columns, is_last in head.tiles(len(hidden_NH), len(weight_VH)):
+            sums = sums or _Sums(left_NH[rows], head=head, forms_gradient=forms_gradient)
+            tile_RC, slopes_RC = weights.logits(left_NH[rows], columns, head=head)
+            sums.add(tile_RC, slopes_RC, _Targets.of(targets_N[rows], columns), weights.weight_VH[columns])
+            if is_last:
+                made.log_sums[rows] = sums.log_sum_R1.squeeze(1)
+                made.logps[rows] = sums.target_R1.squeeze(1) - made.log_sums[rows]
+                if made.gradients_NH is not None:
+                    made.gradients_NH[rows] = sums.gradient(weights.weight_VH[targets_N[rows]], head=head).to(
+                        head.product
+                    )
+                sums = None
+    return made
 
 
 class _FrozenHead(torch.autograd.Function):
@@ -197,17 +289,16 @@ class _FrozenHead(torch.autograd.Function):
     def forward(
         ctx: Any, hidden_NH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, targets_N: Tensor, head: _Head
     ) -> Tensor:
-        slopes_NH = torch.empty_like(hidden_NH, dtype=head.product)
-        logps_N = _forward(hidden_NH, weight_VH, bias_V, targets_N, head=head, slopes_NH=slopes_NH)
-        ctx.save_for_backward(slopes_NH)
+        made = _forward(hidden_NH, weight_VH, bias_V, targets_N, head=head, forms_gradient=True)
+        ctx.save_for_backward(made.gradients_NH)
         ctx.hidden_dtype = hidden_NH.dtype
-        return logps_N
+        return made.logps
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_N: Tensor) -> tuple[Tensor | None, ...]:
-        (slopes_NH,) = ctx.saved_tensors
-        return (grad_N.unsqueeze(1) * slopes_NH).to(ctx.hidden_dtype), None, None, None, None
+        (gradients_NH,) = ctx.saved_tensors
+        return (grad_N.unsqueeze(1) * gradients_NH).to(ctx.hidden_dtype), None, None, None, None
 
 
 class _TrainedHead(torch.autograd.Function):
@@ -217,45 +308,44 @@ class _TrainedHead(torch.autograd.Function):
     def forward(
         ctx: Any, hidden_NH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, targets_N: Tensor, head: _Head
     ) -> Tensor:
-        logsumexp_N = torch.empty(len(hidden_NH), dtype=head.tile, device=hidden_NH.device)
-        logps_N = _forward(hidden_NH, weight_VH, bias_V, targets_N, head=head, logsumexp_N=logsumexp_N)
-        ctx.save_for_backward(hidden_NH, weight_VH, bias_V, targets_N, logsumexp_N)
+        made = _forward(hidden_NH, weight_VH, bias_V, targets_N, head=head)
+        ctx.save_for_backward(hidden_NH, weight_VH, bias_V, targets_N, made.log_sums)
         ctx.head = head
-        return logps_N
+        return made.logps
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_N: Tensor) -> tuple[Tensor | None, ...]:
-        hidden_NH, weight_VH, bias_V, targets_N, logsumexp_N = ctx.saved_tensors
+        hidden_NH, weight_VH, bias_V, targets_N, log_sums_N = ctx.saved_tensors
         head: _Head = ctx.head
-        targets_N = targets_N.long()
+        targets_N, log_sums_N1, grad_N1 = targets_N.long(), log_sums_N.unsqueeze(1), grad_N.unsqueeze(1).to(head.tile)
         needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
-        grad_hidden_NH = torch.empty_like(hidden_NH) if needs_hidden else None
         # Sums over tiles are kept in the tile's dtype and rounded once to the parameter's.
+        grad_hidden_NH = torch.zeros_like(hidden_NH, dtype=head.tile) if needs_hidden else None
         grad_weight_VH = torch.zeros_like(weight_VH, dtype=head.tile) if needs_weight else None
         grad_bias_V = torch.zeros_like(bias_V, dtype=head.tile) if needs_bias else None
-        left_NH, right_VH = hidden_NH.to(head.product), weight_VH.to(head.product)
-
-        def one_tile(rows: slice) -> None:
-            tile_RV = _logits(left_NH[rows], right_VH, bias_V, head=head)
-            softcap_RV = _softcap_slopes(tile_RV, head=head)
-            grad_R = grad_N[rows].to(head.tile)
-            tile_RV.sub_(logsumexp_N[rows].unsqueeze(1)).exp_().mul_(-grad_R.unsqueeze(1))
-            _add_to_targets(tile_RV, targets_N[rows], grad_R)
-            _through_softcap_and_scale(tile_RV, softcap_RV, head=head)
-            if grad_bias_V is not None:
-                grad_bias_V.add_(tile_RV.sum(0))
-            product_RV = tile_RV.to(head.product)
-            if grad_hidden_NH is not None:
-                grad_hidden_NH[rows] = (product_RV @ right_VH).to(hidden_NH.dtype)
-            if grad_weight_VH is not None:
-                _add_product(grad_weight_VH, product_RV, left_NH[rows])
-
         with torch.autocast(hidden_NH.device.type, enabled=False):
-            for rows in head.slices(len(hidden_NH), len(weight_VH)):
-                one_tile(rows)
+            left_NH = hidden_NH.to(head.product)
+            weights = _Weights.of(left_NH, weight_VH, bias_V, head=head)
+            for rows, columns, _ in head.tiles(len(hidden_NH), len(weight_VH)):
+                tile_RC, slopes_RC = weights.logits(left_NH[rows], columns, head=head)
+                tile_RC.sub_(log_sums_N1[rows]).exp_().mul_(-grad_N1[rows])
+                # grad * (onehot - p), complete before the products: in 16 bits the difference of two products would
+                # drown the small gradient of a token that is nearly certain.
+                _Targets.of(targets_N[rows], columns).add(tile_RC, grad_N1[rows])
+                if slopes_RC is not None:
+                    tile_RC *= slopes_RC
+                if head.scale != 1.0:
+                    tile_RC *= head.scale
+                if grad_bias_V is not None:
+                    grad_bias_V[columns] += tile_RC.sum(0)
+                product_RC = tile_RC.to(head.product)
+                if grad_hidden_NH is not None:
+                    _add_product(grad_hidden_NH[rows], product_RC, weights.weight_VH[columns])
+                if grad_weight_VH is not None:
+                    _add_product(grad_weight_VH[columns], product_RC.T, left_NH[rows])
         return (
-            grad_hidden_NH,
+            None if grad_hidden_NH is None else grad_hidden_NH.to(hidden_NH.dtype),
             None if grad_weight_VH is None else grad_weight_VH.to(weight_VH.dtype),
             None if grad_bias_V is None else grad_bias_V.to(bias_V.dtype),
             None,
@@ -263,11 +353,9 @@ class _TrainedHead(torch.autograd.Function):
         )
 
 
-def _add_product(sum_VH: Tensor, left_RV: Tensor, right_RH: Tensor) -> None:
-    """``sum += left.T @ right``. A 16-bit product is taken in blocks, so that no second [V, H] is ever alive."""
-    if left_RV.dtype == sum_VH.dtype:
-        sum_VH.addmm_(left_RV.T, right_RH)
-        return
-    for start in range(0, len(sum_VH), _BLOCK):
-        block = slice(start, start + _BLOCK)
-        sum_VH[block] += left_RV[:, block].T @ right_RH
+def _add_product(sum_AB: Tensor, left_AK: Tensor, right_KB: Tensor) -> None:
+    """``sum += left @ right``, where the sum may be of higher precision."""
+    if left_AK.dtype == sum_AB.dtype:
+        sum_AB.addmm_(left_AK, right_KB)
+    else:
+        sum_AB += left_AK @ right_KB

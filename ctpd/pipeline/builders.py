@@ -39,6 +39,7 @@ from ctpd.text.prepare import PreparedPairs, arrays, from_arrays, prepare_pairs,
 from ctpd.text.render import ChatTemplate, PlainTemplate, Side
 from ctpd.train.collator import ScoredRows
 from ctpd.train.fit import Fit, FitSettings, fit
+from ctpd.train.sharing import can_share_rows
 from ctpd.train.sweep import log_probabilities, sweep
 from ctpd.train.trainer import save_objective
 
@@ -171,14 +172,15 @@ def train(
     prepared = load_pairs(work.inputs["pairs"])
     located = start.located("start", work.inputs)
     model: Any = load_model(
-        located.folder, adapters=located.adapters, precision="float32", device=work.runtime.torch_device(),
-        revision=located.revision,
+        located.folder, adapters=located.adapters, precision=schedule.lora.base if schedule.lora else "float32",
+        device=work.runtime.torch_device(), revision=located.revision,
     )  # fmt: skip
     if schedule.lora is not None:
         model = add_lora(model, r=schedule.lora.r, alpha=schedule.lora.alpha, targets=schedule.lora.targets, seed=seed)
     probe_scorer(model)
+    shares = len(objective.sides) > 1 and not isinstance(objective, DistillationObjective) and can_share_rows(model)
     split_rows = {
-        split: _training_rows(work, prepared, start.role, objective, split=split, swap=swap)
+        split: _training_rows(work, prepared, start.role, objective, split=split, swap=swap, shares=shares)
         for split in sorted(set(prepared.split))
     }
     rows, forward_pass, constants = distillation.distilled(
@@ -222,7 +224,7 @@ def fit_settings(work: Work) -> FitSettings:
 
 
 def _training_rows(
-    work: Work, prepared: PreparedPairs, role: str, objective: Objective, *, split: str, swap: bool
+    work: Work, prepared: PreparedPairs, role: str, objective: Objective, *, split: str, swap: bool, shares: bool
 ) -> ScoredRows:
     layout = objective.layout
     reference = None
@@ -230,7 +232,7 @@ def _training_rows(
         anchor = "teacher" if layout.reference == "teacher" else role
         reference = (anchor, load_signal(work.inputs["reference"]))
     weights = load_file(work.inputs["weights"] / WEIGHTS)["weights"] if "weights" in work.inputs else None
-    return scored_rows(
+    rows = scored_rows(
         prepared,
         role=role,
         layout=layout,
@@ -240,6 +242,7 @@ def _training_rows(
         reference=reference,
         weights=weights,
     )
+    return dataclasses.replace(rows, shares_prompts=shares)
 
 
 def _clamped(work: Work) -> dict[str, float]:

@@ -132,10 +132,13 @@ class Graph:
         total = len(self.missing(store))
         ranks.wait()
         work = _Building(self, store, runtime, progress if ranks.is_first else Progress(quiet=True), total)
-        if ranks.world == 1:
-            work.alone()
-        else:
-            work.side_by_side()
+        try:
+            if ranks.world == 1:
+                work.alone()
+            else:
+                work.side_by_side()
+        finally:
+            gc.unfreeze()
         return total
 
     def check(self, store: Store, *, rebuild: bool = False) -> None:
@@ -188,7 +191,7 @@ class _Building:
                     self._build_together(self.graph.stages[number])
             if number == APART:
                 self._build_apart()
-            gc.collect()
+            _forget()
 
     def _choice(self, held: contextlib.ExitStack) -> int:
         """The number of a stage to be built together, whose lock ``held`` gets, or what there is to do instead."""
@@ -230,7 +233,7 @@ class _Building:
                     continue
                 with self._bar(stage) as bar, _artifact(stage, self.store, self.runtime):
                     stage.build(self._work(stage, bar))
-            gc.collect()  # models hold cycles; without this the next stage's memory stands beside the last one's
+            _forget()
             return True
         return False
 
@@ -250,6 +253,15 @@ class _Building:
             self.progress.note(f"Another process builds: {waiting[0].label}")
             self.told.add(waiting[0].key)
         time.sleep(POLL_SECONDS)
+
+
+def _forget() -> None:
+    """Free what a stage leaves: models hold cycles, and without this the next stage's memory stands beside the last's.
+
+    What is still in use, mostly imported modules, is not looked at again: that would take longer than small stages.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 def _ready(pending: Sequence[Stage]) -> list[Stage]:

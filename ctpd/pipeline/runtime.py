@@ -1,6 +1,7 @@
 """How a run is executed, as opposed to what it computes: recorded, never hashed."""
 
 import dataclasses
+import functools
 import os
 import platform
 import subprocess
@@ -67,6 +68,7 @@ def provenance(runtime: Runtime) -> dict[str, Any]:
     }
 
 
+@functools.cache
 def versions() -> dict[str, str]:
     """Installed versions of the packages that can move a number."""
     found = {}
@@ -78,6 +80,7 @@ def versions() -> dict[str, str]:
     return found
 
 
+@functools.cache
 def source_commit() -> str | None:
     """The commit of a source checkout, with `+changes` when its tracked files differ; None for an installed package."""
     root = Path(__file__).resolve().parents[2]

@@ -152,16 +152,32 @@ def clean_ends(
     next_starts[token_starts[1:][counts > 0] - 1] = np.iinfo(np.int64).max
     ends = np.where(space_only & (next_starts < ends), np.minimum(starts, next_starts), ends)
 
-    token_bases = np.repeat(bases[:-1], counts)
-    size = int(bases[-1])
+    # Nearly every end is where another token begins, or at white space. The others' rows are looked at in full.
+    at, line = ends + np.repeat(bases[:-1], counts), _code_points(texts)
+    begun = np.zeros(line.size, dtype=bool)
+    begun[(at - ends + starts)[starts < ends]] = True
+    open_ends = np.flatnonzero(~begun[at])
+    open_ends = open_ends[~_is_white(line[at[open_ends]])]
+    rows = np.unique(np.searchsorted(token_starts, open_ends, side="right") - 1)
+    if rows.size:
+        chosen = np.zeros(counts.size, dtype=bool)
+        chosen[rows] = True
+        tokens = np.repeat(chosen, counts)
+        ends[tokens] = _extended(starts[tokens], ends[tokens], counts[rows], [texts[row] for row in rows])
+    return ends
+
+
+def _extended(starts: IntArray, ends: IntArray, counts: IntArray, texts: Sequence[str]) -> IntArray:
+    """Ends moved over what no token covers, up to white space; ``counts`` are the rows' numbers of tokens."""
+    bases = row_starts(np.array([len(text) + 1 for text in texts]))
+    token_bases, size = np.repeat(bases[:-1], counts), int(bases[-1])
     opened = np.bincount(np.minimum(starts, ends) + token_bases, minlength=size)
     covered = np.cumsum(opened - np.bincount(ends + token_bases, minlength=size)) > 0
-    # The line feed after each text stops an end at its response's length.
-    stops = covered | _white_space("".join(f"{text}\n" for text in texts))
+    stops = covered | _is_white(_code_points(texts))
     places = np.where(stops, np.arange(size), size)
     next_stop = np.minimum.accumulate(places[::-1])[::-1]
-    cleaned: IntArray = next_stop[ends + token_bases] - token_bases
-    return cleaned
+    extended: IntArray = next_stop[ends + token_bases] - token_bases
+    return extended
 
 
 def row_starts(counts: IntArray) -> IntArray:
@@ -169,8 +185,12 @@ def row_starts(counts: IntArray) -> IntArray:
     return np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(counts, dtype=np.int64)])
 
 
-def _white_space(text: str) -> BoolArray:
-    points = np.frombuffer(text.encode("utf-32-le"), dtype=np.uint32)
+def _code_points(texts: Sequence[str]) -> NDArray[np.uint32]:
+    """All texts, each followed by a line feed: there every end stops."""
+    return np.frombuffer("".join(f"{text}\n" for text in texts).encode("utf-32-le"), dtype=np.uint32)
+
+
+def _is_white(points: NDArray[np.uint32]) -> BoolArray:
     return _WHITE_SPACE[np.minimum(points, _WHITE_SPACE.size - 1)]
 
 

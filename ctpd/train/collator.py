@@ -14,8 +14,10 @@ from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, Dataset
 
 from ctpd.core.errors import UserError
+from ctpd.ops.shared_rows import SharedRows, share_rows
 
 Batch = dict[str, Tensor]
+SHARED = "shared."
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,8 @@ class ScoredRows:
         reference: float32, flat units: the reference's log-probabilities, or None.
         weights: float32, flat units, or None.
         items: int64 [items, rows of an item]: (chosen, rejected) rows of a pair, or one row.
+        shares_prompts: whether the rows of a pair may share a sequence: a model must have passed
+            `ctpd.train.sharing.can_share_rows`. It moves no number beyond rounding.
     """
 
     input_ids: NDArray[np.int32]
@@ -41,6 +45,7 @@ class ScoredRows:
     items: NDArray[np.int64]
     reference: NDArray[np.float32] | None = None
     weights: NDArray[np.float32] | None = None
+    shares_prompts: bool = False
 
     @cached_property
     def item_lengths(self) -> NDArray[np.int64]:
@@ -52,7 +57,11 @@ class ScoredRows:
         return len(self.items)
 
     def collate(self, items: list[int]) -> Batch:
-        """Pad the rows of ``items`` on the right; all first rows come first, then all second rows."""
+        """Pad the rows of ``items`` on the right; all first rows come first, then all second rows.
+
+        With `shares_prompts`, and where it saves enough, `input_ids` are packed sequences [P, W], one a pair;
+        `predictors` count in them, and `shared.*` tell where the rows are.
+        """
         rows = self.items[items].T.reshape(-1)
         token_starts, token_ends = self.row_starts[rows], self.row_starts[rows + 1]
         unit_starts, unit_ends = self.unit_starts[rows], self.unit_starts[rows + 1]
@@ -72,7 +81,13 @@ class ScoredRows:
             "predictors": torch.from_numpy(scored_N - 1),
             "targets": torch.from_numpy(input_ids_RT.reshape(-1)[scored_N]),
         }
-        return batch | {name: torch.from_numpy(values) for name, values in padded.items()}
+        batch |= {name: torch.from_numpy(values) for name, values in padded.items()}
+        packed = share_rows(input_ids_RT, token_ends - token_starts) if self.shares_prompts else None
+        if packed is not None:
+            batch["input_ids"] = torch.from_numpy(packed[0])
+            batch["predictors"] = packed[1].unpack.flatten()[batch["predictors"]]
+            batch |= {f"{SHARED}{name}": part for name, part in packed[1]._asdict().items()}
+        return batch
 
     @cached_property
     def _unit_arrays(self) -> dict[str, np.ndarray]:
@@ -86,6 +101,13 @@ class ScoredRows:
                 "a response begins at the first token of its row, where no token predicts it",
                 fix="Give the template a text before the response, or a tokenizer that adds a beginning-of-text token",
             )
+
+
+def shared_rows(batch: Batch) -> SharedRows | None:
+    """Where the rows of a batch stand, if they share sequences."""
+    if f"{SHARED}unpack" not in batch:
+        return None
+    return SharedRows(*(batch[f"{SHARED}{name}"] for name in SharedRows._fields))
 
 
 class Items(Dataset[int]):

@@ -79,7 +79,7 @@ def fit(
         UserError: fewer items than one step, or the weights cannot be shared out as `settings.fsdp` asks.
     """
     if settings.fsdp is not None:
-        _refuse_unshared(objective)
+        _refuse_unshared(model, objective)
     steps_per_epoch = len(rows) // schedule.pairs_per_step
     if steps_per_epoch == 0:
         raise UserError(
@@ -131,7 +131,11 @@ def _last_state(folder: Path) -> str | None:
     return None if step < 0 else str(folder / f"{PREFIX_CHECKPOINT_DIR}-{step}")
 
 
-def _refuse_unshared(objective: Objective) -> None:
+def _refuse_unshared(model: nn.Module, objective: Objective) -> None:
+    if not all(parameter.is_floating_point() for parameter in model.parameters()):
+        raise UserError(
+            "FSDP is not tried with weights of 4 bits", fix="Give `lora.base: bfloat16`, or take `fsdp` out"
+        )
     if processes().world == 1:
         raise UserError(
             "FSDP shares a model out over processes, and there is one process", fix="Give `--num-processes`"

@@ -22,7 +22,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from ctpd.models import Score, score
 from ctpd.objectives.base import Objective, Sums, Units
 from ctpd.ops.spans import unit_logps
-from ctpd.train.collator import Batch, Items, StepLoader, StepSampler
+from ctpd.train.collator import Batch, Items, StepLoader, StepSampler, shared_rows
 
 OBJECTIVE = "ctpd_objective"  # the name under which an objective with parameters is a part of the model
 OBJECTIVE_FILE = "objective.safetensors"
@@ -64,7 +64,8 @@ class PairPass:
     def __call__(self, model: nn.Module, batch: Batch) -> Sums:
         """One micro-batch."""
         unit_RT, mask_RU = batch["unit"], batch["mask"]
-        logps_N = score(model, batch["input_ids"], Score(batch["predictors"], batch["targets"]))
+        request = Score(batch["predictors"], batch["targets"])
+        logps_N = score(model, batch["input_ids"], request, shared=shared_rows(batch))
         logps_RT = logps_N.new_zeros(unit_RT.shape).masked_scatter(unit_RT >= 0, logps_N)
         aggregate = self._objective.layout.aggregate
         policy_RU = unit_logps(logps_RT, unit_RT, num_units=mask_RU.shape[1], aggregate=aggregate)
@@ -119,7 +120,7 @@ class PreferenceTrainer(Trainer):
         rows.check()
         self.objective, self.rows, self.eval_rows = objective, rows, eval_rows
         self._constants = dict(constants or {})
-        self._running: dict[str, Tensor] = {}
+        self._running: dict[str, tuple[Tensor, float]] = {}  # name -> (sum, on the device; count)
         self._sums = forward_pass if forward_pass is not None else PairPass(objective)
         if any(True for _ in objective.parameters()):
             model.add_module(OBJECTIVE, objective)
@@ -205,10 +206,9 @@ class PreferenceTrainer(Trainer):
                 # One with nothing left takes part all the same: weights may lie in all processes. It adds nothing.
                 batch = self._prepare_inputs(self.eval_rows.collate(own or order[:size]))
                 sums = self._sums(self.model, batch)
-                self._accumulate(f"{metric_key_prefix}_", sums, batch, counts=bool(own))
-                self._add(
-                    f"{metric_key_prefix}_loss", sums.loss.detach(), torch.as_tensor(sums.count), counts=bool(own)
-                )
+                counts = bool(own)
+                self._accumulate(f"{metric_key_prefix}_", sums, batch, counts=counts)
+                self._add(f"{metric_key_prefix}_loss", sums.loss, float(sums.count), counts=counts)
         self.model.train()
         metrics = self._drain(f"{metric_key_prefix}_")
         self.log(metrics)
@@ -227,7 +227,7 @@ class PreferenceTrainer(Trainer):
         return 0
 
     def _count(self, batch: Batch) -> int:
-        num_pairs = len(batch["input_ids"]) // len(self.objective.sides)
+        num_pairs = len(batch["unit"]) // len(self.objective.sides)
         unit_RT = batch["unit"][:num_pairs]
         counts = {
             "pairs": lambda: num_pairs,
@@ -237,14 +237,15 @@ class PreferenceTrainer(Trainer):
         return counts[self.objective.counts]()
 
     def _accumulate(self, prefix: str, sums: Sums, batch: Batch, *, counts: bool = True) -> None:
-        items = torch.as_tensor(len(batch["input_ids"]) // len(self.objective.sides))
+        num_items = len(batch["unit"]) // len(self.objective.sides)
         for name, value in sums.metrics.items():
-            self._add(f"{prefix}{name}", value.detach(), items, counts=counts)
+            self._add(f"{prefix}{name}", value, num_items, counts=counts)
 
-    def _add(self, name: str, value: Tensor, count: Tensor, *, counts: bool) -> None:
-        term = torch.stack([value.double(), count.to(value.device).double()])
-        term = term if counts else torch.zeros_like(term)
-        self._running[name] = self._running[name] + term if name in self._running else term
+    def _add(self, name: str, value: Tensor, count: float, *, counts: bool) -> None:
+        """Add without waiting for the device; with ``counts`` off, only make the name known."""
+        total, number = self._running.get(name, (0.0, 0.0))
+        own = value.detach().double() if counts else torch.zeros_like(value, dtype=torch.float64)
+        self._running[name] = (own + total, number + count * counts)
 
     def _drain(self, prefix: str) -> dict[str, float]:
         names = sorted(
@@ -252,7 +253,9 @@ class PreferenceTrainer(Trainer):
         )
         if not names:
             return {}
-        totals = torch.stack([self._running.pop(name) for name in names])
+        found = [self._running.pop(name) for name in names]
+        sums = torch.stack([total for total, _ in found])
+        totals = torch.stack([sums, sums.new_tensor([count for _, count in found])], dim=1)
         if self.args.world_size > 1:
             totals = self.accelerator.gather(totals[None]).sum(dim=0)
         means = (totals[:, 0] / totals[:, 1]).tolist()

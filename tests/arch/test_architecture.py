@@ -25,7 +25,7 @@ PUBLIC = {
     "UserError", "align_spans", "load_recipe", "plan", "run", "score", "span_weights",
 }  # fmt: skip
 RUNNING = {
-    "--store", "--device", "--offline", "--only", "--seed", "--limit", "--plan", "--rebuild", "--report-to", "--quiet",
+    "--store", "--device", "--num-processes", "--jobs", "--offline", "--only", "--seed", "--limit", "--plan", "--rebuild", "--report-to", "--quiet",
     "--json", "--debug",
 }  # fmt: skip
 OPTIONS = {

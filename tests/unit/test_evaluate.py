@@ -21,7 +21,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from ctpd.core.errors import UserError
-from harness.backends import LastLogitsLM, open_vllm
+from harness.backends import SharedContextLM, open_vllm
 from harness.evaluate import check_column, evaluate_column
 from harness.suites import Column
 
@@ -155,7 +155,7 @@ def test_log_probabilities_are_those_of_full_logits(model: LlamaForCausalLM, tok
     zero = tokenizer.decode([0])
     pairs = [("A" * 9, "xyz"), ("B" * 30, "x"), ("C", "long answer " * 3), ("D" + zero, zero * 3), ("E" * 12, zero)]
     requests = [Instance("loglikelihood", {}, pair, i) for i, pair in enumerate(pairs)]
-    ours = LastLogitsLM(model, tokenizer, batch_size=3, progress=None)
+    ours = SharedContextLM(model, tokenizer, batch_size=3, progress=None)
     theirs = HFLM(pretrained=model, tokenizer=copy.deepcopy(tokenizer), batch_size=3)
     assert ours._keeps_last_logits
     for mine, other in zip(
@@ -170,7 +170,7 @@ def test_only_as_many_logits_are_computed_as_the_longest_continuation_needs(
 ) -> None:
     from lm_eval.api.instance import Instance
 
-    lm = LastLogitsLM(model, tokenizer, batch_size=2, progress=None)
+    lm = SharedContextLM(model, tokenizer, batch_size=2, progress=None)
     shapes = []
     monkeypatch.setattr(
         model.lm_head,
@@ -189,7 +189,7 @@ def test_a_model_without_logits_to_keep_falls_back_to_full_logits(tokenizer: Any
             return super().forward(input_ids=input_ids)
 
     plain = Plain(model.config).eval()
-    lm = LastLogitsLM(plain, tokenizer, batch_size=2, progress=None)
+    lm = SharedContextLM(plain, tokenizer, batch_size=2, progress=None)
     assert not lm._keeps_last_logits
     assert lm._model_call(torch.ones(1, 7, dtype=torch.long)).shape[:2] == (1, 7)
 
@@ -203,7 +203,7 @@ def test_an_adapter_on_a_model_is_evaluated_as_the_merged_model_is(
 
     adapted = get_peft_model(copy.deepcopy(model), LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
     adapted.eval()
-    assert LastLogitsLM(adapted, tokenizer, batch_size=2, progress=None)._keeps_last_logits
+    assert SharedContextLM(adapted, tokenizer, batch_size=2, progress=None)._keeps_last_logits
     ours = evaluate_column(adapted, tokenizer, choice, data_root=data_root, batch_size=5)
     theirs = stock(adapted.merge_and_unload(), tokenizer, choice, data_root)
     assert ours["documents"] == [
@@ -398,3 +398,61 @@ def test_vllm_is_given_the_model_its_tokenizer_and_the_precision(monkeypatch: py
     assert given == {
         "pretrained": "a", "tokenizer": "b", "dtype": "bfloat16", "revision": "c" * 40, "tokenizer_revision": "d" * 40,
     }  # fmt: skip
+
+
+def test_prompts_are_built_once_for_many_models_and_anew_for_another_limit_or_a_template(
+    model: LlamaForCausalLM, tokenizer: Any, choice: Column, data_root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A result that reuses tasks is the one of tasks newly loaded, few-shot examples and all."""
+    from lm_eval.api.task import ConfigurableTask
+
+    built = []
+    original = ConfigurableTask.fewshot_context
+
+    def counted(self: Any, *args: Any, **kwargs: Any) -> Any:
+        built.append(self)
+        return original(self, *args, **kwargs)
+
+    monkeypatch.setattr(ConfigurableTask, "fewshot_context", counted)
+    other = copy.deepcopy(model)
+    other.lm_head.weight.data.neg_()
+    options: dict[str, Any] = {"data_root": data_root, "batch_size": 5}
+    first = evaluate_column(model, tokenizer, choice, **options, limit=4)
+    second = evaluate_column(other, tokenizer, choice, **options, limit=4)
+    assert len(built) == 4
+    assert second["task_hash"] == first["task_hash"]
+    assert second["documents"] != first["documents"]
+    whole = evaluate_column(model, tokenizer, choice, **options)
+    assert len(built) == 4 + NUM_DOCS
+    chatty = copy.deepcopy(tokenizer)
+    chatty.chat_template = "{% for m in messages %}[{{ m.content }}]{% endfor %}"
+    evaluate_column(model, chatty, choice, **options, chat_template=True)
+    again = evaluate_column(model, tokenizer, choice, **options)
+    assert len(built) == 4 + 3 * NUM_DOCS
+    assert {**again, "seconds": 0} == {**whole, "seconds": 0}
+    monkeypatch.setattr("harness.evaluate._KEPT", {})
+    fresh = evaluate_column(other, tokenizer, choice, **options, limit=4)
+    assert {**fresh, "seconds": 0} == {**second, "seconds": 0}
+
+
+def test_a_result_says_whether_contexts_were_shared(
+    model: LlamaForCausalLM, tokenizer: Any, choice: Column, data_root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And one that could not share them has the same scores."""
+    shared = evaluate_column(model, tokenizer, choice, data_root=data_root, batch_size=5)
+    monkeypatch.setattr(model.config, "is_encoder_decoder", True)
+    plain = evaluate_column(model, tokenizer, choice, data_root=data_root, batch_size=5)
+    assert (shared["unshared"], plain["unshared"]) == (None, "encoder and decoder")
+    assert plain["documents"] == shared["documents"]
+
+
+def test_templates_compiled_once_are_forgotten_afterwards() -> None:
+    import lm_eval.utils
+
+    from harness.isolation import compiled_templates
+
+    method = lm_eval.utils.env.from_string
+    with compiled_templates():
+        assert lm_eval.utils.env.from_string("{{a}}") is lm_eval.utils.env.from_string("{{a}}")
+        assert lm_eval.utils.apply_template("{{a}} {{b}}", {"a": 1, "b": 2}) == "1 2"
+    assert lm_eval.utils.env.from_string == method

@@ -170,6 +170,7 @@ CHANGES = {
     "documents": ("batch_size: 16", "batch_size: 8", {"evaluate"}),
     "caption": ("caption: Main results", "caption: Other words", set()),
     "longest row": ("max_prompt_tokens: 128", "max_prompt_tokens: 127", {"pairs", "signals", "weights", "train", "evaluate"}),
+    "evaluation precision": ("data_root: testbed}", "data_root: testbed, precision: bfloat16}", {"evaluate"}),
     "precision": ("seeds: [0]", "seeds: [0]\n  precision: bfloat16", {"signals", "weights", "train", "evaluate"}),
     "seed": ("seeds: [0]", "seeds: [1]", {"weights", "train", "evaluate"}),
 }  # fmt: skip

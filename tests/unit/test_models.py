@@ -1,13 +1,14 @@
 """The scorer in a model's own forward: full logits' values and gradients, for every family, and the probe's fallback."""
 
 import copy
+import importlib.util
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from ctpd.core.errors import UserError
 from ctpd.models import (
@@ -190,3 +191,48 @@ def test_tied_weights_are_counted_once() -> None:
 def test_a_directory_without_a_model_is_refused_by_name(load: Any, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=str(tmp_path)):
         load(tmp_path)
+
+
+def test_frozen_weights_of_two_bytes_train_adapters_of_four(tmp_path: Path) -> None:
+    """The adapters' first gradients are those on float32 weights, within the precision of the weights."""
+    tiny_model("llama").save_pretrained(tmp_path)
+    found = {}
+    for precision in ("float32", "bfloat16"):
+        loaded = load_model(tmp_path, precision=precision, device="cpu")
+        model = with_random_adapters(loaded)
+        assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
+        assert {p.dtype for p in model.parameters() if not p.requires_grad} == {getattr(torch, precision)}
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            logps = score(model, IDS, REQUEST)
+        assert logps.dtype == torch.float32
+        found[precision] = gradients(model, logps)
+    for name, gradient in found["bfloat16"].items():
+        expected = found["float32"][name]
+        assert float((gradient - expected).norm() / expected.norm()) < 0.05, name
+
+
+def test_four_bit_weights_without_bitsandbytes_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny_model("llama").save_pretrained(tmp_path)
+    found = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *rest: None if name == "bitsandbytes" else found(name, *rest)
+    )
+    with pytest.raises(UserError, match="needs bitsandbytes, which is not installed"):
+        load_model(tmp_path, precision="4bit", device="cpu")
+
+
+def test_four_bit_weights_train_adapters_and_keep_their_count(tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed (the extra `quantization`)")
+    sizes = {"vocab_size": VOCABULARY, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
+    plain = LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=2, num_key_value_heads=2))
+    plain.save_pretrained(tmp_path / "base")
+    save_model(
+        with_random_adapters(load_model(tmp_path / "base", precision="float32", device="cpu")), tmp_path / "adapter"
+    )
+    loaded = load_model(tmp_path / "base", adapters=[tmp_path / "adapter"], precision="4bit", device="cpu")
+    assert any(p.dtype == torch.uint8 for p in loaded.parameters())
+    assert parameter_counts(loaded)[1] == parameter_counts(plain)[1]
+    model = with_random_adapters(loaded)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        logps = score(model, IDS, REQUEST)
+    assert all(gradient.abs().max() > 0 for gradient in gradients(model, logps).values())

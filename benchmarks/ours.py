@@ -1,0 +1,177 @@
+"""Our side of the step's benchmark: the real trainer (`ctpd.train.fit.fit`) on the inputs of `benchmarks.inputs`."""
+
+import dataclasses
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import LlamaForCausalLM
+
+from benchmarks.common import MIB, StepClock, child, resident_mib
+from benchmarks.inputs import (
+    BETA,
+    LEARNING_RATE,
+    LORA,
+    LORA_TARGETS,
+    MODEL,
+    SEED,
+    Shape,
+    TokenPair,
+    make_model,
+    token_pairs,
+    units,
+)  # fmt: skip
+from ctpd.core.recipe import Schedule
+from ctpd.models import add_lora, install_scorer, load_model, parameter_counts, probe_scorer
+from ctpd.pipeline.methods import make_objective
+from ctpd.pipeline.rows import starts_of
+from ctpd.train.collator import ScoredRows
+from ctpd.train.fit import Fit, FitSettings, fit
+from ctpd.train.sharing import can_share_rows
+from ctpd.train.sweep import log_probabilities, sweep
+
+LONGEST_SPAN = 3
+METHODS: dict[str, dict[str, Any]] = {"ctpd": {"beta": BETA}, "dpo": {"beta": BETA}, "sft": {}}
+OWN_SPANS = ("ctpd",)  # the methods whose units are spans
+
+
+def measure(config: dict[str, Any]) -> dict[str, Any]:
+    """Train for some steps; the reported memory leaves out the imports.
+
+    ``config``: `folder` with the model (None: made here), `shape`, `steps`, `method`, `checkpointing`, `lora`,
+    `share` (prompts, None: what the trainer does), `micro_batch` (pairs of a forward pass, None: the step's).
+    """
+    torch.set_num_threads(config["threads"])
+    shape = Shape(**config["shape"])
+    assert LlamaForCausalLM  # imported before the base is read
+    base = resident_mib()
+    model = loaded_model(shape, config)
+    pairs = token_pairs(shape, shape.batch * config["steps"])
+    start = time.perf_counter()
+    rows = rows_for(model, pairs, config)
+    reference_seconds = time.perf_counter() - start
+    clock = StepClock(config["device"])
+    with tempfile.TemporaryDirectory() as folder:
+        done = train(model, rows, shape, config, clock=clock, folder=Path(folder) / "state")
+    trainable, parameters = parameter_counts(model)
+    state = 4 * (parameters + 3 * trainable) / MIB
+    peak = done.peak_memory_mib
+    assert peak is not None
+    tokens = sum(int(length) for length in np.diff(rows.row_starts)[rows.items].ravel()) / config["steps"]
+    return clock.report() | {
+        "tokens_per_s": tokens / clock.median,
+        "losses": [entry["loss"] for entry in done.history if "loss" in entry],
+        "peak_mib": peak,
+        "base_mib": base if config["device"] == "cpu" else 0.0,
+        "state_mib": state,
+        "extra_mib": peak - state - (base if config["device"] == "cpu" else 0.0),
+        "reference_s": reference_seconds,
+        "micro_batch": done.micro_batch,
+        "shares_prompts": rows.shares_prompts,
+        "parameters": parameters,
+        "trainable": trainable,
+    }
+
+
+def loaded_model(shape: Shape, config: dict[str, Any]) -> Any:
+    """The model with the scorer, and with adapters where asked for."""
+    if config.get("folder"):
+        model: Any = load_model(Path(config["folder"]) / MODEL, precision="float32", device=config["device"])
+    else:
+        model = install_scorer(make_model(shape).to(config["device"]))
+    if config.get("lora"):
+        model = add_lora(model, **LORA, targets=LORA_TARGETS, seed=SEED)
+    probe_scorer(model)
+    return model
+
+
+def rows_for(model: Any, pairs: Sequence[TokenPair], config: dict[str, Any]) -> ScoredRows:
+    """The pairs as the trainer scores them, with the stored reference of the model as it is now.
+
+    CTPD's units are seeded spans; the teacher's reference on them is invented (the student's own, with noise), as are
+    the weights: what a number is does not change what it costs.
+    """
+    method = config["method"]
+    spans = LONGEST_SPAN if method in OWN_SPANS else 1
+    unit, counts = units(list(pairs), longest=spans, seed=SEED)
+    texts = [(pair.prompt, text) for pair in pairs for text in (pair.chosen, pair.rejected)]
+    input_ids = np.concatenate([np.array([*prompt, *text], dtype=np.int32) for prompt, text in texts])
+    unit_T = np.concatenate(
+        [np.concatenate([np.full(len(p), -1), u]) for (p, _), u in zip(texts, unit, strict=True)]
+    ).astype(np.int32)
+    row_starts = starts_of(np.array([len(prompt) + len(text) for prompt, text in texts]))
+    unit_starts = starts_of(np.array(counts))
+    reference = weights = None
+    if method != "sft":
+        reference = _reference(model, input_ids, row_starts, unit_T, unit_starts)
+    if method in OWN_SPANS:
+        rng = np.random.default_rng(SEED)
+        reference = reference + rng.normal(0, 0.1, size=len(reference)).astype(np.float32)
+        weights = rng.uniform(0.5, 1.5, size=len(reference)).astype(np.float32)
+    sides = 1 if method == "sft" else 2
+    items = np.arange(2 * len(pairs), dtype=np.int64).reshape(-1, 2)[:, :sides]
+    rows = ScoredRows(
+        input_ids=input_ids, row_starts=row_starts, unit=unit_T, unit_starts=unit_starts,
+        counted=np.ones(int(unit_starts[-1]), dtype=bool), items=_in_training_order(items),
+        reference=reference, weights=weights,
+    )  # fmt: skip
+    return with_sharing(model, rows, config.get("share"))
+
+
+def with_sharing(model: Any, rows: ScoredRows, share: bool | None) -> ScoredRows:
+    """The one place that switches the sharing of prompts; None does what `ctpd` does: wherever the model can.
+
+    Raises:
+        ValueError: it was asked for, and the model cannot.
+    """
+    shares = share is not False and rows.items.shape[1] > 1 and can_share_rows(model)
+    if share and not shares:
+        raise ValueError("rows of one side, or a model that did not pass the probe, share no prompts")
+    return dataclasses.replace(rows, shares_prompts=shares)
+
+
+def train(model: Any, rows: ScoredRows, shape: Shape, config: dict[str, Any], *, clock: StepClock, folder: Path) -> Fit:
+    """One epoch, step by step as the other side does it: constant step size, AdamW, gradients clipped at 1."""
+    pairs = config.get("micro_batch") or shape.batch
+    sequences = rows.items.shape[1]
+    return fit(
+        model, make_objective(config["method"], METHODS[config["method"]], source="benchmark"), rows,
+        schedule=Schedule(
+            pairs_per_step=shape.batch, schedule="constant", warmup_ratio=0.0, weight_decay=0.0, max_grad_norm=1.0,
+            activation_checkpointing=config.get("checkpointing", False),
+        ),
+        learning_rate=LEARNING_RATE, seed=SEED, precision=config["dtype"], folder=folder,
+        settings=FitSettings(
+            device=config["device"], micro_batch_tokens=pairs * sequences * shape.seq_len, checkpoint_seconds=1e9,
+            report_to=(), progress=clock,
+        ),
+    )  # fmt: skip
+
+
+def _reference(
+    model: Any, input_ids: np.ndarray, row_starts: np.ndarray, unit_T: np.ndarray, unit_starts: np.ndarray
+) -> np.ndarray:
+    """The model's own log-probability of every unit, by the sweep that stores signals."""
+    logps = sweep(
+        model, input_ids, row_starts, unit_T >= 0,
+        measure=log_probabilities, max_tokens=4096, progress=lambda done, total: None,
+    )["logps"]  # fmt: skip
+    scored = unit_T >= 0
+    place = (unit_T + np.repeat(unit_starts[:-1], np.diff(row_starts)))[scored]
+    return np.bincount(place, weights=logps, minlength=int(unit_starts[-1])).astype(np.float32)
+
+
+def _in_training_order(items: np.ndarray) -> np.ndarray:
+    """Items placed so that the sampler, which shuffles by (seed, epoch), takes them in the order given."""
+    order = np.random.default_rng([SEED, 0]).permutation(len(items))
+    placed = np.empty_like(items)
+    placed[order] = items
+    return placed
+
+
+if __name__ == "__main__":
+    child(measure)

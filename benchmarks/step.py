@@ -1,0 +1,219 @@
+"""One training step: DPO and CTPD of this project beside TRL's DPOTrainer, on the same model, rows and order.
+
+Our side stores the reference first (`ctpd` does so once for all runs); TRL computes it in every step (its default), or
+first as well (`precompute_ref_log_probs`). Both sides must show the same losses, or nothing is written.
+"""
+
+import argparse
+import math
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from benchmarks.common import Found, Side, alternate, arguments, median_of, ratios
+from benchmarks.figures import Bar, bars
+from benchmarks.inputs import Shape, as_json, make_inputs
+from benchmarks.report import Claim, Result, Table, spread, write
+
+EXPECTED = (0.693147, 0.704426, 0.723767, 0.715635, 0.826981)
+"""Losses of the default shape, as TRL 1.16 showed them when this project was specified."""
+EXACT = {1: 0.7044421}
+"""The same loss by step (from 0) in float64 throughout."""
+TOLERANCE = {"float32": 3e-5, "bfloat16": 2e-2}
+"""Between the sides. TRL subtracts sums of 384 log-probabilities, about 4535 in size, whose float32 neighbours lie 5e-4
+apart; ours subtracts token by token. So the second loss of TRL is 1.6e-5 from `EXACT`, ours 5e-7."""
+TOLERANCE_OF_SAME, TOLERANCE_OF_EXACT = 1e-5, 5e-6
+DPO, CTPD, SFT, SMALL = "ctpd: DPO", "ctpd: CTPD", "ctpd: SFT", "ctpd: DPO, one pair at a time"
+TRL, PRECOMPUTED = "TRL: DPO", "TRL: DPO, precomputed"
+TIME, MEMORY = "step_s", "extra_mib"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scenario:
+    """A shape and a setting, and what is promised for it.
+
+    Attributes:
+        rounds, steps: None for as many as asked for; the other scenarios cost as much and say less.
+        bounds: of time beside TRL precomputed and TRL as shipped, and of memory beside both.
+    """
+
+    title: str
+    shape: Shape
+    checkpointing: bool = True
+    lora: bool = False
+    rounds: int | None = 1
+    steps: int | None = 2
+    extra: tuple[str, ...] = ()
+    bounds: tuple[float, float, float | None] = (0.45, 0.35, 0.3)
+
+
+SCENARIOS = {
+    "default": Scenario(title="default shape", shape=Shape(), rounds=None, steps=None, extra=(SFT,)),
+    "no-checkpointing": Scenario(
+        title="no checkpointing", shape=Shape(), checkpointing=False, extra=(SMALL,)
+    ),
+    "ragged": Scenario(title="ragged completions", shape=Shape(ragged=True)),
+    "frozen-head": Scenario(
+        title="LoRA, frozen head", shape=Shape(), lora=True, bounds=(0.25, 0.25, 0.3)
+    ),
+    "wide": Scenario(
+        title="wider student",
+        shape=Shape(hidden=1024, layers=8, heads=16, vocab=32000, batch=2, seq_len=256, prompt_len=64),
+        rounds=2,
+        bounds=(0.9, 0.7, None),
+    ),
+}  # fmt: skip
+QUICK = Shape(hidden=32, layers=2, heads=2, vocab=64, words=50, seq_len=32, prompt_len=8)
+
+
+def sides_of(scenario: Scenario, *, folder: Path, steps: int, share: bool | None) -> list[Side]:
+    """What a round of a scenario measures. Our DPO takes all steps of `EXPECTED` where the scenario has its shape."""
+    base = {
+        "folder": str(folder),
+        "shape": as_json(scenario.shape),
+        "checkpointing": scenario.checkpointing,
+        "lora": scenario.lora,
+        "steps": steps,
+    }
+    ours = base | {"share": share}
+    all_steps = {"steps": max(steps, len(EXPECTED))} if scenario.steps is None else {}
+    known = {
+        DPO: Side(DPO, "benchmarks.ours", ours | all_steps | {"method": "dpo"}),
+        CTPD: Side(CTPD, "benchmarks.ours", ours | {"method": "ctpd"}),
+        SFT: Side(SFT, "benchmarks.ours", ours | {"method": "sft"}),
+        SMALL: Side(SMALL, "benchmarks.ours", ours | {"method": "dpo", "micro_batch": 1}),
+        TRL: Side(TRL, "benchmarks.peer_trl", base | {"precompute": False}),
+        PRECOMPUTED: Side(PRECOMPUTED, "benchmarks.peer_trl", base | {"precompute": True}),
+    }
+    return [known[name] for name in (DPO, TRL, CTPD, PRECOMPUTED, *scenario.extra)]
+
+
+def check_losses(found: Found, *, dtype: str, expected: tuple[float, ...] | None) -> None:
+    """Refuse to compare trainings that are not the same.
+
+    Raises:
+        RuntimeError: a DPO loss differs from the other side's, or from what is expected.
+    """
+    curves = {name: reported[0]["losses"] for name, reported in found.items() if name in (DPO, SMALL, TRL, PRECOMPUTED)}
+    target = list(expected) if expected is not None else curves[TRL]
+    for name, losses in curves.items():
+        bound = TOLERANCE_OF_SAME if expected is not None and name in (TRL, PRECOMPUTED) else TOLERANCE[dtype]
+        _check_curve(name, losses, dict(enumerate(target)), bound=bound)
+    if expected is not None:
+        _check_curve(DPO, curves[DPO], EXACT, bound=TOLERANCE_OF_EXACT)
+
+
+def _check_curve(name: str, losses: list[float], wanted: dict[int, float], *, bound: float) -> None:
+    for step, loss in enumerate(losses):
+        if step in wanted and not math.isclose(loss, wanted[step], rel_tol=0.0, abs_tol=bound):
+            raise RuntimeError(f"{name}: loss {loss:.6f} at step {step + 1}, where {wanted[step]:.6f} is expected")
+
+
+def claims_of(scenario: Scenario, found: Found) -> list[Claim]:
+    """The promised ratios of a scenario."""
+    precomputed, shipped, memory = scenario.bounds
+    claims = []
+    for ours in (DPO, CTPD):
+        method = ours.removeprefix("ctpd: ")
+        for peer, bound, kind, key in (
+            (PRECOMPUTED, precomputed, "time", TIME), (TRL, shipped, "time", TIME),
+            (PRECOMPUTED, memory, "memory", MEMORY), (TRL, memory, "memory", MEMORY),
+        ):  # fmt: skip
+            if bound is not None:
+                of_peer = f"TRL's{' precomputed' if peer == PRECOMPUTED else ''} DPO"
+                text = f"{scenario.title}: {method} {kind} / {of_peer} {kind}"
+                claims.append(Claim(text, "at most", bound, ratios(found, key, of=ours, to=peer)))
+    return claims
+
+
+def table_of(scenario: Scenario, found: Found) -> Table:
+    """What each side of a scenario needed."""
+    header = (
+        "Side",
+        "s/step",
+        "CPU s/step",
+        "tokens/s",
+        "MiB beyond state",
+        "peak MiB",
+        "reference s",
+        "load of others",
+    )
+    rows = [
+        [
+            name, spread([r[TIME] for r in reported]), spread([r["cpu_s"] for r in reported]),
+            f"{median_of(found, name, 'tokens_per_s'):.0f}", f"{median_of(found, name, MEMORY):.0f}",
+            f"{median_of(found, name, 'peak_mib'):.0f}", f"{median_of(found, name, 'reference_s'):.3g}",
+            f"{max(r['other_cpu'] for r in reported):.2f}",
+        ]
+        for name, reported in found.items()
+    ]  # fmt: skip
+    shape = scenario.shape
+    about = f"hidden {shape.hidden}, {shape.layers} layers, vocabulary {shape.vocab}; {shape.batch} pairs of up to {shape.seq_len} tokens, prompt {shape.prompt_len}"
+    checkpointing = "with" if scenario.checkpointing else "without"
+    return Table(f"{scenario.title} ({about}; {checkpointing} activation checkpointing on both sides)", header, rows)
+
+
+def main() -> None:
+    """Measure the scenarios asked for, and write the result."""
+    parser = arguments(__doc__, rounds=3, steps=3)
+    parser.add_argument("--only", default=",".join(SCENARIOS), help="comma list out of: %(default)s")
+    parser.add_argument("--ragged", action="store_true", help="the same as --only ragged")
+    parser.add_argument("--share", choices=("auto", "on", "off"), default="auto", help="prompts, on our side")
+    args = parser.parse_args()
+    names = ["ragged"] if args.ragged else args.only.split(",")
+    claims, tables, measurements = [], [], {}
+    for name in names:
+        scenario, found = run_scenario(name, args)
+        measurements[name] = found
+        claims += claims_of(scenario, found)
+        tables.append(table_of(scenario, found))
+    times = [
+        Bar(claim.text.replace(" time", ""), claim.values, claim.target, 0) for claim in claims if "time" in claim.text
+    ]
+    memory = [Bar(c.text.replace(" memory", ""), c.values, c.target, 2) for c in claims if "memory" in c.text]
+    figures = {
+        "time.svg": bars(times, title="Time of a step, ours / TRL's (mark: target)", unit="ratio, less is better")
+    }
+    if memory:
+        figures["memory.svg"] = bars(memory, title="Memory beyond the state, ours / TRL's (mark: target)", unit="ratio")
+    write(Result(name="step", title="A training step beside TRL's DPOTrainer", text=TEXT, claims=claims, tables=tables,
+                 measurements=measurements, figures=figures), args)  # fmt: skip
+
+
+TEXT = (
+    "Both sides train the same seeded model on the same rows in the same order (AdamW, constant step size), and show the "
+    "same DPO losses to 3e-5, which is the rounding of float32 sums, and ours the float64 loss to 5e-6; the benchmark fails "
+    "otherwise. A step's time runs from the end of a step to the end of the next: "
+    "batch, forward, backward, clipping, optimizer and logging. *Beyond state* is the peak resident memory of the training "
+    "loop without the imports, the weights, and for trained weights the gradients and AdamW's two moments; a reference model "
+    "is beyond the state, for our side needs none. The reference's own time is in the table, not in the step.",
+    "CTPD's spans (1 to 3 tokens), weights and teacher reference are invented with a seed: what they are does not change what "
+    "they cost. One step is one micro-batch on both sides, where the table does not say otherwise.",
+    "TRL's fast path on GPUs (Triton) does not run on a CPU: on CPUs its head projects prompt and padding too and falls back "
+    "to plain torch.",
+)
+
+
+def run_scenario(name: str, args: argparse.Namespace) -> tuple[Scenario, Found]:
+    """All rounds of one scenario, the losses checked."""
+    scenario = SCENARIOS[name]
+    is_default = scenario.shape == Shape() and not scenario.lora and args.dtype == "float32" and not args.quick
+    if args.quick:
+        quick = Shape(**{**as_json(QUICK), "ragged": scenario.shape.ragged})
+        scenario = Scenario(**{**vars(scenario), "shape": quick, "rounds": None, "extra": ()})
+    print(f"step: {scenario.title}", flush=True)
+    share = {"auto": None, "on": True, "off": False}[args.share]
+    with tempfile.TemporaryDirectory() as folder:
+        make_inputs(scenario.shape, scenario.shape.batch * max(args.steps, len(EXPECTED)), Path(folder))
+        sides = sides_of(
+            scenario, folder=Path(folder), steps=min(scenario.steps or args.steps, args.steps), share=share
+        )
+        found = alternate(
+            sides, args, rounds=args.rounds if scenario.rounds is None else min(scenario.rounds, args.rounds)
+        )
+    check_losses(found, dtype=args.dtype, expected=EXPECTED if is_default else None)
+    return scenario, found
+
+
+if __name__ == "__main__":
+    main()

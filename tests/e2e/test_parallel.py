@@ -1,0 +1,84 @@
+"""Several processes for one command: the same numbers, and nothing built twice."""
+
+import json
+import os
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ctpd.app import RECORD
+from tests.conftest import Cli, SmokeRun
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def program(*args: object) -> subprocess.CompletedProcess[str]:
+    """The command line as a program of its own, with as many threads as this process, which decide a sum's last digits."""
+    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    words = [sys.executable, "-m", "ctpd", *map(str, args)]
+    return subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False)
+
+
+def scores(store: Path) -> dict[str, Any]:
+    """Record key -> the scores of every document and column; no times."""
+    records = {path.parent.name: json.loads(path.read_text()) for path in store.glob(f"record/*/{RECORD}")}
+    return {
+        key: {
+            name: {k: v for k, v in column.items() if k != "seconds"} for name, column in record["evaluation"].items()
+        }
+        for key, record in records.items()
+    }
+
+
+def test_jobs_share_the_work_and_reach_the_scores_of_one_process_to_the_last_digit(
+    smoke: SmokeRun, tmp_path: Path
+) -> None:
+    done = program("run", "testbed-smoke", "--store", tmp_path, "--device", "cpu", "--jobs", 2)
+    assert done.returncode == 0, done.stderr
+    tables = [text.partition("\nWritten to")[0] for text in (done.stdout, smoke.outcome.out)]
+    assert tables[0] == tables[1]
+    assert "helper" not in done.stderr
+    assert scores(tmp_path) == scores(smoke.store)
+    manifests = [json.loads(path.read_text()) for path in tmp_path.glob("*/*/manifest.json")]
+    who = Counter(manifest["provenance"]["command"].split()[1] for manifest in manifests)
+    assert set(who) == {"run", "eval"}
+    assert not list(tmp_path.glob("*/*.partial"))
+
+
+def test_processes_of_one_launch_deal_out_evaluations_and_print_them_once(
+    cli: Cli, smoke: SmokeRun, tmp_path: Path
+) -> None:
+    model = next(smoke.store.glob("pretrain/*/model"))
+    hub = next(smoke.store.glob("world/*/hub"))
+    words = [
+        "eval",
+        "--model",
+        model,
+        "--suite",
+        "testbed",
+        "--data-root",
+        hub,
+        "--limit",
+        2,
+        "--device",
+        "cpu",
+        "--json",
+    ]
+    done = program(*words, "--store", tmp_path / "two", "--num-processes", 2)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("3 stages built") == 1
+    assert json.loads(done.stdout) == json.loads(cli(*words, "--store", tmp_path / "one", "--quiet").out)
+    manifests = [json.loads(path.read_text()) for path in (tmp_path / "two").glob("*/*/manifest.json")]
+    assert [manifest["provenance"]["processes"] for manifest in manifests] == [2, 2, 2]
+
+
+def test_jobs_of_processes_are_refused_in_one_paragraph(cli: Cli, tmp_path: Path) -> None:
+    outcome = cli("run", "testbed-smoke", "--store", tmp_path, "--jobs", 2, "--num-processes", 2)
+    assert outcome.code == 2
+    assert outcome.err.startswith("Error: `--jobs 2` runs parts of a recipe side by side")
+    assert outcome.err.count("\n") == 1
+    assert not any(tmp_path.iterdir())

@@ -1,0 +1,222 @@
+"""Prompt sharing: packed pairs give the numbers of separate rows, in every family, or the model is refused."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from baselines.dpo import DPO, DPOParams
+from ctpd.core.recipe import Schedule
+from ctpd.models import Score, add_lora, score
+from ctpd.ops.shared_rows import MOST_OF_SEPARATE, SharedRows, attend_apart, share_rows
+from ctpd.train.collator import ScoredRows, shared_rows
+from ctpd.train.fit import Fit, FitSettings, fit
+from ctpd.train.sharing import SHARING, can_share_rows
+from ctpd.train.trainer import PairPass
+from tests.fixtures.tiny import CONFIGS, VOCABULARY, tiny_model
+
+SHARING_FAMILIES = [name for name in CONFIGS if name != "gemma2_softcap"]
+
+
+def pairs_with_prompts(num_pairs: int, *, seed: int = 0, prompt: tuple[int, int] = (6, 14)) -> ScoredRows:
+    """Pairs whose rows begin with the same prompt; responses of one to nine tokens, each token a unit."""
+    rng = np.random.default_rng(seed)
+    rows, units = [], []
+    for _ in range(num_pairs):
+        begin = rng.integers(1, VOCABULARY, rng.integers(*prompt))
+        for _ in range(2):
+            response = rng.integers(1, VOCABULARY, rng.integers(1, 10))
+            rows.append(np.concatenate([begin, response]))
+            units.append(np.concatenate([np.full(len(begin), -1), np.arange(len(response))]))
+    row_starts = np.concatenate([[0], np.cumsum([len(row) for row in rows])]).astype(np.int64)
+    unit_starts = np.concatenate([[0], np.cumsum([int((unit >= 0).sum()) for unit in units])]).astype(np.int64)
+    return ScoredRows(
+        input_ids=np.concatenate(rows).astype(np.int32),
+        row_starts=row_starts,
+        unit=np.concatenate(units).astype(np.int32),
+        unit_starts=unit_starts,
+        counted=np.ones(int(unit_starts[-1]), dtype=bool),
+        items=np.arange(2 * num_pairs, dtype=np.int64).reshape(num_pairs, 2),
+        reference=rng.normal(-4, 1, int(unit_starts[-1])).astype(np.float32),
+    )
+
+
+def both_ways(rows: ScoredRows, items: list[int]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    separate = rows.collate(items)
+    shared = dataclasses.replace(rows, shares_prompts=True).collate(items)
+    assert shared_rows(separate) is None
+    assert shared_rows(shared) is not None
+    return separate, shared
+
+
+def test_every_token_of_every_row_is_found_in_the_packed_sequences() -> None:
+    rng = np.random.default_rng(3)
+    for _ in range(50):
+        num_pairs, width = rng.integers(1, 5), 12
+        ids = rng.integers(1, 4, (2 * num_pairs, width))  # few symbols: responses begin alike by chance, too
+        common = rng.integers(0, width, num_pairs)
+        for pair, length in enumerate(common):
+            ids[num_pairs + pair, :length] = ids[pair, :length]
+        lengths = rng.integers(2, width + 1, 2 * num_pairs)
+        lengths[0] = width
+        ids[np.arange(width) >= lengths[:, None]] = 0
+        packed = share_rows(ids, lengths)
+        if packed is None:
+            continue
+        sequences, shared = packed
+        assert sequences.size <= MOST_OF_SEPARATE * ids.size
+        for row, length in enumerate(lengths):
+            place = shared.unpack[row, :length].numpy()
+            assert (sequences.reshape(-1)[place] == ids[row, :length]).all()
+            assert (shared.positions.reshape(-1)[place].numpy() == np.arange(length)).all()
+            assert len(set(place.tolist())) == length
+            assert (place // sequences.shape[1] == row % num_pairs).all()
+        # every packed token belongs to some row, and only padding to none
+        used = {int(p) for row, length in enumerate(lengths) for p in shared.unpack[row, :length]}
+        assert used == set(np.flatnonzero(shared.pack.numpy().reshape(-1) >= 0).tolist())
+
+
+def test_rows_without_a_common_beginning_are_left_apart() -> None:
+    ids = np.arange(1, 25).reshape(2, 12)
+    assert share_rows(ids, np.array([12, 12])) is None
+
+
+def naive_attention(
+    _module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **_options: Any
+) -> tuple[Tensor, None]:
+    size = query.shape[2]
+    causal = torch.ones(size, size, dtype=torch.bool).tril() if mask is None else mask
+    weights = (query @ key.transpose(2, 3)).masked_fill(~causal, -torch.inf).softmax(-1)
+    return (weights @ value).transpose(1, 2), None
+
+
+@pytest.mark.parametrize("window", [None, 3])
+def test_attention_of_packed_rows_and_its_gradients_are_those_of_one_masked_sequence(window: int | None) -> None:
+    """The definition: a token sees the tokens before it of a row that both are in."""
+    lengths = np.array([9, 7, 8, 9])
+    ids = np.arange(1, 37).reshape(4, 9)
+    ids[2:, :5] = ids[:2, :5]
+    packed = share_rows(ids, lengths)
+    assert packed is not None
+    shared = packed[1]
+    generator = torch.Generator().manual_seed(0)
+    states = [
+        torch.randn(2, 2, packed[0].shape[1], 4, dtype=torch.float64, generator=generator).requires_grad_()
+        for _ in range(3)
+    ]
+    together = torch.zeros(2, packed[0].shape[1], packed[0].shape[1], dtype=torch.bool)
+    for row, length in enumerate(lengths):
+        place = shared.unpack[row, :length] % packed[0].shape[1]
+        for i in range(length):
+            first = 0 if window is None else max(0, i - window + 1)
+            together[row % 2, place[i], place[first : i + 1]] = True
+    is_token = shared.pack >= 0
+    together[~is_token] = True  # padding attends to anything; it is not looked at
+    expected, _ = naive_attention(nn.Identity(), *states, together[:, None])
+    found, _ = attend_apart(naive_attention, nn.Identity(), *states, shared=shared, sliding_window=window)
+    torch.testing.assert_close(found[is_token], expected[is_token])
+    weights = torch.randn(found[is_token].shape, dtype=torch.float64, generator=generator)
+    for one, other in zip(
+        torch.autograd.grad((found[is_token] * weights).sum(), states),
+        torch.autograd.grad((expected[is_token] * weights).sum(), states),
+        strict=True,
+    ):
+        torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("adapters", [False, True], ids=["full", "lora"])
+@pytest.mark.parametrize("name", SHARING_FAMILIES)
+def test_shared_prompts_give_the_values_and_gradients_of_separate_rows(name: str, adapters: bool) -> None:
+    model: Any = tiny_model(name)
+    if adapters:
+        model = add_lora(model, r=2, alpha=4, targets="all-linear", seed=0)
+        for parameter_name, parameter in model.named_parameters():
+            if "lora_B" in parameter_name:
+                nn.init.normal_(parameter, std=0.3)
+    assert can_share_rows(model)
+    forward_pass = PairPass(DPO(DPOParams()))
+    found = []
+    for batch in both_ways(pairs_with_prompts(5), [4, 0, 2, 1]):
+        model.zero_grad()
+        sums = forward_pass(model, batch)
+        sums.loss.backward()
+        found.append((sums, {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}))
+    (separate, expected), (shared, gradients) = found
+    torch.testing.assert_close(shared.loss, separate.loss, rtol=1e-5, atol=1e-5)
+    for metric, value in separate.metrics.items():
+        torch.testing.assert_close(shared.metrics[metric], value, rtol=1e-5, atol=1e-5)
+    assert expected
+    for parameter_name, gradient in expected.items():
+        torch.testing.assert_close(gradients[parameter_name], gradient, rtol=1e-3, atol=1e-5, msg=parameter_name)
+
+
+def test_separate_rows_of_a_prepared_model_are_scored_as_before() -> None:
+    prepared, plain = tiny_model("gemma3"), tiny_model("gemma3")
+    assert can_share_rows(prepared)
+    ids = torch.randint(1, VOCABULARY, (3, 10), generator=torch.Generator().manual_seed(1))
+    request = Score(torch.tensor([1, 8, 15, 28]), torch.tensor([5, 6, 7, 8]))
+    assert torch.equal(score(prepared, ids, request), score(plain, ids, request))
+    left_padded = torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1]])
+    outputs = [
+        m(input_ids=ids[:2, :4], attention_mask=left_padded).logits[left_padded.bool()] for m in (prepared, plain)
+    ]
+    assert torch.equal(*outputs)
+
+
+def test_a_model_with_attention_of_its_own_keeps_it_and_separate_rows() -> None:
+    model = tiny_model("gemma2_softcap")
+    assert not can_share_rows(model)
+    assert model.config._attn_implementation == "eager"
+
+
+def test_a_model_whose_shared_rows_differ_is_refused_and_left_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model()
+    rotary = type(model.model.rotary_emb)
+    told = rotary.forward
+    counted = lambda self, x, position_ids: told(self, x, torch.arange(x.shape[1])[None])  # noqa: E731
+    monkeypatch.setattr(rotary, "forward", counted)  # positions are counted, not told
+    assert not can_share_rows(model)
+    assert model.config._attn_implementation == "sdpa"
+    monkeypatch.undo()
+    assert can_share_rows(model)
+    assert model.config._attn_implementation == SHARING
+
+
+def trained(folder: Path, rows: ScoredRows, *, micro_batch_tokens: int = 10**6) -> tuple[Fit, nn.Module]:
+    model = tiny_model()
+    assert can_share_rows(model)
+    settings = FitSettings(
+        device="cpu", micro_batch_tokens=micro_batch_tokens, checkpoint_seconds=1e9, report_to=(),
+        progress=lambda done, total: None,
+    )  # fmt: skip
+    schedule = Schedule(epochs=2, pairs_per_step=8, activation_checkpointing=True)
+    done = fit(
+        model, DPO(DPOParams()), rows, schedule=schedule, learning_rate=1e-3, seed=3, precision="float32",
+        folder=folder, settings=settings,
+    )  # fmt: skip
+    return done, model
+
+
+def test_a_training_is_the_same_with_and_without_sharing_however_a_step_is_cut(tmp_path: Path) -> None:
+    rows = pairs_with_prompts(24)
+    sharing = dataclasses.replace(rows, shares_prompts=True)
+    plain, model = trained(tmp_path / "a", rows)
+    for number, tokens in enumerate((10**6, 60)):
+        done, other = trained(tmp_path / f"b{number}", sharing, micro_batch_tokens=tokens)
+        for one, two in zip(plain.history, done.history, strict=True):
+            assert two["loss"] == pytest.approx(one["loss"], abs=1e-5)
+            assert two["rewards/margins"] == pytest.approx(one["rewards/margins"], abs=1e-4)
+        for (name, p), q in zip(model.named_parameters(), other.parameters(), strict=True):
+            torch.testing.assert_close(q, p, rtol=1e-3, atol=1e-4, msg=name)
+
+
+def test_layout_is_moved_like_the_rest_of_a_batch() -> None:
+    _, batch = both_ways(pairs_with_prompts(3), [0, 1, 2])
+    moved = {name: part.to("meta") for name, part in batch.items()}
+    layout = shared_rows(moved)
+    assert isinstance(layout, SharedRows)
+    assert all(part.is_meta for part in layout)

@@ -1,0 +1,128 @@
+"""Several processes on one graph: each stage is built once, whoever comes, waits, fails or dies."""
+
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from io import StringIO
+from pathlib import Path
+
+import pytest
+
+from ctpd.core.store import Store
+from ctpd.pipeline.graph import Graph, Stage, Work
+from ctpd.pipeline.progress import Progress
+from ctpd.pipeline.runtime import Runtime
+from tests.fixtures.team import NUM_SINGLE, team_graph
+
+ROOT = Path(__file__).resolve().parents[2]
+MINUTES = 60.0
+TEAM = "tests.fixtures.team"
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    return Store(tmp_path)
+
+
+def run(store: Store, graph: Graph, progress: Progress | None = None) -> int:
+    return graph.run(store, runtime=Runtime(device="cpu"), progress=progress or Progress(quiet=True))
+
+
+def until(happened: "object", seconds: float = MINUTES) -> None:
+    assert callable(happened)
+    end = time.monotonic() + seconds
+    while not happened():
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
+def sleepy(name: str, built: list[tuple[str, int]], *inputs: Stage) -> Stage:
+    def build(work: Work) -> None:
+        built.append((name, threading.get_ident()))
+        time.sleep(0.2)
+        (work.folder / "text").write_text(name)
+
+    return Stage(name, 1, None, build, name, {f"input{i}": stage for i, stage in enumerate(inputs)})
+
+
+def test_two_workers_share_the_stages_and_build_none_twice(store: Store) -> None:
+    built: list[tuple[str, int]] = []
+    base = sleepy("base", built)
+    graph = Graph([sleepy("top", built, *(sleepy(f"part{i}", built, base) for i in range(6)))])
+    workers = [threading.Thread(target=run, args=(store, graph)) for _ in range(2)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join(MINUTES)
+    assert Counter(name for name, _ in built) == Counter(stage.label for stage in graph.stages)
+    assert {who for name, who in built if name.startswith("part")} == {worker.ident for worker in workers}
+    assert not graph.missing(store)
+
+
+def test_a_stage_that_another_process_builds_is_waited_for_and_the_rest_is_built(store: Store) -> None:
+    built: list[tuple[str, int]] = []
+    first, second = sleepy("first", built), sleepy("second", built)
+    shown = StringIO()
+    graph = Graph([sleepy("top", built, first, second)])
+    with store.lock(first.kind, first.key):
+        worker = threading.Thread(target=run, args=(store, graph, Progress(stream=shown)))
+        worker.start()
+        until(lambda: "Another process builds: first" in shown.getvalue())
+        assert [name for name, _ in built] == ["second"]
+    worker.join(MINUTES)
+    assert [name for name, _ in built] == ["second", "first", "top"]
+    assert shown.getvalue().count("Another process") == 1
+
+
+def test_the_stage_of_a_process_that_dies_is_built_by_another(store: Store) -> None:
+    command = [sys.executable, "-m", TEAM, str(store.root), "slow"]
+    helper = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL)
+    until(lambda: list(store.root.glob("single/*.partial/text")))
+    graph = team_graph()
+    worker = threading.Thread(target=run, args=(store, graph))
+    worker.start()
+    held = next(store.root.glob("single/*.partial/text")).parent.stem
+    until(lambda: store.has("single", next(s.key for s in graph.stages if s.kind == "single" and s.key != held)))
+    assert not store.has("single", held)
+    helper.kill()
+    helper.wait()
+    worker.join(MINUTES)
+    assert (store.open("single", held) / "text").read_text() == "0"
+    assert not graph.missing(store)
+    assert not store.partials()
+
+
+def launched(store: Store, *mode: str) -> subprocess.CompletedProcess[str]:
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    return subprocess.run(
+        [*launcher, "-m", TEAM, str(store.root), *mode],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+
+
+def test_processes_of_a_launch_build_together_what_is_built_together_and_deal_out_the_rest(store: Store) -> None:
+    done = launched(store)
+    assert done.returncode == 0, done.stderr
+    graph = team_graph()
+    assert not graph.missing(store)
+    lines = [line.split() for line in (store.root / "log").read_text().splitlines()]
+    found = Counter(name for name, _ in lines)
+    assert found == {"base": 2, "single": NUM_SINGLE, "top": 2}
+    assert {rank for name, rank in lines if name == "single"} == {"0", "1"}
+    assert (next(store.root.glob("base/*")) / "text").read_text() == "3"  # the sum of what both computed
+    assert "[1/6] base" in done.stderr
+    assert done.stderr.count("base") == 1  # one process shows progress
+    assert not store.partials()
+
+
+def test_a_failure_in_one_process_ends_all_of_a_launch(store: Store) -> None:
+    done = launched(store, "broken")
+    assert done.returncode != 0
+    assert "ValueError: the second process fails" in done.stderr
+    assert not store.artifacts()
