@@ -18,6 +18,9 @@ from jaxtyping import Float, Int
 from peft import LoraConfig, PeftModel, get_peft_model
 from tokenizers import Tokenizer
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -76,9 +79,10 @@ class _Scoring:
             identity = Head(nn.Identity(), logits_RTV.shape[-1])
             return score(Outputs(LogitRows(logits_RTV.flatten(0, 1), identity), embed))
         hidden_RTH = model.get_decoder()(*args, **kwargs, use_cache=False).last_hidden_state
-        head = Head(
-            model.get_output_embeddings(), model.config.get_text_config().vocab_size, **_logit_chain(model.config)
-        )
+        embeddings = model.get_output_embeddings()
+        if isinstance(embeddings, FSDPModule):
+            embeddings.unshard()  # it is read here and never called: nothing else would gather it
+        head = Head(embeddings, model.config.get_text_config().vocab_size, **_logit_chain(model.config))
         return score(Outputs(LogitRows(hidden_RTH.flatten(0, 1), head), embed))
 
 
@@ -318,18 +322,34 @@ def _peft_on_transformers() -> Iterator[None]:
         yield
 
 
-def save_model(model: nn.Module, folder: Path) -> None:
-    """Write a model, or only its adapter, as a transformers or PEFT directory without anything of this machine."""
+def whole_state(model: nn.Module) -> dict[str, Tensor] | None:
+    """The weights of a model whose shares lie in several processes; None if this process has them all anyway.
+
+    Every process must call it; only the first one's result is filled.
+    """
+    if not any(isinstance(parameter, DTensor) for parameter in model.parameters()):
+        return None
+    state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    own = {name for name, _ in [*model.named_parameters(), *model.named_buffers()]}
+    return {name: value for name, value in state.items() if name in own}  # tied weights once
+
+
+def save_model(model: nn.Module, folder: Path, *, state: dict[str, Tensor] | None = None) -> None:
+    """Write a model, or only its adapter, as a transformers or PEFT directory without anything of this machine.
+
+    Args:
+        state: the result of `whole_state`.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     if isinstance(model, PeftModel):
-        model.save_pretrained(str(folder))
+        model.save_pretrained(str(folder), state_dict=state)
         (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty model card
         config = json.loads((folder / "adapter_config.json").read_text())
         config["base_model_name_or_path"] = None
         (folder / "adapter_config.json").write_text(json.dumps(config, indent=2, sort_keys=True))
     else:
         model.config.use_cache = True
-        model.save_pretrained(str(folder))
+        model.save_pretrained(str(folder), state_dict=state)
 
 
 def parameter_counts(model: nn.Module) -> tuple[int, int]:

@@ -10,7 +10,9 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.func import functional_call
+from torch.nn.functional import linear
 from torch.utils.checkpoint import checkpoint
 
 from ctpd.ops.logps import token_logps, token_logps_module
@@ -39,7 +41,13 @@ class Head:
 
     def __call__(self, hidden_RH: Float[Tensor, "R H"]) -> Float[Tensor, "R V"]:
         """Logits, float32 (float64 for float64)."""
-        if self.is_constant:
+        if self.linear is not None:  # read, not called: FSDP's hooks on it are for a pass over all rows
+            weight_VH: Tensor = self.linear.weight
+            bias_V: Tensor | None = self.linear.bias
+            if self.is_constant:
+                weight_VH, bias_V = weight_VH.detach(), None if bias_V is None else bias_V.detach()
+            logits_RV = linear(hidden_RH, weight_VH, bias_V)
+        elif self.is_constant:
             constants = {name: parameter.detach() for name, parameter in self.module.named_parameters()}
             logits_RV = functional_call(self.module, constants, (hidden_RH,))
         else:
@@ -48,6 +56,13 @@ class Head:
         if self.scale != 1.0:
             logits_RV = logits_RV * self.scale
         return logits_RV if self.softcap is None else self.softcap * torch.tanh(logits_RV / self.softcap)
+
+    @property
+    def linear(self) -> nn.Linear | None:
+        """The module, where it is a plain product with its weight, which may then be read; no adapter, not quantised."""
+        kinds = type(self.module).__mro__
+        own = kinds[2] if isinstance(self.module, FSDPModule) else kinds[0]  # FSDP puts two classes before it
+        return self.module if isinstance(self.module, nn.Linear) and own is nn.Linear else None
 
     def constant(self) -> "Head":
         """The same head as a constant: gradients pass through it to the hidden states only."""
@@ -115,9 +130,9 @@ class LogitRows:
     def logps(self, targets_N: Int[Tensor, " N"]) -> Float[Tensor, " N"]:
         """Log-probability of each row's target; see `ctpd.ops.logps.token_logps`."""
         head = self.head
-        if type(head.module) is nn.Linear and not head.is_constant:
+        if head.linear is not None and not head.is_constant:
             return token_logps(
-                self.hidden, head.module.weight, targets_N, bias_V=head.module.bias, softcap=head.softcap,
+                self.hidden, head.linear.weight, targets_N, bias_V=head.linear.bias, softcap=head.softcap,
                 scale=head.scale,
             )  # fmt: skip
         plain = Head(head.module, head.width, is_constant=head.is_constant)

@@ -20,7 +20,7 @@ from ctpd.core.recipe import DataSpec, ModelSpec, PlainSpec, Schedule
 from ctpd.core.recipe import Source as PairSource
 from ctpd.core.store import RESUME_FOLDER
 from ctpd.core.world import PretrainConfig, WorldConfig
-from ctpd.models import add_lora, install_scorer, load_model, load_tokenizer, probe_scorer, save_model
+from ctpd.models import add_lora, install_scorer, load_model, load_tokenizer, probe_scorer, save_model, whole_state
 from ctpd.objectives.base import Generation, Layout, Objective, TeacherView
 from ctpd.objectives.distillation import DistillationObjective
 from ctpd.ops.weights import Signal, find_strategy, span_weights
@@ -219,6 +219,7 @@ def fit_settings(work: Work) -> FitSettings:
     return FitSettings(
         device=runtime.torch_device(), micro_batch_tokens=runtime.micro_batch_tokens,
         checkpoint_seconds=runtime.checkpoint_seconds, report_to=runtime.report_to, progress=work.progress,
+        fsdp=runtime.fsdp,
     )  # fmt: skip
 
 
@@ -294,9 +295,10 @@ def _corpus(work: Work, corpus: str) -> list[str]:
 
 
 def _save_trained(work: Work, model: Any) -> None:
-    """The weights, from the one process that writes."""
+    """The weights, from the one process that writes; all of them hand in their shares."""
+    state = whole_state(model)
     if work.writes:
-        save_model(model, work.folder / MODEL_FOLDER)
+        save_model(model, work.folder / MODEL_FOLDER, state=state)
 
 
 def _finish_training(work: Work, done: Fit) -> None:

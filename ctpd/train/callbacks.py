@@ -6,6 +6,8 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from ctpd.core.processes import processes
+
 
 class ReportProgress(TrainerCallback):
     """Tells the pipeline's bar how far the training is."""
@@ -31,7 +33,7 @@ class EvaluateOften(TrainerCallback):
 
 
 class SaveByTime(TrainerCallback):
-    """Asks for a resume state whenever ``seconds`` have passed since the last one.
+    """Asks for a resume state whenever ``seconds`` have passed since the last one, by the first process's clock.
 
     Metrics are logged at the same step, so that none is on the way while the state is written.
     """
@@ -41,6 +43,7 @@ class SaveByTime(TrainerCallback):
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Ask when the time has come; the last step saves the result itself."""
-        if state.global_step < state.max_steps and time.monotonic() - self._last >= self._seconds:
+        is_due = state.global_step < state.max_steps and time.monotonic() - self._last >= self._seconds
+        if processes().agree(int(is_due)):
             control.should_save = control.should_log = True
             self._last = time.monotonic()

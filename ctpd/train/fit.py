@@ -7,12 +7,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from accelerate.utils import DistributedType
 from torch import nn
+from torch.distributed.fsdp import MixedPrecisionPolicy
 from transformers import PrinterCallback, TrainingArguments
-from transformers.trainer_utils import get_last_checkpoint
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
 
 from ctpd.core.errors import UserError
-from ctpd.core.recipe import Schedule
+from ctpd.core.processes import processes
+from ctpd.core.recipe import FsdpSpec, Schedule
 from ctpd.models import parameter_counts, weight_mebibytes
 from ctpd.objectives.base import Objective
 from ctpd.train.callbacks import EvaluateOften, ReportProgress, SaveByTime
@@ -32,6 +35,7 @@ class FitSettings:
     checkpoint_seconds: float
     report_to: tuple[str, ...]
     progress: Callable[[int, int], None]
+    fsdp: FsdpSpec | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,8 +76,10 @@ def fit(
         folder: where resume states are written; removed by the caller with the rest of the partial artifact.
 
     Raises:
-        UserError: fewer items than one step.
+        UserError: fewer items than one step, or the weights cannot be shared out as `settings.fsdp` asks.
     """
+    if settings.fsdp is not None:
+        _refuse_unshared(model, objective)
     steps_per_epoch = len(rows) // schedule.pairs_per_step
     if steps_per_epoch == 0:
         raise UserError(
@@ -110,10 +116,45 @@ def fit(
         ],
     )
     trainer.remove_callback(PrinterCallback)
+    if settings.fsdp is not None:
+        _refuse_copies(trainer)
     reset_peak()
     start = time.monotonic()
-    trainer.train(resume_from_checkpoint=get_last_checkpoint(str(folder)) if folder.is_dir() else None)
+    trainer.train(resume_from_checkpoint=_last_state(folder))
     return _outcome(trainer, model, objective, seconds=time.monotonic() - start)
+
+
+def _last_state(folder: Path) -> str | None:
+    """The resume state that the first process finds: others may see a shared folder late."""
+    found = get_last_checkpoint(str(folder)) if folder.is_dir() else None
+    step = processes().agree(-1 if found is None else int(Path(found).name.removeprefix(f"{PREFIX_CHECKPOINT_DIR}-")))
+    return None if step < 0 else str(folder / f"{PREFIX_CHECKPOINT_DIR}-{step}")
+
+
+def _refuse_unshared(model: nn.Module, objective: Objective) -> None:
+    if not all(parameter.is_floating_point() for parameter in model.parameters()):
+        raise UserError(
+            "FSDP is not tried with weights of 4 bits", fix="Give `lora.base: bfloat16`, or take `fsdp` out"
+        )
+    if processes().world == 1:
+        raise UserError(
+            "FSDP shares a model out over processes, and there is one process", fix="Give `--num-processes`"
+        )
+    if any(True for _ in objective.parameters()):
+        raise UserError(
+            "the method has parameters of its own, and these cannot be shared out over the processes with the model's",
+            fix="Take `fsdp` out of the recipe's `launch` block: each process then holds the whole model",
+        )
+
+
+def _refuse_copies(trainer: PreferenceTrainer) -> None:
+    """Refuse to go on where accelerate has put FSDP aside, which it does without a word."""
+    found = trainer.accelerator.distributed_type
+    if found != DistributedType.FSDP:
+        raise UserError(
+            f"the recipe's `launch` block asks for FSDP, and accelerate would train with {found.value} here",
+            fix="FSDP needs a GPU for each process; without one take `fsdp` out of the `launch` block",
+        )
 
 
 def _outcome(trainer: PreferenceTrainer, model: nn.Module, objective: Objective, *, seconds: float) -> Fit:
@@ -169,8 +210,15 @@ def _arguments(
         "dataloader_pin_memory": settings.device.startswith("cuda"),
         "remove_unused_columns": False,
         "log_level": "error",
+        "ddp_find_unused_parameters": False,  # every parameter that is trained has a gradient in every pass
     }
+    if settings.fsdp is not None:
+        execution |= _shares(settings.fsdp, checkpointing=shape.pop("activation_checkpointing"))
     arguments = TrainingArguments(**shape, **execution)
+    arguments._n_gpu = min(arguments.n_gpu, 1)  # never the library's DataParallel: a process trains on one device
+    if settings.fsdp is not None:
+        # Weights are gathered and gradients added as float32; autocast rounds what a single process would round.
+        arguments.fsdp_plugin_args["mixed_precision_policy"] = MixedPrecisionPolicy()
     micro_batch = micro_batch_size(
         rows.item_lengths,
         rows=rows.items.shape[1],
@@ -183,3 +231,19 @@ def _arguments(
     arguments.per_device_eval_batch_size = micro_batch
     arguments.gradient_accumulation_steps = schedule.pairs_per_step // (micro_batch * arguments.world_size)
     return arguments
+
+
+def _shares(spec: FsdpSpec, *, checkpointing: bool) -> dict[str, Any]:
+    """The library's arguments for FSDP2."""
+    config: dict[str, Any] = {
+        "version": 2,
+        "reshard_after_forward": True,
+        "cpu_offload": spec.offload,
+        "state_dict_type": "SHARDED_STATE_DICT",  # of resume states: no process ever holds all of one
+        "activation_checkpointing": checkpointing,
+    }
+    if spec.wrap:
+        config["transformer_layer_cls_to_wrap"] = list(spec.wrap)
+    # Gradients are shared out after each micro-batch: whole ones, as large as the model, would wait in each process.
+    accumulation = {"gradient_accumulation_kwargs": {"sync_each_batch": True}}
+    return {"fsdp": True, "fsdp_config": config, "accelerator_config": accumulation}

@@ -2,7 +2,10 @@
 
 from pathlib import Path
 
+import numpy as np
 import torch
+
+from ctpd.core.processes import processes
 
 _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
@@ -16,7 +19,16 @@ def reset_peak() -> None:
 
 
 def peak_mebibytes() -> float | None:
-    """The peak since `reset_peak`; None where the platform does not tell."""
+    """The peak since `reset_peak`, the largest among a launch's processes; None where the platform does not tell."""
+    ranks = processes()
+    peaks = np.zeros(ranks.world)
+    own = _own_peak()
+    peaks[ranks.rank] = np.nan if own is None else own
+    highest = float(ranks.joined(peaks).max())
+    return None if np.isnan(highest) else highest
+
+
+def _own_peak() -> float | None:
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**20
     if not _STATUS.exists():

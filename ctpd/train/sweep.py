@@ -11,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from ctpd.core.processes import processes
 from ctpd.models import Outputs
 from ctpd.ops.boundaries import boundary_logps
 
@@ -62,37 +63,70 @@ def sweep(
     max_tokens: int,
     progress: Callable[[int, int], None],
 ) -> dict[str, NDArray[np.generic]]:
-    """What ``measure`` keeps of the scored tokens, in their order.
+    """What ``measure`` keeps of the scored tokens, in their order; the processes of a launch share the batches.
 
     Rows go through the model longest first, as many at a time as fit ``max_tokens`` when padded: an out-of-memory
-    error, if any, comes at once, and little is padded.
+    error, if any, comes at once, and little is padded. Batches are cut before they are dealt, so that no number
+    depends on how many processes there are; each of them gets the whole result.
     """
-    device = next(model.parameters()).device
-    lengths = np.diff(row_starts)
-    order = np.argsort(-lengths, kind="stable")
+    ranks = processes()
+    batches = _batches(np.diff(row_starts), max_tokens)
+    rows_done = np.cumsum([len(rows) for rows in batches])
     place = np.cumsum(scored) - 1
     result: dict[str, NDArray[np.generic]] = {}
+    # One with nothing to do measures the first batch for its arrays' shapes, which must be the same in all of them.
+    for number in range(ranks.rank, len(batches), ranks.world) if ranks.rank < len(batches) else [0][: len(batches)]:
+        tokens_N, kept = _measured(model, input_ids, row_starts, scored, rows=batches[number], measure=measure)
+        for name, values in kept.items():
+            if name not in result:
+                result[name] = np.zeros((int(scored.sum()), *values.shape[1:]), dtype=values.dtype)
+            if number % ranks.world == ranks.rank:
+                result[name][place[tokens_N]] = values
+        progress(int(rows_done[min(number + ranks.world, len(batches)) - 1]), int(rows_done[-1]))
+    return {name: _joined(values) for name, values in sorted(result.items())}
+
+
+def _batches(lengths: NDArray[np.int64], max_tokens: int) -> list[NDArray[np.int64]]:
+    """The rows of each batch, longest first."""
+    order = np.argsort(-lengths, kind="stable")
+    batches = []
     done = 0
     while done < len(order):
-        width = int(lengths[order[done]])
-        rows = order[done : done + max(1, max_tokens // width)]
-        token = row_starts[rows][:, None] + np.arange(width)[None, :]
-        inside = np.arange(width)[None, :] < lengths[rows][:, None]
-        token = np.where(inside, token, 0)
-        ids_RT = np.where(inside, input_ids[token], 0).astype(np.int64)
-        wanted_RT = inside & scored[token]
-        index_N = np.flatnonzero(wanted_RT)
-        predictors_N = torch.from_numpy(index_N - 1).to(device)
-        targets_N = torch.from_numpy(ids_RT.reshape(-1)[index_N]).to(device)
+        batches.append(order[done : done + max(1, max_tokens // int(lengths[order[done]]))])
+        done += len(batches[-1])
+    return batches
 
-        def use(outputs: Outputs, predictors_N: Tensor = predictors_N, targets_N: Tensor = targets_N) -> Any:
-            return measure(outputs, predictors_N, targets_N)
 
-        for name, values in model(input_ids=torch.from_numpy(ids_RT).to(device), score=use).items():
-            kept = (values.float() if values.is_floating_point() else values).cpu().numpy()
-            if name not in result:
-                result[name] = np.zeros((int(scored.sum()), *kept.shape[1:]), dtype=kept.dtype)
-            result[name][place[token[wanted_RT]]] = kept
-        done += len(rows)
-        progress(done, len(order))
-    return result
+def _measured(
+    model: nn.Module,
+    input_ids: NDArray[np.int32],
+    row_starts: NDArray[np.int64],
+    scored: NDArray[np.bool_],
+    *,
+    rows: NDArray[np.int64],
+    measure: Measure,
+) -> tuple[NDArray[np.int64], dict[str, NDArray[np.generic]]]:
+    """The scored tokens of one batch, as indices into ``input_ids``, and what is kept of them."""
+    device = next(model.parameters()).device
+    lengths = np.diff(row_starts)[rows]
+    token_RT = row_starts[rows][:, None] + np.arange(lengths.max())[None, :]
+    inside_RT = np.arange(lengths.max())[None, :] < lengths[:, None]
+    token_RT = np.where(inside_RT, token_RT, 0)
+    ids_RT = np.where(inside_RT, input_ids[token_RT], 0).astype(np.int64)
+    wanted_RT = inside_RT & scored[token_RT]
+    index_N = np.flatnonzero(wanted_RT)
+    predictors_N = torch.from_numpy(index_N - 1).to(device)
+    targets_N = torch.from_numpy(ids_RT.reshape(-1)[index_N]).to(device)
+
+    def use(outputs: Outputs) -> Any:
+        return measure(outputs, predictors_N, targets_N)
+
+    kept = model(input_ids=torch.from_numpy(ids_RT).to(device), score=use)
+    return token_RT[wanted_RT], {
+        name: (values.float() if values.is_floating_point() else values).cpu().numpy() for name, values in kept.items()
+    }
+
+
+def _joined(part: NDArray[np.generic]) -> NDArray[np.generic]:
+    """An array of which each process has filled its own places. Added as integers: -0.0 + 0.0 would be another zero."""
+    return processes().joined(part.view(f"i{part.dtype.itemsize}")).view(part.dtype)

@@ -126,6 +126,10 @@ class PreferenceTrainer(Trainer):
             model.add_module(OBJECTIVE, objective)
         super().__init__(model=model, args=args, train_dataset=Items(len(rows)), callbacks=callbacks)
         objective.to(self.args.device)
+        if self.is_fsdp_enabled and self.args.bf16:
+            # accelerate puts this around every other model's forward. Without the cache: it would keep all weights.
+            autocast = torch.autocast(self.args.device.type, torch.bfloat16, cache_enabled=False)
+            model.forward = autocast(model.forward)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """The library's, with the objective's parameters in a group of their own where they have a step size."""
@@ -190,20 +194,23 @@ class PreferenceTrainer(Trainer):
         return sums.loss * (self.args.world_size / num_items_in_batch)
 
     def evaluate(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> dict[str, float]:
-        """The objective's loss and metrics over `eval_rows`, logged with the prefix `eval_`."""
+        """The objective's loss and metrics over `eval_rows`, shared by the processes, logged with the prefix `eval_`."""
         if self.eval_rows is None:
             return {}
         self.model.eval()
-        size = self.args.per_device_eval_batch_size
+        size, world, rank = self.args.per_device_eval_batch_size, self.args.world_size, self.args.process_index
         order = torch.from_numpy(self.eval_rows.item_lengths).argsort(descending=True, stable=True).tolist()
         with torch.no_grad(), self.compute_loss_context_manager():
-            for start in range(0, len(order), size):
-                batch = self._prepare_inputs(self.eval_rows.collate(order[start : start + size]))
+            for first in range(0, len(order), size * world):
+                own = order[first + rank * size : first + (rank + 1) * size]
+                # One with nothing left takes part all the same: weights may lie in all processes. It adds nothing.
+                batch = self._prepare_inputs(self.eval_rows.collate(own or order[:size]))
                 sums = self._sums(self.model, batch)
-                self._accumulate(f"{metric_key_prefix}_", sums, batch)
-                self._add(f"{metric_key_prefix}_loss", sums.loss, float(sums.count))
+                counts = bool(own)
+                self._accumulate(f"{metric_key_prefix}_", sums, batch, counts=counts)
+                self._add(f"{metric_key_prefix}_loss", sums.loss, float(sums.count), counts=counts)
         self.model.train()
-        metrics = self._drain(f"{metric_key_prefix}_", gather=False)
+        metrics = self._drain(f"{metric_key_prefix}_")
         self.log(metrics)
         # Without it the request stands until the next step, and the library evaluates again where an epoch ends.
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
@@ -212,7 +219,7 @@ class PreferenceTrainer(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the metrics gathered since the last call; the only place where the device is waited for."""
         if "loss" in logs:
-            logs |= self._drain("", gather=True) | self._constants
+            logs |= self._drain("") | self._constants
         super().log(logs, start_time)
 
     def floating_point_ops(self, inputs: Batch) -> int:
@@ -229,17 +236,18 @@ class PreferenceTrainer(Trainer):
         }
         return counts[self.objective.counts]()
 
-    def _accumulate(self, prefix: str, sums: Sums, batch: Batch) -> None:
+    def _accumulate(self, prefix: str, sums: Sums, batch: Batch, *, counts: bool = True) -> None:
         num_items = len(batch["unit"]) // len(self.objective.sides)
         for name, value in sums.metrics.items():
-            self._add(f"{prefix}{name}", value, num_items)
+            self._add(f"{prefix}{name}", value, num_items, counts=counts)
 
-    def _add(self, name: str, value: Tensor, count: float) -> None:
-        """Add without waiting for the device."""
+    def _add(self, name: str, value: Tensor, count: float, *, counts: bool) -> None:
+        """Add without waiting for the device; with ``counts`` off, only make the name known."""
         total, number = self._running.get(name, (0.0, 0.0))
-        self._running[name] = (value.detach().double() + total, number + count)
+        own = value.detach().double() if counts else torch.zeros_like(value, dtype=torch.float64)
+        self._running[name] = (own + total, number + count * counts)
 
-    def _drain(self, prefix: str, *, gather: bool) -> dict[str, float]:
+    def _drain(self, prefix: str) -> dict[str, float]:
         names = sorted(
             name for name in self._running if name.startswith(prefix) and (prefix or not name.startswith("eval_"))
         )
@@ -248,7 +256,7 @@ class PreferenceTrainer(Trainer):
         found = [self._running.pop(name) for name in names]
         sums = torch.stack([total for total, _ in found])
         totals = torch.stack([sums, sums.new_tensor([count for _, count in found])], dim=1)
-        if gather and self.args.world_size > 1:
+        if self.args.world_size > 1:
             totals = self.accelerator.gather(totals[None]).sum(dim=0)
         means = (totals[:, 0] / totals[:, 1]).tolist()
         return dict(zip(names, means, strict=True))

@@ -1,0 +1,184 @@
+"""Memory of a training or a sweep, from a model's shape: the table of docs/scale.md (`python scripts/memory.py`).
+
+Only arithmetic: what the formulas leave out is in docs/scale.md. Weights in training are float32, under autocast to
+bfloat16. All sizes are bytes for one GPU until they are printed; 1 GiB is 2**30 bytes.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+GIB = 2**30
+FLOAT32, BFLOAT16 = 4, 2
+RESERVED = 1.5 * GIB  # CUDA's context and the libraries' workspaces; a guess
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shape:
+    """A dense decoder of the Llama or Qwen2 family."""
+
+    vocabulary: int
+    hidden: int
+    intermediate: int
+    layers: int
+    heads: int
+    kv_heads: int
+    tied: bool
+    qkv_bias: bool = False
+
+    @property
+    def kv_width(self) -> int:
+        """Columns of the keys, and of the values."""
+        return self.hidden // self.heads * self.kv_heads
+
+    @property
+    def head(self) -> int:
+        """Weights of the output embedding."""
+        return self.vocabulary * self.hidden
+
+    @property
+    def layer(self) -> int:
+        """Weights of one layer."""
+        attention = 2 * self.hidden**2 + 2 * self.hidden * self.kv_width
+        bias = self.hidden + 2 * self.kv_width if self.qkv_bias else 0
+        return attention + bias + 3 * self.hidden * self.intermediate + 2 * self.hidden
+
+    @property
+    def weights(self) -> int:
+        """All weights, tied ones once."""
+        return self.layers * self.layer + self.hidden + self.head * (1 if self.tied else 2)
+
+    def adapters(self, r: int) -> int:
+        """Weights of LoRA adapters of rank ``r`` on all linear layers."""
+        square, keys = self.hidden + self.hidden, self.hidden + self.kv_width
+        return self.layers * r * (2 * square + 2 * keys + 3 * (self.hidden + self.intermediate))
+
+    @property
+    def saved_by_layer(self) -> int:
+        """Bytes a token that one layer saves for the backward pass, under autocast; measured in test_memory.py."""
+        return 30 * self.hidden + 8 * self.intermediate + 4 * self.kv_width + 4 * self.heads + 8
+
+
+SHAPES = {
+    "Llama-3.2-1B": Shape(
+        vocabulary=128256, hidden=2048, intermediate=8192, layers=16, heads=32, kv_heads=8, tied=True
+    ),
+    "Llama-3.1-8B": Shape(
+        vocabulary=128256, hidden=4096, intermediate=14336, layers=32, heads=32, kv_heads=8, tied=False
+    ),
+    "Qwen2.5-7B": Shape(
+        vocabulary=152064, hidden=3584, intermediate=18944, layers=28, heads=28, kv_heads=4, tied=False, qkv_bias=True
+    ),
+    "Qwen2.5-14B": Shape(
+        vocabulary=152064, hidden=5120, intermediate=13824, layers=48, heads=40, kv_heads=8, tied=False, qkv_bias=True
+    ),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Training:
+    """How a student is trained.
+
+    Attributes:
+        tokens: padded tokens of one forward and backward pass (`micro_batch_tokens`, or one long pair).
+        lora: the adapters' rank; None for full fine-tuning.
+        base: bytes of a frozen weight (`lora.base`).
+        checkpointing: whether layers are computed again in the backward pass.
+        shares: over how many processes FSDP shares the weights out; 1 for none, DDP included.
+    """
+
+    tokens: int = 16384
+    lora: int | None = None
+    base: float = FLOAT32
+    checkpointing: bool = True
+    shares: int = 1
+    ddp: bool = False
+
+
+def training_bytes(shape: Shape, training: Training) -> dict[str, float]:
+    """The parts of a training's peak on one GPU; the scorer's tile is left to `head_bytes`."""
+    trained = shape.weights if training.lora is None else shape.adapters(training.lora)
+    frozen = 0 if training.lora is None else shape.weights
+    whole_layer, whole_head = FLOAT32 * shape.layer, FLOAT32 * shape.head * (1 if shape.tied else 2)
+    # FSDP: the embeddings, this layer and the next one gathered, with one layer's and the embeddings' whole gradients.
+    gathered = 3 * whole_layer + 2 * whole_head if training.shares > 1 else 0
+    saved = shape.saved_by_layer * (1 if training.checkpointing else shape.layers)
+    inputs = FLOAT32 * shape.hidden * (shape.layers if training.checkpointing else 0)
+    # A rounded copy of each weight: autocast's cache holds all of them, the backward pass those of what is not repeated.
+    copied_all = not training.checkpointing or (training.lora is None and training.shares == 1)
+    copies = 0 if frozen and training.base < FLOAT32 else BFLOAT16 * shape.layer * (shape.layers if copied_all else 1)
+    return {
+        "weights": (FLOAT32 * trained + training.base * frozen) / training.shares,
+        "gradients": FLOAT32 * trained * (2 if training.ddp else 1) / training.shares,
+        "AdamW": 2 * FLOAT32 * trained / training.shares,
+        "gathered": gathered,
+        "copies": copies,
+        "activations": training.tokens * (saved + inputs),
+        "head": shape.head * (BFLOAT16 + (FLOAT32 if training.lora is None else 0)),
+    }
+
+
+def tile_bytes(available: float) -> float:
+    """The scorer's tile on a GPU with so much memory (`ctpd.ops.logps.tile_bytes_for`), and its rounded copy."""
+    return min(max(available / 128, 64 * 2**20), GIB) * (1 + BFLOAT16 / FLOAT32)
+
+
+def sweep_bytes(shape: Shape, *, tokens: int = 32768) -> dict[str, float]:
+    """The parts of a signal's peak: a frozen model in bfloat16, and what one layer has at once."""
+    layer = tokens * BFLOAT16 * (4 * shape.hidden + 3 * shape.intermediate + 2 * shape.kv_width)
+    return {"weights": BFLOAT16 * shape.weights, "activations": layer, "head": 0}
+
+
+CASES: dict[str, tuple[tuple[str, str, Training | None], ...]] = {
+    "1 x 24 GB": (
+        ("teacher's signals", "Qwen2.5-7B", None),
+        ("teacher's signals", "Qwen2.5-14B", None),
+        ("full", "Llama-3.2-1B", Training(tokens=4096)),
+        ("LoRA, rank 16", "Llama-3.2-1B", Training(lora=16, tokens=4096)),
+        ("LoRA, rank 16", "Llama-3.1-8B", Training(lora=16, tokens=4096)),
+        ("LoRA, rank 16, bfloat16 base", "Llama-3.1-8B", Training(lora=16, base=BFLOAT16, tokens=4096)),
+    ),
+    "1 x 80 GB": (
+        ("teacher's signals", "Qwen2.5-7B", None),
+        ("teacher's signals", "Qwen2.5-14B", None),
+        ("full", "Llama-3.2-1B", Training()),
+        ("full, not checkpointed", "Llama-3.2-1B", Training(checkpointing=False)),
+        ("LoRA, rank 16", "Llama-3.1-8B", Training(lora=16)),
+        ("full", "Llama-3.1-8B", Training()),
+        ("teacher's SFT, LoRA, rank 16", "Qwen2.5-7B", Training(lora=16)),
+        ("teacher's SFT, LoRA, rank 16", "Qwen2.5-14B", Training(lora=16, tokens=4096)),
+        ("the same, bfloat16 base", "Qwen2.5-14B", Training(lora=16, base=BFLOAT16)),
+    ),
+    "8 x 80 GB": (
+        ("full, DDP", "Llama-3.2-1B", Training(ddp=True)),
+        ("full, FSDP", "Llama-3.1-8B", Training(shares=8)),
+        ("full, FSDP, not checkpointed", "Llama-3.1-8B", Training(shares=8, checkpointing=False, tokens=4096)),
+        ("teacher's SFT, full, FSDP", "Qwen2.5-7B", Training(shares=8)),
+        ("teacher's SFT, full, FSDP", "Qwen2.5-14B", Training(shares=8)),
+    ),
+}  # fmt: skip
+PARTS = ("weights", "gradients", "AdamW", "gathered", "copies", "activations", "head")
+
+
+def table() -> Iterator[str]:
+    """The rows of the table in docs/scale.md, in GiB for one GPU."""
+    yield "| GPUs | what | model | tokens a pass | " + " | ".join([*PARTS, "sum", "fits"]) + " |"
+    yield "|---" * 4 + "|---:" * (len(PARTS) + 1) + "|---|"
+    for gpus, cases in CASES.items():
+        available = float(gpus.split()[2]) * 1e9
+        for what, name, training in cases:
+            tokens = 32768 if training is None else training.tokens
+            parts = sweep_bytes(SHAPES[name]) if training is None else training_bytes(SHAPES[name], training)
+            parts["head"] += tile_bytes(available)
+            total = math.fsum(parts.values())
+            cells = [_gib(parts.get(part, 0)) for part in PARTS]
+            fits = "yes" if total + RESERVED <= available else "**no**"
+            yield f"| {gpus} | {what} | {name} | {tokens} | " + " | ".join([*cells, _gib(total), fits]) + " |"
+
+
+def _gib(size: float) -> str:
+    return f"{size / GIB:.1f}" if size else ""
+
+
+if __name__ == "__main__":
+    print("\n".join(table()))
