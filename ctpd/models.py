@@ -346,6 +346,8 @@ def save_model(model: nn.Module, folder: Path, *, state: dict[str, Tensor] | Non
         (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty model card
         config = json.loads((folder / "adapter_config.json").read_text())
         config["base_model_name_or_path"] = None
+        if isinstance(config["target_modules"], list):
+            config["target_modules"].sort()  # PEFT writes a set
         (folder / "adapter_config.json").write_text(json.dumps(config, indent=2, sort_keys=True))
     else:
         model.config.use_cache = True

@@ -120,11 +120,13 @@ def helpers(argv: Sequence[str], *, jobs: int, device: str, quiet: bool) -> Iter
         try:
             for number in range(1, jobs):
                 log = Path(name) / f"{number}.log"
-                own = f"cuda:{number % gpus}" if gpus else device
-                command = [sys.executable, "-m", "ctpd", *_helping(argv, device=own)]
+                command = [sys.executable, "-m", "ctpd", *_helping(argv, device=device)]
                 with log.open("wb") as stderr:
                     helper = subprocess.Popen(
-                        command, stdout=subprocess.DEVNULL, stderr=stderr, env={**os.environ, **environment}
+                        command,
+                        stdout=subprocess.DEVNULL,
+                        stderr=stderr,
+                        env={**os.environ, **environment, **_only_gpu(number % gpus if gpus else None)},
                     )
                 started.append((helper, log))
             torch.set_num_threads(int(environment.get("OMP_NUM_THREADS", threads)))
@@ -169,6 +171,14 @@ def _without(argv: Sequence[str], *, values: Sequence[str], flags: Sequence[str]
         else:
             left.append(word)
     return left
+
+
+def _only_gpu(number: int | None) -> dict[str, str]:
+    """What shows a process one GPU of those that this one sees: the trainer's library takes the first that it sees."""
+    if number is None:
+        return {}
+    seen = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return {"CUDA_VISIBLE_DEVICES": seen.split(",")[number] if seen else str(number)}
 
 
 def _threads(count: int) -> dict[str, str]:

@@ -105,3 +105,11 @@ def test_a_wrong_launch_block_is_refused(block: str, tmp_path: Path) -> None:
     path.write_text(shipped_recipes()["testbed-smoke"].read_text(encoding="utf-8") + f"\nlaunch: {block}\n")
     with pytest.raises(UserError, match=r"launch\."):
         load_recipe(path)
+
+
+def test_a_helper_sees_one_gpu_of_those_that_this_process_sees(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert launch._only_gpu(None) == {}
+    assert launch._only_gpu(2) == {"CUDA_VISIBLE_DEVICES": "2"}
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,6,7")
+    assert launch._only_gpu(2) == {"CUDA_VISIBLE_DEVICES": "7"}
