@@ -126,13 +126,17 @@ def score(
         shared: `input_ids` are packed sequences [P, W] of rows that begin alike, and the predictors count in them; the
             model must have passed `ctpd.train.sharing.can_share_rows`.
     """
-    layout: dict[str, Any] = {}
-    if shared is not None:
-        # A mask of four dimensions is handed through to attention, which ignores it: each row is plainly causal.
-        nothing = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=input_ids.device)
-        layout = {"position_ids": shared.positions, "attention_mask": nothing, "shared_rows": shared}
-    logps_N: Tensor = model(input_ids=input_ids, score=request, **layout)
+    logps_N: Tensor = model(input_ids=input_ids, score=request, **row_layout(shared, input_ids))
     return logps_N
+
+
+def row_layout(shared: SharedRows | None, input_ids: Int[Tensor, "R T"]) -> dict[str, Any]:
+    """What a model's `forward` is told of packed sequences; nothing of separate rows."""
+    if shared is None:
+        return {}
+    # A mask of four dimensions is handed through to attention, which ignores it: each row is plainly causal.
+    nothing = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=input_ids.device)
+    return {"position_ids": shared.positions, "attention_mask": nothing, "shared_rows": shared}
 
 
 @torch.no_grad()

@@ -111,7 +111,7 @@ def signals(work: Work, *, model: ModelRef, precision: str) -> None:
     logps = np.zeros(len(rows.input_ids), dtype=np.float32)
     logps[rows.unit >= 0] = sweep(
         loaded, rows.input_ids, rows.row_starts, rows.unit >= 0, measure=log_probabilities,
-        max_tokens=work.runtime.signal_batch_tokens, progress=work.progress,
+        max_tokens=work.runtime.signal_batch_tokens, progress=work.progress, shares_prompts=can_share_rows(loaded),
     )["logps"]  # fmt: skip
     if work.writes:
         save_file({"logps": logps}, work.folder / SIGNAL)

@@ -27,6 +27,7 @@ from ctpd.text.pairs import Pair
 from ctpd.text.prepare import PreparedPairs
 from ctpd.train.collator import ScoredRows
 from ctpd.train.distill import DistillPass, DistillRows
+from ctpd.train.sharing import can_share_rows
 from ctpd.train.sweep import TOP_LOGPS, sweep, top, with_boundary
 from ctpd.train.trainer import ForwardPass, Rows
 
@@ -46,7 +47,7 @@ def distributions(work: Work, *, prepared: PreparedPairs, model: ModelRef, view:
         measure = top(view.top_k, view.temperature)
     kept = sweep(
         loaded, rows.input_ids, rows.row_starts, rows.unit >= 0, measure=measure,
-        max_tokens=work.runtime.signal_batch_tokens, progress=work.progress,
+        max_tokens=work.runtime.signal_batch_tokens, progress=work.progress, shares_prompts=can_share_rows(loaded),
     )  # fmt: skip
     if work.writes:
         save_file(kept, work.folder / DISTRIBUTIONS)

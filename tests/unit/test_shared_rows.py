@@ -16,6 +16,7 @@ from ctpd.ops.shared_rows import MOST_OF_SEPARATE, SharedRows, attend_apart, sha
 from ctpd.train.collator import ScoredRows, shared_rows
 from ctpd.train.fit import Fit, FitSettings, fit
 from ctpd.train.sharing import SHARING, can_share_rows
+from ctpd.train.sweep import Measure, _planned, log_probabilities, sweep, top, with_boundary
 from ctpd.train.trainer import PairPass
 from tests.fixtures.tiny import CONFIGS, VOCABULARY, tiny_model
 
@@ -220,3 +221,42 @@ def test_layout_is_moved_like_the_rest_of_a_batch() -> None:
     layout = shared_rows(moved)
     assert isinstance(layout, SharedRows)
     assert all(part.is_meta for part in layout)
+
+
+MEASURES: dict[str, Measure] = {
+    "log-probabilities": log_probabilities, "top": top(3, 2.0), "with boundary": with_boundary([1, 5, 9]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MEASURES)
+def test_a_sweep_over_pairs_that_share_prompts_keeps_what_one_over_rows_keeps(name: str) -> None:
+    model = tiny_model("gemma3")
+    assert can_share_rows(model)
+    rows = pairs_with_prompts(7, prompt=(9, 14))
+    read: list[int] = []
+    hook = model.get_input_embeddings().register_forward_hook(lambda _module, ids, _out: read.append(ids[0].numel()))
+    found = []
+    for shares in (False, True):
+        read.clear()
+        kept = sweep(
+            model, rows.input_ids, rows.row_starts, rows.unit >= 0, measure=MEASURES[name], max_tokens=70,
+            progress=lambda done, total: None, shares_prompts=shares,
+        )  # fmt: skip
+        found.append((kept, sum(read)))
+    hook.remove()
+    (separate, num_separate), (shared, num_shared) = found
+    assert num_shared <= MOST_OF_SEPARATE * num_separate
+    assert separate.keys() == shared.keys()
+    for key, values in separate.items():
+        np.testing.assert_allclose(shared[key], values, rtol=1e-4, atol=1e-5, err_msg=key)
+
+
+def test_a_sweep_leaves_rows_apart_where_sharing_would_compute_more() -> None:
+    """A long and a short response: sorted alone they are padded less than as pairs of one prompt token."""
+    lengths = np.tile([4, 40], 8)
+    starts = np.concatenate([[0], np.cumsum(lengths)])
+    scored = np.ones(starts[-1], dtype=bool)
+    scored[starts[:-1]] = False
+    batches, shares = _planned(starts, scored, max_tokens=80, shares_prompts=True)
+    assert not shares
+    assert sorted(np.concatenate(batches).tolist()) == list(range(16))
