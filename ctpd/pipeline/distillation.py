@@ -14,13 +14,14 @@ from transformers import GenerationConfig
 
 from ctpd.core.errors import UserError
 from ctpd.core.recipe import DataSpec
-from ctpd.models import load_model, load_tokenizer, model_sizes, probe_scorer
+from ctpd.models import load_model, load_tokenizer, model_sizes
 from ctpd.objectives.base import Generation, TeacherView
 from ctpd.objectives.distillation import DistillationObjective, ModelFacts
 from ctpd.ops.boundaries import boundary_ids
 from ctpd.pipeline.graph import Work
 from ctpd.pipeline.references import WRITTEN, LocatedModel, ModelRef
 from ctpd.pipeline.rows import scored_rows, token_rows
+from ctpd.probes import probe_scorer
 from ctpd.text.blocks import TokenRows
 from ctpd.text.edit_distance import edit_distance_pairing
 from ctpd.text.pairs import Pair
