@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 export HF_HUB_DISABLE_TELEMETRY := 1
 export TOKENIZERS_PARALLELISM := false
 
-BENCHMARKS := step head roofline scaling sharing alignment pipeline
+BENCHMARKS := step evaluation roofline sharing head scaling alignment pipeline
 
 .PHONY: setup demo test check unit e2e regression record-regression ci bench bench-quick real-models clean
 

@@ -17,8 +17,8 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.common import ROOT, Found, Side, alternate, arguments, either, ratios
 from benchmarks.figures import Bar, bars
+from benchmarks.measuring import ROOT, Found, Side, alternate, arguments, either, ratios
 from benchmarks.report import Claim, Result, Table, spread, write
 
 DATA = ROOT.parent / "shared" / "data" / "preference" / "ultrafeedback_binarized_train1000.parquet"

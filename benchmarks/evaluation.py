@@ -9,7 +9,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import Found, Side, alternate, arguments, median_of, ratios
+from benchmarks.measuring import Found, Side, alternate, arguments, median_of, ratios
 from benchmarks.report import Claim, Result, Table, spread, write
 from ctpd.core.world import WorldConfig
 from harness.suites import Column, load_suite

@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import Meter, child
+from benchmarks.measuring import Meter, child
 
 
 def measure(config: dict[str, Any]) -> dict[str, Any]:

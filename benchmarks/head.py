@@ -6,8 +6,8 @@ All get the same hidden states, output embedding and targets, and must give the 
 import math
 from typing import Any
 
-from benchmarks.common import Meter, Side, alternate, arguments, either, median_of, ratios
 from benchmarks.figures import Bar, bars
+from benchmarks.measuring import Meter, Side, alternate, arguments, either, median_of, ratios
 from benchmarks.report import Claim, Result, Table, spread, write
 
 OURS, FULL, TRL = "ctpd", "full logits", "TRL"

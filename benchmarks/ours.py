@@ -11,7 +11,6 @@ import numpy as np
 import torch
 from transformers import LlamaForCausalLM
 
-from benchmarks.common import MIB, StepClock, child, resident_mib
 from benchmarks.inputs import (
     BETA,
     LEARNING_RATE,
@@ -25,10 +24,13 @@ from benchmarks.inputs import (
     token_pairs,
     units,
 )  # fmt: skip
+from benchmarks.measuring import MIB, StepClock, child, resident_mib
 from ctpd.core.recipe import Schedule
-from ctpd.models import add_lora, install_scorer, load_model, parameter_counts, probe_scorer
+from ctpd.models import add_lora, install_scorer, load_model, parameter_counts
+from ctpd.objectives.base import Objective
 from ctpd.pipeline.methods import make_objective
 from ctpd.pipeline.rows import starts_of
+from ctpd.probes import probe_scorer
 from ctpd.train.collator import ScoredRows
 from ctpd.train.fit import Fit, FitSettings, fit
 from ctpd.train.sharing import can_share_rows
@@ -36,7 +38,6 @@ from ctpd.train.sweep import log_probabilities, sweep
 
 LONGEST_SPAN = 3
 METHODS: dict[str, dict[str, Any]] = {"ctpd": {"beta": BETA}, "dpo": {"beta": BETA}, "sft": {}}
-OWN_SPANS = ("ctpd",)  # the methods whose units are spans
 
 
 def measure(config: dict[str, Any]) -> dict[str, Any]:
@@ -95,8 +96,9 @@ def rows_for(model: Any, pairs: Sequence[TokenPair], config: dict[str, Any]) -> 
     CTPD's units are seeded spans; the teacher's reference on them is invented (the student's own, with noise), as are
     the weights: what a number is does not change what it costs.
     """
-    method = config["method"]
-    spans = LONGEST_SPAN if method in OWN_SPANS else 1
+    objective = _objective(config)
+    layout = objective.layout
+    spans = LONGEST_SPAN if layout.granularity == "spans" else 1
     unit, counts = units(list(pairs), longest=spans, seed=SEED)
     texts = [(pair.prompt, text) for pair in pairs for text in (pair.chosen, pair.rejected)]
     input_ids = np.concatenate([np.array([*prompt, *text], dtype=np.int32) for prompt, text in texts])
@@ -106,14 +108,14 @@ def rows_for(model: Any, pairs: Sequence[TokenPair], config: dict[str, Any]) -> 
     row_starts = starts_of(np.array([len(prompt) + len(text) for prompt, text in texts]))
     unit_starts = starts_of(np.array(counts))
     reference = weights = None
-    if method != "sft":
+    if layout.reference is not None:
         reference = _reference(model, input_ids, row_starts, unit_T, unit_starts)
-    if method in OWN_SPANS:
+    if layout.weighting is not None:
+        assert reference is not None
         rng = np.random.default_rng(SEED)
         reference = reference + rng.normal(0, 0.1, size=len(reference)).astype(np.float32)
         weights = rng.uniform(0.5, 1.5, size=len(reference)).astype(np.float32)
-    sides = 1 if method == "sft" else 2
-    items = np.arange(2 * len(pairs), dtype=np.int64).reshape(-1, 2)[:, :sides]
+    items = np.arange(2 * len(pairs), dtype=np.int64).reshape(-1, 2)[:, : len(objective.sides)]
     rows = ScoredRows(
         input_ids=input_ids, row_starts=row_starts, unit=unit_T, unit_starts=unit_starts,
         counted=np.ones(int(unit_starts[-1]), dtype=bool), items=_in_training_order(items),
@@ -139,7 +141,7 @@ def train(model: Any, rows: ScoredRows, shape: Shape, config: dict[str, Any], *,
     pairs = config.get("micro_batch") or shape.batch
     sequences = rows.items.shape[1]
     return fit(
-        model, make_objective(config["method"], METHODS[config["method"]], source="benchmark"), rows,
+        model, _objective(config), rows,
         schedule=Schedule(
             pairs_per_step=shape.batch, schedule="constant", warmup_ratio=0.0, weight_decay=0.0, max_grad_norm=1.0,
             activation_checkpointing=config.get("checkpointing", False),
@@ -150,6 +152,10 @@ def train(model: Any, rows: ScoredRows, shape: Shape, config: dict[str, Any], *,
             report_to=(), progress=clock,
         ),
     )  # fmt: skip
+
+
+def _objective(config: dict[str, Any]) -> Objective:
+    return make_objective(config["method"], METHODS[config["method"]], source="benchmark")
 
 
 def _reference(

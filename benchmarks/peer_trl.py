@@ -13,8 +13,8 @@ from peft import LoraConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, TrainerCallback
 from trl import DPOConfig, DPOTrainer
 
-from benchmarks.common import MIB, Meter, StepClock, child, resident_mib
 from benchmarks.inputs import BETA, DATA, LEARNING_RATE, LORA, LORA_TARGETS, MODEL, SEED, TOKENIZER, Shape
+from benchmarks.measuring import MIB, Meter, StepClock, child, resident_mib
 
 
 class _Ends(TrainerCallback):

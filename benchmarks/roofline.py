@@ -12,12 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import Side, alternate, arguments, either, median_of, run_child
 from benchmarks.figures import Bar, bars
 from benchmarks.inputs import Shape, as_json, token_pairs
+from benchmarks.measuring import Side, alternate, arguments, either, median_of, run_child
 from benchmarks.report import Claim, Result, Table, spread, write
 
-HEAD_TILE_BYTES = 128 * 2**20  # as `ctpd.ops.logps` cuts its rows
 SHAPES = {
     "hidden 256, 4 layers, vocabulary 128256": (Shape(batch=2), 1.5),
     "hidden 512, 8 layers, vocabulary 32000": (Shape(batch=2, hidden=512, layers=8, heads=8, vocab=32000), 1.3),
@@ -47,13 +46,13 @@ class Product:
         return 2.0 * self.m * self.k * self.n * self.batch * self.count * self.share
 
 
-def products(shape: Shape, *, sequences: int, length: int, scored: int, tile_rows: int) -> list[Product]:
-    """The matrix products of one step without activation checkpointing.
+def products(shape: Shape, *, sequences: int, length: int, scored: int, tile: tuple[int, int]) -> list[Product]:
+    """The matrix products of one step without activation checkpointing and without prompt sharing.
 
     Args:
         sequences: rows of the batch, each padded to ``length``.
         scored: rows of the head.
-        tile_rows: of a tile of the head.
+        tile: rows and columns of a tile of the head.
     """
     tokens, hidden = sequences * length, shape.hidden
     found = []
@@ -73,11 +72,12 @@ def products(shape: Shape, *, sequences: int, length: int, scored: int, tile_row
         Product("attention scores", length, size, length, 4 * shape.layers, "nt", **attention),
         Product("attention values", length, length, size, 3 * shape.layers, "nn", **attention),
     ]
-    tiles = scored / tile_rows
+    rows, columns = tile
+    tiles = scored * shape.vocab / (rows * columns)
     found += [
-        Product("head: forward, and again backward", tile_rows, hidden, shape.vocab, 2 * tiles, "nt"),
-        Product("head: hidden gradient", tile_rows, shape.vocab, hidden, tiles, "nn"),
-        Product("head: weight gradient", shape.vocab, tile_rows, hidden, tiles, "tn"),
+        Product("head: forward, and again backward", rows, hidden, columns, 2 * tiles, "nt"),
+        Product("head: hidden gradient", rows, columns, hidden, tiles, "nn"),
+        Product("head: weight gradient", columns, rows, hidden, tiles, "tn"),
     ]
     return found
 
@@ -94,10 +94,10 @@ def measure(config: dict[str, Any]) -> dict[str, Any]:
         return _profile(config)
     pairs = token_pairs(shape, shape.batch)
     scored = sum(len(pair.chosen) + len(pair.rejected) for pair in pairs)
-    tile_rows = min(scored, max(1, HEAD_TILE_BYTES // (4 * shape.vocab)))
-    wanted = products(shape, sequences=2 * shape.batch, length=shape.seq_len, scored=scored, tile_rows=tile_rows)
+    tile = _tile(scored, shape.vocab, torch.device(config["device"]))
+    wanted = products(shape, sequences=2 * shape.batch, length=shape.seq_len, scored=scored, tile=tile)
     before = [_seconds(product, config) for product in wanted]
-    step = ours.measure({**config, "method": "dpo"})
+    step = ours.measure({**config, "method": "dpo", "share": False})
     after = [_seconds(product, config) for product in wanted]
     alone = {p.name: (b + a) / 2 for p, b, a in zip(wanted, before, after, strict=True)}
     total = sum(alone.values())
@@ -109,6 +109,17 @@ def measure(config: dict[str, Any]) -> dict[str, Any]:
         "products": alone,
         "gflops": {p.name: p.flops / alone[p.name] / 1e9 for p in wanted},
     }
+
+
+def _tile(rows: int, columns: int, device: Any) -> tuple[int, int]:
+    """Rows and columns of the head's tiles, the last ones excepted."""
+    import torch
+
+    from ctpd.ops.logps import _Head, tile_bytes_for
+
+    head = _Head(None, 1.0, torch.float32, torch.float32, tile_bytes_for(device))
+    first = next(head.tiles(rows, columns))
+    return first.rows.stop, first.columns.stop
 
 
 def _seconds(product: Product, config: dict[str, Any]) -> float:

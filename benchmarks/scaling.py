@@ -8,9 +8,9 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
-from benchmarks.common import MIB, Found, Meter, Side, alternate, arguments, either
 from benchmarks.figures import Line, log_lines
 from benchmarks.inputs import Shape, make_model
+from benchmarks.measuring import MIB, Found, Meter, Side, alternate, arguments, either
 from benchmarks.report import Claim, Result, Table, write
 
 OURS, FULL = "ctpd", "full logits"

@@ -1,8 +1,8 @@
 """One prompt for both responses of a pair: a step with the prompt computed once, beside computing it twice."""
 
-from benchmarks.common import Side, alternate, arguments, ratios
 from benchmarks.figures import Bar, bars
 from benchmarks.inputs import Shape, as_json
+from benchmarks.measuring import Side, alternate, arguments, ratios
 from benchmarks.report import Claim, Result, Table, spread, write
 
 SHARES = (0.0, 0.25, 0.5, 0.75)

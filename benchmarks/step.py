@@ -10,9 +10,9 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.common import Found, Side, alternate, arguments, median_of, ratios
 from benchmarks.figures import Bar, bars
 from benchmarks.inputs import Shape, as_json, make_inputs
+from benchmarks.measuring import Found, Side, alternate, arguments, median_of, ratios
 from benchmarks.report import Claim, Result, Table, spread, write
 
 EXPECTED = (0.693147, 0.704426, 0.723767, 0.715635, 0.826981)

@@ -15,6 +15,7 @@ from typing import Any
 from ctpd.comparison import tables
 from ctpd.core.config import digest, nearest, to_plain
 from ctpd.core.errors import UserError
+from ctpd.core.processes import processes
 from ctpd.core.recipe import EvaluationSpec, Recipe, load_recipe
 from ctpd.core.store import Store
 from ctpd.pipeline.graph import Graph, Stage, Work
@@ -154,6 +155,8 @@ def run(
 ) -> list[Any]:
     """Train, evaluate and compare everything that is missing; return the tables.
 
+    In this process, or those of the launcher that has started it: a recipe's `launch` block starts none here.
+
     Args:
         recipe: a shipped name or a path.
         store: the folder of the artifacts.
@@ -167,6 +170,7 @@ def run(
     runtime = runtime or Runtime.of(experiment.recipe.launch)
     experiment.check_suite(artifacts)
     Graph(experiment.records).run(artifacts, runtime=runtime, progress=Progress(quiet=quiet))
+    processes().leave()
     columns = [column.name for column in experiment.suite.columns]
     return tables(experiment.recipe, read_records(experiment, artifacts), columns=columns)
 
@@ -229,6 +233,8 @@ def _evaluate(
     protocol = {"data_root": data_root, "limit": spec.limit, "chat_template": spec.chat_template}
     tokenizer = load_tokenizer(located.tokenizer, revision=located.tokenizer_revision)
     if spec.backend == "vllm":
+        if processes().world > 1:
+            raise UserError("vLLM in a launch of several processes is not supported", fix="Evaluate with one process")
         with _one_folder(located, precision=precision) as (folder, revision):
             return evaluate_with_vllm(
                 folder, tokenizer, column, precision=precision, revision=revision,

@@ -39,7 +39,6 @@ from ctpd.ops.shared_rows import SharedRows
 disable_progress_bar()  # the pipeline shows its own; the library's would break into it
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-PROBE_TOLERANCE = 1e-3
 
 
 class Outputs(NamedTuple):
@@ -126,74 +125,17 @@ def score(
         shared: `input_ids` are packed sequences [P, W] of rows that begin alike, and the predictors count in them; the
             model must have passed `ctpd.train.sharing.can_share_rows`.
     """
-    layout: dict[str, Any] = {}
-    if shared is not None:
-        # A mask of four dimensions is handed through to attention, which ignores it: each row is plainly causal.
-        nothing = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=input_ids.device)
-        layout = {"position_ids": shared.positions, "attention_mask": nothing, "shared_rows": shared}
-    logps_N: Tensor = model(input_ids=input_ids, score=request, **layout)
+    logps_N: Tensor = model(input_ids=input_ids, score=request, **row_layout(shared, input_ids))
     return logps_N
 
 
-@torch.no_grad()
-def _randomised_adapters(model: nn.Module) -> dict[str, Tensor]:
-    saved = {}
-    for name, parameter in model.named_parameters():
-        if "lora_B" in name:
-            saved[name] = parameter.detach().clone()
-            nn.init.normal_(parameter, std=0.02)
-    return saved
-
-
-def same_results(model: nn.Module, expected: Callable[[], Tensor], found: Callable[[], Tensor]) -> bool:
-    """Probe: whether two ways to compute log-probabilities give the same values and gradients, of the first and last parameter.
-
-    Adapter weights start at zero, where a forgotten adapter would not show: they are randomised meanwhile.
-    """
-    trained = [p for p in model.parameters() if p.requires_grad]
-    saved, was_training = _randomised_adapters(model), model.training
-    model.eval()
-    results = []
-    try:
-        for way in (expected, found):
-            with torch.enable_grad():
-                logps_N = way()
-                grads = torch.autograd.grad(logps_N.sum(), [trained[0], trained[-1]]) if trained else ()
-            results.append([(logps_N.detach().float(), 1.0), *((g.float(), 10 * g.abs().max().item()) for g in grads)])
-    finally:
-        for name, value in saved.items():
-            model.get_parameter(name).data.copy_(value)
-        model.train(was_training)
-    tolerance = PROBE_TOLERANCE if next(model.parameters()).dtype == torch.float32 else 0.1
-    return all(
-        bool((one - other).abs().max() <= tolerance * max(scale, 1e-6))
-        for (one, scale), (other, _) in zip(*results, strict=True)
-    )
-
-
-def probe_scorer(model: nn.Module) -> None:
-    """Compare the scorer with full logits, values and gradients, and fall back to full logits if they differ."""
-    base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
-    device = next(model.parameters()).device
-    vocabulary = base.config.get_text_config().vocab_size
-    ids = torch.arange(24, device=device).reshape(2, 12) * 7919 % vocabulary
-    request = Score(
-        torch.tensor([3, 4, 15, 20], device=device), ids.flatten()[torch.tensor([4, 5, 16, 21], device=device)]
-    )
-
-    def by(uses_logits: bool) -> Callable[[], Tensor]:
-        def way() -> Tensor:
-            base._scorer_uses_logits = uses_logits
-            return score(model, ids, request)
-
-        return way
-
-    if not same_results(model, by(uses_logits=True), by(uses_logits=False)):
-        base._scorer_uses_logits = True
-        warnings.warn(
-            f"the scorer without logits does not reproduce {type(base).__name__}; full logits are used, which need more memory",
-            stacklevel=2,
-        )
+def row_layout(shared: SharedRows | None, input_ids: Int[Tensor, "R T"]) -> dict[str, Any]:
+    """What a model's `forward` is told of packed sequences; nothing of separate rows."""
+    if shared is None:
+        return {}
+    # A mask of four dimensions is handed through to attention, which ignores it: each row is plainly causal.
+    nothing = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=input_ids.device)
+    return {"position_ids": shared.positions, "attention_mask": nothing, "shared_rows": shared}
 
 
 def load_tokenizer(folder: str | Path, *, revision: str | None = None) -> PreTrainedTokenizerBase:
@@ -252,8 +194,9 @@ def load_model(
     """
     if precision == "4bit" and adapters:
         with tempfile.TemporaryDirectory() as merged:
-            whole = load_model(folder, adapters=adapters, precision="bfloat16", device="cpu", revision=revision)
-            whole.save_pretrained(merged)
+            load_model(
+                folder, adapters=adapters, precision="bfloat16", device="cpu", revision=revision
+            ).save_pretrained(merged)
             return load_model(merged, precision=precision, device=device)
     options = _four_bits(device) if precision == "4bit" else {"dtype": DTYPES[precision]}
     try:

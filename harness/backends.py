@@ -152,6 +152,7 @@ class SharedContextLM(HFLM):
     ) -> list[str]:
         """Greedy texts, in lm-eval's batches: requests of the same settings, the longest prompts first."""
         prompts = [self.tok_encode(request.args[0]) for request in requests]
+        self._ahead = {}
         alike: dict[str, list[int]] = {}
         for index, options in enumerate(settings):
             alike.setdefault(repr(options), []).append(index)

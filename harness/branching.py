@@ -11,10 +11,15 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
+from ctpd.probes import other_mixing
 from harness.prefixes import Group, Request, Row, pack
 
 Past = list[tuple[Tensor, Tensor]]
 """Keys and values [1, heads, P, width] of each layer."""
+
+
+ROWS_AT_ONCE = 256
+"""Rows of logits in float32 at a time: 128 MiB for a vocabulary of 128k."""
 
 
 class Unsupported(Exception):
@@ -38,7 +43,7 @@ class BranchingModel:
         self._window: int | None = getattr(text, "sliding_window", None)
         if self._kinds == {"full_attention"} or not getattr(text, "use_sliding_window", True):
             self._window = None
-        _check_configuration(config, self._kinds)
+        _check_configuration(self._model)
         self._try()
 
     @property
@@ -166,8 +171,6 @@ def choices(
     for start in range(0, len(group.rows), batch_size):
         rows = group.rows[start : start + batch_size]
         logits_BKV = model.logits(rows, past)
-        total_BK = logits_BKV.float().logsumexp(-1)
-        best_BK = logits_BKV.argmax(-1)
         kept = logits_BKV.shape[1]
         places = [
             (number, kept - len(row.tokens) + node, target, index)
@@ -175,9 +178,12 @@ def choices(
             for index, nodes in row.readings
             for node, target in zip(nodes, requests[index].tokens[-requests[index].scored :], strict=True)
         ]
-        row_N, at_N, target_N, _ = torch.tensor(places, device=logits_BKV.device).unbind(1)
-        logps = (logits_BKV[row_N, at_N, target_N].float() - total_BK[row_N, at_N]).tolist()
-        hits = (best_BK[row_N, at_N] == target_N).tolist()
+        logps, hits = [], []
+        for part in torch.tensor(places, device=logits_BKV.device).split(ROWS_AT_ONCE):
+            row_N, at_N, target_N, _ = part.unbind(1)
+            logits_NV = logits_BKV[row_N, at_N].float()
+            logps += (logits_NV.gather(1, target_N[:, None])[:, 0] - logits_NV.logsumexp(-1)).tolist()
+            hits += (logits_NV.argmax(-1) == target_N).tolist()
         answers: dict[int, tuple[float, bool]] = {}
         for (_, _, _, index), logp, hit in zip(places, logps, hits, strict=True):
             before, greedy = answers.get(index, (0.0, True))
@@ -186,14 +192,14 @@ def choices(
             yield index, value, greedy
 
 
-def _check_configuration(config: Any, kinds: set[str]) -> None:
-    text = config.get_text_config()
-    if getattr(config, "is_encoder_decoder", False):
+def _check_configuration(model: Any) -> None:
+    text = model.config.get_text_config()
+    if getattr(model.config, "is_encoder_decoder", False):
         raise Unsupported("encoder and decoder")
     if getattr(text, "_attn_implementation", "eager") not in ("eager", "sdpa"):
         raise Unsupported(f"attention implementation {text._attn_implementation} takes no mask of ours")
-    if other := kinds - {"full_attention", "sliding_attention"}:
-        raise Unsupported(f"layers of kind {', '.join(sorted(other))}")
+    if reason := other_mixing(model):
+        raise Unsupported(reason)
     rope = getattr(text, "rope_parameters", None) or getattr(text, "rope_scaling", None) or {}
     kinds_of_rope = {rope.get("rope_type"), *(one.get("rope_type") for one in rope.values() if isinstance(one, dict))}
     if kinds_of_rope & {"dynamic", "longrope"}:

@@ -125,6 +125,7 @@ def evaluate_with_vllm(
         "dtype": precision,
         "max_length": lm.max_length,
         "truncated": None,
+        "unshared": None,
     }
 
 
@@ -181,7 +182,7 @@ def _check_template(tokenizer: PreTrainedTokenizerBase, chat_template: bool) -> 
 
 
 def check_column(column: Column, *, data_root: Path | None) -> None:
-    """Build the tasks of a column and drop them: what is missing is said before hours of training, not after.
+    """Build the tasks of a column, and keep them: what is missing is said before hours of training, not after.
 
     Raises:
         UserError: as ``load_tasks``.

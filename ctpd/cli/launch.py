@@ -20,6 +20,7 @@ from ctpd.core.processes import ProcessLost, processes
 from ctpd.core.recipe import LaunchSpec
 
 ERRORS = "CTPD_ERRORS"  # the folder in which the processes of our launch leave their errors; nobody else sets it
+HELPER = "CTPD_HELPER"  # set in a helper of `--jobs`, by nobody else
 PATIENCE_SECONDS = 10.0  # for a helper that is told to end
 
 
@@ -59,6 +60,11 @@ def processes_to_start(spec: LaunchSpec, *, num_processes: int | None, jobs: int
     return 1 if started else count
 
 
+def started_by_user() -> bool:
+    """Whether this process stands for the command: no helper, no further process of a launch."""
+    return processes().is_first and ERRORS not in os.environ and HELPER not in os.environ
+
+
 def run_launched(argv: Sequence[str], *, count: int, device: str) -> None:
     """Run the command in ``count`` processes and wait; the first one's output is this one's.
 
@@ -73,7 +79,7 @@ def run_launched(argv: Sequence[str], *, count: int, device: str) -> None:
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     gpus = torch.cuda.device_count()
-    if device == "auto" and 0 < gpus < count:
+    if (device == "auto" and 0 < gpus < count) or (device == "cuda" and gpus < count):
         raise UserError(
             f"{count} processes need a GPU each, and there are {gpus}", fix="Give `--num-processes` or a device"
         )
@@ -100,7 +106,10 @@ def leave_error(error: BaseException, text: str, exit_code: int) -> bool:
     if folder is None:
         return False
     told = {"time": time.time(), "text": text, "exit_code": exit_code, "lost": isinstance(error, ProcessLost)}
-    (Path(folder) / f"{processes().rank}.json").write_text(json.dumps(told), encoding="utf-8")
+    try:
+        (Path(folder) / f"{processes().rank}.json").write_text(json.dumps(told), encoding="utf-8")
+    except OSError:  # nobody waits for it any more
+        return False
     return True
 
 
@@ -114,8 +123,8 @@ def helpers(argv: Sequence[str], *, jobs: int, device: str, quiet: bool) -> Iter
 
     gpus = torch.cuda.device_count() if device == "auto" else 0
     threads = torch.get_num_threads()
-    environment = _threads(jobs)
-    with tempfile.TemporaryDirectory(prefix="ctpd-") as name, _ending_on_sigterm():
+    environment = {**_threads(jobs), HELPER: "1"}
+    with tempfile.TemporaryDirectory(prefix="ctpd-") as name:
         started: list[tuple[subprocess.Popen[bytes], Path]] = []
         try:
             for number in range(1, jobs):
@@ -238,17 +247,3 @@ def _silent(logger: str) -> Iterator[None]:
     finally:
         for log, level in zip(loggers, levels, strict=True):
             log.setLevel(level)
-
-
-@contextlib.contextmanager
-def _ending_on_sigterm() -> Iterator[None]:
-    """In the block SIGTERM ends this process in an orderly way, so that it can end its helpers."""
-
-    def end(number: int, _frame: object) -> None:
-        sys.exit(128 + number)
-
-    before = signal.signal(signal.SIGTERM, end)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)

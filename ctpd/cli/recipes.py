@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from ctpd.cli.launch import started_by_user
 from ctpd.cli.options import DEFAULT_STORE, execution
 
 if TYPE_CHECKING:
@@ -31,7 +32,7 @@ RUNNING = (
 def run(recipe: str, *, as_json: bool, plan: bool, **flags: Any) -> None:
     """Train, evaluate and compare everything in RECIPE that is missing; print the main table."""
     experiment, store = _experiment(recipe, **flags)
-    if not plan:
+    if not plan and started_by_user():
         experiment.check_suite(store)
     if _execute(experiment.records, store, experiment.recipe.launch, plan=plan, as_json=as_json, **flags):
         _print_tables(experiment, store, formats=("txt",), as_json=as_json, first_only=True)
@@ -81,7 +82,7 @@ def evaluate(
         return
     assert recipe is not None
     experiment, store = _experiment(recipe, **flags)
-    if not plan:
+    if not plan and started_by_user():
         experiment.check_suite(store)
     stages = [stage for columns in experiment.evaluations.values() for stage in columns.values()]
     if _execute(stages, store, experiment.recipe.launch, plan=plan, as_json=as_json, **flags):

@@ -13,7 +13,7 @@ from datetime import timedelta
 import numpy as np
 from numpy.typing import NDArray
 
-from ctpd.core.errors import CtpdError
+from ctpd.core.errors import CtpdError, UserError
 
 _PATIENCE = timedelta(days=7)  # one process may build for hours while the others wait
 
@@ -41,16 +41,19 @@ class Processes:
         """Whether this is the process that writes and speaks."""
         return self.rank == 0
 
-    def join(self) -> None:
-        """Connect the processes: gloo between CPUs, NCCL between GPUs. A second call does nothing.
+    def join(self, device: str = "cpu") -> None:
+        """Connect the processes: gloo between CPUs, and NCCL between GPUs. A second call does nothing.
 
         Call it before anything of `accelerate`, which then uses this group: its own would end long waits.
+
+        Args:
+            device: what this process computes on, in torch's words.
         """
         import torch
 
         if self.world == 1 or torch.distributed.is_initialized():
             return
-        if torch.cuda.is_available():
+        if device.startswith("cuda"):
             torch.cuda.set_device(self.local_rank)
             torch.distributed.init_process_group("cpu:gloo,cuda:nccl", timeout=_PATIENCE)
         else:
@@ -99,6 +102,15 @@ def _others_needed() -> Iterator[None]:
 
 
 def processes() -> Processes:
-    """This process, as its launcher's environment says."""
+    """This process, as its launcher's environment says.
+
+    Raises:
+        UserError: the environment tells how many processes there are, and not which one this is.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and "RANK" not in os.environ:
+        raise UserError(
+            f"the environment says WORLD_SIZE={os.environ['WORLD_SIZE']} and no RANK",
+            fix="Start the processes with torchrun or accelerate, or take WORLD_SIZE out of the environment",
+        )
     rank, world, local_rank = (int(os.environ.get(name, "0")) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
     return Processes(rank, world, local_rank) if world > 1 else Processes()

@@ -22,7 +22,8 @@ class LoraSpec:
 
     `base` is the form of the frozen weights in training: 4 bytes, 2 bytes or half a byte each (QLoRA's NF4, which needs
     bitsandbytes). Adapters are trained in float32. Stored references are those of the weights before they lost
-    precision: with 4 bits a first DPO loss is near log 2, not log 2.
+    precision: with 4 bits a first DPO loss is near log 2, not log 2. The adapter is merged into those weights, too, for
+    signals, evaluation and export.
     """
 
     r: int = 16

@@ -1,8 +1,8 @@
 """Log-probabilities of given tokens without the logits of a whole batch.
 
 The output embedding is applied tile by tile: some rows against some of the vocabulary. A tile is float32 (float64 for
-float64 inputs), is worked on in place, and the next one overwrites it: the extra memory is one tile, whatever the number
-of rows and the vocabulary. A row's sum over the vocabulary is carried from tile to tile, scaled to the largest logit so
+float64 inputs), is worked on in place, and the next one overwrites it: the extra memory is one tile, and its rounded copy
+with 16-bit inputs, whatever the number of rows and the vocabulary. A row's sum over the vocabulary is carried from tile to tile, scaled to the largest logit so
 far. What is saved for the backward pass depends on what has a gradient:
 
 - the embedding is trained: one number per row; the backward pass computes each tile again;

@@ -9,6 +9,7 @@ Shape legend: P sequences, W packed tokens, R = 2 P rows (all first rows, then a
 row, A heads, D head size, F features of a position.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -94,13 +95,19 @@ def attend_apart(
     width = shared.unpack.shape[1]
     mask = None
     if sliding_window is not None and width > sliding_window:
-        distance = torch.arange(width, device=query_PAWD.device)
-        distance = distance[:, None] - distance[None, :]
-        mask = ((distance >= 0) & (distance < sliding_window))[None, None]
+        mask = _near(width, sliding_window, query_PAWD.device)
     output_RTAE, _ = attention(module, *apart, mask, sliding_window=sliding_window, **options)
     num_rows, _, *features = output_RTAE.shape
     packed: Tensor = _Pack.apply(output_RTAE.reshape(num_rows * width, -1), shared)
     return packed.view(*shared.pack.shape, *features), None
+
+
+@functools.lru_cache(maxsize=2)
+def _near(width: int, window: int, device: torch.device) -> Tensor:
+    """[1, 1, T, T] the tokens that a token sees through a sliding window: the same for all layers."""
+    distance = torch.arange(width, device=device)
+    distance = distance[:, None] - distance[None, :]
+    return ((distance >= 0) & (distance < window))[None, None]
 
 
 def _take_apart(states_PAWD: Tensor, shared: SharedRows) -> Tensor:

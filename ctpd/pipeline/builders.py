@@ -20,7 +20,7 @@ from ctpd.core.recipe import DataSpec, ModelSpec, PlainSpec, Schedule
 from ctpd.core.recipe import Source as PairSource
 from ctpd.core.store import RESUME_FOLDER
 from ctpd.core.world import PretrainConfig, WorldConfig
-from ctpd.models import add_lora, install_scorer, load_model, load_tokenizer, probe_scorer, save_model, whole_state
+from ctpd.models import add_lora, install_scorer, load_model, load_tokenizer, save_model, whole_state
 from ctpd.objectives.base import Generation, Layout, Objective, TeacherView
 from ctpd.objectives.distillation import DistillationObjective
 from ctpd.ops.weights import Signal, find_strategy, span_weights
@@ -32,6 +32,7 @@ from ctpd.pipeline.references import CHAIN, META, MODEL_FOLDER, SUMMARY, TRAININ
 from ctpd.pipeline.rows import end_units, scored_rows, text_rows, token_rows, unit_signal, units_of
 from ctpd.pipeline.sources import read_hub, read_rows
 from ctpd.pipeline.summaries import weight_examples, weight_summary
+from ctpd.probes import probe_scorer
 from ctpd.testbed.corpus import write_world
 from ctpd.testbed.models import new_model, train_tokenizer
 from ctpd.text.pairs import Pair, parse_pairs
@@ -111,7 +112,7 @@ def signals(work: Work, *, model: ModelRef, precision: str) -> None:
     logps = np.zeros(len(rows.input_ids), dtype=np.float32)
     logps[rows.unit >= 0] = sweep(
         loaded, rows.input_ids, rows.row_starts, rows.unit >= 0, measure=log_probabilities,
-        max_tokens=work.runtime.signal_batch_tokens, progress=work.progress,
+        max_tokens=work.runtime.signal_batch_tokens, progress=work.progress, shares_prompts=can_share_rows(loaded),
     )["logps"]  # fmt: skip
     if work.writes:
         save_file({"logps": logps}, work.folder / SIGNAL)

@@ -14,19 +14,21 @@ from transformers import GenerationConfig
 
 from ctpd.core.errors import UserError
 from ctpd.core.recipe import DataSpec
-from ctpd.models import load_model, load_tokenizer, model_sizes, probe_scorer
+from ctpd.models import load_model, load_tokenizer, model_sizes
 from ctpd.objectives.base import Generation, TeacherView
 from ctpd.objectives.distillation import DistillationObjective, ModelFacts
 from ctpd.ops.boundaries import boundary_ids
 from ctpd.pipeline.graph import Work
 from ctpd.pipeline.references import WRITTEN, LocatedModel, ModelRef
 from ctpd.pipeline.rows import scored_rows, token_rows
+from ctpd.probes import probe_scorer
 from ctpd.text.blocks import TokenRows
 from ctpd.text.edit_distance import edit_distance_pairing
 from ctpd.text.pairs import Pair
 from ctpd.text.prepare import PreparedPairs
 from ctpd.train.collator import ScoredRows
 from ctpd.train.distill import DistillPass, DistillRows
+from ctpd.train.sharing import can_share_rows
 from ctpd.train.sweep import TOP_LOGPS, sweep, top, with_boundary
 from ctpd.train.trainer import ForwardPass, Rows
 
@@ -46,7 +48,7 @@ def distributions(work: Work, *, prepared: PreparedPairs, model: ModelRef, view:
         measure = top(view.top_k, view.temperature)
     kept = sweep(
         loaded, rows.input_ids, rows.row_starts, rows.unit >= 0, measure=measure,
-        max_tokens=work.runtime.signal_batch_tokens, progress=work.progress,
+        max_tokens=work.runtime.signal_batch_tokens, progress=work.progress, shares_prompts=can_share_rows(loaded),
     )  # fmt: skip
     if work.writes:
         save_file(kept, work.folder / DISTRIBUTIONS)

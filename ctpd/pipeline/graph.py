@@ -17,7 +17,10 @@ from ctpd.pipeline.progress import Bar, Progress
 from ctpd.pipeline.runtime import Runtime, provenance
 
 POLL_SECONDS = 0.5  # how often a process that waits for others looks again
+LOOK_AT_ALL_SECONDS = 30.0  # how often everything is looked at for cycles that nobody uses any more
 NOTHING_LEFT, APART = -1, -2  # said by a launch's first process in place of the number of a stage
+
+_looked_at_all = 0.0
 
 
 @dataclass(frozen=True)
@@ -125,7 +128,7 @@ class Graph:
             DamagedArtifact: a target, or an input of a missing stage, is damaged and ``rebuild`` is off.
         """
         ranks = processes()
-        ranks.join()
+        ranks.join(runtime.torch_device() if ranks.world > 1 else "cpu")
         if ranks.is_first:
             self.check(store, rebuild=rebuild)
         ranks.wait()
@@ -258,8 +261,13 @@ class _Building:
 def _forget() -> None:
     """Free what a stage leaves: models hold cycles, and without this the next stage's memory stands beside the last's.
 
-    What is still in use, mostly imported modules, is not looked at again: that would take longer than small stages.
+    What is still in use, mostly imported modules, is not looked at again for a while: that would take longer than small
+    stages.
     """
+    global _looked_at_all
+    if time.monotonic() - _looked_at_all > LOOK_AT_ALL_SECONDS:
+        gc.unfreeze()
+        _looked_at_all = time.monotonic()
     gc.collect()
     gc.freeze()
 

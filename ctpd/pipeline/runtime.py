@@ -11,6 +11,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from ctpd.core.errors import UserError
 from ctpd.core.processes import processes
 from ctpd.core.recipe import FsdpSpec, LaunchSpec
 
@@ -45,14 +46,24 @@ class Runtime:
         return cls(fsdp=launch.fsdp if processes().world > 1 else None, **settings)
 
     def torch_device(self) -> str:
-        """The device in torch's own words."""
-        if self.device != "auto":
+        """The device in torch's own words.
+
+        Raises:
+            UserError: several processes are told to share one GPU.
+        """
+        several = processes().world > 1
+        if several and self.device not in ("auto", "cpu", "cuda"):
+            raise UserError(
+                f"`--device {self.device}` names one device for all {processes().world} processes",
+                fix="Leave it out, and each takes the GPU of its number, or give `--device cpu`",
+            )
+        if self.device not in ("auto", "cuda"):
             return self.device
         import torch
 
-        if not torch.cuda.is_available():
+        if self.device == "auto" and not torch.cuda.is_available():
             return "cpu"
-        return f"cuda:{processes().local_rank}" if processes().world > 1 else "cuda"
+        return f"cuda:{processes().local_rank}" if several else "cuda"
 
 
 def provenance(runtime: Runtime) -> dict[str, Any]:

@@ -75,7 +75,7 @@ class SharedStages:
             "tokenizer", 1, vocabulary, _builder("tokenizer", **vocabulary), f"{role}: tokenizer", {"world": self.world}
         )
         root = Stage(
-            "pretrain", 1, pretrain, _builder("pretrain", config=pretrain), f"{role}: pretraining",
+            "pretrain", 2, pretrain, _builder("pretrain", config=pretrain), f"{role}: pretraining",
             {"world": self.world, "tokenizer": tokenizer}, together=True,
         )  # fmt: skip
         return ModelRef(role, root, tokenizer)
@@ -174,7 +174,7 @@ class SharedStages:
         """Per-token log-probabilities of one frozen model on its own tokens of all pairs."""
         config = {"role": model.role, "precision": self.shared.precision}
         return Stage(
-            "signals", 1, config, _builder("signals", model=model, precision=self.shared.precision),
+            "signals", 2, config, _builder("signals", model=model, precision=self.shared.precision),
             f"signals: {label}",
             {"pairs": self.pairs, **model.stages("model")}, model.externals("model"), together=True,
         )  # fmt: skip
@@ -213,7 +213,7 @@ class SharedStages:
         kept = {"boundary": True} if view.boundary else {"top_k": view.top_k, "temperature": view.temperature}
         config = {"role": model.role, "precision": self.shared.precision, **kept}
         return Stage(
-            "distributions", 1, config,
+            "distributions", 2, config,
             _builder("distributions", model=model, view=view, precision=self.shared.precision),
             f"distributions: {signal.value.replace('_', ' ')}",
             {"pairs": pairs, **model.stages("model")}, model.externals("model"), together=True,
@@ -310,7 +310,7 @@ class SharedStages:
             learning_rate=learning_rate, seed=seed, precision=self.shared.precision, swap=swap,
         )  # fmt: skip
         external = {**start.externals("start"), **teacher_externals}
-        return Stage("train", 1, config, build, label, inputs, external, together=True)
+        return Stage("train", 2, config, build, label, inputs, external, together=True)
 
 
 def _builder(name: str, **arguments: Any) -> Builder:

@@ -47,6 +47,11 @@ class DistillRows:
         """The rows of each item."""
         return self.student.items
 
+    @property
+    def shares_prompts(self) -> bool:
+        """Never: each model reads its own rows."""
+        return False
+
     @cached_property
     def item_lengths(self) -> NDArray[np.int64]:
         """Tokens of each item's longest row, of either model."""

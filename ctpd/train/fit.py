@@ -51,6 +51,7 @@ class Fit:
     parameters: int
     objective_parameters: int
     micro_batch: int
+    shares_prompts: bool
 
 
 def fit(
@@ -118,7 +119,7 @@ def fit(
     trainer.remove_callback(PrinterCallback)
     if settings.fsdp is not None:
         _refuse_copies(trainer)
-    reset_peak()
+    reset_peak(settings.device)
     start = time.monotonic()
     trainer.train(resume_from_checkpoint=_last_state(folder))
     return _outcome(trainer, model, objective, seconds=time.monotonic() - start)
@@ -166,12 +167,13 @@ def _outcome(trainer: PreferenceTrainer, model: nn.Module, objective: Objective,
         history=[dict(entry) for entry in trainer.state.log_history if "train_runtime" not in entry],
         steps=trainer.state.global_step,
         seconds=round(seconds, 3),
-        peak_memory_mib=peak_mebibytes(),
+        peak_memory_mib=peak_mebibytes(trainer.args.device.type),
         weights_mib=weight_mebibytes(model),
         trainable_parameters=trainable,
         parameters=everything,
         objective_parameters=objective_parameters,
         micro_batch=trainer.args.per_device_train_batch_size,
+        shares_prompts=trainer.rows.shares_prompts,
     )
 
 

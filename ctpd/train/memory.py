@@ -10,26 +10,26 @@ from ctpd.core.processes import processes
 _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
-def reset_peak() -> None:
-    """Start a new measurement."""
-    if torch.cuda.is_available():
+def reset_peak(device: str) -> None:
+    """Start a new measurement of what is in use on a device."""
+    if device.startswith("cuda"):
         torch.cuda.reset_peak_memory_stats()
     elif _CLEAR.exists():
         _CLEAR.write_text("5")  # Linux: the peak of the resident set starts again from now
 
 
-def peak_mebibytes() -> float | None:
+def peak_mebibytes(device: str) -> float | None:
     """The peak since `reset_peak`, the largest among a launch's processes; None where the platform does not tell."""
     ranks = processes()
     peaks = np.zeros(ranks.world)
-    own = _own_peak()
+    own = _own_peak(device)
     peaks[ranks.rank] = np.nan if own is None else own
     highest = float(ranks.joined(peaks).max())
     return None if np.isnan(highest) else highest
 
 
-def _own_peak() -> float | None:
-    if torch.cuda.is_available():
+def _own_peak(device: str) -> float | None:
+    if device.startswith("cuda"):
         return torch.cuda.max_memory_allocated() / 2**20
     if not _STATUS.exists():
         return None

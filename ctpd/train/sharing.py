@@ -10,8 +10,9 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from ctpd.models import Score, same_results, score
+from ctpd.models import Score, score
 from ctpd.ops.shared_rows import SharedRows, attend_apart, share_rows
+from ctpd.probes import other_mixing, same_results, short_windows
 
 SHARING = "ctpd_shared_rows"  # the name of our attention function among the library's
 
@@ -33,11 +34,12 @@ AttentionMaskInterface.register(SHARING, sdpa_mask)
 def can_share_rows(model: nn.Module) -> bool:
     """Prepare a model for rows that begin alike and share a sequence; False, and nothing changed, where it cannot.
 
-    A probe compares shared with separate rows, values and gradients. Recurrent layers, attention of a kind of its
-    own and positions that are counted and not told do not pass.
+    Layers that mix positions otherwise than by full or sliding attention are refused. Of the others a probe compares
+    shared with separate rows, values and gradients, windows shorter than the rows: attention of a kind of its own,
+    windows that it is not told of and positions that are counted and not told do not pass.
     """
     base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
-    if base.config.get_text_config()._attn_implementation != "sdpa":
+    if base.config.get_text_config()._attn_implementation != "sdpa" or other_mixing(base) is not None:
         return False
     vocabulary = base.config.get_text_config().vocab_size
     rows = np.arange(4 * 16).reshape(4, 16) * 7919 % vocabulary
@@ -47,7 +49,8 @@ def can_share_rows(model: nn.Module) -> bool:
     assert packed is not None
     device = next(model.parameters()).device
     shared = SharedRows(*(part.to(device) for part in packed[1]))
-    predictors = torch.tensor([8, 14, 16 + 10, 32 + 8, 32 + 11, 48 + 12], device=device)
+    # Of the second rows also the first tokens of their own, which stand right behind the first rows' last ones.
+    predictors = torch.tensor([8, 14, 16 + 10, 32 + 8, 32 + 9, 32 + 11, 48 + 9, 48 + 12], device=device)
     ids = torch.from_numpy(rows).to(device)
     targets = ids.flatten()[predictors + 1]
 
@@ -59,10 +62,15 @@ def can_share_rows(model: nn.Module) -> bool:
         return score(model, torch.from_numpy(packed[0]).to(device), request, shared=shared)
 
     base.set_attn_implementation(SHARING)
+    same = False
     try:
-        same = same_results(model, apart, together)
-    except (TypeError, ValueError, RuntimeError):  # it takes no further arguments, or attention of another shape
+        with short_windows(base, 5):
+            same = same_results(model, apart, together)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception:  # whatever a model raises that takes no further arguments, or has attention of another shape
         same = False
-    if not same:
-        base.set_attn_implementation("sdpa")
+    finally:
+        if not same:
+            base.set_attn_implementation("sdpa")
     return same

@@ -44,6 +44,11 @@ class Rows(Protocol):
         """The rows of each item."""
         ...
 
+    @property
+    def shares_prompts(self) -> bool:
+        """Whether rows of an item may share a sequence."""
+        ...
+
     def __len__(self) -> int: ...
 
     def collate(self, items: list[int]) -> Batch:
@@ -180,8 +185,15 @@ class PreferenceTrainer(Trainer):
     ) -> tuple[list[Batch], Tensor]:
         """The micro-batches of a step, and the step's count of the objective's unit over all processes."""
         batches = list(islice(epoch_iterator, num_batches))
-        count = torch.tensor(sum(self._count(batch) for batch in batches), device=device)
+        told = torch.tensor(sum(self._count(batch) for batch in batches))
+        count = (told.pin_memory() if self.args.dataloader_pin_memory else told).to(device, non_blocking=True)
         return batches, self.accelerator.gather(count).sum() if self.args.world_size > 1 else count
+
+    def _prepare_input(self, data: Any) -> Any:
+        """Without waiting for the device: a batch lies in pinned memory where there is a GPU."""
+        if isinstance(data, Tensor):
+            return data.to(self.args.device, non_blocking=True)
+        return super()._prepare_input(data)
 
     def compute_loss(
         self, model: nn.Module, inputs: Batch, return_outputs: bool = False, num_items_in_batch: Tensor | None = None

@@ -18,7 +18,9 @@ from ctpd.objectives.base import Objective
 from ctpd.pipeline.methods import METHODS
 
 ROOT = Path(__file__).resolve().parents[2]
-SOURCES = sorted(path for top in ("ctpd", "baselines", "harness") for path in (ROOT / top).rglob("*.py"))
+SOURCES = sorted(
+    path for top in ("ctpd", "baselines", "harness", "benchmarks", "scripts") for path in (ROOT / top).rglob("*.py")
+)
 
 PUBLIC = {
     "AlignedSpans", "DistillationObjective", "Objective", "PairObjective", "PreferenceTrainer", "RowObjective",

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.common import ROOT
+from benchmarks.measuring import ROOT
 from benchmarks.step import CTPD, DPO, PRECOMPUTED, TRL
 
 

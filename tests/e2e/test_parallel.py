@@ -8,6 +8,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 from ctpd.app import RECORD
@@ -74,6 +75,24 @@ def test_processes_of_one_launch_deal_out_evaluations_and_print_them_once(
     assert json.loads(done.stdout) == json.loads(cli(*words, "--store", tmp_path / "one", "--quiet").out)
     manifests = [json.loads(path.read_text()) for path in (tmp_path / "two").glob("*/*/manifest.json")]
     assert [manifest["provenance"]["processes"] for manifest in manifests] == [2, 2, 2]
+
+
+def test_processes_of_one_launch_train_as_one_process_does(smoke: SmokeRun, tmp_path: Path) -> None:
+    """Every stage that they build together: pretraining, signals, trainings; losses of DPO and CTPD and of all before."""
+    words = ["train", "testbed-smoke", "--store", tmp_path, "--device", "cpu", "--only", "CTPD", "--only", "DPO"]
+    done = program(*words, "--num-processes", 2)
+    assert done.returncode == 0, done.stderr
+    found = sorted(tmp_path.glob("*/*/training.json"))
+    assert len(found) == 8
+    for path in found:
+        made, alone = (
+            json.loads((store / path.relative_to(tmp_path)).read_text()) for store in (tmp_path, smoke.store)
+        )
+        assert made["shares_prompts"] == alone["shares_prompts"]
+        for entry, expected in zip(made["history"], alone["history"], strict=True):
+            assert entry.get("loss", 0.0) == pytest.approx(expected.get("loss", 0.0), abs=2e-3), path
+    assert len(list(tmp_path.glob("signals/*/signal.safetensors"))) == 3
+    assert not list(tmp_path.glob("*/*.partial"))
 
 
 def test_jobs_of_processes_are_refused_in_one_paragraph(cli: Cli, tmp_path: Path) -> None:

@@ -13,9 +13,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from benchmarks.common import machine_seconds, peak_mib, ratios, reset_peak, resident_mib
 from benchmarks.figures import Bar, Line, bars, log_lines
 from benchmarks.inputs import DATA, EOS, MODEL, TOKENIZER, Shape, as_json, make_inputs, text_rows, token_pairs, units
+from benchmarks.measuring import machine_seconds, peak_mib, ratios, reset_peak, resident_mib
 from benchmarks.pipeline import passes, stage_seconds
 from benchmarks.report import Claim, Result, Table, claim_row, spread, write
 from benchmarks.roofline import Product, products
@@ -23,6 +23,7 @@ from benchmarks.scaling import exponent
 from benchmarks.sharing import bound, with_prompt
 from benchmarks.step import DPO, EXACT, EXPECTED, PRECOMPUTED, SCENARIOS, TRL, check_losses, claims_of
 
+BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 TINY = Shape(batch=2, seq_len=24, prompt_len=6, words=40, hidden=16, layers=1, heads=2, vocab=64)
 
 
@@ -179,7 +180,7 @@ def test_reduced_shapes_are_not_judged(tmp_path: Path, monkeypatch: pytest.Monke
 
 def test_products_of_a_step_are_six_flops_a_weight_and_token_and_eight_in_the_head() -> None:
     shape = Shape(hidden=64, layers=3, heads=4, vocab=1000)
-    found = products(shape, sequences=4, length=32, scored=96, tile_rows=24)
+    found = products(shape, sequences=4, length=32, scored=96, tile=(24, 250))
     linear = sum(p.flops for p in found if not p.name.startswith(("attention scores", "attention values", "head")))
     attention = sum(p.flops for p in found if p.name.startswith(("attention scores", "attention values")))
     head = sum(p.flops for p in found if p.name.startswith("head"))
@@ -231,3 +232,12 @@ def test_peak_memory_begins_anew_and_sees_what_is_gone_again() -> None:
     reset_peak()
     assert peak_mib() - before < 50
     assert math.isfinite(machine_seconds())
+
+
+def test_make_bench_runs_every_benchmark_there_is() -> None:
+    makefile = (BENCHMARKS.parent / "Makefile").read_text()
+    named = next(line for line in makefile.splitlines() if line.startswith("BENCHMARKS := ")).split()[2:]
+    scripts = {path.stem for path in (BENCHMARKS).glob("*.py") if "def main() -> None:" in path.read_text()}
+    assert sorted(named) == sorted(scripts)
+    for name in named:
+        assert importlib.import_module(f"benchmarks.{name}").main

@@ -11,17 +11,8 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from ctpd.core.errors import UserError
-from ctpd.models import (
-    Score,
-    add_lora,
-    install_scorer,
-    load_model,
-    load_tokenizer,
-    parameter_counts,
-    probe_scorer,
-    save_model,
-    score,
-)
+from ctpd.models import Score, add_lora, install_scorer, load_model, load_tokenizer, parameter_counts, save_model, score
+from ctpd.probes import probe_scorer
 from tests.fixtures.tiny import CONFIGS, VOCABULARY, tiny_model
 
 IDS = torch.randint(1, VOCABULARY, (3, 10), generator=torch.Generator().manual_seed(1))

@@ -74,7 +74,7 @@ def test_the_progress_of_a_sweep_counts_the_rows_of_all_processes(found: dict[st
     assert found["sweeps"].ranks[0]["one batch, progress"] == [(2, 2)] * 2
 
 
-@pytest.mark.parametrize("name", ["full", "lora", "dskd_cma"])
+@pytest.mark.parametrize("name", ["full", "lora", "shared prompts", "dskd_cma"])
 def test_two_processes_train_as_one_does(found: dict[str, Found], name: str) -> None:
     """At the same global batch: losses within 1e-5, every metric and evaluation, the weights, in both processes."""
     expected = found["trainings"].alone[name]
@@ -96,7 +96,7 @@ def test_two_processes_train_as_one_does(found: dict[str, Found], name: str) -> 
 
 def test_both_processes_end_with_the_same_weights_bit_for_bit(found: dict[str, Found]) -> None:
     first, second = found["trainings"].ranks
-    for name in ("full", "lora", "dskd_cma"):
+    for name in ("full", "lora", "shared prompts", "dskd_cma"):
         for key, value in first[name]["weights"].items():
             assert torch.equal(value, second[name]["weights"][key]), key
         assert first[name]["fit"]["history"] == second[name]["fit"]["history"]
@@ -154,7 +154,12 @@ def test_shared_weights_give_the_loss_and_gradients_of_whole_ones(launched: Path
         made = of_rank[f"{name}, {plan}"]
         assert made["parameters"] == {"DTensor"}
         torch.testing.assert_close(made["logps"], expected["logps"][rank], rtol=0, atol=1e-6)
-        for objective, kind in (("pairs", "pairs"), ("kd", "kd"), ("again", "pairs")):
+        for objective, kind in (
+            ("pairs", "pairs"),
+            ("shared prompts", "shared prompts"),
+            ("kd", "kd"),
+            ("again", "pairs"),
+        ):
             whole = expected["passes"][kind]
             assert made[objective]["losses"] == pytest.approx([whole["losses"][rank]], abs=1e-6)
             for key, gradient in whole["gradients"].items():

@@ -8,41 +8,23 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
+from transformers import FalconH1Config, Lfm2Config
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from baselines.dpo import DPO, DPOParams
 from ctpd.core.recipe import Schedule
-from ctpd.models import Score, add_lora, score
+from ctpd.models import Score, add_lora, install_scorer, score
 from ctpd.ops.shared_rows import MOST_OF_SEPARATE, SharedRows, attend_apart, share_rows
+from ctpd.probes import other_mixing, same_results
 from ctpd.train.collator import ScoredRows, shared_rows
 from ctpd.train.fit import Fit, FitSettings, fit
 from ctpd.train.sharing import SHARING, can_share_rows
+from ctpd.train.sweep import Measure, _planned, log_probabilities, sweep, top, with_boundary
 from ctpd.train.trainer import PairPass
-from tests.fixtures.tiny import CONFIGS, VOCABULARY, tiny_model
+from tests.fixtures.tiny import CONFIGS, VOCABULARY, pairs_with_prompts, tiny_model
 
 SHARING_FAMILIES = [name for name in CONFIGS if name != "gemma2_softcap"]
-
-
-def pairs_with_prompts(num_pairs: int, *, seed: int = 0, prompt: tuple[int, int] = (6, 14)) -> ScoredRows:
-    """Pairs whose rows begin with the same prompt; responses of one to nine tokens, each token a unit."""
-    rng = np.random.default_rng(seed)
-    rows, units = [], []
-    for _ in range(num_pairs):
-        begin = rng.integers(1, VOCABULARY, rng.integers(*prompt))
-        for _ in range(2):
-            response = rng.integers(1, VOCABULARY, rng.integers(1, 10))
-            rows.append(np.concatenate([begin, response]))
-            units.append(np.concatenate([np.full(len(begin), -1), np.arange(len(response))]))
-    row_starts = np.concatenate([[0], np.cumsum([len(row) for row in rows])]).astype(np.int64)
-    unit_starts = np.concatenate([[0], np.cumsum([int((unit >= 0).sum()) for unit in units])]).astype(np.int64)
-    return ScoredRows(
-        input_ids=np.concatenate(rows).astype(np.int32),
-        row_starts=row_starts,
-        unit=np.concatenate(units).astype(np.int32),
-        unit_starts=unit_starts,
-        counted=np.ones(int(unit_starts[-1]), dtype=bool),
-        items=np.arange(2 * num_pairs, dtype=np.int64).reshape(num_pairs, 2),
-        reference=rng.normal(-4, 1, int(unit_starts[-1])).astype(np.float32),
-    )
 
 
 def both_ways(rows: ScoredRows, items: list[int]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -186,6 +168,71 @@ def test_a_model_whose_shared_rows_differ_is_refused_and_left_as_it_was(monkeypa
     assert model.config._attn_implementation == SHARING
 
 
+HYBRIDS: dict[str, Any] = {
+    "convolutions by layer": lambda: Lfm2Config(
+        vocab_size=VOCABULARY, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=2, layer_types=["conv", "full_attention"], pad_token_id=0, bos_token_id=1, eos_token_id=2,
+    ),
+    "state spaces beside attention": lambda: FalconH1Config(
+        vocab_size=VOCABULARY, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=2, mamba_d_ssm=32, mamba_n_heads=4, mamba_d_head=8, mamba_d_state=8, mamba_chunk_size=8,
+        pad_token_id=0, bos_token_id=1, eos_token_id=2,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", HYBRIDS)
+def test_a_model_that_mixes_positions_otherwise_is_refused_however_little_it_does_so_now(name: str) -> None:
+    """Near its initialisation a convolution hardly moves a log-probability: a probe alone would pass it."""
+    config = HYBRIDS[name]()
+    model = install_scorer(MODEL_FOR_CAUSAL_LM_MAPPING[type(config)](config))
+    assert other_mixing(model) is not None
+    assert not can_share_rows(model)
+    assert model.config._attn_implementation == "sdpa"
+
+
+def test_a_window_that_attention_is_not_told_of_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its 16 tokens are fewer than any real window; the probe shortens windows."""
+    model = tiny_model("gemma3")
+    model.config.sliding_window = 512
+    for layer in model.model.layers:
+        layer.self_attn.sliding_window = None  # only the mask knows
+    assert not can_share_rows(model)
+    assert model.config.sliding_window == 512
+    told = tiny_model("gemma3")
+    assert can_share_rows(told)
+    assert told.config.sliding_window == told.model.layers[0].self_attn.sliding_window == 4
+
+
+def test_any_error_of_the_probe_leaves_the_model_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model()
+
+    def fails(*_args: Any, **_kwargs: Any) -> None:
+        raise IndexError("a mask of another shape")
+
+    monkeypatch.setattr("ctpd.train.sharing.attend_apart", fails)
+    assert not can_share_rows(model)
+    assert model.config._attn_implementation == "sdpa"
+
+
+def test_in_16_bits_a_missing_gradient_is_noticed() -> None:
+    model = tiny_model().bfloat16()
+    ids = torch.randint(1, VOCABULARY, (2, 8), generator=torch.Generator().manual_seed(0))
+    request = Score(torch.tensor([2, 5, 11]), torch.tensor([3, 4, 5]))
+
+    def whole() -> Tensor:
+        return score(model, ids, request)
+
+    def first_as_constant() -> Tensor:
+        parameter = next(model.parameters())
+        constants = {"model.embed_tokens.weight": parameter.detach() + 0 * parameter}
+        logps: Tensor = functional_call(model, constants, (), {"input_ids": ids, "score": request})
+        return logps
+
+    assert same_results(model, whole, whole)
+    assert not same_results(model, whole, first_as_constant)
+
+
 def trained(folder: Path, rows: ScoredRows, *, micro_batch_tokens: int = 10**6) -> tuple[Fit, nn.Module]:
     model = tiny_model()
     assert can_share_rows(model)
@@ -220,3 +267,42 @@ def test_layout_is_moved_like_the_rest_of_a_batch() -> None:
     layout = shared_rows(moved)
     assert isinstance(layout, SharedRows)
     assert all(part.is_meta for part in layout)
+
+
+MEASURES: dict[str, Measure] = {
+    "log-probabilities": log_probabilities, "top": top(3, 2.0), "with boundary": with_boundary([1, 5, 9]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MEASURES)
+def test_a_sweep_over_pairs_that_share_prompts_keeps_what_one_over_rows_keeps(name: str) -> None:
+    model = tiny_model("gemma3")
+    assert can_share_rows(model)
+    rows = pairs_with_prompts(7, prompt=(9, 14))
+    read: list[int] = []
+    hook = model.get_input_embeddings().register_forward_hook(lambda _module, ids, _out: read.append(ids[0].numel()))
+    found = []
+    for shares in (False, True):
+        read.clear()
+        kept = sweep(
+            model, rows.input_ids, rows.row_starts, rows.unit >= 0, measure=MEASURES[name], max_tokens=70,
+            progress=lambda done, total: None, shares_prompts=shares,
+        )  # fmt: skip
+        found.append((kept, sum(read)))
+    hook.remove()
+    (separate, num_separate), (shared, num_shared) = found
+    assert num_shared <= MOST_OF_SEPARATE * num_separate
+    assert separate.keys() == shared.keys()
+    for key, values in separate.items():
+        np.testing.assert_allclose(shared[key], values, rtol=1e-4, atol=1e-5, err_msg=key)
+
+
+def test_a_sweep_leaves_rows_apart_where_sharing_would_compute_more() -> None:
+    """A long and a short response: sorted alone they are padded less than as pairs of one prompt token."""
+    lengths = np.tile([4, 40], 8)
+    starts = np.concatenate([[0], np.cumsum(lengths)])
+    scored = np.ones(starts[-1], dtype=bool)
+    scored[starts[:-1]] = False
+    batches, shares = _planned(starts, scored, max_tokens=80, shares_prompts=True)
+    assert not shares
+    assert sorted(np.concatenate(batches).tolist()) == list(range(16))

@@ -95,7 +95,16 @@ def test_the_stage_of_a_process_that_dies_is_built_by_another(store: Store) -> N
 
 
 def launched(store: Store, *mode: str) -> subprocess.CompletedProcess[str]:
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    launcher = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        "--log-dir",
+        str(store.root.with_name("logs")),
+    ]
     return subprocess.run(
         [*launcher, "-m", TEAM, str(store.root), *mode],
         cwd=ROOT,
