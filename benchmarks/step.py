@@ -5,6 +5,7 @@ first as well (`precompute_ref_log_probs`). Both sides must show the same losses
 """
 
 import argparse
+import json
 import math
 import tempfile
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from pathlib import Path
 from benchmarks.figures import Bar, bars
 from benchmarks.inputs import Shape, as_json, make_inputs
 from benchmarks.measuring import Found, Side, alternate, arguments, median_of, ratios
-from benchmarks.report import Claim, Result, Table, spread, write
+from benchmarks.report import Claim, Result, Table, environment, spread, write
 
 EXPECTED = (0.693147, 0.704426, 0.723767, 0.715635, 0.826981)
 """Losses of the default shape, as TRL 1.16 showed them when this project was specified."""
@@ -159,11 +160,13 @@ def main() -> None:
     parser.add_argument("--only", default=",".join(SCENARIOS), help="comma list out of: %(default)s")
     parser.add_argument("--ragged", action="store_true", help="the same as --only ragged")
     parser.add_argument("--share", choices=("auto", "on", "off"), default="auto", help="prompts, on our side")
+    parser.add_argument("--keep", action="store_true", help="leave other scenarios as an earlier run measured them")
     args = parser.parse_args()
     names = ["ragged"] if args.ragged else args.only.split(",")
+    kept = _earlier(args) if args.keep else {}
     claims, tables, measurements = [], [], {}
-    for name in names:
-        scenario, found = run_scenario(name, args)
+    for name in (name for name in SCENARIOS if name in {*names, *kept}):
+        scenario, found = run_scenario(name, args) if name in names else (SCENARIOS[name], kept[name])
         measurements[name] = found
         claims += claims_of(scenario, found)
         tables.append(table_of(scenario, found))
@@ -176,8 +179,28 @@ def main() -> None:
     }
     if memory:
         figures["memory.svg"] = bars(memory, title="Memory beyond the state, ours / TRL's (mark: target)", unit="ratio")
-    write(Result(name="step", title="A training step beside TRL's DPOTrainer", text=TEXT, claims=claims, tables=tables,
+    earlier = f"Kept from an earlier run of the same command without `--only`: {', '.join(kept)}." if kept else ""
+    write(Result(name="step", title="A training step beside TRL's DPOTrainer", text=[*TEXT, *([earlier] if earlier else [])],
+                 claims=claims, tables=tables,
                  measurements=measurements, figures=figures), args)  # fmt: skip
+
+
+def _earlier(args: argparse.Namespace) -> dict[str, Found]:
+    """What an earlier run measured of the scenarios that are not asked for now.
+
+    Raises:
+        RuntimeError: there is none, or it ran elsewhere or with other packages.
+    """
+    path = args.to / "step" / "step.json"
+    if not path.exists():
+        raise RuntimeError(f"{path} does not exist: there is nothing to keep")
+    record = json.loads(path.read_text(encoding="utf-8"))
+    here, there = environment(args), record["environment"]
+    changed = [key for key in here if key != "date" and here[key] != there.get(key)]
+    if changed:
+        raise RuntimeError(f"the earlier run differs in {', '.join(changed)}: measure everything again")
+    names = ["ragged"] if args.ragged else args.only.split(",")
+    return {name: found for name, found in record["measurements"].items() if name not in names}
 
 
 TEXT = (
@@ -191,6 +214,7 @@ TEXT = (
     "they cost. One step is one micro-batch on both sides, where the table does not say otherwise.",
     "TRL's fast path on GPUs (Triton) does not run on a CPU: on CPUs its head projects prompt and padding too and falls back "
     "to plain torch.",
+    "A scenario of one round has no spread. The column *load of others* says how many cores other programs kept busy.",
 )
 
 

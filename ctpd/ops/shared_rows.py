@@ -2,11 +2,12 @@
 
 Two rows `prompt + chosen` and `prompt + rejected` are packed into the sequence `[prompt, chosen, rejected]`. Everything
 in a decoder that treats positions one by one (embeddings, projections, norms, MLPs) sees each prompt token once. Only
-attention looks at several positions: there the sequence is taken apart into its two rows, which need no mask of their
-own but the causal one, and the result is packed again.
+attention looks at several positions: the first row is the beginning of the sequence as it stands, the second one is put
+together for it, and neither needs a mask but the causal one.
 
 Shape legend: P sequences, W packed tokens, R = 2 P rows (all first rows, then all second rows), T tokens of the longest
-row, A heads, D head size, F features of a position.
+row, U of the longest second row, N of the longest second row's own part, S of the longest common beginning, L of the
+shortest first row, A heads, D head size, F features of a position.
 """
 
 import functools
@@ -15,7 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.autograd.function import once_differentiable
@@ -25,22 +26,27 @@ MOST_OF_SEPARATE = 0.9
 
 
 class SharedRows(NamedTuple):
-    """Where the tokens of R rows stand in P packed sequences, and back. All indices are into flattened arrays.
+    """Where the tokens of R rows stand in P packed sequences, and back. Places are indices into flattened arrays.
 
     Attributes:
-        positions: [P, W] position of each packed token in its row: what rotary embeddings are told.
-        unpack: [R, T] packed place of each token of a row; padding points at a token that is there.
-        pack: [P, W] row place of each packed token, the first row's for a shared one; -1 for padding.
-        twice: [P, S] for the first S packed tokens, S the longest common beginning: the second row's place of a shared
-            token; -1 for one that is not shared.
-        owned: [R, T] whether a token's result is the one that is packed.
+        positions: position of each packed token in its row: what rotary embeddings are told.
+        unpack: packed place of each token of each row; padding points at a token that is there.
+        second: packed place of each token of the second rows, padding likewise.
+        is_own: which of these are the second row's alone.
+        own: packed place of each token that is the second row's alone, padding likewise.
+        is_common: which of the first S packed tokens both rows have.
+        tail: for the packed tokens from L on the place among those of ``second``; -1 for a token of the first row.
+        own_tail: the same among those of ``own``.
     """
 
     positions: Int[Tensor, "P W"]
     unpack: Int[Tensor, "R T"]
-    pack: Int[Tensor, "P W"]
-    twice: Int[Tensor, "P S"]
-    owned: Tensor
+    second: Int[Tensor, "P U"]
+    is_own: Bool[Tensor, "P U"]
+    own: Int[Tensor, "P N"]
+    is_common: Bool[Tensor, "P S"]
+    tail: Int[Tensor, "P W-L"]
+    own_tail: Int[Tensor, "P W-L"]
 
 
 def share_rows(ids_RT: NDArray[np.int64], lengths_R: NDArray[np.int64]) -> tuple[NDArray[np.int64], SharedRows] | None:
@@ -50,27 +56,41 @@ def share_rows(ids_RT: NDArray[np.int64], lengths_R: NDArray[np.int64]) -> tuple
         The packed ids [P, W] and where everything stands.
     """
     num_pairs, width = len(ids_RT) // 2, ids_RT.shape[1]
-    first_P, second_P = lengths_R[:num_pairs], lengths_R[num_pairs:]
+    first_P1, second_P1 = lengths_R[:num_pairs, None], lengths_R[num_pairs:, None]
     alike_PT = np.logical_and.accumulate(ids_RT[:num_pairs] == ids_RT[num_pairs:], axis=1)
-    shared_P = np.minimum(alike_PT.sum(axis=1), np.minimum(first_P, second_P) - 1)
-    packed = int((first_P + second_P - shared_P).max())
+    common_P1 = np.minimum(alike_PT.sum(axis=1, keepdims=True), np.minimum(first_P1, second_P1) - 1)
+    packed = int((first_P1 + second_P1 - common_P1).max())
     if packed * num_pairs > MOST_OF_SEPARATE * ids_RT.size:
         return None
-    column_T, sequence_P1 = np.arange(width), np.arange(num_pairs)[:, None] * packed
-    first_PT = sequence_P1 + column_T
-    second_PT = np.where(column_T < shared_P[:, None], first_PT, first_PT + (first_P - shared_P)[:, None])
+    begin_P1, column_T = np.arange(num_pairs)[:, None] * packed, np.arange(width)
+    first_PT = begin_P1 + column_T
+    second_PT = np.where(column_T < common_P1, first_PT, first_PT + first_P1 - common_P1)
     is_token_RT = column_T < lengths_R[:, None]
-    unpack_RT = np.where(is_token_RT, np.concatenate([first_PT, second_PT]), np.tile(sequence_P1, (2, 1)))
-    owned_RT = is_token_RT & (np.arange(len(ids_RT))[:, None] < num_pairs)
-    owned_RT[num_pairs:] = is_token_RT[num_pairs:] & (column_T >= shared_P[:, None])
-    pack, place_RT = np.full(num_pairs * packed, -1), np.arange(ids_RT.size).reshape(ids_RT.shape)
-    pack[unpack_RT[owned_RT]] = place_RT[owned_RT]
-    shared_PT = column_T < shared_P[:, None]
-    twice_PT = np.where(shared_PT, place_RT[num_pairs:], -1)[:, : int(shared_P.max())]
-    packed_ids = np.where(pack >= 0, ids_RT.reshape(-1)[pack], 0).reshape(num_pairs, packed)
-    positions = np.where(pack >= 0, pack % width, 0).reshape(num_pairs, packed)
-    arrays = (positions, unpack_RT, pack.reshape(num_pairs, packed), twice_PT, owned_RT)
-    return packed_ids, SharedRows(*(torch.from_numpy(np.ascontiguousarray(a)) for a in arrays))
+    unpack_RT = np.where(is_token_RT, np.concatenate([first_PT, second_PT]), np.tile(begin_P1, (2, 1)))
+    longest, num_own = int(second_P1.max()), int((second_P1 - common_P1).max())
+    is_own_PU = (is_token_RT[num_pairs:] & (column_T >= common_P1))[:, :longest]
+    own_PN = begin_P1 + first_P1 + np.minimum(np.arange(num_own), second_P1 - common_P1 - 1)
+    # The packed token at column c belongs to the second row from `first` on, and is its token c - first + common.
+    column = np.arange(int(first_P1.min()), packed)
+    is_second = (column >= first_P1) & (column < first_P1 + second_P1 - common_P1)
+    own_column, row_P1 = column - first_P1, np.arange(num_pairs)[:, None]
+    packed_ids, positions = np.zeros(num_pairs * packed, dtype=np.int64), np.zeros(num_pairs * packed, dtype=np.int64)
+    for part in (slice(num_pairs, None), slice(num_pairs)):
+        place = unpack_RT[part][is_token_RT[part]]
+        packed_ids[place] = ids_RT[part][is_token_RT[part]]
+        positions[place] = np.broadcast_to(column_T, ids_RT[part].shape)[is_token_RT[part]]
+    arrays = (
+        positions.reshape(num_pairs, packed),
+        unpack_RT,
+        unpack_RT[num_pairs:, :longest],
+        is_own_PU,
+        own_PN,
+        np.arange(int(common_P1.max())) < common_P1,
+        np.where(is_second, row_P1 * longest + own_column + common_P1, -1),
+        np.where(is_second, row_P1 * num_own + own_column, -1),
+    )
+    shared = SharedRows(*(torch.from_numpy(np.ascontiguousarray(array)) for array in arrays))
+    return packed_ids.reshape(num_pairs, packed), shared
 
 
 def attend_apart(
@@ -91,15 +111,30 @@ def attend_apart(
             mask it is causal.
         sliding_window: a token sees so many tokens, itself included; None for all before it.
     """
-    apart = [_take_apart(states, shared) for states in (query_PAWD, key_PBWD, value_PBWD)]
-    width = shared.unpack.shape[1]
-    mask = None
-    if sliding_window is not None and width > sliding_window:
-        mask = _near(width, sliding_window, query_PAWD.device)
-    output_RTAE, _ = attention(module, *apart, mask, sliding_window=sliding_window, **options)
-    num_rows, _, *features = output_RTAE.shape
-    packed: Tensor = _Pack.apply(output_RTAE.reshape(num_rows * width, -1), shared)
-    return packed.view(*shared.pack.shape, *features), None
+    # A prompt token's result is the first row's. So the second row needs queries for its own tokens only, against all
+    # its keys; a mask then costs the causal half of them, which is worth it where they are fewer than half.
+    only_own = 2 * shared.own.shape[1] <= shared.second.shape[1]
+    keys, values = _split(key_PBWD, shared, only_own=False), _split(value_PBWD, shared, only_own=False)
+    queries = _split(query_PAWD, shared, only_own=only_own)
+    outputs = []
+    for query, key, value in zip(queries, keys, values, strict=True):
+        mask: Tensor | None = None
+        if query.shape[2] < key.shape[2]:
+            mask = _seen(shared, sliding_window)
+        elif sliding_window is not None and sliding_window < key.shape[2]:
+            mask = _near(key.shape[2], sliding_window, key.device)
+        output, _ = attention(module, query, key, value, mask, sliding_window=sliding_window, **options)
+        outputs.append(output.flatten(2))
+    packed: Tensor = _Join.apply(*outputs, shared, only_own)
+    return packed.view(*shared.positions.shape, query_PAWD.shape[1], -1), None
+
+
+def _seen(shared: SharedRows, window: int | None) -> Tensor:
+    """[P, 1, N, U] which tokens of its row a second row's own token sees."""
+    query_PN1 = shared.positions.flatten()[shared.own].unsqueeze(2)
+    distance_PNU = query_PN1 - torch.arange(shared.second.shape[1], device=query_PN1.device)
+    seen = distance_PNU >= 0
+    return (seen if window is None else seen & (distance_PNU < window)).unsqueeze(1)
 
 
 @functools.lru_cache(maxsize=2)
@@ -110,47 +145,77 @@ def _near(width: int, window: int, device: torch.device) -> Tensor:
     return ((distance >= 0) & (distance < window))[None, None]
 
 
-def _take_apart(states_PAWD: Tensor, shared: SharedRows) -> Tensor:
-    by_place = states_PAWD.transpose(1, 2)
-    rows: Tensor = _Unpack.apply(by_place.flatten(2).flatten(0, 1), shared)
-    return rows.view(*shared.unpack.shape, *by_place.shape[2:]).transpose(1, 2)
+def _split(states_PAWD: Tensor, shared: SharedRows, *, only_own: bool) -> tuple[Tensor, Tensor]:
+    """The states [P, A, T, D] of the first rows and [P, A, U, D] of the second, or [P, A, N, D] of what is theirs alone."""
+    heads = states_PAWD.shape[1]
+    first, second = _Split.apply(states_PAWD.transpose(1, 2).flatten(2), shared, only_own)
+    return tuple(part.unflatten(2, (heads, -1)).transpose(1, 2) for part in (first, second))
 
 
-def _picked(values_NF: Tensor, place: Tensor) -> Tensor:
-    """The rows at these places, zeros at -1."""
-    picked = values_NF.index_select(0, place.clamp(min=0).flatten())
-    return picked.mul_((place >= 0).flatten().unsqueeze(1))
+def _picked(values_KF: Tensor, place: Tensor) -> Tensor:
+    """The values at these places, zeros at -1."""
+    picked = values_KF.index_select(0, place.clamp(min=0).flatten()).view(*place.shape, -1)
+    return picked.mul_((place >= 0).unsqueeze(-1))
 
 
-class _Unpack(torch.autograd.Function):
-    """Packed places to places of rows. The backward pass gathers, too: every place has at most two sources."""
-
-    @staticmethod
-    def forward(ctx: Any, packed_NF: Tensor, shared: SharedRows) -> Tensor:
-        ctx.shared = shared
-        return packed_NF.index_select(0, shared.unpack.flatten())
+class _Split(torch.autograd.Function):
+    """Packed tokens to those of first and second rows. The backward pass gathers: no place has more than two sources."""
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_NF: Tensor) -> tuple[Tensor, None]:
-        shared: SharedRows = ctx.shared
-        grad = _picked(grad_NF, shared.pack)
-        longest = shared.twice.shape[1]
-        grad.view(*shared.pack.shape, -1)[:, :longest] += _picked(grad_NF, shared.twice).view(*shared.twice.shape, -1)
-        return grad, None
-
-
-class _Pack(torch.autograd.Function):
-    """Places of rows to packed places; a shared token's result is the first row's, which is also the second's."""
-
-    @staticmethod
-    def forward(ctx: Any, rows_NF: Tensor, shared: SharedRows) -> Tensor:
-        ctx.shared = shared
-        return _picked(rows_NF, shared.pack)
+    def forward(ctx: Any, packed_PWF: Tensor, shared: SharedRows, only_own: bool) -> tuple[Tensor, Tensor]:
+        ctx.shared, ctx.only_own = shared, only_own
+        places = shared.own if only_own else shared.second
+        second = packed_PWF.flatten(0, 1).index_select(0, places.flatten()).view(*places.shape, -1)
+        # Behind a first row that is shorter than others stand tokens of the second; causal attention never sees them.
+        return packed_PWF[:, : shared.unpack.shape[1]], second
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_NF: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, grad_PTF: Tensor, grad_second: Tensor) -> tuple[Tensor, None, None]:
         shared: SharedRows = ctx.shared
-        grad = grad_NF.index_select(0, shared.unpack.flatten())
-        return grad.mul_(shared.owned.flatten().unsqueeze(1)), None
+        num_pairs, width = shared.positions.shape
+        grad = grad_PTF.new_zeros(num_pairs, width, grad_PTF.shape[2])
+        grad[:, : grad_PTF.shape[1]] = grad_PTF
+        if not ctx.only_own:
+            common_PS1 = shared.is_common.unsqueeze(2).to(grad.dtype)
+            longest = common_PS1.shape[1]
+            grad[:, :longest].addcmul_(grad_second[:, :longest], common_PS1)
+        tail = shared.own_tail if ctx.only_own else shared.tail
+        grad[:, width - tail.shape[1] :] += _picked(grad_second.flatten(0, 1), tail)
+        return grad, None, None
+
+
+class _Join(torch.autograd.Function):
+    """Results of first and second rows to packed ones; a shared token's is the first row's, which is the second's too."""
+
+    @staticmethod
+    def forward(ctx: Any, first_PTF: Tensor, second: Tensor, shared: SharedRows, only_own: bool) -> Tensor:
+        ctx.shared, ctx.only_own = shared, only_own
+        num_pairs, width = shared.positions.shape
+        packed = first_PTF.new_zeros(num_pairs, width, first_PTF.shape[2])
+        packed[:, : first_PTF.shape[1]] = first_PTF
+        tail = shared.own_tail if only_own else shared.tail
+        behind = packed[:, width - tail.shape[1] :]
+        behind.mul_((tail < 0).unsqueeze(2)).add_(_picked(second.flatten(0, 1), tail))
+        return packed
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_PWF: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        shared: SharedRows = ctx.shared
+        width, num_tail = grad_PWF.shape[1], shared.tail.shape[1]
+        first = grad_PWF[:, : shared.unpack.shape[1]].clone()
+        behind = first[:, width - num_tail :]
+        behind.mul_((shared.tail[:, : behind.shape[1]] < 0).unsqueeze(2))
+        places = shared.own if ctx.only_own else shared.second
+        second = grad_PWF.flatten(0, 1).index_select(0, places.flatten()).view(*places.shape, -1)
+        # Padding of `own` repeats a token, and its result is nobody's.
+        counts = _counts(shared.own) if ctx.only_own else shared.is_own
+        return first, second.mul_(counts.unsqueeze(2)), None, None
+
+
+def _counts(own_PN: Tensor) -> Tensor:
+    """Which entries are no padding: padding repeats the last place of its row, and the first of equals counts."""
+    repeats = torch.zeros_like(own_PN, dtype=torch.bool)
+    repeats[:, 1:] = own_PN[:, 1:] == own_PN[:, :-1]
+    return ~repeats

@@ -59,7 +59,7 @@ def test_every_token_of_every_row_is_found_in_the_packed_sequences() -> None:
             assert (place // sequences.shape[1] == row % num_pairs).all()
         # every packed token belongs to some row, and only padding to none
         used = {int(p) for row, length in enumerate(lengths) for p in shared.unpack[row, :length]}
-        assert used == set(np.flatnonzero(shared.pack.numpy().reshape(-1) >= 0).tolist())
+        assert used == set(np.flatnonzero(sequences.reshape(-1)).tolist())
 
 
 def test_rows_without_a_common_beginning_are_left_apart() -> None:
@@ -77,11 +77,15 @@ def naive_attention(
 
 
 @pytest.mark.parametrize("window", [None, 3])
-def test_attention_of_packed_rows_and_its_gradients_are_those_of_one_masked_sequence(window: int | None) -> None:
+@pytest.mark.parametrize("common", [3, 6], ids=["all queries of the second rows", "their own alone"])
+def test_attention_of_packed_rows_and_its_gradients_are_those_of_one_masked_sequence(
+    common: int, window: int | None
+) -> None:
     """The definition: a token sees the tokens before it of a row that both are in."""
     lengths = np.array([9, 7, 8, 9])
     ids = np.arange(1, 37).reshape(4, 9)
-    ids[2:, :5] = ids[:2, :5]
+    ids[2:, :common] = ids[:2, :common]
+    ids[np.arange(9) >= lengths[:, None]] = 0
     packed = share_rows(ids, lengths)
     assert packed is not None
     shared = packed[1]
@@ -96,7 +100,7 @@ def test_attention_of_packed_rows_and_its_gradients_are_those_of_one_masked_sequ
         for i in range(length):
             first = 0 if window is None else max(0, i - window + 1)
             together[row % 2, place[i], place[first : i + 1]] = True
-    is_token = shared.pack >= 0
+    is_token = torch.from_numpy(packed[0] > 0)
     together[~is_token] = True  # padding attends to anything; it is not looked at
     expected, _ = naive_attention(nn.Identity(), *states, together[:, None])
     found, _ = attend_apart(naive_attention, nn.Identity(), *states, shared=shared, sliding_window=window)
