@@ -44,7 +44,7 @@ record-regression: setup  ## record them anew, after a change that is meant to m
 
 ci: test  ## what CI runs
 
-bench: setup  ## speed and memory beside the peers, into results/benchmarks: about 35 minutes on two idle cores
+bench: setup  ## speed and memory beside the peers, into results/benchmarks: about 50 minutes on two idle cores
 	set -e; for name in $(BENCHMARKS); do $(BIN)/python -m benchmarks.$$name; done
 
 bench-quick: setup  ## the same at tiny shapes, into build/: whether the benchmarks run, not how fast anything is
