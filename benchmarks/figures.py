@@ -71,7 +71,7 @@ def bars(rows: Sequence[Bar], *, title: str, unit: str) -> str:
             )
         if bar.bound is not None:
             body.append(f'<path class="bound" d="M{x(bar.bound)} {y - 2}v22"/>')
-        body.append(_text(x(max(high, bar.bound or 0.0)) + 6, y + 13, f"{middle:.3g}", "number"))
+        body.append(_text(x(max(high, bar.bound or 0.0)) + 6, y + 13, f"{float(f'{middle:.3g}'):,.6g}", "number"))
     body.append(f'<path class="axis" d="M{LABEL} {bottom}H{x.end}"/>')
     body += [_text(x(t), bottom + 16, tick_text(t), "number middle") for t in ticks(x.first, x.last)]
     body.append(_text((x.start + x.end) / 2, bottom + 34, unit, "number middle"))
@@ -95,7 +95,7 @@ def log_lines(lines: Sequence[Line], *, title: str, x_label: str, y_label: str) 
         body.append(f'<path class="grid" d="M60 {y(math.log2(tick))}H{x.end}"/>')
         body.append(_text(54, y(math.log2(tick)) + 4, tick_text(tick), "number end"))
     for tick in sorted({p[0] for p in points}):
-        body.append(_text(x(math.log2(tick)), 318, tick_text(tick), "number middle"))
+        body.append(_text(x(math.log2(tick)), 318, f"{tick:,.6g}", "number middle"))
     labels: list[float] = []
     for line in lines:
         places = [(x(math.log2(px)), y(math.log2(py))) for px, py in line.points]
