@@ -91,7 +91,7 @@ def test_processes_of_one_launch_train_as_one_process_does(smoke: SmokeRun, tmp_
         assert made["shares_prompts"] == alone["shares_prompts"]
         for entry, expected in zip(made["history"], alone["history"], strict=True):
             assert entry.get("loss", 0.0) == pytest.approx(expected.get("loss", 0.0), abs=2e-3), path
-    assert len(list(tmp_path.glob("signals/*/signal.safetensors"))) == 3
+    assert len(list(tmp_path.glob("signals/*/signal.safetensors"))) == 4
     assert not list(tmp_path.glob("*/*.partial"))
 
 

@@ -10,6 +10,7 @@ from ctpd.app import Experiment
 from ctpd.cli import launch
 from ctpd.cli.launch import LaunchError, processes_to_start, run_launched
 from ctpd.core.errors import UserError
+from ctpd.core.processes import processes
 from ctpd.core.recipe import FsdpSpec, LaunchSpec, load_recipe, shipped_recipes
 from ctpd.pipeline.graph import Graph
 from ctpd.pipeline.runtime import Runtime
@@ -33,6 +34,7 @@ def test_the_flag_comes_before_the_recipe_and_a_launcher_before_both(
 ) -> None:
     if world is not None:
         monkeypatch.setenv("WORLD_SIZE", str(world))
+        monkeypatch.setenv("RANK", "0")
     assert processes_to_start(spec, num_processes=flag, jobs=1) == expected
 
 
@@ -56,6 +58,7 @@ def test_flags_that_contradict_each_other_or_the_launcher_are_refused(
 ) -> None:
     if world is not None:
         monkeypatch.setenv("WORLD_SIZE", str(world))
+        monkeypatch.setenv("RANK", "0")
     with pytest.raises(UserError, match=text):
         processes_to_start(spec, num_processes=flag, jobs=jobs)
 
@@ -96,6 +99,7 @@ def test_the_launch_block_is_in_no_key_and_reaches_the_builders_only_where_there
     assert keys[0] == keys[1]
     assert Runtime.of(recipe.launch).fsdp is None
     monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.setenv("RANK", "0")
     assert Runtime.of(recipe.launch, device="cpu") == Runtime(device="cpu", fsdp=fsdp)
 
 
@@ -113,3 +117,11 @@ def test_a_helper_sees_one_gpu_of_those_that_this_process_sees(monkeypatch: pyte
     assert launch._only_gpu(2) == {"CUDA_VISIBLE_DEVICES": "2"}
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,6,7")
     assert launch._only_gpu(2) == {"CUDA_VISIBLE_DEVICES": "7"}
+
+
+def test_an_environment_that_does_not_say_which_process_this_is_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Otherwise every process would take itself for the first one, and write."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.delenv("RANK", raising=False)
+    with pytest.raises(UserError, match="WORLD_SIZE=2 and no RANK"):
+        processes()

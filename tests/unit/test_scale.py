@@ -153,7 +153,7 @@ def test_shared_weights_give_the_loss_and_gradients_of_whole_ones(launched: Path
     for rank, of_rank in enumerate(of_ranks(launched, "passes")):
         made = of_rank[f"{name}, {plan}"]
         assert made["parameters"] == {"DTensor"}
-        torch.testing.assert_close(made["logps"], expected["logps"][rank], rtol=0, atol=1e-6)
+        torch.testing.assert_close(made["logps"], expected["logps"][rank], rtol=1e-6, atol=2e-6)
         for objective, kind in (
             ("pairs", "pairs"),
             ("shared prompts", "shared prompts"),
@@ -161,12 +161,12 @@ def test_shared_weights_give_the_loss_and_gradients_of_whole_ones(launched: Path
             ("again", "pairs"),
         ):
             whole = expected["passes"][kind]
-            assert made[objective]["losses"] == pytest.approx([whole["losses"][rank]], abs=1e-6)
+            assert made[objective]["losses"] == pytest.approx([whole["losses"][rank]], abs=5e-6)
             for key, gradient in whole["gradients"].items():
                 if gradient is None:
                     assert made[objective]["gradients"][key] is None
                 else:
-                    torch.testing.assert_close(made[objective]["gradients"][key], gradient, rtol=1e-5, atol=1e-6)
+                    torch.testing.assert_close(made[objective]["gradients"][key], gradient, rtol=1e-5, atol=5e-6)
 
 
 def assert_close_histories(made: list[dict[str, float]], expected: list[dict[str, float]], *, abs: float) -> None:
