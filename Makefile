@@ -5,6 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 export HF_HUB_DISABLE_TELEMETRY := 1
 export TOKENIZERS_PARALLELISM := false
+export PYTHONDONTWRITEBYTECODE :=
 
 BENCHMARKS := step evaluation roofline sharing head scaling alignment pipeline
 

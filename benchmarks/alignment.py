@@ -31,7 +31,7 @@ def measure(config: dict[str, Any]) -> dict[str, Any]:
     os.environ["RAYON_NUM_THREADS"] = "1"
     from ctpd.text.prepare import prepare_pairs
     from ctpd.text.render import PlainTemplate, space_mark_ids
-    from ctpd.text.render import Side as Reader
+    from ctpd.text.render import TemplatedTokenizer as Reader
 
     pairs = _pairs(config)
     texts = [text for pair in pairs for text in (pair.chosen, pair.rejected) if text]

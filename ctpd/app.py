@@ -170,7 +170,7 @@ def run(
     runtime = runtime or Runtime.of(experiment.recipe.launch)
     experiment.check_suite(artifacts)
     Graph(experiment.records).run(artifacts, runtime=runtime, progress=Progress(quiet=quiet))
-    processes().leave()
+    processes().destroy_process_group()
     columns = [column.name for column in experiment.suite.columns]
     return tables(experiment.recipe, read_records(experiment, artifacts), columns=columns)
 
@@ -233,7 +233,7 @@ def _evaluate(
     protocol = {"data_root": data_root, "limit": spec.limit, "chat_template": spec.chat_template}
     tokenizer = load_tokenizer(located.tokenizer, revision=located.tokenizer_revision)
     if spec.backend == "vllm":
-        if processes().world > 1:
+        if processes().world_size > 1:
             raise UserError("vLLM in a launch of several processes is not supported", fix="Evaluate with one process")
         with _one_folder(located, precision=precision) as (folder, revision):
             return evaluate_with_vllm(

@@ -43,7 +43,7 @@ def processes_to_start(spec: LaunchSpec, *, num_processes: int | None, jobs: int
     Raises:
         UserError: the flags contradict each other, or the launcher.
     """
-    started = processes().world if "WORLD_SIZE" in os.environ else None
+    started = processes().world_size if "WORLD_SIZE" in os.environ else None
     count = num_processes or started or spec.num_processes
     if started is not None and count != started:
         raise UserError(
@@ -62,7 +62,7 @@ def processes_to_start(spec: LaunchSpec, *, num_processes: int | None, jobs: int
 
 def started_by_user() -> bool:
     """Whether this process stands for the command: no helper, no further process of a launch."""
-    return processes().is_first and ERRORS not in os.environ and HELPER not in os.environ
+    return processes().is_main and ERRORS not in os.environ and HELPER not in os.environ
 
 
 def run_launched(argv: Sequence[str], *, count: int, device: str) -> None:

@@ -174,13 +174,13 @@ def _execute(
     runtime = Runtime.of(launch, device=device, report_to=flags["report_to"])
     with beside:
         built = graph.run(artifacts, runtime=runtime, progress=Progress(quiet=quiet), rebuild=rebuild)
-    processes().leave()
-    if not quiet and processes().is_first:
+    processes().destroy_process_group()
+    if not quiet and processes().is_main:
         click.echo(
             f"{built} stage{'s' if built != 1 else ''} built, {len(graph.stages) - built} not needed or already there.\n",
             err=True,
         )
-    return processes().is_first
+    return processes().is_main
 
 
 def _print_plan(lines: Sequence[Any], *, as_json: bool) -> None:

@@ -13,10 +13,19 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import yaml
+from pydantic import BaseModel, ConfigDict
 
 from ctpd.core.errors import UserError
 
 T = TypeVar("T")
+
+
+class Config(BaseModel):
+    """Base of all configuration: strict (no conversion but int to float), frozen, unknown fields refused, no NaN."""
+
+    model_config = ConfigDict(
+        strict=True, frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True
+    )
 
 
 def nearest(name: str, options: Iterable[str]) -> str:

@@ -1,7 +1,7 @@
-"""The processes of one launch, and the few things that they tell each other.
+"""The processes of one launch, and the collective calls they need on CPU values.
 
-A launcher (`--num-processes`, `torchrun`, `accelerate launch`) says by environment variables which process this is and
-how many there are. Without them there is one process, and everything here is immediate.
+A launcher (`--num-processes`, `torchrun`, `accelerate launch`) sets RANK, WORLD_SIZE and LOCAL_RANK. Without them there
+is one process, and every call here returns at once.
 """
 
 import contextlib
@@ -15,11 +15,11 @@ from numpy.typing import NDArray
 
 from ctpd.core.errors import CtpdError, UserError
 
-_PATIENCE = timedelta(days=7)  # one process may build for hours while the others wait
+_TIMEOUT = timedelta(days=7)  # one process may build a stage for hours while the others wait
 
 
 class ProcessLost(CtpdError):
-    """Another process of the launch has ended while this one waited for it."""
+    """Another process of the launch ended while this one waited for it."""
 
 
 @dataclass(frozen=True)
@@ -27,74 +27,79 @@ class Processes:
     """This process among those of its launch.
 
     Attributes:
-        rank: its number, from 0.
-        world: how many there are, on all machines.
-        local_rank: its number on its own machine: the number of its device.
+        rank: from 0.
+        world_size: the number of processes on all machines.
+        local_rank: the rank on this machine, which is the index of the device.
     """
 
     rank: int = 0
-    world: int = 1
+    world_size: int = 1
     local_rank: int = 0
 
     @property
-    def is_first(self) -> bool:
-        """Whether this is the process that writes and speaks."""
+    def is_main(self) -> bool:
+        """Whether this is rank 0, which writes files and prints."""
         return self.rank == 0
 
-    def join(self, device: str = "cpu") -> None:
-        """Connect the processes: gloo between CPUs, and NCCL between GPUs. A second call does nothing.
+    def init_process_group(self, device: str = "cpu") -> None:
+        """Initialize the default group: gloo for CPU tensors, NCCL for GPU tensors. A second call does nothing.
 
-        Call it before anything of `accelerate`, which then uses this group: its own would end long waits.
+        Call it before anything of `accelerate`, which then uses this group: its own has a short timeout.
 
         Args:
-            device: what this process computes on, in torch's words.
+            device: the torch device that this process computes on.
         """
         import torch
 
-        if self.world == 1 or torch.distributed.is_initialized():
+        if self.world_size == 1 or torch.distributed.is_initialized():
             return
+        # Ten functions of this module hold the group that exists when it is imported as a default argument. Imported
+        # after the next lines, it would keep the group alive after destroy_process_group, and gloo's threads would
+        # still run while the interpreter shuts down, which aborts the process.
+        import torch.distributed.nn.functional
+
         if device.startswith("cuda"):
             torch.cuda.set_device(self.local_rank)
-            torch.distributed.init_process_group("cpu:gloo,cuda:nccl", timeout=_PATIENCE)
+            torch.distributed.init_process_group("cpu:gloo,cuda:nccl", timeout=_TIMEOUT)
         else:
-            torch.distributed.init_process_group("gloo", timeout=_PATIENCE)
+            torch.distributed.init_process_group("gloo", timeout=_TIMEOUT)
 
-    def leave(self) -> None:
-        """Disconnect; the last thing to do before the program ends without an error."""
+    def destroy_process_group(self) -> None:
+        """Destroy the default group; the last call before the program ends without an error."""
         import torch
 
-        if self.world > 1 and torch.distributed.is_initialized():
+        if self.world_size > 1 and torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
 
-    def wait(self) -> None:
-        """Go on when every process is here."""
-        self.joined(np.zeros(1, dtype=np.int64))  # a broadcast would let the first process go on alone
+    def barrier(self) -> None:
+        """Return when every process has called this."""
+        self.all_reduce(np.zeros(1, dtype=np.int64))  # after a broadcast rank 0 would not wait for the others
 
-    def agree(self, number: int) -> int:
-        """The first process's number, in every process."""
-        if self.world == 1:
+    def broadcast(self, number: int) -> int:
+        """The number of rank 0, in every process."""
+        if self.world_size == 1:
             return number
         import torch
 
-        told = torch.tensor([number], dtype=torch.int64)
-        with _others_needed():
-            torch.distributed.broadcast(told, src=0)
-        return int(told)
+        value = torch.tensor([number], dtype=torch.int64)
+        with _peers_required():
+            torch.distributed.broadcast(value, src=0)
+        return int(value)
 
-    def joined(self, part: NDArray[np.generic]) -> NDArray[np.generic]:
-        """The sum of arrays of one shape: exact where each entry is zero in all processes but one."""
-        if self.world == 1:
-            return part
+    def all_reduce(self, array: NDArray[np.generic]) -> NDArray[np.generic]:
+        """The sum over all processes of arrays of one shape: exact where at most one process has a nonzero entry."""
+        if self.world_size == 1:
+            return array
         import torch
 
-        total = torch.from_numpy(np.ascontiguousarray(part))
-        with _others_needed():
+        total = torch.from_numpy(np.ascontiguousarray(array))
+        with _peers_required():
             torch.distributed.all_reduce(total)
         return np.asarray(total.numpy())
 
 
 @contextlib.contextmanager
-def _others_needed() -> Iterator[None]:
+def _peers_required() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
@@ -102,15 +107,15 @@ def _others_needed() -> Iterator[None]:
 
 
 def processes() -> Processes:
-    """This process, as its launcher's environment says.
+    """This process, from its launcher's environment.
 
     Raises:
-        UserError: the environment tells how many processes there are, and not which one this is.
+        UserError: WORLD_SIZE is set and RANK is not.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and "RANK" not in os.environ:
         raise UserError(
             f"the environment says WORLD_SIZE={os.environ['WORLD_SIZE']} and no RANK",
             fix="Start the processes with torchrun or accelerate, or take WORLD_SIZE out of the environment",
         )
-    rank, world, local_rank = (int(os.environ.get(name, "0")) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
-    return Processes(rank, world, local_rank) if world > 1 else Processes()
+    rank, world_size, local_rank = (int(os.environ.get(name, "0")) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+    return Processes(rank, world_size, local_rank) if world_size > 1 else Processes()

@@ -37,7 +37,7 @@ from ctpd.testbed.corpus import write_world
 from ctpd.testbed.models import new_model, train_tokenizer
 from ctpd.text.pairs import Pair, parse_pairs
 from ctpd.text.prepare import PreparedPairs, arrays, from_arrays, prepare_pairs, texts
-from ctpd.text.render import ChatTemplate, PlainTemplate, Side
+from ctpd.text.render import ChatTemplate, PlainTemplate, TemplatedTokenizer
 from ctpd.train.collator import ScoredRows
 from ctpd.train.fit import Fit, FitSettings, fit
 from ctpd.train.sharing import can_share_rows
@@ -281,13 +281,15 @@ def read_pairs(work: Work, split: str, source: PairSource) -> list[Pair]:
     return parse_pairs(read_rows(path), source=str(path))
 
 
-def _side(work: Work, role: str, spec: ModelSpec, location: str | None) -> Side:
+def _side(work: Work, role: str, spec: ModelSpec, location: str | None) -> TemplatedTokenizer:
     folder = location if location is not None else str(work.inputs[f"{role}.tokenizer"] / MODEL_FOLDER)
     tok = load_tokenizer(folder, revision=spec.revision)
     if isinstance(spec.template, PlainSpec):
         plain = spec.template
-        return Side(tok, PlainTemplate(user=plain.user, assistant=plain.assistant, system=plain.system), name=role)
-    return Side(tok, ChatTemplate(tok, variables=dict(spec.template_variables)), name=role)
+        return TemplatedTokenizer(
+            tok, PlainTemplate(user=plain.user, assistant=plain.assistant, system=plain.system), name=role
+        )
+    return TemplatedTokenizer(tok, ChatTemplate(tok, variables=dict(spec.template_variables)), name=role)
 
 
 def _corpus(work: Work, corpus: str) -> list[str]:

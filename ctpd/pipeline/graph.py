@@ -128,15 +128,15 @@ class Graph:
             DamagedArtifact: a target, or an input of a missing stage, is damaged and ``rebuild`` is off.
         """
         ranks = processes()
-        ranks.join(runtime.torch_device() if ranks.world > 1 else "cpu")
-        if ranks.is_first:
+        ranks.init_process_group(runtime.torch_device() if ranks.world_size > 1 else "cpu")
+        if ranks.is_main:
             self.check(store, rebuild=rebuild)
-        ranks.wait()
+        ranks.barrier()
         total = len(self.missing(store))
-        ranks.wait()
-        work = _Building(self, store, runtime, progress if ranks.is_first else Progress(quiet=True), total)
+        ranks.barrier()
+        work = _Building(self, store, runtime, progress if ranks.is_main else Progress(quiet=True), total)
         try:
-            if ranks.world == 1:
+            if ranks.world_size == 1:
                 work.alone()
             else:
                 work.side_by_side()
@@ -189,7 +189,7 @@ class _Building:
         number = APART
         while number != NOTHING_LEFT:
             with contextlib.ExitStack() as held:
-                number = ranks.agree(self._choice(held) if ranks.is_first else 0)
+                number = ranks.broadcast(self._choice(held) if ranks.is_main else 0)
                 if number >= 0:
                     self._build_together(self.graph.stages[number])
             if number == APART:
@@ -210,12 +210,12 @@ class _Building:
         ranks = processes()
         with contextlib.ExitStack() as open_:
             bar = open_.enter_context(self._bar(stage))
-            if ranks.is_first:
+            if ranks.is_main:
                 open_.enter_context(_artifact(stage, self.store, self.runtime))
-            ranks.wait()  # the folder is there
-            stage.build(self._work(stage, bar, writes=ranks.is_first))
-            ranks.wait()  # the first process may finish before another
-        ranks.wait()  # the artifact is there
+            ranks.barrier()  # the folder is there
+            stage.build(self._work(stage, bar, writes=ranks.is_main))
+            ranks.barrier()  # the first process may finish before another
+        ranks.barrier()  # the artifact is there
 
     def _build_apart(self) -> None:
         """A round in which each process builds what it gets of the stages that are ready now."""
@@ -224,9 +224,9 @@ class _Building:
         built = 0
         while self._build_one(single):
             built += 1
-        if processes().is_first and not built:
+        if processes().is_main and not built:
             self._pause(ready)
-        processes().wait()
+        processes().barrier()
 
     def _build_one(self, ready: Sequence[Stage]) -> bool:
         """Build the first stage that is neither there nor locked; says whether there was one."""

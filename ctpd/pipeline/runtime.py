@@ -43,7 +43,7 @@ class Runtime:
     @classmethod
     def of(cls, launch: LaunchSpec, **settings: Any) -> "Runtime":
         """These settings, with those of a recipe's ``launch`` that matter now: one process shares nothing out."""
-        return cls(fsdp=launch.fsdp if processes().world > 1 else None, **settings)
+        return cls(fsdp=launch.fsdp if processes().world_size > 1 else None, **settings)
 
     def torch_device(self) -> str:
         """The device in torch's own words.
@@ -51,10 +51,10 @@ class Runtime:
         Raises:
             UserError: several processes are told to share one GPU.
         """
-        several = processes().world > 1
+        several = processes().world_size > 1
         if several and self.device not in ("auto", "cpu", "cuda"):
             raise UserError(
-                f"`--device {self.device}` names one device for all {processes().world} processes",
+                f"`--device {self.device}` names one device for all {processes().world_size} processes",
                 fix="Leave it out, and each takes the GPU of its number, or give `--device cpu`",
             )
         if self.device not in ("auto", "cuda"):
@@ -75,7 +75,7 @@ def provenance(runtime: Runtime) -> dict[str, Any]:
         "commit": source_commit(),
         "command": " ".join(["ctpd", *sys.argv[1:]]),
         "runtime": dataclasses.asdict(runtime),
-        "processes": processes().world,
+        "processes": processes().world_size,
     }
 
 

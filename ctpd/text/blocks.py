@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from ctpd.text.align import BatchedSpans, BoolArray, IntArray, align_spans_batch, row_starts
 from ctpd.text.lengths import Cut, Fitted, cut_responses, fit_prompts, tokens_per_span
 from ctpd.text.pairs import Pair
-from ctpd.text.render import Encoded, Side
+from ctpd.text.render import Encoded, TemplatedTokenizer
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Block(NamedTuple):
 def build_block(
     pairs: Sequence[Pair],
     *,
-    sides: tuple[Side, Side],
+    sides: tuple[TemplatedTokenizer, TemplatedTokenizer],
     max_tokens: int,
     max_prompt_tokens: int,
     cut_prompts: bool,

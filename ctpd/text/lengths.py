@@ -11,7 +11,7 @@ import numpy as np
 
 from ctpd.text.align import BatchedSpans, BoolArray, IntArray
 from ctpd.text.pairs import Message, Pair
-from ctpd.text.render import Encoded, Side
+from ctpd.text.render import Encoded, TemplatedTokenizer
 
 
 class Fitted(NamedTuple):
@@ -30,7 +30,12 @@ class Cut(NamedTuple):
 
 
 def fit_prompts(
-    pairs: Sequence[Pair], *, sides: tuple[Side, Side], max_prompt_tokens: int, cut: bool, where: str
+    pairs: Sequence[Pair],
+    *,
+    sides: tuple[TemplatedTokenizer, TemplatedTokenizer],
+    max_prompt_tokens: int,
+    cut: bool,
+    where: str,
 ) -> Fitted:
     """Tokenize the pairs whose prompt has at most ``max_prompt_tokens`` tokens on both sides.
 
@@ -91,7 +96,7 @@ def tokens_per_span(encoded: tuple[Encoded, Encoded], spans: BatchedSpans) -> tu
     return first, second
 
 
-def _encode(side: Side, pairs: Sequence[Pair], *, where: str) -> Encoded:
+def _encode(side: TemplatedTokenizer, pairs: Sequence[Pair], *, where: str) -> Encoded:
     names = _names(pairs, where)
     frames = side.frames([pair.prompt for pair in pairs], where=names)
     return side.encode(
@@ -101,7 +106,9 @@ def _encode(side: Side, pairs: Sequence[Pair], *, where: str) -> Encoded:
     )
 
 
-def _shorten(pairs: Sequence[Pair], budgets: IntArray, *, sides: tuple[Side, Side], where: str) -> list[Pair | None]:
+def _shorten(
+    pairs: Sequence[Pair], budgets: IntArray, *, sides: tuple[TemplatedTokenizer, TemplatedTokenizer], where: str
+) -> list[Pair | None]:
     """Each pair with the longest last user message that fits its budget on both sides, or None if none fits.
 
     A bisection over the number of characters, for all pairs at once.

@@ -16,7 +16,7 @@ from ctpd.core.errors import UserError
 from ctpd.text.align import row_starts
 from ctpd.text.blocks import Block, TokenRows, build_block
 from ctpd.text.pairs import Pair
-from ctpd.text.render import Side
+from ctpd.text.render import TemplatedTokenizer
 
 DROP_REASONS = ("empty", "equal", "special_token_text", "long_prompt")
 _ARRAYS = ("num_spans", "has_end", "boundaries", "boundary_starts")
@@ -59,8 +59,8 @@ class _Selection(NamedTuple):
 def prepare_pairs(
     pairs: Mapping[str, Sequence[Pair]],
     *,
-    teacher: Side,
-    student: Side,
+    teacher: TemplatedTokenizer,
+    student: TemplatedTokenizer,
     max_tokens: int,
     max_prompt_tokens: int,
     long_prompt: Literal["drop", "cut"],
@@ -146,7 +146,9 @@ def from_arrays(arrays: Mapping[str, NDArray[Any]], texts: Mapping[str, Any]) ->
     return PreparedPairs(teacher=teacher, student=student, marks=arrays.get("marks"), **parts)
 
 
-def _select(pairs: Sequence[Pair], *, sides: Sequence[Side], select: str, limit: int | None) -> _Selection:
+def _select(
+    pairs: Sequence[Pair], *, sides: Sequence[TemplatedTokenizer], select: str, limit: int | None
+) -> _Selection:
     dropped: Counter[str] = Counter()
     valid: list[Pair] = []
     num_seen = 0
@@ -165,7 +167,7 @@ def _select(pairs: Sequence[Pair], *, sides: Sequence[Side], select: str, limit:
     return _Selection(valid, num_seen, dropped)
 
 
-def _invalid(pair: Pair, sides: Sequence[Side]) -> str | None:
+def _invalid(pair: Pair, sides: Sequence[TemplatedTokenizer]) -> str | None:
     """The reason to drop a pair that shows before tokenization (METHOD 2.3 and 2.8)."""
     if not (pair.chosen and pair.rejected):
         return "empty"

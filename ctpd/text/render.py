@@ -4,9 +4,6 @@ Legend: R rows, one rendered (prompt, response) each; N tokens of a row, up to a
 arrays are flat, row r in ``[starts[r], starts[r + 1])``.
 """
 
-import copy
-import hashlib
-import json
 import re
 from collections.abc import Sequence
 from itertools import chain
@@ -54,7 +51,7 @@ class Encoded(NamedTuple):
 
 
 @final
-class Side:
+class TemplatedTokenizer:
     """One model's way of reading text: a tokenizer and a template.
 
     Args:
@@ -96,14 +93,6 @@ class Side:
     def holds_special_text(self, text: str) -> bool:
         """Whether ``text`` contains the text of a special token of this side (METHOD 2.3)."""
         return self._special.search(text) is not None
-
-    def digest(self) -> str:
-        """SHA-256 of the tokenizer and the template."""
-        backend = copy.deepcopy(self.tokenizer.backend_tokenizer)
-        backend.no_padding()  # the state of the last call, not part of the tokenizer
-        backend.no_truncation()
-        identity = json.dumps([self.template.identity, self.adds_bos, self.tokenizer.eos_token_id], sort_keys=True)
-        return hashlib.sha256(f"{identity}\n{backend.to_str()}".encode()).hexdigest()
 
     def frames(self, prompts: Sequence[Sequence[Message]], *, where: Sequence[str]) -> list[Frame]:
         """The text around the responses to each prompt."""

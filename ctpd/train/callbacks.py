@@ -44,6 +44,6 @@ class SaveByTime(TrainerCallback):
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Ask when the time has come; the last step saves the result itself."""
         is_due = state.global_step < state.max_steps and time.monotonic() - self._last >= self._seconds
-        if processes().agree(int(is_due)):
+        if processes().broadcast(int(is_due)):
             control.should_save = control.should_log = True
             self._last = time.monotonic()

@@ -131,10 +131,17 @@ class StepSampler(BatchSampler):
     """
 
     def __init__(
-        self, lengths: NDArray[np.int64], *, per_step: int, micro_batch: int, seed: int, rank: int = 0, world: int = 1
+        self,
+        lengths: NDArray[np.int64],
+        *,
+        per_step: int,
+        micro_batch: int,
+        seed: int,
+        rank: int = 0,
+        world_size: int = 1,
     ) -> None:
         self._lengths, self._per_step, self._micro_batch = lengths, per_step, micro_batch
-        self._seed, self._rank, self._world = seed, rank, world
+        self._seed, self._rank, self._world_size = seed, rank, world_size
         self.epoch = 0
 
     @property
@@ -147,7 +154,7 @@ class StepSampler(BatchSampler):
         self.epoch = epoch
 
     def __len__(self) -> int:
-        return self.num_steps * (self._per_step // (self._micro_batch * self._world))
+        return self.num_steps * (self._per_step // (self._micro_batch * self._world_size))
 
     def __iter__(self) -> Iterator[list[int]]:
         order = np.random.default_rng([self._seed, self.epoch]).permutation(len(self._lengths))
@@ -155,7 +162,7 @@ class StepSampler(BatchSampler):
             items = order[step * self._per_step : (step + 1) * self._per_step]
             items = items[np.argsort(-self._lengths[items], kind="stable")]
             batches = items.reshape(-1, self._micro_batch)
-            yield from (batch.tolist() for batch in batches[self._rank :: self._world])
+            yield from (batch.tolist() for batch in batches[self._rank :: self._world_size])
 
 
 class StepLoader(DataLoader[int]):
@@ -167,7 +174,7 @@ class StepLoader(DataLoader[int]):
 
 
 def micro_batch_size(
-    lengths: NDArray[np.int64], *, rows: int, per_step: int, world: int, max_tokens: int, fixed: int | None = None
+    lengths: NDArray[np.int64], *, rows: int, per_step: int, world_size: int, max_tokens: int, fixed: int | None = None
 ) -> int:
     """Items of one forward pass: the largest divisor of a process's share of a step whose padded rows fit.
 
@@ -176,12 +183,12 @@ def micro_batch_size(
     Raises:
         UserError: the step cannot be dealt evenly to the processes, or not in micro-batches of the fixed size.
     """
-    if per_step % world:
+    if per_step % world_size:
         raise UserError(
-            f"{per_step} pairs of a step cannot be dealt evenly to {world} processes",
+            f"{per_step} pairs of a step cannot be dealt evenly to {world_size} processes",
             fix="Make `pairs_per_step` a multiple of the number of processes",
         )
-    share = per_step // world
+    share = per_step // world_size
     if fixed is not None:
         if share % fixed:
             raise UserError(

@@ -128,7 +128,9 @@ def fit(
 def _last_state(folder: Path) -> str | None:
     """The resume state that the first process finds: others may see a shared folder late."""
     found = get_last_checkpoint(str(folder)) if folder.is_dir() else None
-    step = processes().agree(-1 if found is None else int(Path(found).name.removeprefix(f"{PREFIX_CHECKPOINT_DIR}-")))
+    step = processes().broadcast(
+        -1 if found is None else int(Path(found).name.removeprefix(f"{PREFIX_CHECKPOINT_DIR}-"))
+    )
     return None if step < 0 else str(folder / f"{PREFIX_CHECKPOINT_DIR}-{step}")
 
 
@@ -137,7 +139,7 @@ def _refuse_unshared(model: nn.Module, objective: Objective) -> None:
         raise UserError(
             "FSDP is not tried with weights of 4 bits", fix="Give `lora.base: bfloat16`, or take `fsdp` out"
         )
-    if processes().world == 1:
+    if processes().world_size == 1:
         raise UserError(
             "FSDP shares a model out over processes, and there is one process", fix="Give `--num-processes`"
         )
@@ -225,7 +227,7 @@ def _arguments(
         rows.item_lengths,
         rows=rows.items.shape[1],
         per_step=schedule.pairs_per_step,
-        world=arguments.world_size,
+        world_size=arguments.world_size,
         max_tokens=settings.micro_batch_tokens,
         fixed=objective.micro_batch,
     )

@@ -21,10 +21,10 @@ def reset_peak(device: str) -> None:
 def peak_mebibytes(device: str) -> float | None:
     """The peak since `reset_peak`, the largest among a launch's processes; None where the platform does not tell."""
     ranks = processes()
-    peaks = np.zeros(ranks.world)
+    peaks = np.zeros(ranks.world_size)
     own = _own_peak(device)
     peaks[ranks.rank] = np.nan if own is None else own
-    highest = float(ranks.joined(peaks).max())
+    highest = float(ranks.all_reduce(peaks).max())
     return None if np.isnan(highest) else highest
 
 

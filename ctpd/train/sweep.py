@@ -90,16 +90,18 @@ def sweep(
     place = np.cumsum(scored) - 1
     result: dict[str, NDArray[np.generic]] = {}
     # One with nothing to do measures the first batch for its arrays' shapes, which must be the same in all of them.
-    for number in range(ranks.rank, len(batches), ranks.world) if ranks.rank < len(batches) else [0][: len(batches)]:
+    for number in (
+        range(ranks.rank, len(batches), ranks.world_size) if ranks.rank < len(batches) else [0][: len(batches)]
+    ):
         tokens_N, kept = _measured(
             model, input_ids, row_starts, scored, rows=batches[number], measure=measure, shares=shared
         )
         for name, values in kept.items():
             if name not in result:
                 result[name] = np.zeros((int(scored.sum()), *values.shape[1:]), dtype=values.dtype)
-            if number % ranks.world == ranks.rank:
+            if number % ranks.world_size == ranks.rank:
                 result[name][place[tokens_N]] = values
-        progress(int(rows_done[min(number + ranks.world, len(batches)) - 1]), int(rows_done[-1]))
+        progress(int(rows_done[min(number + ranks.world_size, len(batches)) - 1]), int(rows_done[-1]))
     return {name: _joined(values) for name, values in sorted(result.items())}
 
 
@@ -177,4 +179,4 @@ def _measured(
 
 def _joined(part: NDArray[np.generic]) -> NDArray[np.generic]:
     """An array of which each process has filled its own places. Added as integers: -0.0 + 0.0 would be another zero."""
-    return processes().joined(part.view(f"i{part.dtype.itemsize}")).view(part.dtype)
+    return processes().all_reduce(part.view(f"i{part.dtype.itemsize}")).view(part.dtype)

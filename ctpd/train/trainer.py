@@ -176,7 +176,7 @@ class PreferenceTrainer(Trainer):
             micro_batch=args.per_device_train_batch_size,
             seed=args.seed,
             rank=args.process_index,
-            world=args.world_size,
+            world_size=args.world_size,
         )
         return StepLoader(Items(len(self.rows)), batch_sampler=sampler, collate_fn=self.rows.collate)  # type: ignore[arg-type]
 
@@ -210,10 +210,10 @@ class PreferenceTrainer(Trainer):
         if self.eval_rows is None:
             return {}
         self.model.eval()
-        size, world, rank = self.args.per_device_eval_batch_size, self.args.world_size, self.args.process_index
+        size, world_size, rank = self.args.per_device_eval_batch_size, self.args.world_size, self.args.process_index
         order = torch.from_numpy(self.eval_rows.item_lengths).argsort(descending=True, stable=True).tolist()
         with torch.no_grad(), self.compute_loss_context_manager():
-            for first in range(0, len(order), size * world):
+            for first in range(0, len(order), size * world_size):
                 own = order[first + rank * size : first + (rank + 1) * size]
                 # One with nothing left takes part all the same: weights may lie in all processes. It adds nothing.
                 batch = self._prepare_inputs(self.eval_rows.collate(own or order[:size]))

@@ -16,15 +16,19 @@ from tests.fixtures.tiny import tiny_rows
 LENGTHS = np.random.default_rng(0).integers(5, 60, 70)
 
 
-def steps(lengths: Any = LENGTHS, *, micro_batch: int, world: int = 1, epoch: int = 0, seed: int = 4) -> list[set[int]]:
+def steps(
+    lengths: Any = LENGTHS, *, micro_batch: int, world_size: int = 1, epoch: int = 0, seed: int = 4
+) -> list[set[int]]:
     """The items of each step of 16, over all processes."""
     total: list[set[int]] = []
-    for rank in range(world):
-        sampler = StepSampler(lengths, per_step=16, micro_batch=micro_batch, seed=seed, rank=rank, world=world)
+    for rank in range(world_size):
+        sampler = StepSampler(
+            lengths, per_step=16, micro_batch=micro_batch, seed=seed, rank=rank, world_size=world_size
+        )
         sampler.set_epoch(epoch)
         batches = list(sampler)
         assert len(batches) == len(sampler)
-        accumulation = 16 // (micro_batch * world)
+        accumulation = 16 // (micro_batch * world_size)
         for step in range(sampler.num_steps):
             mine = [item for batch in batches[step * accumulation : (step + 1) * accumulation] for item in batch]
             if rank == 0:
@@ -34,10 +38,10 @@ def steps(lengths: Any = LENGTHS, *, micro_batch: int, world: int = 1, epoch: in
     return total
 
 
-@pytest.mark.parametrize(("micro_batch", "world"), [(1, 1), (4, 1), (16, 1), (1, 2), (4, 2), (8, 2), (2, 4)])
-def test_items_of_a_step_depend_on_seed_and_epoch_alone(micro_batch: int, world: int) -> None:
+@pytest.mark.parametrize(("micro_batch", "world_size"), [(1, 1), (4, 1), (16, 1), (1, 2), (4, 2), (8, 2), (2, 4)])
+def test_items_of_a_step_depend_on_seed_and_epoch_alone(micro_batch: int, world_size: int) -> None:
     for epoch in (0, 1):
-        found = steps(micro_batch=micro_batch, world=world, epoch=epoch)
+        found = steps(micro_batch=micro_batch, world_size=world_size, epoch=epoch)
         assert found == steps(micro_batch=2, epoch=epoch)
         assert all(len(items) == 16 for items in found)
 
@@ -110,22 +114,22 @@ def test_only_what_an_objective_needs_is_in_the_batch() -> None:
 
 
 @pytest.mark.parametrize(
-    ("max_tokens", "world", "expected"),
+    ("max_tokens", "world_size", "expected"),
     [(10**6, 1, 16), (10**6, 2, 8), (800, 1, 8), (799, 1, 4), (1, 1, 1), (800, 4, 4)],
 )
-def test_micro_batch_is_the_largest_divisor_that_fits(max_tokens: int, world: int, expected: int) -> None:
+def test_micro_batch_is_the_largest_divisor_that_fits(max_tokens: int, world_size: int, expected: int) -> None:
     """Two rows of 50 tokens a pair: 100 tokens."""
     lengths = np.array([50, 20])
-    assert micro_batch_size(lengths, rows=2, per_step=16, world=world, max_tokens=max_tokens) == expected
+    assert micro_batch_size(lengths, rows=2, per_step=16, world_size=world_size, max_tokens=max_tokens) == expected
 
 
 def test_step_that_cannot_be_dealt_evenly_is_refused() -> None:
     with pytest.raises(UserError, match="16 pairs of a step cannot be dealt evenly to 3 processes"):
-        micro_batch_size(LENGTHS, rows=2, per_step=16, world=3, max_tokens=1)
+        micro_batch_size(LENGTHS, rows=2, per_step=16, world_size=3, max_tokens=1)
 
 
 def test_an_objective_that_depends_on_its_batch_mates_fixes_the_micro_batch() -> None:
     lengths = np.full(16, 10)
-    assert micro_batch_size(lengths, rows=1, per_step=8, world=1, max_tokens=20, fixed=4) == 4
+    assert micro_batch_size(lengths, rows=1, per_step=8, world_size=1, max_tokens=20, fixed=4) == 4
     with pytest.raises(UserError, match="micro-batches of 3"):
-        micro_batch_size(lengths, rows=1, per_step=8, world=1, max_tokens=20, fixed=3)
+        micro_batch_size(lengths, rows=1, per_step=8, world_size=1, max_tokens=20, fixed=3)

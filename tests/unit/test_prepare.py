@@ -12,15 +12,15 @@ from ctpd.core.errors import UserError
 from ctpd.text.align import align_spans
 from ctpd.text.pairs import Message, Pair, parse_pairs
 from ctpd.text.prepare import PreparedPairs, TokenRows, arrays, from_arrays, prepare_pairs, texts
-from ctpd.text.render import ChatTemplate, PlainTemplate, Side
+from ctpd.text.render import ChatTemplate, PlainTemplate, TemplatedTokenizer
 from tests.fixtures.tokenizers import CHATML, KINDS, tokenizer, with_bos, with_template
 
 PLAIN = PlainTemplate(user="Question: {content}\n", assistant="Answer:\n{content}\n")
 LONG = {"max_tokens": 400, "max_prompt_tokens": 100, "long_prompt": "drop"}
 
 
-def side(kind: str, name: str = "student") -> Side:
-    return Side(tokenizer(kind), PLAIN, name)
+def side(kind: str, name: str = "student") -> TemplatedTokenizer:
+    return TemplatedTokenizer(tokenizer(kind), PLAIN, name)
 
 
 def pair(
@@ -30,9 +30,12 @@ def pair(
 
 
 def prepare(
-    pairs: Sequence[Pair], teacher: str | Side = "byte_bpe", student: str = "unigram", **settings: object
+    pairs: Sequence[Pair], teacher: str | TemplatedTokenizer = "byte_bpe", student: str = "unigram", **settings: object
 ) -> PreparedPairs:
-    sides = {"teacher": teacher if isinstance(teacher, Side) else side(teacher, "teacher"), "student": side(student)}
+    sides = {
+        "teacher": teacher if isinstance(teacher, TemplatedTokenizer) else side(teacher, "teacher"),
+        "student": side(student),
+    }
     return prepare_pairs({"train": pairs}, **{**LONG, **sides, **settings})  # type: ignore[arg-type]
 
 
@@ -41,7 +44,7 @@ def row(rows: TokenRows, r: int) -> tuple[list[int], list[int]]:
     return rows.input_ids[part].tolist(), rows.unit[part].tolist()
 
 
-def check_rows(prepared: PreparedPairs, sides: Sequence[Side], *, max_tokens: int) -> None:
+def check_rows(prepared: PreparedPairs, sides: Sequence[TemplatedTokenizer], *, max_tokens: int) -> None:
     """What every prepared row must be, whatever the lengths."""
     responses = [text for both in zip(prepared.chosen, prepared.rejected, strict=True) for text in both]
     assert prepared.boundary_starts[-1] == len(prepared.boundaries)
@@ -237,8 +240,8 @@ def test_the_same_tokenizer_on_both_sides_gives_equal_rows(kind: str) -> None:
 def test_sides_may_differ_in_template_and_bos() -> None:
     """A chat model teaches a base model: only the response and its end are shared."""
     chat_tokenizer = with_template("gemma_bpe", CHATML)
-    teacher = Side(chat_tokenizer, ChatTemplate(chat_tokenizer, {}), "teacher")
-    student = Side(with_bos("byte_bpe"), PLAIN, "student")
+    teacher = TemplatedTokenizer(chat_tokenizer, ChatTemplate(chat_tokenizer, {}), "teacher")
+    student = TemplatedTokenizer(with_bos("byte_bpe"), PLAIN, "student")
     prepared = prepare_pairs({"train": [pair()]}, teacher=teacher, student=student, **LONG)  # type: ignore[arg-type]
     (teacher_ids, teacher_units), (student_ids, student_units) = (
         row(rows, 0) for rows in (prepared.teacher, prepared.student)
@@ -250,7 +253,9 @@ def test_sides_may_differ_in_template_and_bos() -> None:
 
 
 def test_crossing_tokens_are_counted_per_side() -> None:
-    crossing = Side(tokenizer("byte_bpe"), PlainTemplate(user="{content}\n", assistant="Answer: {content}"), "teacher")
+    crossing = TemplatedTokenizer(
+        tokenizer("byte_bpe"), PlainTemplate(user="{content}\n", assistant="Answer: {content}"), "teacher"
+    )
     prepared = prepare([pair()], crossing)
     assert prepared.report["teacher_crossing_tokens"] == 2
     assert prepared.report["student_crossing_tokens"] == 0
@@ -329,7 +334,7 @@ def test_lengths_without_room_are_refused() -> None:
 def test_a_template_that_changes_a_response_names_split_and_row() -> None:
     own = with_template("byte_bpe", CHATML.replace("message.content", "message.content | replace('it', 'that')"))
     with pytest.raises(UserError, match="split 'train', pair 3: the chat template of 'byte_bpe' cannot be aligned"):
-        prepare([pair("a", "b"), pair(id="3")], Side(own, ChatTemplate(own, {}), "teacher"))
+        prepare([pair("a", "b"), pair(id="3")], TemplatedTokenizer(own, ChatTemplate(own, {}), "teacher"))
 
 
 @pytest.mark.parametrize("marks", [{}, {"chosen_marks": ((0, 3, True),)}], ids=["no marks", "marks"])

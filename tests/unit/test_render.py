@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from ctpd.core.errors import UserError
 from ctpd.text.pairs import Message
-from ctpd.text.render import ChatTemplate, Encoded, PlainTemplate, Side
+from ctpd.text.render import ChatTemplate, Encoded, PlainTemplate, TemplatedTokenizer
 from tests.fixtures.tokenizers import CHATML, KINDS, tokenizer, with_bos, with_template
 
 LLAMA3 = (
@@ -26,26 +26,26 @@ PLAIN = PlainTemplate(user="Question: {content}\n", assistant="Answer: {content}
 PROMPT = (Message("user", "what is it?"),)
 
 
-def encode(side: Side, response: str, prompt: tuple[Message, ...] = PROMPT) -> Encoded:
+def encode(side: TemplatedTokenizer, response: str, prompt: tuple[Message, ...] = PROMPT) -> Encoded:
     where = ["row 0"]
     return side.encode([(prompt, response)], frames=side.frames([prompt], where=where), where=where)
 
 
-def parts(side: Side, encoded: Encoded) -> tuple[list[str], list[str], list[str]]:
+def parts(side: TemplatedTokenizer, encoded: Encoded) -> tuple[list[str], list[str], list[str]]:
     """The tokens of a single row: prompt, response, the rest."""
     tokens = side.tokenizer.convert_ids_to_tokens(encoded.ids.tolist())
     first, stop = int(encoded.prompt_tokens[0]), int(encoded.prompt_tokens[0] + encoded.response_tokens[0])
     return tokens[:first], tokens[first:stop], tokens[stop:]
 
 
-def chat(template: str, kind: str = "byte_bpe", **variables: object) -> Side:
+def chat(template: str, kind: str = "byte_bpe", **variables: object) -> TemplatedTokenizer:
     side_tokenizer = with_template(kind, template)
-    return Side(side_tokenizer, ChatTemplate(side_tokenizer, variables), "student")
+    return TemplatedTokenizer(side_tokenizer, ChatTemplate(side_tokenizer, variables), "student")
 
 
 def test_plain_rows_end_with_eos_and_hold_no_more() -> None:
     """A plain row is the turns, the response and EOS; what follows the last {content} is not written."""
-    side = Side(tokenizer("byte_bpe"), PLAIN, "teacher")
+    side = TemplatedTokenizer(tokenizer("byte_bpe"), PLAIN, "teacher")
     turns = (Message("system", "Hi."), Message("user", "a"), Message("assistant", "b"), Message("user", "c"))
     encoded = encode(side, "yes", turns)
     prompt, response, rest = parts(side, encoded)
@@ -57,13 +57,13 @@ def test_plain_rows_end_with_eos_and_hold_no_more() -> None:
 
 
 def test_plain_rows_have_bos_only_if_the_tokenizer_adds_one() -> None:
-    assert parts(*_with(Side(with_bos("byte_bpe"), PLAIN, "teacher")))[0][0] == "<s>"
-    assert parts(*_with(Side(tokenizer("byte_bpe"), PLAIN, "teacher")))[0][0] != "<s>"
+    assert parts(*_with(TemplatedTokenizer(with_bos("byte_bpe"), PLAIN, "teacher")))[0][0] == "<s>"
+    assert parts(*_with(TemplatedTokenizer(tokenizer("byte_bpe"), PLAIN, "teacher")))[0][0] != "<s>"
     # A chat template writes its own.
     assert not chat(CHATML).adds_bos
 
 
-def _with(side: Side) -> tuple[Side, Encoded]:
+def _with(side: TemplatedTokenizer) -> tuple[TemplatedTokenizer, Encoded]:
     return side, encode(side, "yes")
 
 
@@ -142,7 +142,7 @@ def test_a_tokenizer_without_chat_template_is_refused() -> None:
 def test_a_slow_tokenizer_is_refused_with_the_way_out() -> None:
     slow = SimpleNamespace(is_fast=False, name_or_path="old/model")
     with pytest.raises(UserError, match=r"the teacher's tokenizer 'old/model' is a slow one.*tokenizer\.json"):
-        Side(slow, PLAIN, "teacher")  # type: ignore[arg-type]
+        TemplatedTokenizer(slow, PLAIN, "teacher")  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -160,7 +160,9 @@ def test_a_plain_template_needs_one_place_for_the_content(texts: dict, message: 
 
 
 def test_a_system_message_needs_a_text_in_the_plain_template() -> None:
-    side = Side(tokenizer("byte_bpe"), PlainTemplate(user="{content}\n", assistant="{content}"), "student")
+    side = TemplatedTokenizer(
+        tokenizer("byte_bpe"), PlainTemplate(user="{content}\n", assistant="{content}"), "student"
+    )
     with pytest.raises(UserError, match="row 0: the prompt has a system message"):
         encode(side, "x", (Message("system", "s"), *PROMPT))
 
@@ -168,19 +170,23 @@ def test_a_system_message_needs_a_text_in_the_plain_template() -> None:
 @pytest.mark.parametrize("kind", ["byte_bpe", "byte_bpe_trimmed", "byte_bpe_prefixed"])
 def test_tokens_across_the_border_are_the_responses_and_counted(kind: str) -> None:
     """Such a token is clipped and counted, with trimmed offsets too; a template that ends with a line feed has none."""
-    side = Side(tokenizer(kind), PlainTemplate(user="{content}\n", assistant="Answer: {content}"), "student")
+    side = TemplatedTokenizer(
+        tokenizer(kind), PlainTemplate(user="{content}\n", assistant="Answer: {content}"), "student"
+    )
     encoded = encode(side, "yes, it is")
     assert parts(side, encoded)[1][0][1:] == "yes"
     assert encoded.crossing.tolist() == [True]
     assert encoded.response_ends[0] == 3
-    line = Side(tokenizer(kind), PlainTemplate(user="{content}\n", assistant="Answer:\n{content}"), "student")
+    line = TemplatedTokenizer(
+        tokenizer(kind), PlainTemplate(user="{content}\n", assistant="Answer:\n{content}"), "student"
+    )
     assert encode(line, "yes, it is").crossing.tolist() == [False]
 
 
 def test_a_trimmed_space_at_the_end_of_the_prompt_is_the_prompts() -> None:
     """With trimmed offsets the prompt's last space is a token of no width at the border."""
     few_merges = tokenizer("byte_bpe_trimmed", 266)
-    side = Side(few_merges, PlainTemplate(user="{content}\n", assistant="Answer: {content}"), "student")
+    side = TemplatedTokenizer(few_merges, PlainTemplate(user="{content}\n", assistant="Answer: {content}"), "student")
     encoded = encode(side, "🙂")
     prompt, response, _ = parts(side, encoded)
     assert prompt[-1] == "Ġ"
@@ -212,7 +218,7 @@ TEXT = st.text(st.characters(exclude_categories=["Cs"]), min_size=1).map(str.str
 def test_no_token_of_any_text_is_lost_between_prompt_and_end(kind: str, text: str, question: str) -> None:
     """Prompt, response and end are all tokens of the rendered text, in order; the response's ends stay within it."""
     prompt = (Message("user", question),)
-    for side in (Side(tokenizer(kind), PLAIN, "student"), chat(CHATML, kind)):
+    for side in (TemplatedTokenizer(tokenizer(kind), PLAIN, "student"), chat(CHATML, kind)):
         if side.holds_special_text(text) or side.holds_special_text(question):
             continue
         frame = side.template.frame(prompt, where="")
@@ -242,18 +248,7 @@ def test_many_rows_are_encoded_as_one_by_one() -> None:
 
 
 def test_special_tokens_are_found_in_content() -> None:
-    side = Side(tokenizer("byte_bpe"), PLAIN, "student")
+    side = TemplatedTokenizer(tokenizer("byte_bpe"), PLAIN, "student")
     assert side.holds_special_text("a <|im_end|> b")
     assert side.holds_special_text("</s>")
     assert not side.holds_special_text("< s> im_end")
-
-
-def test_the_digest_names_tokenizer_and_template() -> None:
-    """It changes with either, and not with how the tokenizer was last called."""
-    own = with_template("byte_bpe", CHATML)
-    digest = Side(own, ChatTemplate(own, {}), "student").digest()
-    own(["a", "b b b"], padding=True, truncation=True, max_length=2)
-    assert Side(own, ChatTemplate(own, {}), "teacher").digest() == digest
-    assert Side(own, ChatTemplate(own, {"x": 1}), "student").digest() != digest
-    assert Side(own, PLAIN, "student").digest() != digest
-    assert Side(tokenizer("byte_bpe", 300), PLAIN, "student").digest() != Side(own, PLAIN, "student").digest()

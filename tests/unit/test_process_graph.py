@@ -14,11 +14,11 @@ from ctpd.core.store import Store
 from ctpd.pipeline.graph import Graph, Stage, Work
 from ctpd.pipeline.progress import Progress
 from ctpd.pipeline.runtime import Runtime
-from tests.fixtures.team import NUM_SINGLE, team_graph
+from tests.fixtures.process_graph import NUM_SINGLE, process_graph
 
 ROOT = Path(__file__).resolve().parents[2]
 MINUTES = 60.0
-TEAM = "tests.fixtures.team"
+GRAPH = "tests.fixtures.process_graph"
 
 
 @pytest.fixture
@@ -77,10 +77,10 @@ def test_a_stage_that_another_process_builds_is_waited_for_and_the_rest_is_built
 
 
 def test_the_stage_of_a_process_that_dies_is_built_by_another(store: Store) -> None:
-    command = [sys.executable, "-m", TEAM, str(store.root), "slow"]
+    command = [sys.executable, "-m", GRAPH, str(store.root), "slow"]
     helper = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL)
     until(lambda: list(store.root.glob("single/*.partial/text")))
-    graph = team_graph()
+    graph = process_graph()
     worker = threading.Thread(target=run, args=(store, graph))
     worker.start()
     held = next(store.root.glob("single/*.partial/text")).parent.stem
@@ -106,7 +106,7 @@ def launched(store: Store, *mode: str) -> subprocess.CompletedProcess[str]:
         str(store.root.with_name("logs")),
     ]
     return subprocess.run(
-        [*launcher, "-m", TEAM, str(store.root), *mode],
+        [*launcher, "-m", GRAPH, str(store.root), *mode],
         cwd=ROOT,
         capture_output=True,
         text=True,
@@ -118,7 +118,7 @@ def launched(store: Store, *mode: str) -> subprocess.CompletedProcess[str]:
 def test_processes_of_a_launch_build_together_what_is_built_together_and_deal_out_the_rest(store: Store) -> None:
     done = launched(store)
     assert done.returncode == 0, done.stderr
-    graph = team_graph()
+    graph = process_graph()
     assert not graph.missing(store)
     lines = [line.split() for line in (store.root / "log").read_text().splitlines()]
     found = Counter(name for name, _ in lines)

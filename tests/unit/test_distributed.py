@@ -13,8 +13,8 @@ from safetensors.torch import load_file
 from ctpd.core.errors import UserError
 from ctpd.core.recipe import FsdpSpec
 from ctpd.models import load_model
-from tests.fixtures import shares, together
-from tests.fixtures.ranks import launch
+from tests.fixtures import data_parallel, fsdp
+from tests.fixtures.launch_processes import launch
 from tests.fixtures.tiny import tiny_model
 
 
@@ -29,7 +29,7 @@ class Found(NamedTuple):
 def launched(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One launch of two processes for all tests of this module."""
     folder = tmp_path_factory.mktemp("launched")
-    launch("tests.fixtures.shares", "all_of_it", folder)
+    launch("tests.fixtures.fsdp", "all_of_it", folder)
     return folder
 
 
@@ -39,7 +39,7 @@ def found(launched: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
     result = {}
     for name in ("sweeps", "trainings"):
         alone = tmp_path_factory.mktemp(name)
-        getattr(together, name)(alone)
+        getattr(data_parallel, name)(alone)
         first, second = (torch.load(launched / name / f"{rank}.pt", weights_only=False) for rank in (0, 1))
         result[name] = Found((first, second), torch.load(alone / "0.pt", weights_only=False))
     return result
@@ -60,8 +60,8 @@ def test_a_signal_does_not_depend_on_the_number_of_processes(found: dict[str, Fo
 
 def test_a_signal_of_no_rows_is_empty() -> None:
     empty = np.zeros(0, dtype=np.int32)
-    made = together.sweep(
-        tiny_model(), empty, np.zeros(1, dtype=np.int64), empty > 0, measure=together.log_probabilities, max_tokens=8,
+    made = data_parallel.sweep(
+        tiny_model(), empty, np.zeros(1, dtype=np.int64), empty > 0, measure=data_parallel.log_probabilities, max_tokens=8,
         progress=lambda done, total: None,
     )  # fmt: skip
     assert made == {}
@@ -128,7 +128,7 @@ def test_a_loss_that_is_no_number_is_seen_in_a_sum_over_processes(found: dict[st
 
 def test_fsdp_is_refused_for_one_process_and_never_replaced(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="one process"):
-        together.train(tiny_model(), tmp_path, fsdp=FsdpSpec())
+        data_parallel.train(tiny_model(), tmp_path, fsdp=FsdpSpec())
 
 
 def test_fsdp_on_cpus_is_refused_where_accelerate_would_copy_the_model(launched: Path) -> None:
@@ -143,13 +143,13 @@ def of_ranks(launched: Path, name: str) -> tuple[dict[str, Any], dict[str, Any]]
     return first, second
 
 
-@pytest.mark.parametrize(("name", "plan"), shares.SHARED)
+@pytest.mark.parametrize(("name", "plan"), fsdp.SHARED)
 def test_shared_weights_give_the_loss_and_gradients_of_whole_ones(launched: Path, name: str, plan: str) -> None:
     """`fully_shard`: the scorer reads an output embedding that nobody calls; its weight must be whole, and get its gradient.
 
     Twice: a pass without a gradient comes before each, and leaves some weights gathered.
     """
-    expected = shares.expected(name)
+    expected = fsdp.expected(name)
     for rank, of_rank in enumerate(of_ranks(launched, "passes")):
         made = of_rank[f"{name}, {plan}"]
         assert made["parameters"] == {"DTensor"}
@@ -180,7 +180,7 @@ def assert_close_histories(made: list[dict[str, float]], expected: list[dict[str
 @pytest.mark.parametrize("name", ["untied", "tied", "lora"])
 def test_fsdp_trains_and_exports_what_one_process_does(launched: Path, tmp_path: Path, name: str) -> None:
     """accelerate's own path, on CPUs that it is told are GPUs; `Told` asserts that it says FSDP."""
-    alone = shares.trained(tmp_path, name)
+    alone = fsdp.trained(tmp_path, name)
     for of_rank in of_ranks(launched, "accelerated"):
         assert of_rank[name]["parameters"] == {"DTensor"}
         assert_close_histories(of_rank[name]["history"], alone["history"], abs=2e-5)
@@ -198,8 +198,8 @@ def test_fsdp_trains_and_exports_what_one_process_does(launched: Path, tmp_path:
 
 def test_fsdp_rounds_to_bfloat16_where_one_process_does(launched: Path, tmp_path: Path) -> None:
     """Weights are gathered as float32 under autocast, checkpointed layers too; accelerate's default rounds everything."""
-    alone = shares.trained(tmp_path, "untied", precision="bfloat16")
-    exact = shares.trained(tmp_path / "exact", "untied")
+    alone = fsdp.trained(tmp_path, "untied", precision="bfloat16")
+    exact = fsdp.trained(tmp_path / "exact", "untied")
     for of_rank in of_ranks(launched, "accelerated"):
         assert_close_histories(of_rank["bfloat16"]["history"], alone["history"], abs=1e-3)
     assert abs(exact["history"][0]["logps/chosen"] - alone["history"][0]["logps/chosen"]) > 2e-3
@@ -217,11 +217,11 @@ def test_an_interrupted_training_under_fsdp_goes_on_bit_for_bit(launched: Path) 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="FSDP needs two GPUs")
 def test_fsdp_on_gpus_trains_exports_and_reloads(tmp_path: Path) -> None:
-    launch("tests.fixtures.shares", "on_gpus", tmp_path)
+    launch("tests.fixtures.fsdp", "on_gpus", tmp_path)
     for of_rank in of_ranks(tmp_path, "."):
         assert of_rank["types"] == [DistributedType.FSDP] * 3
         for name in ("untied", "tied", "lora"):
-            alone = shares.trained(tmp_path / f"{name}-alone", name)
+            alone = fsdp.trained(tmp_path / f"{name}-alone", name)
             assert of_rank[name]["parameters"] == {"DTensor"}
             assert_close_histories(of_rank[name]["history"], alone["history"], abs=1e-3)
             exported, expected = tmp_path / name / "model", tmp_path / f"{name}-alone" / "model"
