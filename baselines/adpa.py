@@ -65,7 +65,7 @@ class ADPA(DistillationObjective):
     params_type = ADPAParams
     counts = "tokens"
     sides = BOTH_SIDES
-    generation = Generation(writer="student", side="rejected")
+    generation = Generation(role="student", side="rejected")
 
     def __init__(self, params: ADPAParams) -> None:
         super().__init__()

@@ -23,7 +23,7 @@ class SequenceKD(PairObjective):
     params_type = SequenceKDParams
     counts = "tokens"
     sides = ("chosen",)
-    generation = Generation(writer="teacher", side="chosen")
+    generation = Generation(role="teacher", side="chosen")
 
     def __init__(self, params: SequenceKDParams) -> None:
         super().__init__()

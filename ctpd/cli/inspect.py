@@ -129,9 +129,7 @@ def _weight_keys(recipe: str, store: "Store", *, only: tuple[str, ...], seed: tu
         return {artifact.key: [f"weights/{artifact.key[:12]}"]}
     from ctpd.app import Experiment
 
-    stages = [
-        (run.title, run.weights) for run in Experiment(recipe, only=only, seeds=seed).runs if run.weights is not None
-    ]
+    stages = list(Experiment(recipe, only=only, seeds=seed).weights.items())
     keys: dict[str, list[str]] = {}
     missing = []
     for title, stage in stages:

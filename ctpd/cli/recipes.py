@@ -152,6 +152,7 @@ def _execute(
     """Run the graph of ``targets``, or show it with ``plan``; says whether this process has results to print."""
     from ctpd.cli.launch import helpers, processes_to_start, run_launched
     from ctpd.core.processes import processes
+    from ctpd.pipeline.build import build_missing
     from ctpd.pipeline.graph import Graph
     from ctpd.pipeline.progress import Progress
     from ctpd.pipeline.runtime import Runtime
@@ -173,7 +174,7 @@ def _execute(
             beside = helpers(argv, jobs=jobs, device=device, quiet=quiet)
     runtime = Runtime.of(launch, device=device, report_to=flags["report_to"])
     with beside:
-        built = graph.run(artifacts, runtime=runtime, progress=Progress(quiet=quiet), rebuild=rebuild)
+        built = build_missing(graph, artifacts, runtime=runtime, progress=Progress(quiet=quiet), rebuild=rebuild)
     processes().destroy_process_group()
     if not quiet and processes().is_main:
         click.echo(
@@ -230,10 +231,10 @@ def _bringing(experiment: "Experiment", lost: "PlannedRun", store: "Store") -> s
 
 
 def _print_scores(named: "dict[str, dict[str, Stage]]", store: "Store", *, as_json: bool) -> None:
-    from ctpd.app import RESULT
+    from ctpd.pipeline.stages.evaluate import read_result
 
     scores = {
-        title: {name: json.loads((store.path(s.kind, s.key) / RESULT).read_text()) for name, s in columns.items()}
+        title: {name: read_result(store.path(s.kind, s.key)) for name, s in columns.items()}
         for title, columns in named.items()
     }
     if as_json:
@@ -251,7 +252,7 @@ def _evaluate_model(model: str, suite: str, *, data_root: Path | None, as_json: 
     from ctpd.app import evaluation_stage
     from ctpd.core.recipe import EvaluationSpec, LaunchSpec
     from ctpd.core.store import Store
-    from ctpd.pipeline.references import ModelRef, external_model
+    from ctpd.pipeline.references import Model, external_model
     from harness.suites import load_suite
 
     name, _, revision = model.partition("@")
@@ -259,7 +260,7 @@ def _evaluate_model(model: str, suite: str, *, data_root: Path | None, as_json: 
     spec = EvaluationSpec(suite=suite, limit=flags["limit"], data_root=None if data_root is None else str(data_root))
     stages = {
         column.name: evaluation_stage(
-            ModelRef("model", root, root), column, spec, precision="float32", title=name, world={}
+            Model(root, root), column, spec, precision="float32", title=name
         )
         for column in load_suite(suite).columns
     }

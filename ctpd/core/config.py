@@ -10,7 +10,7 @@ import json
 import types
 import typing
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict
@@ -26,6 +26,11 @@ class Config(BaseModel):
     model_config = ConfigDict(
         strict=True, frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True
     )
+
+    @classmethod
+    def of(cls, other: "Config") -> Self:
+        """The fields of this class out of a configuration that has them all."""
+        return cls.model_validate({name: getattr(other, name) for name in cls.model_fields})
 
 
 def nearest(name: str, options: Iterable[str]) -> str:
@@ -243,6 +248,8 @@ def to_plain(value: Any) -> Any:
     Raises:
         TypeError: a value has no canonical JSON form (so it can be no part of an identity).
     """
+    if isinstance(value, BaseModel):
+        return {name: to_plain(getattr(value, name)) for name in type(value).model_fields}
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {f.name: to_plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
     if isinstance(value, Mapping):

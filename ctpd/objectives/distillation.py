@@ -17,7 +17,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from ctpd.core.errors import UserError
-from ctpd.objectives.base import Layout, Needs, Objective, Sums
+from ctpd.objectives.base import Layout, Objective, Sums
 from ctpd.objectives.base import TeacherView as TeacherView
 from ctpd.ops.rows import LogitRows, Top, TopRows
 
@@ -98,10 +98,6 @@ class DistillationObjective(Objective):
     """An objective over distributions; `teacher` says of whose, and is never None."""
 
     layout = Layout(granularity="spans")
-
-    @property
-    def needs(self) -> frozenset[Needs]:
-        return frozenset()
 
     def bind(self, student: ModelFacts, teacher: ModelFacts) -> None:
         """Prepare what depends on both models: maps of vocabularies, projectors. Called once, after seeding."""

@@ -1,29 +1,32 @@
-"""From a recipe to its runs: one a method and seed, ablations expanded as data, anchors without a training."""
+"""From a recipe to its runs: one per method and seed, ablations expanded, and the untrained rows."""
 
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 from ctpd.core.recipe import Recipe, RunSpec
-from ctpd.pipeline.graph import Stage
-from ctpd.pipeline.references import ModelRef
-from ctpd.pipeline.stages import Method, SharedStages
+from ctpd.core.roles import Role
+from ctpd.pipeline.methods import Method
+from ctpd.pipeline.plan import SharedStages, Training
+from ctpd.pipeline.references import Model
+from ctpd.pipeline.stages.train import TrainStage
 
 
 @dataclass(frozen=True, eq=False)
 class PlannedRun:
-    """One row of a table for one seed: the model to be evaluated and how it comes about.
+    """One row of a table for one seed: the model that is evaluated, and the training that makes it.
 
-    `method`, `spec`, `training` and `weights` are None for an anchor (teacher or student as they are).
+    `method`, `spec` and `training` are None for an untrained row (teacher or student as they are); `role` says whose
+    model it is.
     """
 
     name: str
     seed: int | None
-    model: ModelRef
+    role: Role
+    model: Model
     method: Method | None = None
     spec: RunSpec | None = None
-    training: Stage | None = None
-    weights: Stage | None = None
+    training: TrainStage | None = None
 
     @property
     def title(self) -> str:
@@ -62,9 +65,9 @@ def expand(recipe: Recipe) -> dict[str, RunSpec]:
 
 
 def plan_runs(recipe: Recipe, stages: SharedStages, *, source: str) -> Iterator[PlannedRun]:
-    """Every run of a recipe, anchors first, then seed by seed, so that a stopped study has whole seeds."""
+    """Every run of a recipe: untrained rows first, then seed by seed, so that a stopped study has whole seeds."""
     for name, role in recipe.anchors.items():
-        yield PlannedRun(name, None, stages.sft[role])
+        yield PlannedRun(name, None, role, stages.sft[role])
     for seed in recipe.shared.seeds:
         for name, spec in expand(recipe).items():
             yield _plan_run(name, spec, seed, recipe=recipe, stages=stages, source=source)
@@ -74,9 +77,16 @@ def _plan_run(name: str, spec: RunSpec, seed: int, *, recipe: Recipe, stages: Sh
     tuned = {key: value for key, value in spec.tuned.items() if key != "learning_rate"}
     method = Method.make(spec.method, {**spec.params, **tuned}, source=f"{source}, run '{name}'")
     start, schedule = stages.sft["student"], recipe.shared.train
-    label = f"{name}, seed {seed}"
     training = stages.training(
-        start, method, schedule, learning_rate=spec.tuned["learning_rate"], seed=seed, label=label
+        "student",
+        start,
+        Training(
+            method=method,
+            schedule=schedule,
+            learning_rate=spec.tuned["learning_rate"],
+            seed=seed,
+            label=f"{name}, seed {seed}",
+        ),
     )
     model = start.trained(training, adapter=schedule.lora is not None)
-    return PlannedRun(name, seed, model, method, spec, training, stages.weights(method, seed=seed, label=label))
+    return PlannedRun(name, seed, "student", model, method, spec, training)
