@@ -18,8 +18,8 @@ from ctpd.pipeline.build import build_missing
 from ctpd.pipeline.graph import Graph
 from ctpd.pipeline.plan import SharedStages
 from ctpd.pipeline.progress import Progress
-from ctpd.pipeline.references import Model
 from ctpd.pipeline.records import record_head
+from ctpd.pipeline.references import Model
 from ctpd.pipeline.runs import PlannedRun, plan_runs
 from ctpd.pipeline.runtime import Runtime
 from ctpd.pipeline.stage import Stage

@@ -259,9 +259,7 @@ def _evaluate_model(model: str, suite: str, *, data_root: Path | None, as_json: 
     root = external_model(name, revision=revision or None, role="--model option")
     spec = EvaluationSpec(suite=suite, limit=flags["limit"], data_root=None if data_root is None else str(data_root))
     stages = {
-        column.name: evaluation_stage(
-            Model(root, root), column, spec, precision="float32", title=name
-        )
+        column.name: evaluation_stage(Model(root, root), column, spec, precision="float32", title=name)
         for column in load_suite(suite).columns
     }
     store = Store(flags["store"])

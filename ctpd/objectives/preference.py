@@ -3,7 +3,7 @@
 Shape legend: R = 2B rows (B chosen, then B rejected), U units.
 """
 
-from typing import Annotated, Self, final
+from typing import Annotated, final
 
 import torch
 import torch.nn.functional as F
@@ -40,7 +40,7 @@ class PreferenceParams(WeightParameters, MarginParams):
     """Whether the end of turn is counted."""
 
     @model_validator(mode="after")
-    def _exist_for_units(self) -> Self:
+    def _exist_for_units(self) -> "PreferenceParams":
         if self.granularity == "tokens":
             needs = find_strategy(self.weights).needs
             teachers = [f"weights: {self.weights}"] if any(need.role == "teacher" for need in needs) else []
@@ -114,4 +114,3 @@ def preference_sums(units: Units, *, beta: float) -> Sums:
 
 def _masked_sums(values_RU: Float[Tensor, "R U"], units: Units) -> Float[Tensor, " R"]:
     return values_RU.masked_fill(~units.mask, 0.0).sum(1)
-

@@ -7,7 +7,7 @@ Shape legend: R rows, U units of all rows one after another, `starts` is R + 1, 
 
 from collections.abc import Callable, Iterator, Mapping
 from enum import StrEnum
-from typing import Annotated, Literal, NamedTuple, Self
+from typing import Annotated, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -39,14 +39,14 @@ class Signal(StrEnum):
     STUDENT_POSITIVE = "student_positive", "student", "positive"
     STUDENT_NEGATIVE = "student_negative", "student", "negative"
 
-    def __new__(cls, value: str, role: Role, phase: Phase) -> Self:
+    def __new__(cls, value: str, role: Role, phase: Phase) -> "Signal":
         """Attach role and phase to the text."""
         member = str.__new__(cls, value)
         member._value_, member.role, member.phase = value, role, phase
         return member
 
     @property
-    def title(self) -> str:  # type: ignore[override]
+    def long_name(self) -> str:
         """For people: `teacher SFT`, `student positive`."""
         return f"{self.role} {'SFT' if self.phase == 'sft' else self.phase}"
 
@@ -66,7 +66,7 @@ class WeightParameters(Config):
     """Round the log ratio to so many decimals first; the authors' code rounds to 2."""
 
     @model_validator(mode="after")
-    def _ordered(self) -> Self:
+    def _ordered(self) -> "WeightParameters":
         if self.lower > self.upper:
             raise ValueError(f"the lower clamp {self.lower:g} of the weights lies above the upper one {self.upper:g}")
         return self

@@ -20,9 +20,7 @@ NOTHING_MISSING, ONE_EACH = -1, -2  # broadcast by rank 0 instead of the index o
 _last_full_collection = 0.0
 
 
-def build_missing(
-    graph: Graph, store: Store, *, runtime: Runtime, progress: Progress, rebuild: bool = False
-) -> int:
+def build_missing(graph: Graph, store: Store, *, runtime: Runtime, progress: Progress, rebuild: bool = False) -> int:
     """Build what is missing and check what is there; return the number of stages that were missing.
 
     Any number of processes may do this on one store: each stage is built by one of them, or, a collective one, by all

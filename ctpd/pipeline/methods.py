@@ -68,7 +68,11 @@ class Method(Part):
         objective_class = _objective_class(name, source=source)
         try:
             T = objective_class.params_type  # INTERIM
-            checked = T.model_validate(dict(params)) if hasattr(T, "model_fields") else __import__("ctpd.core.config", fromlist=["build"]).build(T, params, source=source)
+            checked = (
+                T.model_validate(dict(params))
+                if hasattr(T, "model_fields")
+                else __import__("ctpd.core.config", fromlist=["build"]).build(T, params, source=source)
+            )
             # The module is made to read what it requires, and thrown away: it has no weights before it is bound.
             return cls(name, checked, objective_class(checked).requirements)
         except UserError as error:
@@ -78,7 +82,8 @@ class Method(Part):
 
     def objective(self) -> "Objective":
         """A new module."""
-        return _objective_class(self.name, source=self.name)(self.params)
+        made: Objective = _objective_class(self.name, source=self.name)(self.params)
+        return made
 
 
 def _objective_class(name: str, *, source: str) -> Any:

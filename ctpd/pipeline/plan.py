@@ -197,7 +197,7 @@ class SharedStages:
 
     def named_signals(self, signal: Signal) -> SignalsStage:
         """The log-probabilities that a weight strategy asks for by name."""
-        return self.signals(signal.role, self.frozen_model(signal), title=signal.title)
+        return self.signals(signal.role, self.frozen_model(signal), title=signal.long_name)
 
     def weights(self, method: Method, *, seed: int, label: str) -> WeightsStage | None:
         """The importance weights of a method's units, or None where it has none."""
@@ -259,7 +259,7 @@ class SharedStages:
         precision = self.shared.precision
         return tuple(
             DistributionsStage(
-                label=f"distributions: {signal.title}",
+                label=f"distributions: {signal.long_name}",
                 config=DistributionsConfig(role=signal.role, precision=precision, boundary=True)
                 if view.boundary
                 else DistributionsConfig(
@@ -298,6 +298,7 @@ class SharedStages:
 
 def _only_schedule(phase):
     import dataclasses
+
     return Schedule(**{f.name: getattr(phase, f.name) for f in dataclasses.fields(Schedule)})
 
 

@@ -54,8 +54,8 @@ def signals_read(run: PlannedRun) -> list[str]:
         return []
     view = training.method.requires.teacher
     titles = [f"{training.reference.config.role} SFT"] if training.reference is not None else []
-    titles += [signal.title for signal in training.weights.signals] if training.weights is not None else []
-    titles += [signal.title for signal in view.models] if view is not None and view.is_stored else []
+    titles += [signal.long_name for signal in training.weights.signals] if training.weights is not None else []
+    titles += [signal.long_name for signal in view.models] if view is not None and view.is_stored else []
     generated = generated_by(training.pairs)
     return sorted([*titles, *([generated.label] if generated is not None else [])])
 
@@ -63,4 +63,4 @@ def signals_read(run: PlannedRun) -> list[str]:
 def teachers_in_memory(run: PlannedRun) -> list[str]:
     """The frozen models that are in memory while a run trains."""
     view = run.training.method.requires.teacher if run.training is not None else None
-    return [] if view is None or view.is_stored else [signal.title for signal in view.models]
+    return [] if view is None or view.is_stored else [signal.long_name for signal in view.models]

@@ -12,7 +12,6 @@ from ctpd.pipeline.stage import Part, Stage, Work
 
 if TYPE_CHECKING:
     from torch import nn
-    from transformers import PreTrainedTokenizerFast
 
 MODEL_FOLDER = "model"  # inside an artifact that holds a model
 ADAPTER_CONFIG = "adapter_config.json"
@@ -91,7 +90,7 @@ def revision(source: Source) -> str | None:
     return source.revision if isinstance(source, External) else None
 
 
-def read_tokenizer(source: Source, work: Work) -> "PreTrainedTokenizerFast":
+def read_tokenizer(source: Source, work: Work) -> Any:
     """The tokenizer of a source."""
     from ctpd.models import load_tokenizer
 

@@ -6,7 +6,7 @@ without the label, and `Work.path` knows the inputs alone: what is not in the ke
 
 import copy
 import dataclasses
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from enum import Enum
 from functools import cached_property
@@ -48,7 +48,7 @@ class Work:
         return self.folders[stage.key]
 
 
-class Part(ABC):
+class Part:
     """A frozen dataclass that several stages have in common, such as a model with its tokenizer and adapters.
 
     All of its fields are part of the key, unless it says otherwise by an `identity` of its own.
@@ -93,7 +93,7 @@ class Stage(Part):
         return dict(self.stages)
 
     @cached_property
-    def identity(self) -> dict[str, Any]:  # type: ignore[override]
+    def identity(self) -> dict[str, Any]:
         """Everything that the key is made of."""
         fields = {name: _identity(value) for name, value in _own_fields(self)}
         return {"stage": self.kind, "version": self.version, **fields}
@@ -135,6 +135,7 @@ def _identity(value: Any) -> Any:
         return identity.identity(value)
     if dataclasses.is_dataclass(value):  # INTERIM
         from ctpd.core.config import to_plain
+
         return to_plain(value)
     raise TypeError(f"a field of type {type(value).__name__} cannot be part of a key")
 

@@ -129,9 +129,7 @@ def aligned_tokens(
     return result
 
 
-def dropped_mass(
-    teacher: TokenRows, stored: Mapping[str, NDArray[np.generic]], items: NDArray[np.int64]
-) -> float:
+def dropped_mass(teacher: TokenRows, stored: Mapping[str, NDArray[np.generic]], items: NDArray[np.int64]) -> float:
     """The mean probability of what was not stored, over the scored tokens of the rows that are trained on."""
     row = np.repeat(np.arange(len(teacher.row_starts) - 1), np.diff(teacher.row_starts))[teacher.unit >= 0]
     kept = np.exp(stored[TOP_LOGPS][np.isin(row, items)].astype(np.float64)).sum(axis=1)

@@ -15,13 +15,13 @@ from ctpd.core.recipe import Schedule
 from ctpd.models import add_lora
 from ctpd.objectives.base import Sums, TeacherView
 from ctpd.objectives.distillation import DistillationObjective, DistillBatch, ModelFacts, mixed
-from ctpd.pipeline.distillation import dropped_mass, facts_of
 from ctpd.pipeline.references import LocatedModel
+from ctpd.pipeline.vocabularies import dropped_mass, model_facts
 from ctpd.text.blocks import TokenRows
 from ctpd.train.collator import ScoredRows
 from ctpd.train.distill import DistillPass, DistillRows
 from ctpd.train.fit import Fit, FitSettings, fit
-from ctpd.train.sweep import sweep, top, with_boundary
+from ctpd.train.sweep import TOP_LOGPS, sweep, top, with_boundary
 from ctpd.train.trainer import OBJECTIVE_FILE, save_objective
 from tests.fixtures.tiny import VOCABULARY, tiny_model, tiny_rows
 from tests.fixtures.tokenizers import tokenizer
@@ -153,8 +153,10 @@ def test_dropped_mass_is_that_of_the_rows_that_are_trained_on() -> None:
         np.arange(7, dtype=np.int32), np.array([0, 3, 7]), np.array([-1, 0, 1, -1, 0, 0, 1], dtype=np.int32)
     )
     logps = np.log(np.array([[0.5, 0.25], [0.5, 0.5], [0.1, 0.1], [0.2, 0.1], [0.3, 0.1]], dtype=np.float32))
-    assert dropped_mass(teacher, logps, np.array([[0]])) == pytest.approx((0.25 + 0.0) / 2)
-    assert dropped_mass(teacher, logps, np.array([[0, 1]])) == pytest.approx((0.25 + 0.0 + 0.8 + 0.7 + 0.6) / 5)
+    assert dropped_mass(teacher, {TOP_LOGPS: logps}, np.array([[0]])) == pytest.approx((0.25 + 0.0) / 2)
+    assert dropped_mass(teacher, {TOP_LOGPS: logps}, np.array([[0, 1]])) == pytest.approx(
+        (0.25 + 0.0 + 0.8 + 0.7 + 0.6) / 5
+    )
 
 
 def test_an_id_without_a_logit_is_no_part_of_a_models_vocabulary(tmp_path: Path) -> None:
@@ -169,7 +171,7 @@ def test_an_id_without_a_logit_is_no_part_of_a_models_vocabulary(tmp_path: Path)
     located = LocatedModel(
         folder=str(tmp_path), revision=None, adapters=(), tokenizer=str(tmp_path), tokenizer_revision=None
     )
-    facts = facts_of(located)
+    facts = model_facts(located)
     assert len(facts.tokens) == facts.vocab_size == fewer
     assert max(facts.special_ids) < fewer
 

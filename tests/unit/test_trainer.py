@@ -34,7 +34,8 @@ SCHEDULE = Schedule(epochs=2, pairs_per_step=8, evaluations_per_epoch=1)
 
 def rows_for(objective: PairObjective, num_items: int, *, seed: int = 0) -> ScoredRows:
     rows = tiny_rows(num_items, sides=len(objective.sides), seed=seed)
-    unused = [name for name in ("reference", "weights") if name not in objective.needs]
+    layout = objective.layout
+    unused = [name for name, kept in (("reference", layout.reference), ("weights", layout.weighting)) if kept is None]
     return dataclasses.replace(rows, **dict.fromkeys(unused))
 
 

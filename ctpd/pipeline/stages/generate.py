@@ -69,7 +69,7 @@ class GenerateStage(Stage):
             counts[reason] += 1
             if reason == "kept":
                 lines[split].append(line)
-        self._refuse_losses(counts)
+        refuse_losses(counts, role=self.config.role, max_dropped=self.pairs.config.max_dropped)
         for split, of_split in lines.items():
             path = work.folder / GENERATED.format(split=split)
             path.write_text("\n".join([*of_split, ""]), encoding="utf-8")
@@ -94,21 +94,8 @@ class GenerateStage(Stage):
         located = self.model.located(work)
         model: Any = located.load_frozen(precision=self.config.precision, device=work.runtime.torch_device())
         tokenizer = located.load_tokenizer()
-        ids = _greedy(
-            model, prompts_of(rows), end_token=end_token, max_tokens=self.pairs.config.max_tokens, work=work
-        )
+        ids = _greedy(model, prompts_of(rows), end_token=end_token, max_tokens=self.pairs.config.max_tokens, work=work)
         return [None if own is None else tokenizer.decode(own, skip_special_tokens=True).strip() for own in ids]
-
-    def _refuse_losses(self, counts: Counter[str]) -> None:
-        lost, allowed = counts.total() - counts["kept"], self.pairs.config.max_dropped
-        if lost > allowed * counts.total():
-            reasons = ", ".join(f"{number} {reason}" for reason, number in sorted(counts.items()) if reason != "kept")
-            raise UserError(
-                f"of {counts.total()} responses that the {self.config.role} generated, {lost} cannot be used ({reasons}), "
-                f"more than `max_dropped: {allowed}` allows",
-                fix="A model whose answers do not end needs more fine-tuning, or a larger `max_tokens`; raise "
-                "`max_dropped` if the loss is meant",
-            )
 
 
 @dataclass(frozen=True)
@@ -121,6 +108,24 @@ class GeneratedPairs(PairSource):
     def read(self, work: Work) -> "list[Pair]":
         """Read them from the artifact."""
         return read_pair_file(work.path(self.generated) / GENERATED.format(split=self.split))
+
+
+def refuse_losses(counts: Counter[str], *, role: Role, max_dropped: float) -> None:
+    """Refuse to go on with too few responses.
+
+    Args:
+        counts: of the responses by what became of them; `kept` are used.
+        max_dropped: the greatest share that may be left out.
+    """
+    lost = counts.total() - counts["kept"]
+    if lost > max_dropped * counts.total():
+        reasons = ", ".join(f"{number} {reason}" for reason, number in sorted(counts.items()) if reason != "kept")
+        raise UserError(
+            f"of {counts.total()} responses that the {role} generated, {lost} cannot be used ({reasons}), more than "
+            f"`max_dropped: {max_dropped}` allows",
+            fix="A model whose answers do not end needs more fine-tuning, or a larger `max_tokens`; raise "
+            "`max_dropped` if the loss is meant",
+        )
 
 
 def _replaced(pair: "Pair", side: Side, text: str | None) -> tuple[str, str]:

@@ -23,7 +23,9 @@ class WorldStage(Stage):
         """Write the world."""
         from ctpd.testbed.corpus import write_world
 
-        import dataclasses; write_world(work.folder, **dataclasses.asdict(self.config))
+        import dataclasses
+
+        write_world(work.folder, **dataclasses.asdict(self.config))
 
     def texts(self, work: Work, corpus: Corpus) -> list[str]:
         """The texts of a pretraining corpus."""
