@@ -11,7 +11,7 @@ from typing import Any
 
 from benchmarks.measuring import Found, Side, alternate, arguments, median_of, ratios
 from benchmarks.report import Claim, Result, Table, spread, write
-from ctpd.core.world import WorldConfig
+from ctpd.testbed.config import WorldConfig
 from harness.suites import Column, load_suite
 
 TARGET = 0.5
@@ -106,7 +106,7 @@ def _testbed(folder: Path, *, quick: bool) -> dict[str, Any]:
     world = folder / "world"
     world.mkdir()
     size = {"num_documents": 40 if quick else 200, "num_pairs": 10, "num_eval_pairs": 5, "teacher_texts": 10}
-    write_world(world, **asdict(replace(WorldConfig(), **size)))
+    write_world(world, **WorldConfig(**size).model_dump())
     columns = {column.name: column for column in load_suite("testbed").columns}
     shape = {"hidden": 96, "layers": 3, "heads": 4, "intermediate": 256, "max_position": 256}
     texts = _lines(world / "corpus_student.jsonl")

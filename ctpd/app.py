@@ -1,7 +1,6 @@
 """The composition root: joins the training graph and evaluation."""
 
 import contextlib
-import dataclasses
 import json
 import os
 import tempfile
@@ -16,7 +15,6 @@ from ctpd.comparison import tables
 from ctpd.core.config import digest, nearest, to_plain
 from ctpd.core.errors import UserError
 from ctpd.core.processes import processes
-from ctpd.core.recipe import EvaluationSpec, Recipe, load_recipe
 from ctpd.core.store import Store
 from ctpd.pipeline.graph import Graph, Stage, Work
 from ctpd.pipeline.progress import Progress
@@ -24,6 +22,7 @@ from ctpd.pipeline.references import META, SUMMARY, TRAINING, WRITTEN, External,
 from ctpd.pipeline.runs import PlannedRun, plan_runs
 from ctpd.pipeline.runtime import Runtime, provenance
 from ctpd.pipeline.stages import SharedStages
+from ctpd.recipe import EvaluationSpec, Recipe, load_recipe
 from harness.suites import Column, Suite, load_suite
 
 RESULT, RECORD = "result.json", "record.json"
@@ -34,7 +33,7 @@ class Experiment:
 
     Args:
         recipe: a shipped name or a path.
-        only: keep these runs and anchors.
+        only: keep these runs and untrained rows.
         seeds: keep these seeds.
         limit: evaluate on so many documents of each task; overrides the recipe's.
     """
@@ -330,10 +329,11 @@ def _narrowed(recipe: Recipe, *, seeds: Sequence[int], limit: int | None, source
     if unknown:
         raise UserError(f"the recipe has no seed {unknown[0]}", where=source, fix=f"Its seeds are {list(shared.seeds)}")
     if seeds:
-        shared = dataclasses.replace(shared, seeds=tuple(seed for seed in shared.seeds if seed in seeds))
+        shared = shared.model_copy(update={"seeds": tuple(seed for seed in shared.seeds if seed in seeds)})
     if limit is not None:
-        shared = dataclasses.replace(shared, evaluation=dataclasses.replace(shared.evaluation, limit=limit))
-    return dataclasses.replace(recipe, shared=shared)
+        evaluation = shared.evaluation.model_copy(update={"limit": limit})
+        shared = shared.model_copy(update={"evaluation": evaluation})
+    return recipe.model_copy(update={"shared": shared})
 
 
 def _chosen(runs: list[PlannedRun], only: Sequence[str], *, source: str) -> list[PlannedRun]:

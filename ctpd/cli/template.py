@@ -32,7 +32,7 @@ shared:
   evaluation: {{suite: card, batch_size: 8}}  # offline: data_root, a folder that mirrors the hub
   precision: bfloat16
   seeds: [0]
-anchors: {{Teacher: teacher, Student: student}}
+untrained: {{Teacher: teacher, Student: student}}
 runs:
   DPO: {{method: dpo, tuned: {{learning_rate: 1e-6, beta: 0.1}}}}
   TIS-DPO: {{method: tis_dpo, tuned: {{learning_rate: 1e-6, beta: 0.1}}}}

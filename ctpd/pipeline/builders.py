@@ -16,10 +16,7 @@ from numpy.typing import NDArray
 from safetensors.numpy import load_file, save_file
 
 from ctpd.core.config import to_plain
-from ctpd.core.recipe import DataSpec, ModelSpec, PlainSpec, Schedule
-from ctpd.core.recipe import Source as PairSource
 from ctpd.core.store import RESUME_FOLDER
-from ctpd.core.world import PretrainConfig, WorldConfig
 from ctpd.models import add_lora, install_scorer, load_model, load_tokenizer, save_model, whole_state
 from ctpd.objectives.base import Generation, Layout, Objective, TeacherView
 from ctpd.objectives.distillation import DistillationObjective
@@ -33,12 +30,16 @@ from ctpd.pipeline.rows import end_units, scored_rows, text_rows, token_rows, un
 from ctpd.pipeline.sources import read_hub, read_rows
 from ctpd.pipeline.summaries import weight_examples, weight_summary
 from ctpd.probes import probe_scorer
+from ctpd.recipe import DataSpec, ModelSpec, PlainSpec
+from ctpd.recipe import Source as PairSource
+from ctpd.testbed.config import PretrainConfig, WorldConfig
 from ctpd.testbed.corpus import write_world
 from ctpd.testbed.models import new_model, train_tokenizer
 from ctpd.text.pairs import Pair, parse_pairs
 from ctpd.text.prepare import PreparedPairs, arrays, from_arrays, prepare_pairs, texts
 from ctpd.text.render import ChatTemplate, PlainTemplate, TemplatedTokenizer
 from ctpd.train.collator import ScoredRows
+from ctpd.train.config import Schedule
 from ctpd.train.fit import Fit, FitSettings, fit
 from ctpd.train.sharing import can_share_rows
 from ctpd.train.sweep import log_probabilities, sweep
@@ -49,7 +50,7 @@ PAIRS, SIGNAL, WEIGHTS = "pairs.safetensors", "signal.safetensors", "weights.saf
 
 def world(work: Work, *, config: WorldConfig) -> None:
     """The testbed's corpora, pairs and evaluation documents."""
-    write_world(work.folder, **dataclasses.asdict(config))
+    write_world(work.folder, **config.model_dump())
 
 
 def tokenizer(work: Work, *, corpus: str, kind: str, vocab_size: int) -> None:

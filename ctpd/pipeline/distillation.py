@@ -13,7 +13,6 @@ from torch import nn
 from transformers import GenerationConfig
 
 from ctpd.core.errors import UserError
-from ctpd.core.recipe import DataSpec
 from ctpd.models import load_model, load_tokenizer, model_sizes
 from ctpd.objectives.base import Generation, TeacherView
 from ctpd.objectives.distillation import DistillationObjective, ModelFacts
@@ -22,6 +21,7 @@ from ctpd.pipeline.graph import Work
 from ctpd.pipeline.references import WRITTEN, LocatedModel, ModelRef
 from ctpd.pipeline.rows import scored_rows, token_rows
 from ctpd.probes import probe_scorer
+from ctpd.recipe import DataSpec
 from ctpd.text.blocks import TokenRows
 from ctpd.text.edit_distance import edit_distance_pairing
 from ctpd.text.pairs import Pair

@@ -1,10 +1,14 @@
 """The one table of method names. A method is an objective class, named by a string and imported on use."""
 
+import dataclasses
 import importlib
+import typing
 from collections.abc import Mapping
 from typing import Any
 
-from ctpd.core.config import build, nearest
+import pydantic
+
+from ctpd.core.config import Config, nearest, validate
 from ctpd.core.errors import UserError
 from ctpd.objectives.base import Objective
 
@@ -48,9 +52,21 @@ def make_objective(method: str, params: Mapping[str, Any], *, source: str) -> Ob
     module, _, name = METHODS[method].partition(":")
     cls = getattr(importlib.import_module(module), name)
     try:
-        objective: Objective = cls(build(cls.params_type, params, source=source))
+        objective: Objective = cls(_validated(cls.params_type, params, source=source))
     except UserError as error:
         if error.where is not None:
             raise
         raise UserError(error.what, where=source, fix=error.fix) from error
     return objective
+
+
+def _validated(params_type: type[Any], params: Mapping[str, Any], *, source: str) -> Any:
+    if issubclass(params_type, Config):
+        return validate(params_type, params, source=source)
+    # TODO(integrator): remove with the last parameters that are a dataclass (preference, dpo, tis_dpo).
+    hints = typing.get_type_hints(params_type)
+    fields: dict[str, Any] = {
+        field.name: (hints[field.name], field.default) for field in dataclasses.fields(params_type)
+    }
+    model = pydantic.create_model(params_type.__name__, __base__=Config, **fields)
+    return params_type(**dict(validate(model, params, source=source)))

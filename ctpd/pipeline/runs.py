@@ -1,20 +1,20 @@
-"""From a recipe to its runs: one a method and seed, ablations expanded as data, anchors without a training."""
+"""From a recipe to its runs: one a method and seed, ablations expanded as data, untrained rows."""
 
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from ctpd.core.recipe import Recipe, RunSpec
 from ctpd.pipeline.graph import Stage
 from ctpd.pipeline.references import ModelRef
 from ctpd.pipeline.stages import Method, SharedStages
+from ctpd.recipe import Recipe, RunSpec, ablation_run
 
 
 @dataclass(frozen=True, eq=False)
 class PlannedRun:
     """One row of a table for one seed: the model to be evaluated and how it comes about.
 
-    `method`, `spec`, `training` and `weights` are None for an anchor (teacher or student as they are).
+    `method`, `spec`, `training` and `weights` are None for an untrained row (teacher or student as they are).
     """
 
     name: str
@@ -31,11 +31,6 @@ class PlannedRun:
         return self.name if self.seed is None else f"{self.name}, seed {self.seed}"
 
 
-def ablation_run(ablation: str, label: str) -> str:
-    """The name of the run that shows one value of an ablation."""
-    return f"{ablation}: {label}"
-
-
 def trials(recipe: Recipe, name: str) -> dict[str, RunSpec]:
     """A run at every point of the recipe's grid, by name; without a grid the run itself."""
     spec = recipe.runs[name]
@@ -43,27 +38,39 @@ def trials(recipe: Recipe, name: str) -> dict[str, RunSpec]:
         return {name: spec}
     points = [dict(zip(recipe.grid, values, strict=True)) for values in itertools.product(*recipe.grid.values())]
     return {
-        f"{name}: {', '.join(f'{field} {value:g}' for field, value in point.items())}": RunSpec(
+        f"{name}: {', '.join(f'{field} {_written(value)}' for field, value in point.items())}": RunSpec(
             method=spec.method, params=spec.params, tuned={**spec.tuned, **point}
         )
         for point in points
     }
 
 
+def _written(value: float) -> str:
+    """A number in six digits, or in as many as tell it from every other."""
+    short = f"{value:g}"
+    return short if float(short) == value else repr(value)
+
+
 def expand(recipe: Recipe) -> dict[str, RunSpec]:
-    """All runs by name: those of the grid, and of the ablations: the base's block with one parameter replaced."""
+    """All runs by name: those of the grid, and of the ablations: the base's block with one parameter replaced.
+
+    The replaced parameter may stand in the base's `params` or `tuned`; the ablation's value takes its place.
+    """
     runs = {trial: spec for name in recipe.runs for trial, spec in trials(recipe, name).items()}
     for name, ablation in recipe.ablations.items():
         base = recipe.runs[ablation.base]
         for label, value in ablation.values.items():
-            params = {**base.params, ablation.field: value}
-            runs[ablation_run(name, label)] = RunSpec(method=base.method, params=params, tuned=base.tuned)
+            params, tuned = dict(base.params), dict(base.tuned)
+            block = tuned if ablation.field == "learning_rate" else params
+            tuned.pop(ablation.field, None)
+            block[ablation.field] = value
+            runs[ablation_run(name, label)] = RunSpec(method=base.method, params=params, tuned=tuned)
     return runs
 
 
 def plan_runs(recipe: Recipe, stages: SharedStages, *, source: str) -> Iterator[PlannedRun]:
-    """Every run of a recipe, anchors first, then seed by seed, so that a stopped study has whole seeds."""
-    for name, role in recipe.anchors.items():
+    """Every run of a recipe, untrained rows first, then seed by seed, so that a stopped study has whole seeds."""
+    for name, role in recipe.untrained.items():
         yield PlannedRun(name, None, stages.sft[role])
     for seed in recipe.shared.seeds:
         for name, spec in expand(recipe).items():
@@ -76,7 +83,7 @@ def _plan_run(name: str, spec: RunSpec, seed: int, *, recipe: Recipe, stages: Sh
     start, schedule = stages.sft["student"], recipe.shared.train
     label = f"{name}, seed {seed}"
     training = stages.training(
-        start, method, schedule, learning_rate=spec.tuned["learning_rate"], seed=seed, label=label
+        start, method, schedule, learning_rate=float(spec.tuned["learning_rate"]), seed=seed, label=label
     )
     model = start.trained(training, adapter=schedule.lora is not None)
     return PlannedRun(name, seed, model, method, spec, training, stages.weights(method, seed=seed, label=label))

@@ -9,14 +9,15 @@ from typing import Any
 
 from ctpd.core.config import to_plain
 from ctpd.core.errors import UserError
-from ctpd.core.recipe import ContrastivePhase, ModelSpec, Schedule, Shared
-from ctpd.core.recipe import Source as PairSource
 from ctpd.objectives.base import Generation, Objective, TeacherView
 from ctpd.ops.weights import Signal, find_strategy
 from ctpd.pipeline.graph import Builder, Stage, Work
 from ctpd.pipeline.methods import METHODS, make_objective
 from ctpd.pipeline.references import External, ModelRef, Source, external_model
 from ctpd.pipeline.sources import file_digest
+from ctpd.recipe import ContrastivePhase, ModelSpec, Shared
+from ctpd.recipe import Source as PairSource
+from ctpd.train.config import Schedule
 
 ROLES = ("teacher", "student")
 
@@ -300,13 +301,13 @@ class SharedStages:
             **method.identity,
             "role": start.role,
             "swap": swap,
-            "schedule": _only_schedule(schedule),
+            "schedule": Schedule.of(schedule),
             "learning_rate": learning_rate,
             "seed": seed,
             "precision": self.shared.precision,
         }
         build = _builder(
-            "train", start=start, teachers=teachers, objective=method.objective, schedule=_only_schedule(schedule),
+            "train", start=start, teachers=teachers, objective=method.objective, schedule=Schedule.of(schedule),
             learning_rate=learning_rate, seed=seed, precision=self.shared.precision, swap=swap,
         )  # fmt: skip
         external = {**start.externals("start"), **teacher_externals}
@@ -321,11 +322,6 @@ def _builder(name: str, **arguments: Any) -> Builder:
         getattr(builders, name)(work, **arguments)
 
     return build
-
-
-def _only_schedule(phase: Schedule) -> Schedule:
-    """The common part of a phase: two phases that train alike share their artifact."""
-    return Schedule(**{f.name: getattr(phase, f.name) for f in dataclasses.fields(Schedule)})
 
 
 def _data_digest(source: PairSource) -> str:

@@ -13,9 +13,10 @@ from importlinter.cli import EXIT_STATUS_SUCCESS, lint_imports
 
 import ctpd
 from ctpd.cli.main import COMMANDS, SUMMARIES, cli
-from ctpd.core.recipe import Schedule, load_recipe, shipped_recipes
 from ctpd.objectives.base import Objective
 from ctpd.pipeline.methods import METHODS
+from ctpd.recipe import load_recipe, shipped_recipes
+from ctpd.train.config import Schedule
 
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = sorted(
@@ -153,7 +154,7 @@ HEAVY = ("torch", "transformers", "lm_eval", "datasets", "peft", "pandas", "scip
     "code",
     [
         "import ctpd, ctpd.cli.main",
-        "import ctpd.core.recipe, ctpd.core.store, ctpd.text.prepare, ctpd.text.render",
+        "import ctpd.recipe, ctpd.testbed.config, ctpd.train.config, ctpd.core.store, ctpd.text.prepare, ctpd.text.render",
         "from ctpd.cli.main import main\ntry: main(['--help'])\nexcept SystemExit: pass",
         "from ctpd.cli.main import main\nmain(['recipes'])",
     ],

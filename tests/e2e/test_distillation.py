@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from ctpd.core.recipe import shipped_recipes
 from ctpd.pipeline.methods import METHODS, make_objective
+from ctpd.recipe import shipped_recipes
 from tests.conftest import Cli
 
 OBJECTIVES = {method: make_objective(method, {}, source="test") for method in METHODS}

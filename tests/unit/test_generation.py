@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from ctpd.core.errors import UserError
-from ctpd.core.recipe import DataSpec, Source
 from ctpd.objectives.base import Generation
 from ctpd.pipeline.distillation import _greedy, _refuse_losses
+from ctpd.recipe import DataSpec, Source
 from tests.fixtures.tiny import VOCABULARY, tiny_model
 
 WORK: Any = SimpleNamespace(progress=lambda done, total: None, folder=Path())
