@@ -5,7 +5,6 @@ to win. Without a mirror of the hub at ``--data-root`` only the testbed is measu
 """
 
 import tempfile
-from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -123,7 +122,10 @@ def _official(folder: Path, root: Path, *, quick: bool) -> dict[str, Any]:
     for name, number in DOCUMENTS.items():
         limit = 2 if quick else number
         if name == "MMLU":
-            parts = [replace(columns[name], name=f"MMLU {part}", task=f"mmlu_{part}", version=1.0) for part in SUBJECTS]
+            parts = [
+                columns[name].model_copy(update={"name": f"MMLU {part}", "task": f"mmlu_{part}", "version": 1.0})
+                for part in SUBJECTS
+            ]
             tasks += [_task(part, limit) for part in parts]
         else:
             tasks.append(_task(columns[name], limit))
@@ -143,7 +145,7 @@ def _model(folder: Path, texts: list[str], kind: str, vocabulary: int, shape: di
 
 
 def _task(column: Column, limit: int | None) -> dict[str, Any]:
-    return {"name": column.name, "limit": limit, "column": asdict(column)}
+    return {"name": column.name, "limit": limit, "column": column.model_dump()}
 
 
 def _lines(path: Path) -> list[str]:

@@ -106,11 +106,17 @@ def compare(recipe: str, *, formats: tuple[str, ...], to: Path | None, as_json: 
 
 
 @click.command()
+@click.option("--schema", is_flag=True, help="Print the JSON Schema of a recipe, for editors.")
 @execution("json")
-def recipes(*, as_json: bool) -> None:
+def recipes(*, schema: bool, as_json: bool) -> None:
     """List the shipped recipes."""
     from ctpd.recipe import load_recipe, shipped_recipes
 
+    if schema:
+        from ctpd.recipe.schema import schema_file
+
+        click.echo(schema_file().read_text(encoding="utf-8"), nl=False)
+        return
     found = {name: load_recipe(name).about for name in shipped_recipes()}
     width = max(map(len, found))
     click.echo(json.dumps(found) if as_json else "\n".join(f"{name:<{width}} {about}" for name, about in found.items()))

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import pydantic
+from pydantic import BaseModel
 
 from ctpd.core.config import Config, nearest, validate
 from ctpd.core.errors import UserError
@@ -43,14 +44,7 @@ def make_objective(method: str, params: Mapping[str, Any], *, source: str) -> Ob
     Raises:
         UserError: unknown method or parameter, or values that contradict each other.
     """
-    if method not in METHODS:
-        raise UserError(
-            f"there is no method '{method}'.{nearest(method, METHODS)}",
-            where=source,
-            fix=f"Use one of: {', '.join(METHODS)}",
-        )
-    module, _, name = METHODS[method].partition(":")
-    cls = getattr(importlib.import_module(module), name)
+    cls = _objective_type(method, source=source)
     try:
         objective: Objective = cls(_validated(cls.params_type, params, source=source))
     except UserError as error:
@@ -60,13 +54,38 @@ def make_objective(method: str, params: Mapping[str, Any], *, source: str) -> Ob
     return objective
 
 
+def params_type(method: str) -> type[BaseModel]:
+    """The type of a method's parameters.
+
+    Raises:
+        UserError: unknown method.
+    """
+    return _config(_objective_type(method, source=None).params_type)
+
+
+def _objective_type(method: str, *, source: str | None) -> type[Objective]:
+    if method not in METHODS:
+        raise UserError(
+            f"there is no method '{method}'.{nearest(method, METHODS)}",
+            where=source,
+            fix=f"Use one of: {', '.join(METHODS)}",
+        )
+    module, _, name = METHODS[method].partition(":")
+    found: type[Objective] = getattr(importlib.import_module(module), name)
+    return found
+
+
 def _validated(params_type: type[Any], params: Mapping[str, Any], *, source: str) -> Any:
-    if issubclass(params_type, Config):
-        return validate(params_type, params, source=source)
-    # TODO(integrator): remove with the last parameters that are a dataclass (preference, dpo, tis_dpo).
+    checked = validate(_config(params_type), params, source=source)
+    return checked if isinstance(checked, params_type) else params_type(**dict(checked))
+
+
+def _config(params_type: type[Any]) -> type[BaseModel]:
+    """The type itself, or a copy of one that is still a dataclass. To be removed when none is left (preference, dpo, tis_dpo)."""
+    if issubclass(params_type, BaseModel):
+        return params_type
     hints = typing.get_type_hints(params_type)
     fields: dict[str, Any] = {
         field.name: (hints[field.name], field.default) for field in dataclasses.fields(params_type)
     }
-    model = pydantic.create_model(params_type.__name__, __base__=Config, **fields)
-    return params_type(**dict(validate(model, params, source=source)))
+    return pydantic.create_model(params_type.__name__, __base__=Config, **fields)

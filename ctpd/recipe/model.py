@@ -125,7 +125,7 @@ class Source(Config):
 
 
 class DataSpec(Config):
-    """The pairs, and their lengths in tokens of either model (METHOD 2.7)."""
+    """The pairs, and their lengths in tokens of either model."""
 
     train: Source
     """The pairs to train on."""

@@ -36,7 +36,7 @@ OPTIONS = {
     "train": RUNNING - {"--limit"},
     "eval": RUNNING | {"--model", "--suite", "--data-root"},
     "compare": {"--store", "--only", "--seed", "--limit", "--json", "--debug", "--format", "--to"},
-    "recipes": {"--json", "--debug"},
+    "recipes": {"--json", "--schema", "--debug"},
     "init": {"--teacher", "--student", "--data", "--to", "--debug"},
     "inspect spans": {"--data", "--text", "--limit", "--show", "--html", "--offline", "--json", "--debug"},
     "inspect tokenizers": {"--data", "--text", "--limit", "--offline", "--json", "--debug"},
@@ -72,7 +72,7 @@ def options(command: click.Command, name: str = "") -> Iterator[tuple[str, set[s
 def test_command_line_has_these_options_and_no_hyperparameter() -> None:
     assert dict(options(cli)) == OPTIONS
     given = {opt.lstrip("-").replace("-", "_") for opts in OPTIONS.values() for opt in opts}
-    assert not given & {*Schedule.__dataclass_fields__, "learning_rate", "beta"}
+    assert not given & {*Schedule.model_fields, "learning_rate", "beta"}
 
 
 def test_every_option_is_explained_and_every_command_summarised() -> None:

@@ -1,6 +1,5 @@
 """Every method of the table, trained through the command line on the smallest world, with one tokenizer and with two."""
 
-import dataclasses
 import json
 from pathlib import Path
 
@@ -88,7 +87,6 @@ def test_an_exported_student_has_no_parameters_of_its_objective(cli: Cli, tmp_pa
     assert not list((tmp_path / "model").glob("*objective*"))
 
 
-def test_parameters_of_every_method_are_strict_and_have_defaults() -> None:
+def test_parameters_of_every_method_have_defaults() -> None:
     for made in OBJECTIVES.values():
-        assert dataclasses.is_dataclass(made.params_type)
         assert made.params_type() == made.params
