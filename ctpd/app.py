@@ -1,6 +1,5 @@
 """The composition: a recipe's runs with their evaluations and records, and the public `run` and `plan`."""
 
-import dataclasses
 import os
 from collections.abc import Mapping, Sequence
 from functools import cached_property
@@ -12,7 +11,6 @@ from ctpd.comparison import tables
 from ctpd.core.config import nearest
 from ctpd.core.errors import UserError
 from ctpd.core.processes import processes
-from ctpd.core.recipe import EvaluationSpec, Recipe, load_recipe
 from ctpd.core.store import Store
 from ctpd.pipeline.build import build_missing
 from ctpd.pipeline.graph import Graph
@@ -30,6 +28,7 @@ from ctpd.pipeline.stages.record import RecordStage, read_record
 from ctpd.pipeline.stages.train import TrainStage
 from ctpd.pipeline.stages.weights import WeightsStage
 from ctpd.pipeline.stages.world import WorldStage
+from ctpd.recipe import EvaluationSpec, Recipe, load_recipe
 from harness.suites import Column, Suite, load_suite
 
 
@@ -214,10 +213,11 @@ def _narrowed(recipe: Recipe, *, seeds: Sequence[int], limit: int | None, source
     if unknown:
         raise UserError(f"the recipe has no seed {unknown[0]}", where=source, fix=f"Its seeds are {list(shared.seeds)}")
     if seeds:
-        shared = dataclasses.replace(shared, seeds=tuple(seed for seed in shared.seeds if seed in seeds))
+        shared = shared.model_copy(update={"seeds": tuple(seed for seed in shared.seeds if seed in seeds)})
     if limit is not None:
-        shared = dataclasses.replace(shared, evaluation=dataclasses.replace(shared.evaluation, limit=limit))
-    return dataclasses.replace(recipe, shared=shared)
+        evaluation = shared.evaluation.model_copy(update={"limit": limit})
+        shared = shared.model_copy(update={"evaluation": evaluation})
+    return recipe.model_copy(update={"shared": shared})
 
 
 def _chosen(runs: list[PlannedRun], only: Sequence[str], *, source: str) -> list[PlannedRun]:

@@ -15,10 +15,10 @@ from ctpd.cli.options import DEFAULT_STORE, execution
 
 if TYPE_CHECKING:
     from ctpd.app import Experiment
-    from ctpd.core.recipe import LaunchSpec
     from ctpd.core.store import Store
     from ctpd.pipeline.graph import Stage
     from ctpd.pipeline.runs import PlannedRun
+    from ctpd.recipe import LaunchSpec
 
 RUNNING = (
     "store", "device", "num_processes", "jobs", "offline", "only", "seed", "limit", "plan", "rebuild", "report_to", "quiet",
@@ -106,11 +106,17 @@ def compare(recipe: str, *, formats: tuple[str, ...], to: Path | None, as_json: 
 
 
 @click.command()
+@click.option("--schema", is_flag=True, help="Print the JSON Schema of a recipe, for editors.")
 @execution("json")
-def recipes(*, as_json: bool) -> None:
+def recipes(*, schema: bool, as_json: bool) -> None:
     """List the shipped recipes."""
-    from ctpd.core.recipe import load_recipe, shipped_recipes
+    from ctpd.recipe import load_recipe, shipped_recipes
 
+    if schema:
+        from ctpd.recipe.schema import schema_file
+
+        click.echo(schema_file().read_text(encoding="utf-8"), nl=False)
+        return
     found = {name: load_recipe(name).about for name in shipped_recipes()}
     width = max(map(len, found))
     click.echo(json.dumps(found) if as_json else "\n".join(f"{name:<{width}} {about}" for name, about in found.items()))
@@ -250,9 +256,9 @@ def _print_scores(named: "dict[str, dict[str, Stage]]", store: "Store", *, as_js
 def _evaluate_model(model: str, suite: str, *, data_root: Path | None, as_json: bool, plan: bool, **flags: Any) -> None:
     _go_offline(flags["offline"])
     from ctpd.app import evaluation_stage
-    from ctpd.core.recipe import EvaluationSpec, LaunchSpec
     from ctpd.core.store import Store
     from ctpd.pipeline.references import Model, external_model
+    from ctpd.recipe import EvaluationSpec, LaunchSpec
     from harness.suites import load_suite
 
     name, _, revision = model.partition("@")

@@ -31,12 +31,6 @@ def identity(value: Any) -> Any:
         return identity(value.value)
     if value is None or isinstance(value, bool | int | float | str):
         return value
-    import dataclasses
-
-    if dataclasses.is_dataclass(value):  # INTERIM
-        from ctpd.core.config import to_plain
-
-        return to_plain(value)
     raise TypeError(f"{type(value).__name__} has no canonical JSON form")
 
 

@@ -16,7 +16,6 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from ctpd.core.errors import UserError
 from ctpd.objectives.base import Layout, Objective, Sums
 from ctpd.objectives.base import TeacherView as TeacherView
 from ctpd.ops.rows import LogitRows, Top, TopRows
@@ -155,12 +154,6 @@ def per_token(batch: DistillBatch, **sums: Tensor) -> dict[str, Tensor]:
     """Metrics `kd/NAME`: means over the micro-batch's chosen tokens, weighted by its pairs (`Sums.metrics`)."""
     scale = batch.num_pairs / max(chosen_tokens(batch), 1)
     return {f"kd/{name}": value.detach() * scale for name, value in sums.items()}
-
-
-def check_kd_rate(kd_rate: float) -> None:
-    """Refuse a share that is none."""
-    if not 0.0 <= kd_rate <= 1.0:
-        raise UserError(f"`kd_rate: {kd_rate}` is not between 0 and 1")
 
 
 def sorted_probabilities(rows: Tensor | Top) -> Float[Tensor, "R W"]:

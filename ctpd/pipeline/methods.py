@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from ctpd.core.config import Config, nearest
+from ctpd.core.config import Config, nearest, validate
 from ctpd.core.errors import UserError
 from ctpd.pipeline.stage import Part
 
@@ -67,12 +67,7 @@ class Method(Part):
         """
         objective_class = _objective_class(name, source=source)
         try:
-            T = objective_class.params_type  # INTERIM
-            checked = (
-                T.model_validate(dict(params))
-                if hasattr(T, "model_fields")
-                else __import__("ctpd.core.config", fromlist=["build"]).build(T, params, source=source)
-            )
+            checked = validate(objective_class.params_type, params, source=source)
             # The module is made to read what it requires, and thrown away: it has no weights before it is bound.
             return cls(name, checked, objective_class(checked).requirements)
         except UserError as error:
@@ -86,7 +81,17 @@ class Method(Part):
         return made
 
 
-def _objective_class(name: str, *, source: str) -> Any:
+def params_type(name: str) -> type[Config]:
+    """The type of a method's parameters.
+
+    Raises:
+        UserError: unknown method.
+    """
+    found: type[Config] = _objective_class(name, source=None).params_type
+    return found
+
+
+def _objective_class(name: str, *, source: str | None) -> Any:
     if name not in METHODS:
         raise UserError(
             f"there is no method '{name}'.{nearest(name, METHODS)}",

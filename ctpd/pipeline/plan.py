@@ -6,8 +6,6 @@ from functools import cached_property
 from pathlib import Path
 
 from ctpd.core.errors import UserError
-from ctpd.core.recipe import ContrastivePhase, DataSpec, ModelSpec, Schedule, Shared
-from ctpd.core.recipe import Source as SourceSpec
 from ctpd.core.roles import ROLES, Role
 from ctpd.objectives.base import Generation, TeacherView
 from ctpd.ops.weights import Signal
@@ -31,6 +29,9 @@ from ctpd.pipeline.stages.tokenizer import TokenizerConfig, TokenizerStage
 from ctpd.pipeline.stages.train import TrainConfig, TrainStage
 from ctpd.pipeline.stages.weights import WeightsConfig, WeightsStage, needed_signals
 from ctpd.pipeline.stages.world import WorldStage
+from ctpd.recipe import ContrastivePhase, DataSpec, ModelSpec, Shared
+from ctpd.recipe import Source as SourceSpec
+from ctpd.train.config import Schedule
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -235,7 +236,7 @@ class SharedStages:
             label=training.label,
             config=TrainConfig(
                 role=role,
-                schedule=_only_schedule(training.schedule),
+                schedule=Schedule.of(training.schedule),
                 learning_rate=training.learning_rate,
                 seed=training.seed,
                 precision=self.shared.precision,
@@ -294,12 +295,6 @@ class SharedStages:
                 where=self.source,
                 fix="Leave the run out, or give both models one tokenizer",
             )
-
-
-def _only_schedule(phase):
-    import dataclasses
-
-    return Schedule(**{f.name: getattr(phase, f.name) for f in dataclasses.fields(Schedule)})
 
 
 def _pairs_config(data: DataSpec) -> PairsConfig:

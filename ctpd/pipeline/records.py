@@ -4,13 +4,13 @@ from typing import Any
 
 from ctpd.core.config import to_plain
 from ctpd.core.identity import digest
-from ctpd.core.recipe import Recipe
 from ctpd.core.roles import ROLES
 from ctpd.pipeline.plan import SharedStages
 from ctpd.pipeline.references import External
 from ctpd.pipeline.runs import PlannedRun
 from ctpd.pipeline.stages.generate import generated_by
 from ctpd.pipeline.stages.pairs import FilePairs
+from ctpd.recipe import Recipe
 
 
 def record_head(run: PlannedRun, recipe: Recipe, stages: SharedStages, *, suite: str) -> dict[str, Any]:

@@ -4,12 +4,12 @@ import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from ctpd.core.recipe import Recipe, RunSpec
 from ctpd.core.roles import Role
 from ctpd.pipeline.methods import Method
 from ctpd.pipeline.plan import SharedStages, Training
 from ctpd.pipeline.references import Model
 from ctpd.pipeline.stages.train import TrainStage
+from ctpd.recipe import Recipe, RunSpec, ablation_run
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,11 +34,6 @@ class PlannedRun:
         return self.name if self.seed is None else f"{self.name}, seed {self.seed}"
 
 
-def ablation_run(ablation: str, label: str) -> str:
-    """The name of the run that shows one value of an ablation."""
-    return f"{ablation}: {label}"
-
-
 def trials(recipe: Recipe, name: str) -> dict[str, RunSpec]:
     """A run at every point of the recipe's grid, by name; without a grid the run itself."""
     spec = recipe.runs[name]
@@ -46,27 +41,39 @@ def trials(recipe: Recipe, name: str) -> dict[str, RunSpec]:
         return {name: spec}
     points = [dict(zip(recipe.grid, values, strict=True)) for values in itertools.product(*recipe.grid.values())]
     return {
-        f"{name}: {', '.join(f'{field} {value:g}' for field, value in point.items())}": RunSpec(
+        f"{name}: {', '.join(f'{field} {_written(value)}' for field, value in point.items())}": RunSpec(
             method=spec.method, params=spec.params, tuned={**spec.tuned, **point}
         )
         for point in points
     }
 
 
+def _written(value: float) -> str:
+    """A number in six digits, or in as many as tell it from every other."""
+    short = f"{value:g}"
+    return short if float(short) == value else repr(value)
+
+
 def expand(recipe: Recipe) -> dict[str, RunSpec]:
-    """All runs by name: those of the grid, and of the ablations: the base's block with one parameter replaced."""
+    """All runs by name: those of the grid, and of the ablations: the base's block with one parameter replaced.
+
+    The replaced parameter may stand in the base's `params` or `tuned`; the ablation's value takes its place.
+    """
     runs = {trial: spec for name in recipe.runs for trial, spec in trials(recipe, name).items()}
     for name, ablation in recipe.ablations.items():
         base = recipe.runs[ablation.base]
         for label, value in ablation.values.items():
-            params = {**base.params, ablation.field: value}
-            runs[ablation_run(name, label)] = RunSpec(method=base.method, params=params, tuned=base.tuned)
+            params, tuned = dict(base.params), dict(base.tuned)
+            block = tuned if ablation.field == "learning_rate" else params
+            tuned.pop(ablation.field, None)
+            block[ablation.field] = value
+            runs[ablation_run(name, label)] = RunSpec(method=base.method, params=params, tuned=tuned)
     return runs
 
 
 def plan_runs(recipe: Recipe, stages: SharedStages, *, source: str) -> Iterator[PlannedRun]:
     """Every run of a recipe: untrained rows first, then seed by seed, so that a stopped study has whole seeds."""
-    for name, role in recipe.anchors.items():
+    for name, role in recipe.untrained.items():
         yield PlannedRun(name, None, role, stages.sft[role])
     for seed in recipe.shared.seeds:
         for name, spec in expand(recipe).items():
@@ -83,7 +90,7 @@ def _plan_run(name: str, spec: RunSpec, seed: int, *, recipe: Recipe, stages: Sh
         Training(
             method=method,
             schedule=schedule,
-            learning_rate=spec.tuned["learning_rate"],
+            learning_rate=float(spec.tuned["learning_rate"]),
             seed=seed,
             label=f"{name}, seed {seed}",
         ),

@@ -133,10 +133,6 @@ def _identity(value: Any) -> Any:
         return {str(name): _identity(item) for name, item in value.items()}
     if isinstance(value, BaseModel) or value is None or isinstance(value, bool | int | float | str):
         return identity.identity(value)
-    if dataclasses.is_dataclass(value):  # INTERIM
-        from ctpd.core.config import to_plain
-
-        return to_plain(value)
     raise TypeError(f"a field of type {type(value).__name__} cannot be part of a key")
 
 
@@ -147,6 +143,6 @@ def _stages(value: Any, path: str) -> Iterator[tuple[str, Stage]]:
         for name, stage in value.stages:
             yield f"{path}.{name}", stage
     elif isinstance(value, tuple | Mapping):
-        items = value.items() if isinstance(value, Mapping) else enumerate(value)
-        for name, item in items:
-            yield from _stages(item, f"{path}.{name}")
+        items = list(value.items() if isinstance(value, Mapping) else enumerate(value))
+        for key, item in items:
+            yield from _stages(item, f"{path}.{key}")

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
+from pydantic import ValidationError
 
 from baselines.adpa import ADPA, ADPAParams, advantages
-from ctpd.core.errors import UserError
 from ctpd.objectives.base import Generation
 from ctpd.ops.rows import Top
 from ctpd.ops.weights import Signal
@@ -111,5 +111,5 @@ def test_it_asks_for_both_teachers_and_for_the_students_answers():
 @pytest.mark.parametrize("wrong", [{"top_k": 0}, {"advantage_weight": -1.0}, {"sft_weight": -0.1}])
 def test_bad_parameters_are_refused(wrong):
     (name,) = wrong
-    with pytest.raises(UserError, match=name):
+    with pytest.raises(ValidationError, match=name):
         ADPA(ADPAParams(**wrong))

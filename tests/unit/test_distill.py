@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from baselines.uld import ULD, ULDParams
-from ctpd.core.recipe import Schedule
 from ctpd.models import add_lora
 from ctpd.objectives.base import Sums, TeacherView
 from ctpd.objectives.distillation import DistillationObjective, DistillBatch, ModelFacts, mixed
@@ -19,6 +18,7 @@ from ctpd.pipeline.references import LocatedModel
 from ctpd.pipeline.vocabularies import dropped_mass, model_facts
 from ctpd.text.blocks import TokenRows
 from ctpd.train.collator import ScoredRows
+from ctpd.train.config import Schedule
 from ctpd.train.distill import DistillPass, DistillRows
 from ctpd.train.fit import Fit, FitSettings, fit
 from ctpd.train.sweep import TOP_LOGPS, sweep, top, with_boundary

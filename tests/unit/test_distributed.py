@@ -11,8 +11,8 @@ from accelerate.utils import DistributedType
 from safetensors.torch import load_file
 
 from ctpd.core.errors import UserError
-from ctpd.core.recipe import FsdpSpec
 from ctpd.models import load_model
+from ctpd.train.config import FsdpSpec
 from tests.fixtures import data_parallel, fsdp
 from tests.fixtures.launch_processes import launch
 from tests.fixtures.tiny import tiny_model

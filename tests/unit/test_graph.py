@@ -195,7 +195,7 @@ SMOKE = "testbed-smoke"
 
 
 def edited(tmp_path: Path, old: str, new: str) -> Experiment:
-    from ctpd.core.recipe import shipped_recipes
+    from ctpd.recipe import shipped_recipes
 
     text = shipped_recipes()[SMOKE].read_text()
     assert old in text

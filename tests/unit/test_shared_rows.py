@@ -13,11 +13,11 @@ from transformers import FalconH1Config, Lfm2Config
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from baselines.dpo import DPO, DPOParams
-from ctpd.core.recipe import Schedule
 from ctpd.models import Score, add_lora, install_scorer, score
 from ctpd.ops.shared_rows import MOST_OF_SEPARATE, SharedRows, attend_apart, share_rows
 from ctpd.probes import other_mixing, same_results
 from ctpd.train.collator import ScoredRows, shared_rows
+from ctpd.train.config import Schedule
 from ctpd.train.fit import Fit, FitSettings, fit
 from ctpd.train.sharing import SHARING, can_share_rows
 from ctpd.train.sweep import Measure, _planned, log_probabilities, sweep, top, with_boundary

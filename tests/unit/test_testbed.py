@@ -5,7 +5,6 @@ import json
 import re
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import asdict, replace
 from pathlib import Path
 from random import Random
 
@@ -16,8 +15,8 @@ from lm_eval.api.model import LM
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from ctpd.core.errors import UserError
-from ctpd.core.world import WorldConfig
 from ctpd.testbed import world as w
+from ctpd.testbed.config import WorldConfig
 from ctpd.testbed.corpus import ERROR_SPREAD, write_world
 from ctpd.testbed.documents import draw_documents, most_documents
 from ctpd.testbed.models import new_model, train_tokenizer
@@ -41,7 +40,7 @@ def rows(path: Path) -> list[dict[str, object]]:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("world")
-    write_world(path, **asdict(CONFIG))
+    write_world(path, **CONFIG.model_dump())
     return path
 
 
@@ -90,8 +89,8 @@ def test_a_world_is_its_seed(folder: Path, tmp_path: Path) -> None:
     """The same arguments give the same bytes, here and on other machines and Pythons (hence the digest); another seed does not."""
     for name in ("again", "other"):
         (tmp_path / name).mkdir()
-    write_world(tmp_path / "again", **asdict(CONFIG))
-    write_world(tmp_path / "other", **asdict(replace(CONFIG, seed=4)))
+    write_world(tmp_path / "again", **CONFIG.model_dump())
+    write_world(tmp_path / "other", **CONFIG.model_copy(update={"seed": 4}).model_dump())
     files = sorted(path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
     assert len(files) == 4 + 1 + 3 * 2
     assert all((folder / path).read_bytes() == (tmp_path / "again" / path).read_bytes() for path in files)
@@ -122,7 +121,7 @@ def test_sizes_are_those_asked_for(folder: Path) -> None:
 )
 def test_impossible_worlds_are_refused_by_field(tmp_path: Path, changes: Mapping[str, float], place: str) -> None:
     with pytest.raises(UserError, match=re.escape(place)):
-        write_world(tmp_path, **asdict(CONFIG) | changes)
+        write_world(tmp_path, **CONFIG.model_dump() | changes)
     assert not list(tmp_path.iterdir())
 
 

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from ctpd.core.config import Config
-from ctpd.core.recipe import PlainSpec
 from ctpd.pipeline.references import Source, read_tokenizer
 from ctpd.pipeline.sources import read_hub, read_rows
 from ctpd.pipeline.stage import Part, Stage, Work
 from ctpd.pipeline.stages.world import WorldStage
+from ctpd.recipe import PlainSpec
 
 if TYPE_CHECKING:
     from ctpd.text.pairs import Pair

@@ -3,12 +3,12 @@
 from dataclasses import dataclass
 from typing import Any
 
-from ctpd.core.recipe import Schedule
-from ctpd.core.world import PretrainConfig
 from ctpd.pipeline.references import MODEL_FOLDER, read_tokenizer
 from ctpd.pipeline.stage import Stage, Work
 from ctpd.pipeline.stages.tokenizer import TokenizerStage
 from ctpd.pipeline.stages.world import WorldStage
+from ctpd.testbed.config import PretrainConfig
+from ctpd.train.config import Schedule
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

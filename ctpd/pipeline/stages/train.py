@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ctpd.core.config import Config
-from ctpd.core.recipe import Schedule
 from ctpd.core.roles import Role
 from ctpd.pipeline.methods import Method
 from ctpd.pipeline.references import Model
@@ -16,6 +15,7 @@ from ctpd.pipeline.stages.distributions import DistributionsStage
 from ctpd.pipeline.stages.pairs import PairsStage
 from ctpd.pipeline.stages.signals import SignalsStage
 from ctpd.pipeline.stages.weights import WeightsStage
+from ctpd.train.config import Schedule
 
 if TYPE_CHECKING:
     from ctpd.objectives.base import Objective

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from ctpd.core.world import WorldConfig
 from ctpd.pipeline.stage import Stage, Work
+from ctpd.testbed.config import WorldConfig
 
 Corpus = Literal["teacher", "student"]
 
@@ -23,9 +23,7 @@ class WorldStage(Stage):
         """Write the world."""
         from ctpd.testbed.corpus import write_world
 
-        import dataclasses
-
-        write_world(work.folder, **dataclasses.asdict(self.config))
+        write_world(work.folder, **self.config.model_dump())
 
     def texts(self, work: Work, corpus: Corpus) -> list[str]:
         """The texts of a pretraining corpus."""
