@@ -4,10 +4,11 @@ import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from ctpd.core.errors import UserError
 from ctpd.pipeline.graph import Stage
 from ctpd.pipeline.references import ModelRef
 from ctpd.pipeline.stages import Method, SharedStages
-from ctpd.recipe import Recipe, RunSpec, ablation_run
+from ctpd.recipe import Recipe, RunSpec, ablation_run, run_position
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,7 +80,10 @@ def plan_runs(recipe: Recipe, stages: SharedStages, *, source: str) -> Iterator[
 
 def _plan_run(name: str, spec: RunSpec, seed: int, *, recipe: Recipe, stages: SharedStages, source: str) -> PlannedRun:
     tuned = {key: value for key, value in spec.tuned.items() if key != "learning_rate"}
-    method = Method.make(spec.method, {**spec.params, **tuned}, source=f"{source}, run '{name}'")
+    try:
+        method = Method.make(spec.method, {**spec.params, **tuned}, source=source)
+    except UserError as error:
+        raise UserError(error.what, where=run_position(source, name), fix=error.fix) from error
     start, schedule = stages.sft["student"], recipe.shared.train
     label = f"{name}, seed {seed}"
     training = stages.training(

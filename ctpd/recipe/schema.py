@@ -27,7 +27,7 @@ def recipe_schema(params: Mapping[str, type[BaseModel]]) -> dict[str, Any]:
     Args:
         params: the type of each method's parameters, by the method's name.
     """
-    models = [Recipe, *dict.fromkeys(params.values())]
+    models: list[type[BaseModel]] = [Recipe, *dict.fromkeys(params.values())]
     names, whole = models_json_schema([(model, "validation") for model in models])
     defs: dict[str, Any] = whole["$defs"]
     recipe = defs.pop("Recipe")
