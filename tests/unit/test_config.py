@@ -180,6 +180,9 @@ def test_refused_with_place_and_remedy(text: str) -> None:
 
 def test_anchors_and_merge_keys_work_without_counting_as_duplicates() -> None:
     assert read("inner: &i {rate: 1, name: b}\neither: {<<: *i}").either == Inner(rate=1.0, name="b")
+    assert read("inner: &i {rate: 1, name: b}\neither: {<<: *i, name: c}").either == Inner(rate=1.0, name="c")
+    assert read("inner: &i {rate: 1, name: b}\neither: {name: c, <<: *i}").either == Inner(rate=1.0, name="c")
+    assert "stands twice" in refusal("inner: &i {rate: 1, name: b}\neither: {<<: *i, name: c, name: d}")
 
 
 def test_nearest_is_silent_when_nothing_is_near() -> None:
