@@ -15,6 +15,7 @@ from pydantic import AfterValidator, Field, ValidationError, model_validator
 from ctpd.core.config import (
     Config,
     NonNegative,
+    Number,
     Positive,
     PositiveInt,
     Share,
@@ -55,6 +56,7 @@ class Outer(Config):
     names: Annotated[tuple[str, ...], MinLen(1)] = ("a",)
     word: Literal["all"] | Annotated[tuple[str, ...], MinLen(1)] = "all"
     even: Annotated[int, AfterValidator(_is_even)] = 0
+    number: Number = 0
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -147,6 +149,8 @@ REFUSED = {
     "inner: {rate: 1}\neither: 3": ("'either' must be a mapping or a text, and is 3",),
     "inner: {rate: 1}\neither: {rate: x}": ("line 2: 'either.rate' must be a number, and is 'x'",),
     "inner: {rate: 1}\neither: {name: x}": ("line 2: the key 'either.rate' is missing",),
+    "inner: {rate: 1}\nnumber: x": ("line 2: 'number' must be a number, and is 'x'.",),
+    "inner: {rate: 1}\nnumber: true": ("line 2: 'number' must be a number, and is True.",),
     "inner: {rate: 1}\neven: 3": ("line 2: 'even': 3 is odd.",),
     "inner: {rate: 1}\ncount: 101": ("a `count` above 100 needs `on`. Write `on: true`",),
     "? [1, 2]\n: 3": ("not valid YAML", "a key is no text"),
