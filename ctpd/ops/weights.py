@@ -19,7 +19,7 @@ from ctpd.core.config import Config, nearest
 from ctpd.core.errors import UserError
 from ctpd.core.roles import Role
 
-Phase = Literal["sft", "positive", "negative"]
+Phase = Literal["reference", "positive", "negative"]
 
 
 class Signal(StrEnum):
@@ -35,7 +35,7 @@ class Signal(StrEnum):
 
     TEACHER_POSITIVE = "teacher_positive", "teacher", "positive"
     TEACHER_NEGATIVE = "teacher_negative", "teacher", "negative"
-    TEACHER_REFERENCE = "teacher_reference", "teacher", "sft"
+    TEACHER_REFERENCE = "teacher_reference", "teacher", "reference"
     STUDENT_POSITIVE = "student_positive", "student", "positive"
     STUDENT_NEGATIVE = "student_negative", "student", "negative"
 
@@ -48,7 +48,7 @@ class Signal(StrEnum):
     @property
     def long_name(self) -> str:
         """For people: `teacher SFT`, `student positive`."""
-        return f"{self.role} {'SFT' if self.phase == 'sft' else self.phase}"
+        return f"{self.role} {'SFT' if self.phase == 'reference' else self.phase}"
 
 
 class WeightParameters(Config):

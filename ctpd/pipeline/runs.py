@@ -4,12 +4,13 @@ import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from ctpd.core.errors import UserError
 from ctpd.core.roles import Role
 from ctpd.pipeline.methods import Method
 from ctpd.pipeline.plan import SharedStages, Training
 from ctpd.pipeline.references import Model
 from ctpd.pipeline.stages.train import TrainStage
-from ctpd.recipe import Recipe, RunSpec, ablation_run
+from ctpd.recipe import Recipe, RunSpec, ablation_run, run_position
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,7 +83,10 @@ def plan_runs(recipe: Recipe, stages: SharedStages, *, source: str) -> Iterator[
 
 def _plan_run(name: str, spec: RunSpec, seed: int, *, recipe: Recipe, stages: SharedStages, source: str) -> PlannedRun:
     tuned = {key: value for key, value in spec.tuned.items() if key != "learning_rate"}
-    method = Method.make(spec.method, {**spec.params, **tuned}, source=f"{source}, run '{name}'")
+    try:
+        method = Method.make(spec.method, {**spec.params, **tuned}, source=source)
+    except UserError as error:
+        raise UserError(error.what, where=run_position(source, name), fix=error.fix) from error
     start, schedule = stages.sft["student"], recipe.shared.train
     training = stages.training(
         "student",
