@@ -12,21 +12,59 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from ctpd.comparison import tables
-from ctpd.core.config import digest, nearest, to_plain
+from ctpd.core.config import nearest, to_plain
 from ctpd.core.errors import UserError
 from ctpd.core.processes import processes
 from ctpd.core.recipe import EvaluationSpec, Recipe, load_recipe
 from ctpd.core.store import Store
+from ctpd.ops.weights import Signal, find_strategy
 from ctpd.pipeline.graph import Graph, Stage, Work
 from ctpd.pipeline.progress import Progress
-from ctpd.pipeline.references import META, SUMMARY, TRAINING, WRITTEN, External, LocatedModel, ModelRef, cached_digest
+from ctpd.pipeline.references import (
+    META,
+    SUMMARY,
+    TRAINING,
+    WRITTEN,
+    LocatedModel,
+    ModelRef,
+    cached_digest,
+    external_model,
+)
 from ctpd.pipeline.runs import PlannedRun, plan_runs
 from ctpd.pipeline.runtime import Runtime, provenance
 from ctpd.pipeline.stages import SharedStages
+from harness.comparison import tables
+from harness.record import (
+    Clamp,
+    ColumnResult,
+    DataSummary,
+    FrozenModel,
+    Method,
+    Provenance,
+    Record,
+    RecordHead,
+    Role,
+    RowKind,
+    StoredSignal,
+    WeightsSummary,
+    training_summary,
+)
+from harness.shared import local_settings, shared_settings
+from harness.sheet import Table
 from harness.suites import Column, Suite, load_suite
 
 RESULT, RECORD = "result.json", "record.json"
+
+UNTRAINED: Mapping[Role, RowKind] = {"teacher": "untrained teacher", "student": "untrained student"}
+
+FROZEN = {
+    Signal.TEACHER_REFERENCE: FrozenModel(role="teacher", model="SFT"),
+    Signal.TEACHER_POSITIVE: FrozenModel(role="teacher", model="positive"),
+    Signal.TEACHER_NEGATIVE: FrozenModel(role="teacher", model="negative"),
+    Signal.STUDENT_POSITIVE: FrozenModel(role="student", model="positive"),
+    Signal.STUDENT_NEGATIVE: FrozenModel(role="student", model="negative"),
+}
+"""Whose pass each signal is; the data's marks need none."""
 
 
 class Experiment:
@@ -109,41 +147,35 @@ class Experiment:
             inputs["training"] = run.model.newest
         if run.weights is not None:
             inputs["weights"] = run.weights
-        shared = self._shared_settings()
-        head = {
-            "schema": 1,
-            "recipe": self.recipe.name,
-            "run": run.name,
-            "seed": run.seed,
-            "method": run.method.name if run.method else None,
-            "params": dict(run.method.params) if run.method else {},
-            "tuned": dict(run.spec.tuned) if run.spec else {},
-            "shared": shared,
-            "shared_hash": digest(shared),
-            "suite": self.suite.name,
-            "partial": self.recipe.shared.evaluation.limit is not None,
-        }
+        head = RecordHead(
+            recipe=self.recipe.name,
+            run=run.name,
+            seed=run.seed,
+            kind="trained" if run.method is not None else UNTRAINED[self.recipe.anchors[run.name]],
+            method=_method(run),
+            shared=shared_settings(self.recipe.shared, self._digests()),
+            suite=self.suite.name,
+            partial=self.recipe.shared.evaluation.limit is not None,
+            signals=_signals(run),
+            in_memory=_in_memory(run),
+        )
 
         def build(work: Work) -> None:
-            told = {**head, "signals": _signals(run), "in_memory": _in_memory(run)}
-            _write_record(work, told, columns=[column.name for column in self.suite.columns])
+            _write_record(work, head, run, columns=[column.name for column in self.suite.columns])
 
-        return Stage("record", 1, head, build, f"record: {run.title}", inputs)
+        return Stage("record", 2, head.model_dump(mode="json"), build, f"record: {run.title}", inputs)
 
-    def _shared_settings(self) -> dict[str, Any]:
-        """The settings that a comparison's runs have in common: no seeds, no paths of this machine, digests instead."""
-        shared = to_plain(self.recipe.shared)
-        del shared["seeds"], shared["evaluation"]
-        for role, base in self.stages.bases.items():
-            if isinstance(base.root, External):
-                shared[role]["model"] = base.root.digest
-        shared["data"]["digests"] = {
-            name: value for name, value in self.stages.pairs.external.items() if name.startswith("data.")
-        }
-        for split in ("train", "eval"):
-            if shared["data"][split] is not None:
-                shared["data"][split]["path"] = None
-        return dict(shared)
+    def _digests(self) -> dict[str, str]:
+        """Digests of what the recipe's `shared` block names by a path."""
+        shared, found = self.recipe.shared, {}
+        for name in local_settings(shared):
+            if name.startswith("data."):
+                found[name] = self.stages.pairs.external[name.removesuffix(".path")]
+            else:
+                role, _, part = name.partition(".")
+                location = str(getattr(self.stages.spec(role), part))
+                found[name] = external_model(location, revision=None, role=role).digest
+        return found
 
 
 def run(
@@ -152,7 +184,7 @@ def run(
     store: str | os.PathLike[str] = "runs",
     runtime: Runtime | None = None,
     quiet: bool = True,
-) -> list[Any]:
+) -> list[Table]:
     """Train, evaluate and compare everything that is missing; return the tables.
 
     In this process, or those of the launcher that has started it: a recipe's `launch` block starts none here.
@@ -208,11 +240,11 @@ def evaluation_stage(
             root = Path(spec.data_root).expanduser()
         located = model.located("model", work.inputs)
         result = _evaluate(work, located, column, spec, precision=precision, data_root=root)
-        (work.folder / RESULT).write_text(json.dumps(result, ensure_ascii=False), encoding="utf-8")
+        (work.folder / RESULT).write_text(result.model_dump_json(), encoding="utf-8")
 
     inputs = {**model.stages("model"), **world}
     external = {**model.externals("model"), **(_mirror_digests(column, spec) if not world else {})}
-    return Stage("evaluate", 2, config, build, f"evaluate: {title} on {column.name}", inputs, external)
+    return Stage("evaluate", 3, config, build, f"evaluate: {title} on {column.name}", inputs, external)
 
 
 def _mirror_digests(column: Column, spec: EvaluationSpec) -> dict[str, str]:
@@ -226,27 +258,25 @@ def _mirror_digests(column: Column, spec: EvaluationSpec) -> dict[str, str]:
 
 def _evaluate(
     work: Work, located: LocatedModel, column: Column, spec: EvaluationSpec, *, precision: str, data_root: Path | None
-) -> dict[str, Any]:
+) -> ColumnResult:
     from ctpd.models import load_model, load_tokenizer
-    from harness.evaluate import evaluate_column, evaluate_with_vllm
+    from harness.evaluate import Documents, Pinned, evaluate_column, evaluate_with_vllm
 
-    protocol = {"data_root": data_root, "limit": spec.limit, "chat_template": spec.chat_template}
+    documents = Documents(data_root, limit=spec.limit, chat_template=spec.chat_template)
     tokenizer = load_tokenizer(located.tokenizer, revision=located.tokenizer_revision)
     if spec.backend == "vllm":
         if processes().world_size > 1:
             raise UserError("vLLM in a launch of several processes is not supported", fix="Evaluate with one process")
         with _one_folder(located, precision=precision) as (folder, revision):
+            place = Pinned(located.tokenizer, located.tokenizer_revision)
             return evaluate_with_vllm(
-                folder, tokenizer, column, precision=precision, revision=revision,
-                tokenizer_location=located.tokenizer, tokenizer_revision=located.tokenizer_revision, **protocol,
-            )  # fmt: skip
+                Pinned(folder, revision), place, tokenizer, column, documents, precision=precision
+            )
     loaded = load_model(
         located.folder, adapters=located.adapters, precision=precision, device=work.runtime.torch_device(),
         revision=located.revision,
     )  # fmt: skip
-    return evaluate_column(
-        loaded, tokenizer, column, batch_size=spec.batch_size, progress=work.progress, **protocol,
-    )  # fmt: skip
+    return evaluate_column(loaded, tokenizer, column, documents, batch_size=spec.batch_size, progress=work.progress)
 
 
 @contextlib.contextmanager
@@ -265,29 +295,43 @@ def _one_folder(located: LocatedModel, *, precision: str) -> Iterator[tuple[str,
         yield temporary, None
 
 
-def _write_record(work: Work, head: Mapping[str, Any], *, columns: Sequence[str]) -> None:
+def _write_record(work: Work, head: RecordHead, run: PlannedRun, *, columns: Sequence[str]) -> None:
     def read(name: str, file: str) -> Any:
         return json.loads((work.inputs[name] / file).read_text(encoding="utf-8"))
 
-    evaluation = {column: {**read(f"evaluation.{column}", RESULT), "name": column} for column in columns}
     meta = read("pairs", META)
-    record = {
-        **head,
-        "training": read("training", TRAINING) if "training" in work.inputs else None,
-        "weights": read("weights", SUMMARY) if "weights" in work.inputs else None,
-        "data": {
-            "pairs": len(meta["pair_ids"]),
-            "dropped": meta["dropped"],
-            "report": meta["report"],
-            "written": read("generated", WRITTEN) if "generated" in work.inputs else None,
-        },
-        "evaluation": evaluation,
-        "provenance": {**provenance(work.runtime), "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())},
-    }
-    (work.folder / RECORD).write_text(json.dumps(record, ensure_ascii=False), encoding="utf-8")
+    made = {**provenance(work.runtime), "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
+    Record(
+        **dict(head),
+        training=training_summary(read("training", TRAINING)) if "training" in work.inputs else None,
+        weights=_weights(work, run),
+        data=DataSummary(
+            pairs=len(meta["pair_ids"]),
+            dropped=meta["dropped"],
+            counts=meta["report"],
+            generated=read("generated", WRITTEN) if "generated" in work.inputs else None,
+        ),
+        evaluation={column: read_result(work.inputs[f"evaluation.{column}"]) for column in columns},
+        provenance=Provenance.model_validate_json(json.dumps(made)),
+    ).write(work.folder / RECORD)
 
 
-def read_records(experiment: Experiment, store: Store) -> list[dict[str, Any]]:
+def _weights(work: Work, run: PlannedRun) -> WeightsSummary | None:
+    if run.method is None or "weights" not in work.inputs:
+        return None
+    found = WeightsSummary.model_validate_json((work.inputs["weights"] / SUMMARY).read_bytes())
+    weighting = run.method.objective.layout.weighting
+    assert weighting is not None
+    clamp = Clamp(k=weighting.k, mu=weighting.mu, lower=weighting.lower, upper=weighting.upper)
+    return found.model_copy(update={"clamp": clamp})
+
+
+def read_result(folder: Path) -> ColumnResult:
+    """The result that an evaluation left in its folder."""
+    return ColumnResult.model_validate_json((folder / RESULT).read_bytes())
+
+
+def read_records(experiment: Experiment, store: Store) -> list[Record]:
     """The records that are there. Raises UserError if there is none."""
     found = [store.open(stage.kind, stage.key) for stage in experiment.records if store.has(stage.kind, stage.key)]
     if not found:
@@ -296,7 +340,7 @@ def read_records(experiment: Experiment, store: Store) -> list[dict[str, Any]]:
             where=experiment.source,
             fix=f"Run `ctpd run {experiment.source}` first, or give another --store",
         )
-    return [json.loads((folder / RECORD).read_text(encoding="utf-8")) for folder in found]
+    return [Record.read(folder / RECORD) for folder in found]
 
 
 def missing_runs(experiment: Experiment, store: Store) -> list[PlannedRun]:
@@ -310,18 +354,34 @@ def _pairs_of(run: PlannedRun, stages: SharedStages) -> Stage:
     return stages.pairs if run.training is None else run.training.inputs["pairs"]
 
 
-def _signals(run: PlannedRun) -> list[str]:
-    """The stored signals that a run reads, and the responses that were written for it: each a pass over the pairs."""
-    written = run.training.inputs["pairs"].inputs.get("generated") if run.training is not None else None
-    upstream = [stage for made in (run.training, run.weights) if made is not None for stage in made.inputs.values()]
-    labels = [stage.label.split(": ", 1)[1] for stage in upstream if stage.kind in ("signals", "distributions")]
-    return sorted([*labels, *([written.label] if written is not None else [])])
+def _method(run: PlannedRun) -> Method | None:
+    if run.method is None or run.spec is None:
+        return None
+    return Method(name=run.method.name, params=dict(run.method.params), tuned=dict(run.spec.tuned))
 
 
-def _in_memory(run: PlannedRun) -> list[str]:
+def _signals(run: PlannedRun) -> tuple[StoredSignal, ...]:
+    """The stored passes over the pairs that a run reads: of log-probabilities, distributions, and generated responses."""
+    if run.method is None:
+        return ()
+    objective, found = run.method.objective, set()
+    layout, view = objective.layout, objective.teacher
+    if layout.reference is not None:
+        found.add(StoredSignal(role=layout.reference, model="SFT", kept="log probabilities"))
+    if layout.weighting is not None:
+        needs = find_strategy(layout.weighting.strategy).needs - {Signal.MARKS}
+        found |= {StoredSignal(**dict(FROZEN[need]), kept="log probabilities") for need in needs}
+    if view is not None and view.is_stored:
+        found |= {StoredSignal(**dict(FROZEN[signal]), kept="distributions") for signal in view.models}
+    if objective.generation is not None:
+        found.add(StoredSignal(role=objective.generation.writer, model="SFT", kept="responses"))
+    return tuple(sorted(found, key=lambda signal: (signal.role, signal.model, signal.kept)))
+
+
+def _in_memory(run: PlannedRun) -> tuple[FrozenModel, ...]:
     """The frozen models that are in memory while a run trains."""
     view = run.method.objective.teacher if run.method is not None else None
-    return [] if view is None or view.is_stored else [signal.value.replace("_", " ") for signal in view.models]
+    return () if view is None or view.is_stored else tuple(FROZEN[signal] for signal in view.models)
 
 
 def _narrowed(recipe: Recipe, *, seeds: Sequence[int], limit: int | None, source: str) -> Recipe:

@@ -4,21 +4,23 @@ It is made from finished tables and their records, and is complete in itself: no
 What a record lacks (weights, margins, a training) is left out of the figure that would show it.
 """
 
-import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 
 from harness import figures, html
-from harness.comparability import Record
 from harness.costs import CostTable, cost_table
 from harness.examples import Example, examples_of
 from harness.figures import Bars, Curve, Estimate, Point
 from harness.formats import View, p_text, percent_interval, view
 from harness.provenance import Provenance, provenance_of
+from harness.record import Clamp, LogEntry, Record, SideWeights, WeightsSummary
 from harness.sheet import AVERAGE, Row, Table
+
+Side = Literal["chosen", "rejected"]
 
 CURVES = (
     ("loss", "Loss", "each method's own, on its own scale"),
@@ -73,7 +75,7 @@ def report(tables: Sequence[Table], records: Sequence[Record], *, title: str, ab
     """The report as HTML; see ``write_report``."""
     runs: dict[str, list[Record]] = {}
     for record in records:
-        runs.setdefault(record["run"], []).append(record)
+        runs.setdefault(record.run, []).append(record)
     costs: CostTable = cost_table(runs)
     provenance: Provenance = provenance_of(records)
     return html.render(
@@ -142,12 +144,13 @@ def _tests(table: Table) -> Iterator[tuple[str, ...]]:
 
 
 def _curve_section(table: Table, runs: Mapping[str, Sequence[Record]]) -> CurveSection:
-    """Rows without a method are anchors: their training is not part of the comparison."""
-    trained = {
-        row.label: [record["training"]["history"] for record in runs.get(row.run, ())]
-        for row in table.rows
-        if any(record["method"] and record["training"] for record in runs.get(row.run, ()))
-    }
+    """Of trained rows only: the training of an untrained one, its SFT, is not part of the comparison."""
+    trained = {}
+    for row in table.rows:
+        records = [record for record in runs.get(row.run, ()) if record.kind == "trained"]
+        histories = [record.training.history for record in records if record.training is not None]
+        if histories:
+            trained[row.label] = histories
     drawn: dict[str, int] = {}
     made = []
     for key, title, remark in CURVES:
@@ -163,11 +166,18 @@ def _curve_section(table: Table, runs: Mapping[str, Sequence[Record]]) -> CurveS
     return CurveSection(table.spec.caption.rstrip("."), legend, made)
 
 
-def _mean_curve(histories: Sequence[Sequence[Mapping[str, float]]], key: str) -> list[Point]:
-    """The mean over seeds at every step that all seeds have."""
-    by_seed = [{entry["step"]: entry[key] for entry in history if key in entry} for history in histories]
+def _mean_curve(histories: Sequence[Sequence[LogEntry]], metric: str) -> list[Point]:
+    """The mean over seeds at every step that all seeds have; not a number where it was not finite for one of them."""
+    by_seed = [
+        {entry.step: _drawn(entry.metrics[metric]) for entry in history if metric in entry.metrics}
+        for history in histories
+    ]
     steps = sorted(set.intersection(*(set(values) for values in by_seed)))
     return [(step, float(np.mean([values[step] for values in by_seed]))) for step in steps]
+
+
+def _drawn(value: float | None) -> float:
+    return math.nan if value is None else value
 
 
 def smoothed(points: Sequence[Point]) -> list[Point]:
@@ -180,41 +190,39 @@ def smoothed(points: Sequence[Point]) -> list[Point]:
 
 def _weight_sections(runs: Mapping[str, Sequence[Record]]) -> list[WeightSection]:
     """One section for all runs whose first seed has the very same weights."""
-    shared: dict[str, tuple[list[str], Record]] = {}
-    for run, records in runs.items():
-        record = records[0]
-        if record["weights"] is not None:
-            shared.setdefault(json.dumps(record["weights"]), ([], record))[0].append(run)
-    return [_weight_section(names, record) for names, record in shared.values()]
+    shared: dict[str, list[str]] = {}
+    found: dict[str, tuple[WeightsSummary, int | None]] = {}
+    for run, (record, *_) in runs.items():
+        if record.weights is not None:
+            same = record.weights.model_dump_json()
+            shared.setdefault(same, []).append(run)
+            found.setdefault(same, (record.weights, record.seed))
+    return [_weight_section(names, *found[same]) for same, names in shared.items()]
 
 
-def _weight_section(names: Sequence[str], record: Record) -> WeightSection:
-    weights = record["weights"]
-    panels = []
-    for side, sign in (("chosen", 1), ("rejected", -1)):
-        histogram = weights[side]["histogram"]
-        label = f"{side} · mean {weights[side]['mean']:.2f}, sd {weights[side]['std']:.2f}"
-        bounds = _reached(clamp_bounds(record["params"], sign), histogram["edges"])
-        panels.append(Bars(label, side, histogram["counts"], histogram["edges"], bounds))
-    facts = [f"{weights['units']:,} units, mean weight {weights['mean']:.2f}"]
-    facts.append(f"clamped: {weights['clamped_low']:.1%} below, {weights['clamped_high']:.1%} above")
-    areas = {side: area for side, area in weights.get("auroc", {}).items() if area is not None}
+def _weight_section(names: Sequence[str], weights: WeightsSummary, seed: int | None) -> WeightSection:
+    panels = [_panel("chosen", weights.chosen, weights.clamp), _panel("rejected", weights.rejected, weights.clamp)]
+    facts = [f"{weights.units:,} units, mean weight {weights.mean:.2f}"]
+    facts.append(f"clamped: {weights.clamped_low:.1%} below, {weights.clamped_high:.1%} above")
+    areas = {} if weights.auroc is None else {side: area for side, area in weights.auroc if area is not None}
     if areas:
         facts.append("AUROC against the known truth: " + ", ".join(f"{side} {a:.3f}" for side, a in areas.items()))
-    seed = "" if record["seed"] is None else f", seed {record['seed']}"
-    figure = figures.histograms(panels, title=f"Weights of {', '.join(names)}{seed}", x_label="weight")
-    return WeightSection(" · ".join(names) + seed, figure, facts, examples_of(weights))
+    of_seed = "" if seed is None else f", seed {seed}"
+    figure = figures.histograms(panels, title=f"Weights of {', '.join(names)}{of_seed}", x_label="weight")
+    return WeightSection(" · ".join(names) + of_seed, figure, facts, examples_of(weights))
 
 
-def clamp_bounds(params: Mapping[str, Any], sign: int) -> list[float]:
-    """The least and the greatest weight that clamping allows: ``k exp(±mu [lower, upper])``, minus in rejected responses.
+def _panel(side: Side, weights: SideWeights, clamp: Clamp | None) -> Bars:
+    label = f"{side} · mean {weights.mean:.2f}, sd {weights.std:.2f}"
+    histogram = weights.histogram
+    bounds = [] if clamp is None else _reached(clamp_bounds(clamp, side), histogram.edges)
+    return Bars(label, side, histogram.counts, histogram.edges, bounds)
 
-    None where the parameters are not those of such weights.
-    """
-    if not {"k", "mu", "lower", "upper"} <= set(params):
-        return []
-    ends = [params["k"] * np.exp(sign * params["mu"] * params[end]) for end in ("lower", "upper")]
-    return sorted(map(float, ends))
+
+def clamp_bounds(clamp: Clamp, side: Side) -> list[float]:
+    """The least and the greatest weight that clamping allows: ``k exp(±mu [lower, upper])``, minus in rejected responses."""
+    sign = 1 if side == "chosen" else -1
+    return sorted(clamp.k * math.exp(sign * clamp.mu * end) for end in (clamp.lower, clamp.upper))
 
 
 def _reached(bounds: Sequence[float], edges: Sequence[float]) -> list[float]:

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from ctpd.core.store import Store
     from ctpd.pipeline.graph import Stage
     from ctpd.pipeline.runs import PlannedRun
+    from harness.record import ColumnResult
 
 RUNNING = (
     "store", "device", "num_processes", "jobs", "offline", "only", "seed", "limit", "plan", "rebuild", "report_to", "quiet",
@@ -198,8 +199,9 @@ def _print_tables(
     to: Path | None = None,
 ) -> None:  # fmt: skip
     """Write every table, print them all or the main one; with ``to`` keep the records beside them."""
-    from ctpd import app, comparison
-    from harness.formats import FORMATS, frame
+    from ctpd import app
+    from harness import comparison
+    from harness.formats import FORMATS, json_rows
 
     records = app.read_records(experiment, store)
     for package, versions in comparison.differing_versions(records).items():
@@ -213,7 +215,7 @@ def _print_tables(
     if to is not None:
         comparison.write_records(records, folder / "records")
     if as_json:
-        click.echo(json.dumps({t.spec.name: frame(t).to_dict(orient="records") for t in made}, default=float))
+        click.echo(json.dumps({table.spec.name: json_rows(table) for table in made}, allow_nan=False))
         return
     for kind in formats:
         click.echo("\n\n".join(FORMATS[kind](table) for table in (made[:1] if first_only else made)))
@@ -230,20 +232,25 @@ def _bringing(experiment: "Experiment", lost: "PlannedRun", store: "Store") -> s
 
 
 def _print_scores(named: "dict[str, dict[str, Stage]]", store: "Store", *, as_json: bool) -> None:
-    from ctpd.app import RESULT
+    from ctpd.app import read_result
 
     scores = {
-        title: {name: json.loads((store.path(s.kind, s.key) / RESULT).read_text()) for name, s in columns.items()}
+        title: {name: read_result(store.path(stage.kind, stage.key)) for name, stage in columns.items()}
         for title, columns in named.items()
     }
     if as_json:
-        click.echo(json.dumps({t: {n: r["value"] for n, r in columns.items()} for t, columns in scores.items()}))
+        values = {title: {name: one.value for name, one in columns.items()} for title, columns in scores.items()}
+        click.echo(json.dumps(values, allow_nan=False))
         return
     for title, columns in scores.items():
-        parts = [
-            f"{n} {100 * r['value']:.2f}" + ("" if r["limit"] is None else " (partial)") for n, r in columns.items()
-        ]
+        parts = [f"{name} {_score(one)}" for name, one in columns.items()]
         click.echo(f"{title:<32} {'   '.join(parts)}")
+
+
+def _score(result: "ColumnResult") -> str:
+    """A score in percent; it says so where it is no number or of a part of the documents."""
+    value = "not finite" if result.value is None else f"{100 * result.value:.2f}"
+    return value if result.limit is None else f"{value} (partial)"
 
 
 def _evaluate_model(model: str, suite: str, *, data_root: Path | None, as_json: bool, plan: bool, **flags: Any) -> None:

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from ctpd.core.recipe import load_recipe, shipped_recipes
 from ctpd.core.store import Store
 from ctpd.models import load_model
+from harness.record import Record
 from tests.conftest import Cli, SmokeRun
 
 TABLES = ("main", "weights", "reference")
@@ -76,9 +77,9 @@ def test_compare_prints_every_table_and_keeps_tables_and_records_where_asked(
     outcome = cli("compare", "testbed-smoke", "--store", smoke.store, "--to", tmp_path)
     for caption in ("Main results", "Weight ablation", "Reference ablation"):
         assert caption in outcome.out
-    records = [json.loads(path.read_text()) for path in (tmp_path / "testbed-smoke" / "records").glob("*.json")]
+    records = [Record.read(path) for path in (tmp_path / "testbed-smoke" / "records").glob("*.json")]
     recipe = load_recipe("testbed-smoke")
-    assert {r["run"] for r in records} > set(recipe.runs) | set(recipe.anchors)
+    assert {record.run for record in records} > set(recipe.runs) | set(recipe.anchors)
     assert len(records) == 10
 
 
