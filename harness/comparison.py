@@ -5,6 +5,8 @@ from pathlib import Path
 
 from ctpd.core.recipe import Recipe
 from ctpd.recipe.expand import ablation_run, trials
+from harness import figures
+from harness.contents import contents
 from harness.files import file_stem
 from harness.formats import write_table
 from harness.record import Record
@@ -12,7 +14,7 @@ from harness.report import write_report as write
 from harness.sheet import Table, TableSpec
 from harness.tables import build_tables
 
-REPORT = "report.html"
+REPORT, FIGURES = "report.html", "figures"
 
 
 def differing_versions(records: Iterable[Record]) -> dict[str, list[str]]:
@@ -64,8 +66,13 @@ def write_tables(made: Iterable[Table], folder: Path) -> list[Path]:
 def write_report(recipe: Recipe, made: Sequence[Table], records: Sequence[Record], folder: Path) -> Path:
     """The report beside the tables, in one file; returns it."""
     path = folder / REPORT
-    write(made, records, path, title=recipe.name, about=recipe.about)
+    write(contents(made, records), records, path, title=recipe.name, about=recipe.about)
     return path
+
+
+def write_figures(made: Sequence[Table], records: Sequence[Record], folder: Path) -> list[Path]:
+    """The report's figures as SVG, PDF and PNG, in a folder beside the tables; returns the files."""
+    return figures.write_figures(contents(made, records).figures, folder / FIGURES)
 
 
 def write_records(records: Iterable[Record], folder: Path) -> list[Path]:

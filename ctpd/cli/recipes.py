@@ -101,7 +101,7 @@ def evaluate(
 )
 @execution("store", "only", "seed", "limit", "json")
 def compare(recipe: str, *, formats: tuple[str, ...], to: Path | None, as_json: bool, **flags: Any) -> None:
-    """Write every table of RECIPE in every format, and the report, from records alone; print one format."""
+    """Write every table of RECIPE in every format, the figures and the report, from records alone; print one format."""
     experiment, store = _experiment(recipe, **flags)
     _print_tables(experiment, store, formats=formats, as_json=as_json, to=to)
 
@@ -212,6 +212,8 @@ def _print_tables(
     folder = (store.root / "tables" if to is None else to) / experiment.recipe.name
     written = comparison.write_tables(made, folder)
     report = comparison.write_report(experiment.recipe, made, records, folder)
+    if not first_only:  # `run` leaves them to `compare`: they take longer than everything else that it prints
+        comparison.write_figures(made, records, folder)
     if to is not None:
         comparison.write_records(records, folder / "records")
     if as_json:
@@ -219,7 +221,8 @@ def _print_tables(
         return
     for kind in formats:
         click.echo("\n\n".join(FORMATS[kind](table) for table in (made[:1] if first_only else made)))
-    click.echo(f"\nWritten to {folder}: {', '.join(path.name for path in written)}\nReport: {report}")
+    names = [path.name for path in written] + ([] if first_only else [f"{comparison.FIGURES}/"])
+    click.echo(f"\nWritten to {folder}: {', '.join(names)}\nReport: {report}")
 
 
 def _bringing(experiment: "Experiment", lost: "PlannedRun", store: "Store") -> str:

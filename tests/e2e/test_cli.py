@@ -66,7 +66,9 @@ def test_compare_writes_every_table_in_every_format(cli: Cli, smoke: SmokeRun) -
     outcome = cli("compare", "testbed-smoke", "--store", smoke.store, "--format", "md", "--format", "tex")
     assert outcome.code == 0, outcome.err
     tables = {f"{t}.{e}" for t in TABLES for e in ("md", "csv", "tex", "html")}
-    assert {path.name for path in folder.iterdir()} == {*tables, "report.html"}
+    assert {path.name for path in folder.iterdir()} == {*tables, "report.html", "figures"}
+    figures = {path.name for path in (folder / "figures").iterdir()}
+    assert {f"difference--main.{suffix}" for suffix in ("svg", "pdf", "png")} <= figures
     assert (folder / "main.md").read_text().strip() in outcome.out
     assert r"\toprule" in (folder / "main.tex").read_text()
 

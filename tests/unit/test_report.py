@@ -6,11 +6,12 @@ from html.parser import HTMLParser
 
 import pytest
 
+from harness.contents import clamp_bounds, contents, smoothed
 from harness.costs import cost_table, count, duration, mebibytes
 from harness.examples import grade
 from harness.formats import to_html
 from harness.record import Clamp, LogEntry, Record, WeightedPair, WeightedSpan
-from harness.report import clamp_bounds, report, smoothed
+from harness.report import report
 from harness.sheet import TableSpec
 from harness.tables import build_tables
 from tests.fixtures.records import changed, demo
@@ -52,7 +53,7 @@ class Page(HTMLParser):
 
 
 def made(records: list[Record], spec: TableSpec = SPEC) -> str:
-    return report(build_tables(records, [spec]), records, title="testbed-demo", about="About <it>.")
+    return report(contents(build_tables(records, [spec]), records), records, title="testbed-demo", about="About <it>.")
 
 
 @pytest.fixture(scope="module")
