@@ -72,6 +72,25 @@ class WeightParameters(Config):
         return self
 
 
+def weight_formula(log_ratio: Tensor, sign: Tensor | float, parameters: WeightParameters) -> Tensor:
+    """``w = k exp(sign mu clamp(d, lower, upper))``.
+
+    Args:
+        log_ratio: ``d``, in nats.
+        sign: +1 in chosen, -1 in rejected responses.
+        parameters: of the formula.
+    """
+    p = parameters
+    return p.k * torch.exp(p.mu * sign * log_ratio.clamp(p.lower, p.upper))
+
+
+def clamp_weights(parameters: WeightParameters, *, is_chosen: bool) -> tuple[float, float]:
+    """The weights of a log ratio at or below the lower clamp, and at or above the upper one."""
+    ends = torch.tensor([parameters.lower, parameters.upper], dtype=torch.float64)
+    low, high = weight_formula(ends, 1.0 if is_chosen else -1.0, parameters).tolist()
+    return low, high
+
+
 class UnitLayout(NamedTuple):
     """The units of many responses, one after another; rows alternate chosen and rejected.
 
@@ -113,8 +132,7 @@ class _Units(NamedTuple):
 
     def exponential(self, log_ratio_U: Tensor) -> Tensor:
         """``w = k exp(mu clamp(d, L, U))``, mu negated in rejected rows."""
-        p = self.parameters
-        return p.k * torch.exp(p.mu * self.sign * log_ratio_U.clamp(p.lower, p.upper))
+        return weight_formula(log_ratio_U, self.sign, self.parameters)
 
     def weighted(self, log_ratio_U: Tensor) -> _Weighted:
         """The weights of a log ratio, rounded first where asked."""
