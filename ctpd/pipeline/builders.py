@@ -32,17 +32,17 @@ from ctpd.pipeline.references import CHAIN, META, MODEL_FOLDER, SUMMARY, TRAININ
 from ctpd.pipeline.rows import end_units, scored_rows, text_rows, token_rows, unit_signal, units_of
 from ctpd.pipeline.sources import read_hub, read_rows
 from ctpd.pipeline.summaries import weight_examples, weight_summary
-from ctpd.probes import probe_scorer
+from ctpd.probes import configure_scorer
 from ctpd.testbed.corpus import write_world
 from ctpd.testbed.models import new_model, train_tokenizer
 from ctpd.text.pairs import Pair, parse_pairs
 from ctpd.text.prepare import PreparedPairs, arrays, from_arrays, prepare_pairs, texts
 from ctpd.text.render import ChatTemplate, PlainTemplate, TemplatedTokenizer
 from ctpd.train.collator import ScoredRows
-from ctpd.train.fit import Fit, FitSettings, fit
-from ctpd.train.sharing import can_share_rows
-from ctpd.train.sweep import log_probabilities, sweep
-from ctpd.train.trainer import save_objective
+from ctpd.train.fit import Fit, FitSettings, Optimization, fit
+from ctpd.train.scoring import TOKEN_LOGPS, ScoringSettings, scoring_pass, token_logps
+from ctpd.train.sharing import enable_prompt_sharing
+from ctpd.train.trainer import Training, UnitPass, save_objective
 
 PAIRS, SIGNAL, WEIGHTS = "pairs.safetensors", "signal.safetensors", "weights.safetensors"
 
@@ -70,11 +70,13 @@ def pretrain(work: Work, *, config: PretrainConfig) -> None:
     encoded = tok(_corpus(work, config.corpus), truncation=True, max_length=config.max_position - 1)["input_ids"]
     rows = text_rows([[*ids, tok.eos_token_id] for ids in encoded])
     schedule = Schedule(pairs_per_step=config.texts_per_step, schedule="cosine", warmup_ratio=config.warmup_ratio)
-    done = fit(
-        model, make_objective("sft", {}, source="pretrain"), rows,
+    objective = make_objective("sft", {}, source="pretrain")
+    training = Training(model=model, objective=objective, rows=rows, forward_pass=UnitPass(objective))
+    optimization = Optimization(
         schedule=schedule, learning_rate=config.learning_rate, seed=config.seed, precision="float32",
-        folder=work.folder / RESUME_FOLDER, settings=fit_settings(work), max_steps=config.steps,
+        max_steps=config.steps,
     )  # fmt: skip
+    done = fit(training, optimization, folder=work.folder / RESUME_FOLDER, settings=fit_settings(work))
     _save_trained(work, model)
     if work.writes:
         tok.save_pretrained(str(work.folder / MODEL_FOLDER))
@@ -105,15 +107,17 @@ def pairs(work: Work, *, data: DataSpec, models: Mapping[str, ModelSpec], tokeni
 
 
 def signals(work: Work, *, model: ModelRef, precision: str) -> None:
-    """Per-token log-probabilities of one frozen model on all pairs, in one sweep."""
+    """Per-token log-probabilities of one frozen model on all pairs, in one scoring pass."""
     prepared = load_pairs(work.inputs["pairs"])
     loaded = distillation.frozen_model(work, model.located("model", work.inputs), precision)
     rows = token_rows(prepared, model.role)
     logps = np.zeros(len(rows.input_ids), dtype=np.float32)
-    logps[rows.unit >= 0] = sweep(
-        loaded, rows.input_ids, rows.row_starts, rows.unit >= 0, measure=log_probabilities,
-        max_tokens=work.runtime.signal_batch_tokens, progress=work.progress, shares_prompts=can_share_rows(loaded),
-    )["logps"]  # fmt: skip
+    settings = ScoringSettings(
+        max_tokens=work.runtime.signal_batch_tokens,
+        progress=work.progress,
+        shares_prompts=enable_prompt_sharing(loaded),
+    )
+    logps[rows.unit >= 0] = scoring_pass(loaded, rows, measure=token_logps, settings=settings)[TOKEN_LOGPS]
     if work.writes:
         save_file({"logps": logps}, work.folder / SIGNAL)
 
@@ -178,20 +182,30 @@ def train(
     )  # fmt: skip
     if schedule.lora is not None:
         model = add_lora(model, r=schedule.lora.r, alpha=schedule.lora.alpha, targets=schedule.lora.targets, seed=seed)
-    probe_scorer(model)
-    shares = len(objective.sides) > 1 and not isinstance(objective, DistillationObjective) and can_share_rows(model)
+    configure_scorer(model)
+    shares = (
+        len(objective.sides) > 1 and not isinstance(objective, DistillationObjective) and enable_prompt_sharing(model)
+    )
     split_rows = {
         split: _training_rows(work, prepared, start.role, objective, split=split, swap=swap, shares=shares)
         for split in sorted(set(prepared.split))
     }
-    rows, forward_pass, constants = distillation.distilled(
-        work, prepared, objective, split_rows, student=located, teachers=teachers, precision=precision, seed=seed
-    ) if isinstance(objective, DistillationObjective) else (split_rows, None, _clamped(work))  # fmt: skip
-    done = fit(
-        model, objective, rows["train"], schedule=schedule, learning_rate=learning_rate, seed=seed, precision=precision,
-        folder=work.folder / RESUME_FOLDER, settings=fit_settings(work), eval_rows=rows.get("eval"),
-        constants=constants, forward_pass=forward_pass,
-    )  # fmt: skip
+    training: Training[Any]
+    if isinstance(objective, DistillationObjective):
+        both_rows, forward_pass, constants = distillation.distilled(
+            work, prepared, objective, split_rows, student=located, teachers=teachers, precision=precision, seed=seed
+        )
+        training = Training(
+            model=model, objective=objective, rows=both_rows["train"], eval_rows=both_rows.get("eval"),
+            forward_pass=forward_pass, constants=constants,
+        )  # fmt: skip
+    else:
+        training = Training(
+            model=model, objective=objective, rows=split_rows["train"], eval_rows=split_rows.get("eval"),
+            forward_pass=UnitPass(objective), constants=_clamped(work),
+        )  # fmt: skip
+    optimization = Optimization(schedule=schedule, learning_rate=learning_rate, seed=seed, precision=precision)
+    done = fit(training, optimization, folder=work.folder / RESUME_FOLDER, settings=fit_settings(work))
     _save_trained(work, model)
     if not work.writes:
         return

@@ -21,43 +21,46 @@ from ctpd.ops.boundaries import boundary_ids
 from ctpd.pipeline.graph import Work
 from ctpd.pipeline.references import WRITTEN, LocatedModel, ModelRef
 from ctpd.pipeline.rows import scored_rows, token_rows
-from ctpd.probes import probe_scorer
+from ctpd.probes import configure_scorer
 from ctpd.text.blocks import TokenRows
 from ctpd.text.edit_distance import edit_distance_pairing
 from ctpd.text.pairs import Pair
 from ctpd.text.prepare import PreparedPairs
+from ctpd.train.batches import DistillInputs
 from ctpd.train.collator import ScoredRows
-from ctpd.train.distill import DistillPass, DistillRows
-from ctpd.train.sharing import can_share_rows
-from ctpd.train.sweep import TOP_LOGPS, sweep, top, with_boundary
-from ctpd.train.trainer import ForwardPass, Rows
+from ctpd.train.distillation import DistillPass, DistillRows
+from ctpd.train.scoring import TOP_LOGPS, ScoringSettings, logps_with_boundary, scoring_pass, top_k
+from ctpd.train.sharing import enable_prompt_sharing
+from ctpd.train.trainer import ForwardPass
 
 DISTRIBUTIONS, GENERATED = "distributions.safetensors", "pairs_{split}.jsonl"
 
 
 def distributions(work: Work, *, prepared: PreparedPairs, model: ModelRef, view: TeacherView, precision: str) -> None:
-    """What an objective keeps of a frozen model's distributions at every scored token, in one sweep."""
+    """What an objective keeps of a frozen model's distributions at every scored token, in one scoring pass."""
     located = model.located("model", work.inputs)
     loaded = frozen_model(work, located, precision)
     rows = token_rows(prepared, model.role)
     if view.boundary:
         facts = facts_of(located)
-        measure = with_boundary(boundary_ids(facts.tokens, facts.special_ids))
+        measure = logps_with_boundary(boundary_ids(facts.tokens, facts.special_ids))
     else:
         assert view.top_k is not None
-        measure = top(view.top_k, view.temperature)
-    kept = sweep(
-        loaded, rows.input_ids, rows.row_starts, rows.unit >= 0, measure=measure,
-        max_tokens=work.runtime.signal_batch_tokens, progress=work.progress, shares_prompts=can_share_rows(loaded),
-    )  # fmt: skip
+        measure = top_k(view.top_k, view.temperature)
+    settings = ScoringSettings(
+        max_tokens=work.runtime.signal_batch_tokens,
+        progress=work.progress,
+        shares_prompts=enable_prompt_sharing(loaded),
+    )
+    kept = scoring_pass(loaded, rows, measure=measure, settings=settings)
     if work.writes:
         save_file(kept, work.folder / DISTRIBUTIONS)
 
 
 def distilled(
-    work: Work, prepared: PreparedPairs, objective: DistillationObjective, rows: Mapping[str, ScoredRows], *,
+    work: Work, prepared: PreparedPairs, objective: DistillationObjective[Any], rows: Mapping[str, ScoredRows], *,
     student: LocatedModel, teachers: Sequence[ModelRef], precision: str, seed: int,
-) -> tuple[dict[str, Rows], ForwardPass, dict[str, float]]:  # fmt: skip
+) -> tuple[dict[str, DistillRows], ForwardPass[DistillInputs], dict[str, float]]:  # fmt: skip
     """The rows of both models, the forward pass and constant metrics; binds the objective to both models.
 
     Raises:
@@ -74,11 +77,11 @@ def distilled(
     stored = [load_file(work.inputs[name] / DISTRIBUTIONS) for name in sorted(work.inputs) if name.startswith("stored")]
     used = np.unique(np.concatenate([mine.items.reshape(-1) for mine in rows.values()]))
     partner = partners(prepared, view, facts=(ours, theirs), rows=used)
-    made: dict[str, Rows] = {
+    made = {
         split: DistillRows(
             student=mine,
             teacher=scored_rows(prepared, role="teacher", layout=objective.layout, sides=objective.sides, split=split),
-            partner=partner,
+            aligned=partner,
             stored=tuple(stored),
         )
         for split, mine in rows.items()
@@ -255,5 +258,5 @@ def frozen_model(work: Work, located: LocatedModel, precision: str) -> nn.Module
         located.folder, adapters=located.adapters, precision=precision, device=work.runtime.torch_device(),
         revision=located.revision,
     )  # fmt: skip
-    probe_scorer(model)
+    configure_scorer(model)
     return model
