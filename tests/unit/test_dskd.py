@@ -42,7 +42,7 @@ def golden(objective, vector, *, tile_rows=2):
             hidden,
             torch.tensor(inputs[label]),
             input_ids=None if ids is None else torch.tensor(ids),
-            embed=None if embed is None else lambda index: embed[index].detach(),
+            embed=lambda index, embed=embed: embed[index].detach(),
         )
         return under_head(one, leaves[f"{role}_lm_head"], tile_rows=tile_rows)
 
