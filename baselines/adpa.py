@@ -6,14 +6,13 @@ have been. The rejected response of a pair is the student's own (`generation`); 
 Shape legend: N scored tokens, R rows of a tile, V vocabulary, K kept tokens of the tuned teacher, L of the reference.
 """
 
-from dataclasses import dataclass
 from typing import final
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ctpd.core.errors import UserError
+from ctpd.core.config import Config, NonNegative, PositiveInt
 from ctpd.objectives.base import BOTH_SIDES, Generation, Sums
 from ctpd.objectives.distillation import (
     DistillationObjective,
@@ -31,22 +30,17 @@ _FLOOR = 1e-8
 _LEAST_REFERENCE = 1e-7
 
 
-@dataclass(frozen=True, kw_only=True)
-class ADPAParams:
-    """Defaults: equal parts. The public configuration has zeros and leaves them to a recipe that is not public.
+class ADPAParams(Config):
+    """Defaults: equal parts. The public configuration has zeros and leaves them to a recipe that is not public."""
 
-    Args:
-        sft_weight: factor of the chosen response's cross-entropy.
-        advantage_weight: factor of the advantage on the student's own response.
-        top_k: how many of the likeliest tokens are stored of each teacher.
-        clamp: replication switch `adpa_as_shipped`: the public code passes advantages through its loader of
-            probabilities, which clamps them to [1e-8, 1 - 1e-8]: a negative advantage vanishes, a large one is 1.
-    """
-
-    sft_weight: float = 1.0
-    advantage_weight: float = 1.0
-    top_k: int = 50
+    sft_weight: NonNegative = 1.0
+    """Factor of the chosen response's cross-entropy."""
+    advantage_weight: NonNegative = 1.0
+    """Factor of the advantage on the student's own response."""
+    top_k: PositiveInt = 50
+    """How many of the likeliest tokens are stored of each teacher."""
     clamp: bool = False
+    """Replication switch `adpa_as_shipped`: the public code passes advantages through its loader of probabilities, which clamps them to [1e-8, 1 - 1e-8]: a negative advantage vanishes, a large one is 1."""
 
 
 @final
@@ -58,19 +52,15 @@ class ADPA(DistillationObjective[TopTokens]):
 
     DEVIATION: both are sums, divided by the step's chosen tokens; the public code divides each by its own tokens of
     the micro-batch.
-
-    Raises:
-        UserError: a negative weight, or no token kept.
     """
 
     params_type = ADPAParams
     counts = "tokens"
     sides = BOTH_SIDES
-    generation = Generation(writer="student", side="rejected")
+    generation = Generation(role="student", side="rejected")
 
     def __init__(self, params: ADPAParams) -> None:
         super().__init__()
-        _check(params)
         self.params = params
         models = (Signal.TEACHER_POSITIVE, Signal.TEACHER_REFERENCE)
         self.teacher = TeacherView(models=models, top_k=params.top_k, same_tokenizer=True)
@@ -120,11 +110,3 @@ def _expected_advantage(logps_RV: Tensor, tuned: Top, reference: Top, *, clamp: 
     # The rest's advantage of 0 becomes 1e-8 as well.
     gain_R = (probability_RK * advantage_RK.clamp(_FLOOR, 1.0 - _FLOOR)).sum(-1)
     return gain_R + _FLOOR * (1.0 - probability_RK.sum(-1))
-
-
-def _check(params: ADPAParams) -> None:
-    for name in ("sft_weight", "advantage_weight"):
-        if getattr(params, name) < 0.0:
-            raise UserError(f"`{name}: {getattr(params, name)}` is below 0")
-    if params.top_k < 1:
-        raise UserError(f"`top_k: {params.top_k}` keeps no token")

@@ -8,14 +8,15 @@ Shape legend: N scored tokens of the student, M of the teacher, R responses, C c
 """
 
 import math
-from dataclasses import dataclass
-from typing import Literal, NamedTuple, final
+from typing import Annotated, Literal, NamedTuple, final
 
 import torch
+from annotated_types import Ge, Lt
 from jaxtyping import Float, Int
+from pydantic import model_validator
 from torch import Tensor
 
-from ctpd.core.errors import UserError
+from ctpd.core.config import Config, Positive, Share
 from ctpd.objectives.base import Sums
 from ctpd.objectives.distillation import (
     BoundaryTokens,
@@ -23,36 +24,34 @@ from ctpd.objectives.distillation import (
     DistillBatch,
     ModelFacts,
     TeacherView,
-    check_kd_rate,
 )
 from ctpd.ops.boundaries import boundary_ids, boundary_logps
 from ctpd.ops.likelihoods import DISTANCES, Distance
 
 
-@dataclass(frozen=True, kw_only=True)
-class ALMParams:
-    """Defaults: what tokenkit's documentation recommends, as the mean of its losses `[sft, alm_unconstrained]`.
+class ALMParams(Config):
+    """Defaults: what tokenkit's documentation recommends, as the mean of its losses `[sft, alm_unconstrained]`."""
 
-    Args:
-        kd_rate: share of the distance; the rest is cross-entropy.
-        distance: of two likelihoods; `binary_ce` is the paper's.
-        temperature: divides log-likelihoods before the distance is taken; `binary_kl_temp_limit` is its limit.
-        append_space: a chunk's likelihood includes that of a word boundary after it, so that a chunk which a tokenizer
-            can only end by a token that goes on is not taken for a likely one.
-        merge_threshold: a chunk is joined to the next one as long as the teacher gives a boundary after it no more than
-            this probability; None for chunks as they are.
-        weight: each chunk weighs 1, or as many as it has tokens of the teacher.
-        double_merge_denominator: replication switch: divide by the number of chunks merged twice, as tokenkit does,
-            which makes the loss larger than a mean. Off.
-    """
-
-    kd_rate: float = 0.5
+    kd_rate: Share = 0.5
+    """Share of the distance; the rest is cross-entropy."""
     distance: Distance = "binary_ce"
-    temperature: float = 100.0
+    """Of two likelihoods; `binary_ce` is the paper's."""
+    temperature: Positive = 100.0
+    """Divides log-likelihoods before the distance is taken; `binary_kl_temp_limit` is its limit."""
     append_space: bool = True
-    merge_threshold: float | None = 0.1
+    """A chunk's likelihood includes that of a word boundary after it, so that a chunk which a tokenizer can only end by a token that goes on is not taken for a likely one."""
+    merge_threshold: Annotated[float, Ge(0), Lt(1)] | None = 0.1
+    """A chunk is merged with the next one as long as the teacher gives a boundary after it no more than this probability; null for chunks as they are."""
     weight: Literal["chunk_count", "token_count"] = "chunk_count"
+    """Each chunk weighs 1, or as many as it has tokens of the teacher."""
     double_merge_denominator: bool = False
+    """Replication switch: divide by the number of chunks merged twice, as tokenkit does, which makes the loss larger than a mean."""
+
+    @model_validator(mode="after")
+    def _merges_if_asked_about_it(self) -> "ALMParams":
+        if self.double_merge_denominator and self.merge_threshold is None:
+            raise ValueError("`double_merge_denominator: true` asks for a `merge_threshold`: nothing is merged here")
+        return self
 
 
 class Chunks(NamedTuple):
@@ -86,13 +85,6 @@ class ALM(DistillationObjective[BoundaryTokens]):
 
     def __init__(self, params: ALMParams) -> None:
         super().__init__()
-        check_kd_rate(params.kd_rate)
-        if not params.temperature > 0.0:
-            raise UserError(f"`temperature: {params.temperature}` is not positive")
-        if params.merge_threshold is not None and not 0.0 <= params.merge_threshold < 1.0:
-            raise UserError(f"`merge_threshold: {params.merge_threshold}` is not a probability below 1")
-        if params.double_merge_denominator and params.merge_threshold is None:
-            raise UserError("`double_merge_denominator: true` asks for a `merge_threshold`: nothing is merged here")
         self.params = params
         self.teacher = TeacherView(boundary=True, pairing="none")
 

@@ -6,14 +6,13 @@ and one bucket for the rest; the student learns them on the chosen and on the re
 Shape legend: N scored tokens, R rows of a tile, V vocabulary.
 """
 
-from dataclasses import dataclass
 from typing import final
 
 import torch
 from torch import Tensor
 
 from baselines.kept import buckets
-from ctpd.core.errors import UserError
+from ctpd.core.config import Config, NonNegative, PositiveInt
 from ctpd.objectives.base import BOTH_SIDES, Sums
 from ctpd.objectives.distillation import (
     DistillationObjective,
@@ -30,22 +29,19 @@ from ctpd.ops.weights import Signal
 _FLOOR, _STUDENT_FLOOR = 1e-8, 1e-7
 
 
-@dataclass(frozen=True, kw_only=True)
-class DCKDParams:
-    """Defaults: equal parts. The public configuration has zeros and leaves them to a recipe that is not public.
+class DCKDParams(Config):
+    """Defaults: equal parts. The public configuration has zeros and leaves them to a recipe that is not public."""
 
-    Args:
-        sft_weight: factor of the chosen response's cross-entropy.
-        distillation_weight: factor of both divergences.
-        chosen_weight, rejected_weight: factor of the divergence on that response.
-        top_k: how many of the teacher's likeliest tokens are stored.
-    """
-
-    sft_weight: float = 1.0
-    distillation_weight: float = 1.0
-    chosen_weight: float = 1.0
-    rejected_weight: float = 1.0
-    top_k: int = 50
+    sft_weight: NonNegative = 1.0
+    """Factor of the chosen response's cross-entropy."""
+    distillation_weight: NonNegative = 1.0
+    """Factor of both divergences."""
+    chosen_weight: NonNegative = 1.0
+    """Factor of the divergence on the chosen response."""
+    rejected_weight: NonNegative = 1.0
+    """Factor of the divergence on the rejected response."""
+    top_k: PositiveInt = 50
+    """How many of the teacher's likeliest tokens are stored."""
 
 
 @final
@@ -54,9 +50,6 @@ class DCKD(DistillationObjective[TopTokens]):
 
     DEVIATION: all are sums, divided by the step's chosen tokens. The public code takes the mean of each over the tokens
     of a micro-batch, which weighs a token by the lengths of its batch mates.
-
-    Raises:
-        UserError: a negative weight, or no token kept.
     """
 
     params_type = DCKDParams
@@ -65,7 +58,6 @@ class DCKD(DistillationObjective[TopTokens]):
 
     def __init__(self, params: DCKDParams) -> None:
         super().__init__()
-        _check(params)
         self.params = params
         self.teacher = TeacherView(models=(Signal.TEACHER_POSITIVE,), top_k=params.top_k, same_tokenizer=True)
 
@@ -93,12 +85,3 @@ def _forward_kl(logits_RV: Tensor, top: Top) -> Tensor:
     teacher_RB1 = teacher_RB1.clamp(_FLOOR, 1.0 - _FLOOR)
     student_RB1 = student_logps_RB1.exp().clamp(_FLOOR, 1.0 - _FLOOR).clamp(min=_STUDENT_FLOOR)
     return (teacher_RB1 * (teacher_RB1.log() - student_RB1.log())).sum(-1)
-
-
-def _check(params: DCKDParams) -> None:
-    weights = ("sft_weight", "distillation_weight", "chosen_weight", "rejected_weight")
-    for name in weights:
-        if getattr(params, name) < 0.0:
-            raise UserError(f"`{name}: {getattr(params, name)}` is below 0")
-    if params.top_k < 1:
-        raise UserError(f"`top_k: {params.top_k}` keeps no token")

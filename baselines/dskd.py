@@ -8,13 +8,13 @@ Shape legend: N scored tokens of the student, M of the teacher, R rows of a tile
 H hidden size.
 """
 
-from dataclasses import dataclass
 from typing import NamedTuple, final
 
 import torch
 from torch import Tensor, nn
 
-from baselines.divergences import RowDivergence, find_divergence, forward_kl
+from baselines.divergences import DivergenceName, RowDivergence, find_divergence, forward_kl
+from ctpd.core.config import Config, Positive, Share
 from ctpd.core.errors import UserError
 from ctpd.objectives.base import Sums
 from ctpd.objectives.distillation import (
@@ -23,28 +23,22 @@ from ctpd.objectives.distillation import (
     LogitTokens,
     ModelFacts,
     TeacherView,
-    check_kd_rate,
     mixed,
 )
 from ctpd.ops.logit_rows import LogitRows
 
 
-@dataclass(frozen=True, kw_only=True)
-class DSKDParams:
-    """Defaults: the scripts of DSKD and of CTPD's authors.
+class DSKDParams(Config):
+    """Defaults: the scripts of DSKD and of CTPD's authors."""
 
-    Args:
-        divergence: in the student's space, a name of `baselines.divergences.DIVERGENCES`; in the teacher's space it is
-            always forward KL, as published.
-        kd_rate: share of the three distillation terms; the rest is cross-entropy.
-        temperature: divides the logits of both divergences.
-        projector_learning_rate: the learning rate of the projectors.
-    """
-
-    divergence: str = "forward_kl"
-    kd_rate: float = 0.5
-    temperature: float = 2.0
-    projector_learning_rate: float = 1e-3
+    divergence: DivergenceName = "forward_kl"
+    """In the student's space; in the teacher's space it is always forward KL, as published."""
+    kd_rate: Share = 0.5
+    """Share of the three distillation terms; the rest is cross-entropy."""
+    temperature: Positive = 2.0
+    """Divides the logits of both divergences."""
+    projector_learning_rate: Positive = 1e-3
+    """Learning rate of the projectors."""
 
 
 @final
@@ -54,9 +48,6 @@ class DSKD(DistillationObjective[LogitTokens]):
     z and u are the models' logits, q the teacher's hidden states in the student's space, r the student's in the
     teacher's. The student's head gets gradients from z alone, the projector to the student's space from CE(q) alone,
     the other one from the last term.
-
-    Raises:
-        UserError: an unknown divergence, or a number out of range.
     """
 
     params_type = DSKDParams
@@ -67,9 +58,8 @@ class DSKD(DistillationObjective[LogitTokens]):
 
     def __init__(self, params: DSKDParams) -> None:
         super().__init__()
-        check_kd_rate(params.kd_rate)
         self._divergence = find_divergence(params.divergence, temperature=params.temperature)
-        self.params, self.objective_learning_rate = params, checked_rate(params.projector_learning_rate)
+        self.params, self.objective_learning_rate = params, params.projector_learning_rate
         self.teacher = TeacherView(same_tokenizer=True)
 
     def bind(self, student: ModelFacts, teacher: ModelFacts) -> None:
@@ -141,13 +131,6 @@ def check_states(*sides: tuple[LogitRows, int]) -> None:
             "the method compares hidden states, and one of the models gives logits only (see the warning about its scorer)",
             fix="Use a method that compares distributions, or a model whose last hidden states give its logits",
         )
-
-
-def checked_rate(learning_rate: float) -> float:
-    """The projectors' learning rate, refused if it is none."""
-    if learning_rate <= 0.0:
-        raise UserError(f"`projector_learning_rate: {learning_rate}` is not above 0")
-    return learning_rate
 
 
 def _cross_entropy(logits_RV: Tensor, targets_R: Tensor) -> Tensor:

@@ -9,15 +9,14 @@ tokens of the student and the teacher, H hidden size of the student, K of the te
 """
 
 import math
-from dataclasses import dataclass
 from typing import Literal, NamedTuple, final
 
 import torch
 from torch import Tensor, nn
 
-from baselines.divergences import find_divergence
-from baselines.dskd import check_states, checked_rate, student_space, teacher_space
-from ctpd.core.errors import UserError
+from baselines.divergences import DivergenceName, find_divergence
+from baselines.dskd import check_states, student_space, teacher_space
+from ctpd.core.config import Config, Positive, PositiveInt, Share
 from ctpd.objectives.base import Sums
 from ctpd.objectives.distillation import (
     DistillationObjective,
@@ -26,7 +25,6 @@ from ctpd.objectives.distillation import (
     ModelFacts,
     TeacherView,
     Tokens,
-    check_kd_rate,
     mixed,
 )
 from ctpd.ops.logit_rows import LogitRows
@@ -35,28 +33,21 @@ from ctpd.ops.logit_rows import LogitRows
 _MASKED = -1e5
 
 
-@dataclass(frozen=True, kw_only=True)
-class DSKDCMAParams:
-    """Defaults: the scripts of DSKD and of CTPD's authors, but for `std_scope`.
+class DSKDCMAParams(Config):
+    """Defaults: the scripts of DSKD and of CTPD's authors, but for `std_scope`."""
 
-    Args:
-        divergence: in the student's space, a name of `baselines.divergences.DIVERGENCES`; in the teacher's space it is
-            always forward KL, as published.
-        kd_rate: share of the three distillation terms; the rest is cross-entropy.
-        temperature: divides the logits of both divergences.
-        projector_learning_rate: the learning rate of the projectors.
-        std_scope: what the teacher's embeddings and hidden states are normalised by. `valid`: the standard deviation
-            over the scored tokens of each response. `all`: over all positions of the batch, prompt and padding
-            included, as the public code does; the loss of a response then depends on its batch mates.
-        micro_batch: responses that share the deviations of `std_scope: all`. It must divide `pairs_per_step`.
-    """
-
-    divergence: str = "forward_kl"
-    kd_rate: float = 0.5
-    temperature: float = 2.0
-    projector_learning_rate: float = 1e-3
+    divergence: DivergenceName = "forward_kl"
+    """In the student's space; in the teacher's space it is always forward KL, as published."""
+    kd_rate: Share = 0.5
+    """Share of the three distillation terms; the rest is cross-entropy."""
+    temperature: Positive = 2.0
+    """Divides the logits of both divergences."""
+    projector_learning_rate: Positive = 1e-3
+    """Learning rate of the projectors."""
     std_scope: Literal["valid", "all"] = "valid"
-    micro_batch: int = 8
+    """What the teacher's embeddings and hidden states are normalised by. `valid`: the standard deviation over the scored tokens of each response. `all`: over all positions of the batch, prompt and padding included, as the public code does; the loss of a response then depends on its batch mates."""
+    micro_batch: PositiveInt = 8
+    """Responses that share the deviations of `std_scope: all`. It must divide `pairs_per_step`."""
 
 
 class _Normalised(NamedTuple):
@@ -74,9 +65,6 @@ class DSKDCMA(DistillationObjective[LogitTokens]):
     no gradient; the query's projector gets it from CE(q) and from the last term.
 
     DEVIATION: with `std_scope: valid`, the default, a response's loss does not depend on its batch mates.
-
-    Raises:
-        UserError: an unknown divergence, or a number out of range.
     """
 
     params_type = DSKDCMAParams
@@ -88,11 +76,8 @@ class DSKDCMA(DistillationObjective[LogitTokens]):
 
     def __init__(self, params: DSKDCMAParams) -> None:
         super().__init__()
-        check_kd_rate(params.kd_rate)
         self._divergence = find_divergence(params.divergence, temperature=params.temperature)
-        if params.micro_batch < 1:
-            raise UserError(f"`micro_batch: {params.micro_batch}` is below 1")
-        self.params, self.objective_learning_rate = params, checked_rate(params.projector_learning_rate)
+        self.params, self.objective_learning_rate = params, params.projector_learning_rate
         self.micro_batch = params.micro_batch if params.std_scope == "all" else None
         self.teacher = TeacherView(pairing="none")
 

@@ -9,13 +9,12 @@ the student that some id of the teacher is mapped to.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import final
 
 import torch
 from torch import Tensor
 
-from ctpd.core.errors import UserError
+from ctpd.core.config import Config, Positive, Share
 from ctpd.objectives.base import Sums
 from ctpd.objectives.distillation import (
     DistillationObjective,
@@ -23,23 +22,18 @@ from ctpd.objectives.distillation import (
     LogitTokens,
     ModelFacts,
     TeacherView,
-    check_kd_rate,
     mixed,
 )
 from ctpd.text.edit_distance import SPACE_MARKS, nearest_tokens
 
 
-@dataclass(frozen=True, kw_only=True)
-class MinEDParams:
-    """Defaults: DSKD's scripts.
+class MinEDParams(Config):
+    """Defaults: DSKD's scripts."""
 
-    Args:
-        kd_rate: share of the divergence; the rest is cross-entropy.
-        temperature: divides both models' logits.
-    """
-
-    kd_rate: float = 0.5
-    temperature: float = 2.0
+    kd_rate: Share = 0.5
+    """Share of the divergence; the rest is cross-entropy."""
+    temperature: Positive = 2.0
+    """Divides both models' logits."""
 
 
 @final
@@ -52,9 +46,6 @@ class MinED(DistillationObjective[LogitTokens]):
 
     The public code has a bug for float32: it writes the targets over the student's logits, and the divergence is 0.
     This is what it computes for 16-bit models.
-
-    Raises:
-        UserError: a number out of range.
     """
 
     params_type = MinEDParams
@@ -66,9 +57,6 @@ class MinED(DistillationObjective[LogitTokens]):
 
     def __init__(self, params: MinEDParams) -> None:
         super().__init__()
-        check_kd_rate(params.kd_rate)
-        if params.temperature <= 0.0:
-            raise UserError(f"`temperature: {params.temperature}` is not above 0")
         self.params = params
         self.teacher = TeacherView(pairing="edit_distance")
 

@@ -8,15 +8,16 @@ Shape legend: N scored tokens, R rows of a tile, B responses, L tokens of the lo
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import NamedTuple, final
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
+from pydantic import model_validator
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from ctpd.core.config import Config, NonNegative, PositiveInt
 from ctpd.core.errors import UserError
 from ctpd.objectives.base import Sums
 from ctpd.objectives.distillation import (
@@ -37,32 +38,35 @@ _COLUMNS = 50
 _SOFTENING, _REGULARISATION, _ITERATIONS, _SINKHORN_SCALE = 2.0, 0.1, 10, 0.001
 
 
-@dataclass(frozen=True, kw_only=True)
-class MultiLevelOTParams:
-    """Defaults: the public code.
+class MultiLevelOTParams(Config):
+    """Defaults: the public code."""
 
-    Args:
-        ce_weight: factor of the cross-entropy.
-        distillation_weight: factor of all three distances.
-        sequence_weight: factor of the second distance, between the rows' softened columns.
-        sinkhorn_weight: factor of the third, the transport between all rows of two responses.
-        skip_student_eos: leave the student's last token out of the distances, as the public code does.
-        top_k: None for a teacher in memory; else its K likeliest tokens from a stored signal. The columns are then each
-            row's own K likeliest, with CTPD's form of the distances: a batch's common columns cannot be stored.
-        ctpd_variant: replication switch `mlot_ctpd`: the port of CTPD's authors. Each row's own 50 likeliest columns;
-            prompt, response and padding alike count, paired by absolute position; and the distances, which are means,
-            are added to the *sum* of cross-entropies, which drowns them. Their scripts: both weights 0.5.
-        micro_batch: responses that share their columns; the public code's batch. It must divide `pairs_per_step`.
-    """
-
-    ce_weight: float = 1.0
-    distillation_weight: float = 1.5
-    sequence_weight: float = 0.1
-    sinkhorn_weight: float = 0.1
+    ce_weight: NonNegative = 1.0
+    """Factor of the cross-entropy."""
+    distillation_weight: NonNegative = 1.5
+    """Factor of all three distances."""
+    sequence_weight: NonNegative = 0.1
+    """Factor of the second distance, between the rows' softened columns."""
+    sinkhorn_weight: NonNegative = 0.1
+    """Factor of the third distance, the transport between all rows of two responses."""
     skip_student_eos: bool = True
-    top_k: int | None = None
+    """Leave the student's last token out of the distances, as the public code does."""
+    top_k: PositiveInt | None = None
+    """Left out for a teacher in memory; else its K likeliest tokens from a stored signal. The columns are then each row's own K likeliest, with CTPD's form of the distances: a batch's common columns cannot be stored."""
     ctpd_variant: bool = False
-    micro_batch: int = 8
+    """Replication switch `mlot_ctpd`: the port of CTPD's authors. Each row's own 50 likeliest columns; prompt, response and padding alike count, paired by absolute position; and the distances, which are means, are added to the *sum* of cross-entropies, which drowns them. Their scripts: both weights 0.5."""
+    micro_batch: PositiveInt = 8
+    """Responses that share their columns; the public code's batch. It must divide `pairs_per_step`."""
+
+    @model_validator(mode="after")
+    def _port_has_its_teacher_in_memory(self) -> "MultiLevelOTParams":
+        if self.ctpd_variant and self.top_k is not None:
+            raise UserError(
+                f"`ctpd_variant: true` cannot go with `top_k: {self.top_k}`: it compares every position, and responses "
+                "alone are stored",
+                fix="Leave out one of the two",
+            )
+        return self
 
 
 class _Columns(NamedTuple):
@@ -79,9 +83,6 @@ class MultiLevelOT(DistillationObjective[LogitTokens | TopTokens]):
 
     CE is the mean over the micro-batch's tokens, the distances are its means over responses or rows, as published; the
     trainer weighs micro-batches by their tokens, so one micro-batch a step is exactly the public loss.
-
-    Raises:
-        UserError: a negative weight, no token kept, or `ctpd_variant` with a stored teacher.
     """
 
     params_type = MultiLevelOTParams
@@ -90,7 +91,6 @@ class MultiLevelOT(DistillationObjective[LogitTokens | TopTokens]):
 
     def __init__(self, params: MultiLevelOTParams) -> None:
         super().__init__()
-        _check(params)
         self.params, self.micro_batch = params, params.micro_batch
         self.teacher = TeacherView(top_k=params.top_k, skip_last=params.skip_student_eos)
 
@@ -221,19 +221,3 @@ def _transport(teacher_LK: Tensor, student_LK: Tensor, in_port_form: bool) -> Te
         plan_LL = plan_LL / plan_LL.sum(1, keepdim=True)
         plan_LL = plan_LL / plan_LL.sum(0, keepdim=True)
     return (plan_LL * cost_LL).sum()
-
-
-def _check(params: MultiLevelOTParams) -> None:
-    for name in ("ce_weight", "distillation_weight", "sequence_weight", "sinkhorn_weight"):
-        if getattr(params, name) < 0.0:
-            raise UserError(f"`{name}: {getattr(params, name)}` is below 0")
-    if params.micro_batch < 1:
-        raise UserError(f"`micro_batch: {params.micro_batch}` is below 1")
-    if params.top_k is not None and params.top_k < 1:
-        raise UserError(f"`top_k: {params.top_k}` keeps no token")
-    if params.ctpd_variant and params.top_k is not None:
-        raise UserError(
-            f"`ctpd_variant: true` cannot go with `top_k: {params.top_k}`: it compares every position, and responses "
-            "alone are stored",
-            fix="Leave out one of the two",
-        )

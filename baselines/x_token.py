@@ -10,7 +10,6 @@ E entries of the matrix.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Literal, NamedTuple, final
 
 import torch
@@ -18,7 +17,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from ctpd.core.errors import UserError
+from ctpd.core.config import Config, NonNegative, Positive, PositiveInt
 from ctpd.objectives.base import Sums
 from ctpd.objectives.distillation import DistillationObjective, DistillBatch, LogitTokens, ModelFacts, TeacherView
 from ctpd.objectives.groups import shared_groups
@@ -29,30 +28,25 @@ _EPSILON = 1e-10
 _TILE = 32  # spans formed at once
 
 
-@dataclass(frozen=True, kw_only=True)
-class XTokenParams:
-    """Defaults: NeMo-RL's.
-
-    Args:
-        form: `p_kl`; `h_kl`: only tokens of equal spelling are shared; `relaxed_h_kl`: also those whose first piece is.
-            NeMo calls these two `gold` and `xtoken`.
-        kl_weight: times the distance, a mean over spans, times the squared temperature.
-        ce_weight: times the cross-entropy.
-        temperature: of both distributions.
-        reverse_kl: the student's distribution comes first.
-        top_k: columns that `p_kl` compares: those of the largest teacher logits in the micro-batch.
-        uncommon_top_k: the other two forms' bound on the length of the sorted rest.
-        micro_batch: responses that share the columns of `p_kl`. It must divide `pairs_per_step`.
-    """
+class XTokenParams(Config):
+    """Defaults: NeMo-RL's."""
 
     form: Literal["p_kl", "h_kl", "relaxed_h_kl"] = "p_kl"
-    kl_weight: float = 1.0
-    ce_weight: float = 0.1
-    temperature: float = 1.0
+    """`p_kl`: the student's distribution is projected into the teacher's vocabulary; `h_kl`: tokens of equal spelling are shared; `relaxed_h_kl`: also those whose first piece is. NeMo calls these two `gold` and `xtoken`."""
+    kl_weight: NonNegative = 1.0
+    """Factor of the distance, a mean over spans, times the squared temperature."""
+    ce_weight: NonNegative = 0.1
+    """Factor of the cross-entropy."""
+    temperature: Positive = 1.0
+    """Of both distributions."""
     reverse_kl: bool = False
-    top_k: int = 8192
-    uncommon_top_k: int = 8192
-    micro_batch: int = 8
+    """The student's distribution comes first."""
+    top_k: PositiveInt = 8192
+    """Columns that `p_kl` compares: those of the largest teacher logits in the micro-batch."""
+    uncommon_top_k: PositiveInt = 8192
+    """The other two forms' bound on the length of the sorted rest."""
+    micro_batch: PositiveInt = 8
+    """Responses that share the columns of `p_kl`. It must divide `pairs_per_step`."""
 
 
 class _Tile(NamedTuple):
@@ -81,14 +75,6 @@ class XToken(DistillationObjective[LogitTokens]):
 
     def __init__(self, params: XTokenParams) -> None:
         super().__init__()
-        if not params.temperature > 0.0:
-            raise UserError(f"`temperature: {params.temperature}` is not positive")
-        for name in ("kl_weight", "ce_weight"):
-            if getattr(params, name) < 0.0:
-                raise UserError(f"`{name}: {getattr(params, name)}` is negative")
-        for name in ("top_k", "uncommon_top_k", "micro_batch"):
-            if getattr(params, name) < 1:
-                raise UserError(f"`{name}: {getattr(params, name)}` is below 1")
         self.params = params
         self.micro_batch = params.micro_batch if params.form == "p_kl" else None
         self.teacher = TeacherView(pairing="none")

@@ -25,14 +25,14 @@ from benchmarks.inputs import (
     units,
 )  # fmt: skip
 from benchmarks.measuring import MIB, StepClock, child, resident_mib
-from ctpd.core.recipe import Schedule
 from ctpd.models import add_lora, install_scorer, load_model, parameter_counts
 from ctpd.objectives.base import Objective
-from ctpd.pipeline.methods import make_objective
+from ctpd.pipeline.methods import Method
 from ctpd.pipeline.rows import starts_of
 from ctpd.probes import configure_scorer
 from ctpd.text.blocks import TokenRows
 from ctpd.train.collator import ScoredRows
+from ctpd.train.config import Schedule
 from ctpd.train.fit import Fit, FitSettings, Optimization, fit
 from ctpd.train.scoring import TOKEN_LOGPS, ScoringSettings, scoring_pass, token_logps
 from ctpd.train.sharing import enable_prompt_sharing
@@ -160,7 +160,7 @@ def train(model: Any, rows: ScoredRows, shape: Shape, config: dict[str, Any], *,
 
 
 def _objective(config: dict[str, Any]) -> Objective:
-    return make_objective(config["method"], METHODS[config["method"]], source="benchmark")
+    return Method.make(config["method"], METHODS[config["method"]], source="benchmark").objective()
 
 
 def _reference(

@@ -6,8 +6,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ctpd.core.recipe import Recipe
-from ctpd.pipeline.runs import ablation_run, trials
+from ctpd.pipeline.runs import trials
+from ctpd.recipe import Recipe, ablation_run
 
 REPORT = "report.html"
 
@@ -32,7 +32,7 @@ def table_specs(recipe: Recipe) -> list[Any]:
     """The tables that a recipe declares; the teacher is shown, but not ranked."""
     from harness.sheet import TableSpec
 
-    teachers = tuple(name for name, role in recipe.anchors.items() if role == "teacher")
+    teachers = tuple(name for name, role in recipe.untrained.items() if role == "teacher")
     specs = []
     for name, entry in recipe.tables.items():
         plain = [trial for row in entry.rows for trial in (trials(recipe, row) if row in recipe.runs else [row])]

@@ -114,7 +114,7 @@ def weights(recipe: str, *, store: Path, only: tuple[str, ...], seed: tuple[int,
 def _weight_keys(recipe: str, store: "Store", *, only: tuple[str, ...], seed: tuple[int, ...]) -> dict[str, list[str]]:
     """Key -> the runs that use it; those that are not built yet are named on stderr."""
     from ctpd.core.errors import UserError
-    from ctpd.core.recipe import shipped_recipes
+    from ctpd.recipe import shipped_recipes
 
     if recipe not in shipped_recipes() and not Path(recipe).is_file():
         try:
@@ -129,9 +129,7 @@ def _weight_keys(recipe: str, store: "Store", *, only: tuple[str, ...], seed: tu
         return {artifact.key: [f"weights/{artifact.key[:12]}"]}
     from ctpd.app import Experiment
 
-    stages = [
-        (run.title, run.weights) for run in Experiment(recipe, only=only, seeds=seed).runs if run.weights is not None
-    ]
+    stages = list(Experiment(recipe, only=only, seeds=seed).weights.items())
     keys: dict[str, list[str]] = {}
     missing = []
     for title, stage in stages:

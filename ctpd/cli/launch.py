@@ -17,7 +17,7 @@ import click
 
 from ctpd.core.errors import CtpdError, UserError
 from ctpd.core.processes import ProcessLost, processes
-from ctpd.core.recipe import LaunchSpec
+from ctpd.recipe import LaunchSpec
 
 ERRORS = "CTPD_ERRORS"  # the folder in which the processes of our launch leave their errors; nobody else sets it
 HELPER = "CTPD_HELPER"  # set in a helper of `--jobs`, by nobody else

@@ -15,10 +15,10 @@ from ctpd.cli.options import DEFAULT_STORE, execution
 
 if TYPE_CHECKING:
     from ctpd.app import Experiment
-    from ctpd.core.recipe import LaunchSpec
     from ctpd.core.store import Store
     from ctpd.pipeline.graph import Stage
     from ctpd.pipeline.runs import PlannedRun
+    from ctpd.recipe import LaunchSpec
 
 RUNNING = (
     "store", "device", "num_processes", "jobs", "offline", "only", "seed", "limit", "plan", "rebuild", "report_to", "quiet",
@@ -106,11 +106,17 @@ def compare(recipe: str, *, formats: tuple[str, ...], to: Path | None, as_json: 
 
 
 @click.command()
+@click.option("--schema", is_flag=True, help="Print the JSON Schema of a recipe, for editors.")
 @execution("json")
-def recipes(*, as_json: bool) -> None:
+def recipes(*, schema: bool, as_json: bool) -> None:
     """List the shipped recipes."""
-    from ctpd.core.recipe import load_recipe, shipped_recipes
+    from ctpd.recipe import load_recipe, shipped_recipes
 
+    if schema:
+        from ctpd.recipe.schema import schema_file
+
+        click.echo(schema_file().read_text(encoding="utf-8"), nl=False)
+        return
     found = {name: load_recipe(name).about for name in shipped_recipes()}
     width = max(map(len, found))
     click.echo(json.dumps(found) if as_json else "\n".join(f"{name:<{width}} {about}" for name, about in found.items()))
@@ -152,6 +158,7 @@ def _execute(
     """Run the graph of ``targets``, or show it with ``plan``; says whether this process has results to print."""
     from ctpd.cli.launch import helpers, processes_to_start, run_launched
     from ctpd.core.processes import processes
+    from ctpd.pipeline.build import build_missing
     from ctpd.pipeline.graph import Graph
     from ctpd.pipeline.progress import Progress
     from ctpd.pipeline.runtime import Runtime
@@ -173,7 +180,7 @@ def _execute(
             beside = helpers(argv, jobs=jobs, device=device, quiet=quiet)
     runtime = Runtime.of(launch, device=device, report_to=flags["report_to"])
     with beside:
-        built = graph.run(artifacts, runtime=runtime, progress=Progress(quiet=quiet), rebuild=rebuild)
+        built = build_missing(graph, artifacts, runtime=runtime, progress=Progress(quiet=quiet), rebuild=rebuild)
     processes().destroy_process_group()
     if not quiet and processes().is_main:
         click.echo(
@@ -230,10 +237,10 @@ def _bringing(experiment: "Experiment", lost: "PlannedRun", store: "Store") -> s
 
 
 def _print_scores(named: "dict[str, dict[str, Stage]]", store: "Store", *, as_json: bool) -> None:
-    from ctpd.app import RESULT
+    from ctpd.pipeline.stages.evaluate import read_result
 
     scores = {
-        title: {name: json.loads((store.path(s.kind, s.key) / RESULT).read_text()) for name, s in columns.items()}
+        title: {name: read_result(store.path(s.kind, s.key)) for name, s in columns.items()}
         for title, columns in named.items()
     }
     if as_json:
@@ -249,18 +256,16 @@ def _print_scores(named: "dict[str, dict[str, Stage]]", store: "Store", *, as_js
 def _evaluate_model(model: str, suite: str, *, data_root: Path | None, as_json: bool, plan: bool, **flags: Any) -> None:
     _go_offline(flags["offline"])
     from ctpd.app import evaluation_stage
-    from ctpd.core.recipe import EvaluationSpec, LaunchSpec
     from ctpd.core.store import Store
-    from ctpd.pipeline.references import ModelRef, external_model
+    from ctpd.pipeline.references import Model, external_model
+    from ctpd.recipe import EvaluationSpec, LaunchSpec
     from harness.suites import load_suite
 
     name, _, revision = model.partition("@")
     root = external_model(name, revision=revision or None, role="--model option")
     spec = EvaluationSpec(suite=suite, limit=flags["limit"], data_root=None if data_root is None else str(data_root))
     stages = {
-        column.name: evaluation_stage(
-            ModelRef("model", root, root), column, spec, precision="float32", title=name, world={}
-        )
+        column.name: evaluation_stage(Model(root, root), column, spec, precision="float32", title=name)
         for column in load_suite(suite).columns
     }
     store = Store(flags["store"])

@@ -17,8 +17,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from ctpd.core.errors import UserError
-from ctpd.objectives.base import Layout, Needs, Objective, Sums
+from ctpd.objectives.base import Layout, Objective, Sums
 from ctpd.objectives.base import TeacherView as TeacherView
 from ctpd.ops.logit_rows import LogitRows, Top, TopRows
 
@@ -141,10 +140,6 @@ class DistillationObjective(Objective, Generic[TeacherTokens]):
 
     layout = Layout(granularity="spans")
 
-    @property
-    def needs(self) -> frozenset[Needs]:
-        return frozenset()
-
     def bind(self, student: ModelFacts, teacher: ModelFacts) -> None:
         """Prepare what depends on both models: maps of vocabularies, projectors. Called once, after seeding."""
 
@@ -199,12 +194,6 @@ def per_token(batch: DistillBatch[Tokens], **sums: Tensor) -> dict[str, Tensor]:
     """Metrics `kd/NAME`: means over the micro-batch's chosen tokens, times its pairs (`Sums.metrics`)."""
     scale = batch.num_pairs / max(chosen_tokens(batch), 1)
     return {f"kd/{name}": value.detach() * scale for name, value in sums.items()}
-
-
-def check_kd_rate(kd_rate: float) -> None:
-    """Refuse a rate outside [0, 1]."""
-    if not 0.0 <= kd_rate <= 1.0:
-        raise UserError(f"`kd_rate: {kd_rate}` is not between 0 and 1")
 
 
 def sorted_probabilities(rows: Tensor | Top) -> Float[Tensor, "R W"]:

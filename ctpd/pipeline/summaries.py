@@ -6,6 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ctpd.ops.weights import WeightsResult
+from ctpd.pipeline.rows import end_units
 from ctpd.text.prepare import PreparedPairs
 
 NUM_EXAMPLES = 6
@@ -14,13 +15,17 @@ SIDES = ("chosen", "rejected")
 
 
 def weight_summary(
-    result: WeightsResult, *, unit_starts: NDArray[np.int64], is_end: NDArray[np.bool_], marks: NDArray[np.int8] | None
+    result: WeightsResult,
+    prepared: PreparedPairs,
+    *,
+    unit_starts: NDArray[np.int64],
+    marks: NDArray[np.int8] | None,
 ) -> dict[str, Any]:
     """Mean, histogram and clamped shares of the weights, per side; with marks, the AUROC of the log ratio.
 
     End spans, whose weight is 1, are left out.
     """
-    values, inner = result.weights.numpy(), ~is_end
+    values, inner = result.weights.numpy(), ~end_units(prepared, unit_starts)
     side_of_unit = np.repeat(np.arange(len(unit_starts) - 1) % 2, np.diff(unit_starts))
     summary: dict[str, Any] = {
         "units": int(inner.sum()),

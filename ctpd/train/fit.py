@@ -15,11 +15,11 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoin
 
 from ctpd.core.errors import UserError
 from ctpd.core.processes import processes
-from ctpd.core.recipe import FsdpSpec, Schedule
 from ctpd.models import parameter_counts, weight_mebibytes
 from ctpd.objectives.base import Objective
 from ctpd.train.callbacks import EvaluateOften, ReportProgress, SaveByTime
 from ctpd.train.collator import micro_batch_size
+from ctpd.train.config import FsdpSpec, Schedule
 from ctpd.train.memory import peak_mebibytes, reset_peak
 from ctpd.train.trainer import OBJECTIVE, PreferenceTrainer, Training
 

@@ -12,9 +12,9 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from ctpd.core.recipe import load_recipe, shipped_recipes
 from ctpd.core.store import Store
 from ctpd.models import load_model
+from ctpd.recipe import load_recipe, shipped_recipes
 from tests.conftest import Cli, SmokeRun
 
 TABLES = ("main", "weights", "reference")
@@ -78,7 +78,7 @@ def test_compare_prints_every_table_and_keeps_tables_and_records_where_asked(
         assert caption in outcome.out
     records = [json.loads(path.read_text()) for path in (tmp_path / "testbed-smoke" / "records").glob("*.json")]
     recipe = load_recipe("testbed-smoke")
-    assert {r["run"] for r in records} > set(recipe.runs) | set(recipe.anchors)
+    assert {r["run"] for r in records} > set(recipe.runs) | set(recipe.untrained)
     assert len(records) == 10
 
 
@@ -102,7 +102,7 @@ def test_limit_evaluates_anew_but_trains_nothing(cli: Cli, smoke: SmokeRun) -> N
 def test_train_names_one_model_per_run_and_trains_shared_runs_once(cli: Cli, smoke: SmokeRun) -> None:
     keys = trained_keys(cli, smoke.store)
     recipe = load_recipe("testbed-smoke")
-    assert set(recipe.runs) | set(recipe.anchors) <= set(keys)
+    assert set(recipe.runs) | set(recipe.untrained) <= set(keys)
     assert keys["CTPD"] == keys["weights: Origin"] == keys["reference: Teacher"]
     assert len({keys[name] for name in ("DPO", "TIS-DPO", "CTPD")}) == 3
 

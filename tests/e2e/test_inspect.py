@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from ctpd.cli import draw
-from ctpd.core.recipe import load_recipe
 from ctpd.core.store import Store
+from ctpd.recipe import load_recipe
 from tests.conftest import Cli, SmokeRun
 from tests.fixtures.tokenizers import tokenizer
 

@@ -4,9 +4,9 @@ from dataclasses import replace
 
 import pytest
 import torch
+from pydantic import ValidationError
 
 from baselines.adpa import ADPA, ADPAParams, advantages
-from ctpd.core.errors import UserError
 from ctpd.objectives.base import Generation
 from ctpd.ops.logit_rows import Top
 from ctpd.ops.weights import Signal
@@ -107,11 +107,11 @@ def test_it_asks_for_both_teachers_and_for_the_students_answers():
     assert objective.teacher is not None
     assert objective.teacher.models == (Signal.TEACHER_POSITIVE, Signal.TEACHER_REFERENCE)
     assert (objective.teacher.top_k, objective.teacher.same_tokenizer) == (50, True)
-    assert objective.generation == Generation(writer="student", side="rejected")
+    assert objective.generation == Generation(role="student", side="rejected")
 
 
 @pytest.mark.parametrize("wrong", [{"top_k": 0}, {"advantage_weight": -1.0}, {"sft_weight": -0.1}])
 def test_bad_parameters_are_refused(wrong):
     (name,) = wrong
-    with pytest.raises(UserError, match=name):
+    with pytest.raises(ValidationError, match=name):
         ADPA(ADPAParams(**wrong))

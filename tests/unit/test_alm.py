@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 import torch
+from pydantic import ValidationError
 
 from baselines.alm import ALM, ALMParams, Chunks, chunk_losses
-from ctpd.core.errors import UserError
 from ctpd.objectives.distillation import BoundaryTokens, ModelFacts
 from ctpd.ops.boundaries import boundary_ids, boundary_logps
 from ctpd.ops.likelihoods import DISTANCES
@@ -242,5 +242,5 @@ def test_responses_of_one_token_have_a_finite_loss_and_gradient_in_float32():
     ],
 )
 def test_bad_parameters_are_refused(bad, named):
-    with pytest.raises(UserError, match=named):
+    with pytest.raises(ValidationError, match=named):
         ALM(ALMParams(**bad))

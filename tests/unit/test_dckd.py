@@ -4,9 +4,9 @@ from dataclasses import replace
 
 import pytest
 import torch
+from pydantic import ValidationError
 
 from baselines.dckd import DCKD, DCKDParams
-from ctpd.core.errors import UserError
 from ctpd.ops.weights import Signal
 from tests.fixtures.distillation import VECTORS, batch_of, leaf, single, stored, tokens, total
 
@@ -96,5 +96,5 @@ def test_the_teacher_is_the_preference_tuned_one_and_stored():
 @pytest.mark.parametrize("wrong", [{"top_k": 0}, {"rejected_weight": -1.0}, {"sft_weight": -0.1}])
 def test_bad_parameters_are_refused(wrong):
     (name,) = wrong
-    with pytest.raises(UserError, match=name):
+    with pytest.raises(ValidationError, match=name):
         DCKD(DCKDParams(**wrong))

@@ -11,17 +11,25 @@ import torch
 from torch import nn
 
 from baselines.uld import ULD, ULDParams
-from ctpd.core.recipe import Schedule
 from ctpd.models import add_lora
 from ctpd.objectives.base import Sums, TeacherView
 from ctpd.objectives.distillation import DistillationObjective, DistillBatch, LogitTokens, ModelFacts, mixed
-from ctpd.pipeline.distillation import dropped_mass, facts_of
 from ctpd.pipeline.references import LocatedModel
+from ctpd.pipeline.vocabularies import dropped_mass, model_facts
 from ctpd.text.blocks import TokenRows
 from ctpd.train.collator import ScoredRows
+from ctpd.train.config import Schedule
 from ctpd.train.distillation import DistillPass, DistillRows
 from ctpd.train.fit import Fit, FitSettings, Optimization, fit
-from ctpd.train.scoring import BOUNDARY_LOGPS, TOKEN_LOGPS, ScoringSettings, logps_with_boundary, scoring_pass, top_k
+from ctpd.train.scoring import (
+    BOUNDARY_LOGPS,
+    TOKEN_LOGPS,
+    TOP_LOGPS,
+    ScoringSettings,
+    logps_with_boundary,
+    scoring_pass,
+    top_k,
+)
 from ctpd.train.trainer import OBJECTIVE_FILE, Training, save_objective
 from tests.fixtures.tiny import VOCABULARY, tiny_model, tiny_rows
 from tests.fixtures.tokenizers import tokenizer
@@ -149,8 +157,10 @@ def test_dropped_mass_is_that_of_the_rows_that_are_trained_on() -> None:
         np.arange(7, dtype=np.int32), np.array([0, 3, 7]), np.array([-1, 0, 1, -1, 0, 0, 1], dtype=np.int32)
     )
     logps = np.log(np.array([[0.5, 0.25], [0.5, 0.5], [0.1, 0.1], [0.2, 0.1], [0.3, 0.1]], dtype=np.float32))
-    assert dropped_mass(teacher, logps, np.array([[0]])) == pytest.approx((0.25 + 0.0) / 2)
-    assert dropped_mass(teacher, logps, np.array([[0, 1]])) == pytest.approx((0.25 + 0.0 + 0.8 + 0.7 + 0.6) / 5)
+    assert dropped_mass(teacher, {TOP_LOGPS: logps}, np.array([[0]])) == pytest.approx((0.25 + 0.0) / 2)
+    assert dropped_mass(teacher, {TOP_LOGPS: logps}, np.array([[0, 1]])) == pytest.approx(
+        (0.25 + 0.0 + 0.8 + 0.7 + 0.6) / 5
+    )
 
 
 def test_an_id_without_a_logit_is_no_part_of_a_models_vocabulary(tmp_path: Path) -> None:
@@ -165,7 +175,7 @@ def test_an_id_without_a_logit_is_no_part_of_a_models_vocabulary(tmp_path: Path)
     located = LocatedModel(
         folder=str(tmp_path), revision=None, adapters=(), tokenizer=str(tmp_path), tokenizer_revision=None
     )
-    facts = facts_of(located)
+    facts = model_facts(located)
     assert len(facts.tokens) == facts.vocab_size == fewer
     assert max(facts.special_ids) < fewer
 

@@ -11,9 +11,9 @@ from accelerate.utils import DistributedType
 from safetensors.torch import load_file
 
 from ctpd.core.errors import UserError
-from ctpd.core.recipe import FsdpSpec
 from ctpd.models import load_model
 from ctpd.text.blocks import TokenRows
+from ctpd.train.config import FsdpSpec
 from ctpd.train.scoring import ScoringSettings, scoring_pass, token_logps
 from tests.fixtures import data_parallel, fsdp
 from tests.fixtures.launch_processes import launch

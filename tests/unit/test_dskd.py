@@ -4,12 +4,12 @@ from dataclasses import replace
 
 import pytest
 import torch
+from pydantic import ValidationError
 from torch import nn
 
 from baselines.divergences import DIVERGENCES
 from baselines.dskd import DSKD, DSKDParams
 from baselines.dskd_cma import DSKDCMA, DSKDCMAParams, response_std
-from ctpd.core.errors import UserError
 from ctpd.objectives.distillation import ModelFacts
 from tests.fixtures.distillation import VECTORS, batch_of, fill_linear, leaf, single, tokens, total, under_head
 
@@ -215,5 +215,5 @@ def test_projectors_are_trained_at_their_own_rate_and_have_biases():
     [("kd_rate", 1.5), ("divergence", "no"), ("temperature", 0.0), ("projector_learning_rate", 0.0)],
 )
 def test_bad_parameters_are_refused(objective, cls, name, value):
-    with pytest.raises(UserError, match=name):
+    with pytest.raises(ValidationError, match=name):
         objective(cls(**{name: value}))

@@ -6,7 +6,6 @@ import random
 import sys
 import types
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -112,9 +111,8 @@ def choice(tmp_path: Path) -> Column:
 
 @pytest.fixture
 def words(choice: Column) -> Column:
-    return replace(
-        choice, name="Words", task="colour_words", metric="exact_match,whole", also=("exact_match,letter",), shots=0
-    )
+    changes = {"metric": "exact_match,whole", "also": ("exact_match,letter",), "shots": 0}
+    return choice.model_copy(update={"name": "Words", "task": "colour_words", **changes})
 
 
 def stock(model: LlamaForCausalLM, tokenizer: Any, column: Column, data_root: Path, **options: Any) -> Any:
@@ -351,14 +349,16 @@ def test_what_the_suite_gets_wrong_is_refused(
     model: LlamaForCausalLM, tokenizer: Any, choice: Column, data_root: Path, changes: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(UserError, match=message) as error:
-        evaluate_column(model, tokenizer, replace(choice, **changes), data_root=data_root, batch_size=5, limit=2)
+        evaluate_column(model, tokenizer, choice.model_copy(update=changes), data_root=data_root, batch_size=5, limit=2)
     one_paragraph(error)
 
 
 def test_prompts_longer_than_the_model_are_counted_and_no_room_to_generate_is_refused(
     model: LlamaForCausalLM, tokenizer: Any, choice: Column, words: Column, data_root: Path
 ) -> None:
-    cut = evaluate_column(model, tokenizer, replace(choice, shots=5), data_root=data_root, batch_size=5, limit=2)
+    cut = evaluate_column(
+        model, tokenizer, choice.model_copy(update={"shots": 5}), data_root=data_root, batch_size=5, limit=2
+    )
     assert cut["truncated"] == 6
     short = LlamaForCausalLM(LlamaConfig(**(model.config.to_dict() | {"max_position_embeddings": 6})))
     with pytest.raises(UserError, match="leaves no room for a prompt"):

@@ -10,11 +10,9 @@ import torch
 from transformers import GenerationConfig, Lfm2Config, Lfm2ForCausalLM
 
 from ctpd.core.errors import UserError
-from ctpd.core.recipe import DataSpec, Source
 from ctpd.decoding import greedy_responses, takes_padded_prompts
 from ctpd.models import install_scorer
-from ctpd.objectives.base import Generation
-from ctpd.pipeline.distillation import _refuse_losses
+from ctpd.pipeline.stages.generate import refuse_losses
 from tests.fixtures.tiny import CONFIGS, VOCABULARY, tiny_model
 
 HYBRID = Lfm2Config(
@@ -91,8 +89,6 @@ def test_a_models_own_generation_settings_are_not_used() -> None:
 
 
 def test_too_many_responses_that_cannot_be_used_are_refused_with_their_reasons() -> None:
-    data = DataSpec(train=Source(testbed="train"), max_tokens=64, max_prompt_tokens=32, max_dropped=0.1)
-    generation = Generation(writer="student", side="rejected")
-    _refuse_losses(Counter(kept=90, equal=10), generation, data)
-    with pytest.raises(UserError, match=r"of 100 responses that the student wrote, 11 .*\(4 equal, 7 unfinished\)"):
-        _refuse_losses(Counter(kept=89, equal=4, unfinished=7), generation, data)
+    refuse_losses(Counter(kept=90, equal=10), role="student", max_dropped=0.1)
+    with pytest.raises(UserError, match=r"of 100 responses that the student generated, 11 .*\(4 equal, 7 unfinished\)"):
+        refuse_losses(Counter(kept=89, equal=4, unfinished=7), role="student", max_dropped=0.1)

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from pydantic import ValidationError
 from torch import nn
 
 from baselines.gold import GOLD, GOLDParams, Members, log_factors
@@ -232,7 +233,7 @@ def test_a_span_that_loses_its_last_token_on_one_side_is_dropped():
     ],
 )
 def test_bad_parameters_are_refused(bad, named):
-    with pytest.raises(UserError, match=named):
+    with pytest.raises(ValidationError, match=named):
         GOLD(GOLDParams(**bad))
 
 

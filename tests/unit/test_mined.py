@@ -2,9 +2,9 @@
 
 import pytest
 import torch
+from pydantic import ValidationError
 
 from baselines.mined import MinED, MinEDParams, teacher_to_student
-from ctpd.core.errors import UserError
 from ctpd.objectives.distillation import ModelFacts
 from ctpd.text.edit_distance import edit_distance_pairing
 from tests.fixtures.distillation import VECTORS, batch_of, leaf, single, tokens, total
@@ -134,5 +134,5 @@ def test_bound_map_is_that_of_the_nearest_spellings_and_stays_out_of_checkpoints
 
 @pytest.mark.parametrize(("name", "value"), [("kd_rate", -0.1), ("temperature", 0.0)])
 def test_bad_parameters_are_refused(name, value):
-    with pytest.raises(UserError, match=name):
+    with pytest.raises(ValidationError, match=name):
         MinED(MinEDParams(**{name: value}))

@@ -4,9 +4,9 @@ from dataclasses import replace
 
 import pytest
 import torch
+from pydantic import ValidationError
 
 from baselines.multi_level_ot import MultiLevelOT, MultiLevelOTParams
-from ctpd.core.errors import UserError
 from tests.fixtures.distillation import VECTORS, batch_of, leaf, single, stored, tokens, total
 
 
@@ -155,10 +155,10 @@ def test_one_token_responses_give_finite_numbers(top_k):
 )
 def test_bad_parameters_are_refused(wrong):
     (name,) = wrong
-    with pytest.raises(UserError, match=name):
+    with pytest.raises(ValidationError, match=name):
         MultiLevelOT(MultiLevelOTParams(**wrong))
 
 
 def test_the_port_refuses_stored_responses():
-    with pytest.raises(UserError, match=r"ctpd_variant: true.*top_k: 50"):
+    with pytest.raises(ValidationError, match=r"ctpd_variant: true.*top_k: 50"):
         MultiLevelOT(MultiLevelOTParams(ctpd_variant=True, top_k=50))

@@ -13,13 +13,13 @@ from transformers import FalconH1Config, Lfm2Config
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from baselines.dpo import DPO, DPOParams
-from ctpd.core.recipe import Schedule
 from ctpd.models import Score, add_lora, install_scorer, score
 from ctpd.ops.shared_rows import MOST_OF_SEPARATE, PackedLayout, pack_pairs, packed_attention
 from ctpd.probes import other_mixing, same_results
 from ctpd.text.blocks import TokenRows
 from ctpd.train.batches import UnitBatch, to_device
 from ctpd.train.collator import ScoredRows
+from ctpd.train.config import Schedule
 from ctpd.train.fit import Fit, FitSettings, Optimization, fit
 from ctpd.train.scoring import (
     Measure,

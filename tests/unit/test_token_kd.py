@@ -5,10 +5,10 @@ from itertools import pairwise
 
 import pytest
 import torch
+from pydantic import ValidationError
 
 from baselines.divergences import DIVERGENCES, find_divergence
 from baselines.token_kd import TokenKD, TokenKDParams
-from ctpd.core.errors import UserError
 from tests.fixtures.distillation import VECTORS, batch_of, leaf, single, stored, tokens, total
 
 DSKD = ["forward_kl", "reverse_kl", "skewed_forward_kl", "js_divergence", "adaptive_kl"]
@@ -135,7 +135,7 @@ def test_tau_squared_scales_the_divergence_alone():
     _, batch = golden_batch(VECTORS["divergence.forward_kl.dskd"])
     plain, scaled = TokenKDParams(), TokenKDParams(tau_squared=True)
     added = total(TokenKD(scaled)(batch)) - total(TokenKD(plain)(batch))
-    assert added == pytest.approx(0.5 * 3 * total(TokenKD(replace(plain, kd_rate=1.0))(batch)), abs=1e-12)
+    assert added == pytest.approx(0.5 * 3 * total(TokenKD(plain.model_copy(update={"kd_rate": 1.0}))(batch)), abs=1e-12)
 
 
 @pytest.mark.parametrize("top_k", [5, 6])
@@ -178,21 +178,21 @@ def test_a_kept_token_without_a_column_of_the_student_joins_the_rest():
 
 @pytest.mark.parametrize("name", [name for name in DIVERGENCES if name != "forward_kl"])
 def test_stored_distributions_are_refused_but_for_forward_kl(name):
-    with pytest.raises(UserError, match=f"top_k: 50.*divergence: {name}"):
+    with pytest.raises(ValidationError, match=f"top_k: 50.*divergence: {name}"):
         TokenKD(params_of(name, top_k=50))
 
 
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"divergence": "kl"}, "`divergence: kl` is unknown"),
-        ({"temperature": 0.0}, "temperature: 0.0"),
-        ({"beta": 1.5}, "beta: 1.5"),
-        ({"skew": -0.1}, "skew: -0.1"),
-        ({"tail_mass": 2.0}, "tail_mass: 2.0"),
-        ({"kd_rate": 1.1}, "kd_rate: 1.1"),
+        ({"divergence": "kl"}, "divergence"),
+        ({"temperature": 0.0}, "temperature"),
+        ({"beta": 1.5}, "beta"),
+        ({"skew": -0.1}, "skew"),
+        ({"tail_mass": 2.0}, "tail_mass"),
+        ({"kd_rate": 1.1}, "kd_rate"),
     ],
 )
 def test_bad_parameters_are_refused(wrong, message):
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(ValidationError, match=message):
         TokenKD(TokenKDParams(**wrong))

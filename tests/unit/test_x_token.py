@@ -4,10 +4,10 @@ from dataclasses import replace
 
 import pytest
 import torch
+from pydantic import ValidationError
 
 import baselines.x_token
 from baselines.x_token import XToken, XTokenParams
-from ctpd.core.errors import UserError
 from ctpd.objectives.distillation import ModelFacts
 from ctpd.objectives.projection import projection, shared_tokens
 from tests.fixtures.distillation import IGNORED, VECTORS, batch_of, leaf, single, tokens, total
@@ -164,5 +164,5 @@ def test_bind_builds_the_matrix_and_leaves_columns_without_a_token_out():
     [({"temperature": 0.0}, "temperature"), ({"ce_weight": -1.0}, "ce_weight"), ({"top_k": 0}, "top_k")],
 )
 def test_bad_parameters_are_refused(bad, named):
-    with pytest.raises(UserError, match=named):
+    with pytest.raises(ValidationError, match=named):
         XToken(XTokenParams(**bad))
