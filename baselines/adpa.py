@@ -18,10 +18,11 @@ from ctpd.objectives.distillation import (
     DistillationObjective,
     DistillBatch,
     TeacherView,
+    TopTokens,
     chosen_tokens,
     per_token,
 )
-from ctpd.ops.rows import LogitRows, Top
+from ctpd.ops.logit_rows import Top
 from ctpd.ops.weights import Signal
 
 _FLOOR = 1e-8
@@ -43,7 +44,7 @@ class ADPAParams(Config):
 
 
 @final
-class ADPA(DistillationObjective):
+class ADPA(DistillationObjective[TopTokens]):
     """`sft NLL(chosen) - advantage sum_t sum_a pi(a | s_t) A_t(a)`, a over the tuned teacher's K likeliest tokens.
 
     `A = log p_tuned - log p_reference`; the student's probabilities are not renormalised over the K. The public code's
@@ -64,20 +65,19 @@ class ADPA(DistillationObjective):
         models = (Signal.TEACHER_POSITIVE, Signal.TEACHER_REFERENCE)
         self.teacher = TeacherView(models=models, top_k=params.top_k, same_tokenizer=True)
 
-    def forward(self, batch: DistillBatch) -> Sums:
+    def forward(self, batch: DistillBatch[TopTokens]) -> Sums:
         student, params = batch.student, self.params
-        assert isinstance(student.rows, LogitRows)
-        # Both teachers read the same tokens, so a partner has the same number in both.
-        partner_N, paired_N = batch.partner.clamp(min=0), batch.partner >= 0
-        tuned, reference = (teacher.rows.select(partner_N) for teacher in batch.teachers if teacher.rows is not None)
+        # Both teachers read the same tokens, so an aligned token has the same index in both.
+        index_N, is_aligned_N = batch.aligned.clamp(min=0), batch.aligned >= 0
+        tuned, reference = (teacher.rows.select(index_N) for teacher in batch.teachers)
 
-        def both(logits_RV: Tensor, targets_R: Tensor, tuned: Top, reference: Top, paired_R: Tensor) -> Tensor:
+        def both(logits_RV: Tensor, targets_R: Tensor, tuned: Top, reference: Top, is_aligned_R: Tensor) -> Tensor:
             logps_RV = logits_RV.log_softmax(-1)
             nll_R = -logps_RV.gather(-1, targets_R[:, None])[:, 0]
             gain_R = _expected_advantage(logps_RV, tuned, reference, clamp=params.clamp)
-            return torch.stack([nll_R, gain_R.masked_fill(~paired_R, 0.0)], dim=1)
+            return torch.stack([nll_R, gain_R.masked_fill(~is_aligned_R, 0.0)], dim=1)
 
-        losses_N2 = student.rows.map(both, student.targets, tuned, reference, paired_N)
+        losses_N2 = student.rows.map(both, student.targets, tuned, reference, is_aligned_N)
         is_chosen_N = student.row < batch.num_pairs
         nll = losses_N2[:, 0].masked_fill(~is_chosen_N, 0.0).sum()
         kd = -losses_N2[:, 1].masked_fill(is_chosen_N, 0.0).sum()

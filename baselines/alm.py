@@ -2,7 +2,7 @@
 
 Chunks of text that both tokenizers agree on have a likelihood under both models. The distance is that of the two
 events "this chunk" and "another one", made soft by a temperature. No vocabulary has to be mapped, and the teacher is
-two numbers a token, stored once: nothing is lost by that, and no teacher is in memory in training.
+two numbers a token, stored once: that is exact, and no teacher is in memory in training.
 
 Shape legend: N scored tokens of the student, M of the teacher, R responses, C chunks (aligned spans) of the longest.
 """
@@ -18,10 +18,15 @@ from torch import Tensor
 
 from ctpd.core.config import Config, Positive, Share
 from ctpd.objectives.base import Sums
-from ctpd.objectives.distillation import DistillationObjective, DistillBatch, ModelFacts, TeacherView
+from ctpd.objectives.distillation import (
+    BoundaryTokens,
+    DistillationObjective,
+    DistillBatch,
+    ModelFacts,
+    TeacherView,
+)
 from ctpd.ops.boundaries import boundary_ids, boundary_logps
 from ctpd.ops.likelihoods import DISTANCES, Distance
-from ctpd.ops.rows import LogitRows
 
 
 class ALMParams(Config):
@@ -50,20 +55,20 @@ class ALMParams(Config):
 
 
 class Chunks(NamedTuple):
-    """The chunks of R responses: log-likelihoods, boundaries after their last tokens, and the teacher's token counts.
+    """The chunks of R responses: log-likelihoods, boundaries after their last tokens, and the teacher's numbers of tokens.
 
-    A place with a count of 0 is no chunk; everything else there is arbitrary but finite.
+    An entry whose `num_tokens` is 0 is no chunk; the other tensors are arbitrary but finite there.
     """
 
     teacher: Float[Tensor, "R C"]
     student: Float[Tensor, "R C"]
     teacher_boundary: Float[Tensor, "R C"]
     student_boundary: Float[Tensor, "R C"]
-    count: Int[Tensor, "R C"]
+    num_tokens: Int[Tensor, "R C"]
 
 
 @final
-class ALM(DistillationObjective):
+class ALM(DistillationObjective[BoundaryTokens]):
     """`sum_r S_r ((1 - kd_rate) CE_r + kd_rate ALM_r) / sum_r S_r`; `S_r` is the number of spans of a response.
 
     `CE_r` is the mean over its tokens, `ALM_r` over its chunks. Without merging, the ALM part is the mean over all
@@ -88,18 +93,17 @@ class ALM(DistillationObjective):
         ids = boundary_ids(student.tokens, student.special_ids)
         self.register_buffer("boundary_ids", torch.tensor(ids, dtype=torch.long), persistent=False)
 
-    def forward(self, batch: DistillBatch) -> Sums:
+    def forward(self, batch: DistillBatch[BoundaryTokens]) -> Sums:
         student = batch.student
-        assert isinstance(student.rows, LogitRows)
         logps_N = student.rows.logps(student.targets)
         chunks = _chunks(batch, logps_N, self.boundary_ids, with_boundary=self.params.append_space)
-        spans_R = (chunks.count > 0).sum(1)
+        spans_R = (chunks.num_tokens > 0).sum(1)
         loss_R, weight_R = chunk_losses(chunks, self.params)
         alm = (spans_R * loss_R / weight_R.clamp(min=1)).sum()
         tokens_R = torch.bincount(student.row, minlength=batch.num_rows)
         nll = -(logps_N * (spans_R.to(logps_N.dtype) / tokens_R.clamp(min=1))[student.row]).sum()
         count = int(spans_R.sum())
-        gap = ((chunks.teacher - chunks.student).abs() * (chunks.count > 0)).sum()
+        gap = ((chunks.teacher - chunks.student).abs() * (chunks.num_tokens > 0)).sum()
         scale = batch.num_pairs / max(count, 1)
         parts = {"nll": nll, "alm": alm, "gap": gap}
         metrics = {f"kd/{name}": value.detach() * scale for name, value in parts.items()}
@@ -108,14 +112,14 @@ class ALM(DistillationObjective):
 
 def chunk_losses(chunks: Chunks, params: ALMParams) -> tuple[Float[Tensor, " R"], Int[Tensor, " R"]]:
     """The sum of the distances of each response's chunks, and the weight that it is to be divided by."""
-    groups, weight_RC = chunks, chunks.count
+    groups, weight_RC = chunks, chunks.num_tokens
     if params.merge_threshold is not None:
         groups, group_RC = _merged(chunks, params.merge_threshold)
-        weight_RC = groups.count
+        weight_RC = groups.num_tokens
         if params.double_merge_denominator:
-            twice_RC = groups.count.masked_fill(chunks.count == 0, 0)
+            twice_RC = groups.num_tokens.masked_fill(chunks.num_tokens == 0, 0)
             weight_RC = torch.zeros_like(weight_RC).scatter_add(1, group_RC, twice_RC)
-    teacher_RC, student_RC, valid_RC = groups.teacher, groups.student, groups.count > 0
+    teacher_RC, student_RC, valid_RC = groups.teacher, groups.student, groups.num_tokens > 0
     if params.append_space:
         teacher_RC = teacher_RC + groups.teacher_boundary
         student_RC = student_RC + groups.student_boundary
@@ -123,15 +127,12 @@ def chunk_losses(chunks: Chunks, params: ALMParams) -> tuple[Float[Tensor, " R"]
     teacher_RC, student_RC = (logp_RC.masked_fill(~valid_RC, -1.0) for logp_RC in (teacher_RC, student_RC))
     distance_RC = DISTANCES[params.distance](teacher_RC, student_RC, params.temperature)
     if params.weight == "token_count":
-        return (distance_RC * groups.count).sum(1), weight_RC.sum(1)
+        return (distance_RC * groups.num_tokens).sum(1), weight_RC.sum(1)
     return (distance_RC * valid_RC).sum(1), (weight_RC > 0).sum(1)
 
 
-def _chunks(batch: DistillBatch, logps_N: Tensor, ids: Tensor, *, with_boundary: bool) -> Chunks:
+def _chunks(batch: DistillBatch[BoundaryTokens], logps_N: Tensor, ids: Tensor, *, with_boundary: bool) -> Chunks:
     student, teacher = batch.student, batch.teachers[0]
-    assert student.every is not None
-    assert student.position is not None
-    assert teacher.columns is not None
     width = 1 + int(torch.maximum(student.unit.max(), teacher.unit.max()))
     shape = (batch.num_rows, width)
 
@@ -142,34 +143,34 @@ def _chunks(batch: DistillBatch, logps_N: Tensor, ids: Tensor, *, with_boundary:
     last, their_last = _last_of_each(ours_N), _last_of_each(theirs_M)
     following = student.every.select(student.position[last])
     boundary = boundary_logps(following, ids) if with_boundary else logps_N.new_zeros(len(last))
-    columns_M2 = teacher.columns.to(logps_N.dtype)
+    theirs_logps_M, their_boundary_M = teacher.logps.to(logps_N.dtype), teacher.boundary_logps.to(logps_N.dtype)
     shared_RC = table(torch.ones_like(ours_N), ours_N) > 0
     return Chunks(
-        teacher=table(columns_M2[:, 0], theirs_M).clamp(max=0.0),
+        teacher=table(theirs_logps_M, theirs_M).clamp(max=0.0),
         student=table(logps_N, ours_N).clamp(max=0.0),
-        teacher_boundary=table(columns_M2[their_last, 1], theirs_M[their_last]),
+        teacher_boundary=table(their_boundary_M[their_last], theirs_M[their_last]),
         student_boundary=table(boundary, ours_N[last]),
-        count=table(torch.ones_like(theirs_M), theirs_M) * shared_RC,
+        num_tokens=table(torch.ones_like(theirs_M), theirs_M) * shared_RC,
     )
 
 
 def _last_of_each(index_N: Int[Tensor, " N"]) -> Int[Tensor, " L"]:
-    """The places where a run of equal numbers ends: the last token of each chunk."""
+    """The indices at which a run of equal numbers ends: the last token of each chunk."""
     is_last_N = torch.ones_like(index_N, dtype=torch.bool)
     is_last_N[:-1] = index_N[1:] != index_N[:-1]
     return is_last_N.nonzero()[:, 0]
 
 
 def _merged(chunks: Chunks, threshold: float) -> tuple[Chunks, Tensor]:
-    """Each chunk joined to the ones before it up to one that closes; the second result is each chunk's group.
+    """Chunks merged with the ones after them until one closes; the second result is each chunk's group.
 
     Chunk c belongs to group g = the number of chunks before c after which the teacher expects a boundary.
     """
     closes_RC = (chunks.teacher_boundary.exp() > threshold).long()
     group_RC = closes_RC.cumsum(1) - closes_RC
-    valid_RC = chunks.count > 0
-    place_RC = torch.arange(chunks.count.shape[1], device=group_RC.device).expand_as(group_RC)
-    last_RC = torch.zeros_like(group_RC).scatter_reduce(1, group_RC, place_RC * valid_RC, "amax")
+    valid_RC = chunks.num_tokens > 0
+    column_RC = torch.arange(chunks.num_tokens.shape[1], device=group_RC.device).expand_as(group_RC)
+    last_RC = torch.zeros_like(group_RC).scatter_reduce(1, group_RC, column_RC * valid_RC, "amax")
 
     def summed(values_RC: Tensor) -> Tensor:
         return torch.zeros_like(values_RC).scatter_add(1, group_RC, values_RC.masked_fill(~valid_RC, 0))
@@ -179,6 +180,6 @@ def _merged(chunks: Chunks, threshold: float) -> tuple[Chunks, Tensor]:
         student=summed(chunks.student),
         teacher_boundary=chunks.teacher_boundary.gather(1, last_RC),
         student_boundary=chunks.student_boundary.gather(1, last_RC),
-        count=summed(chunks.count),
+        num_tokens=summed(chunks.num_tokens),
     )
     return groups, group_RC

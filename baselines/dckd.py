@@ -14,8 +14,15 @@ from torch import Tensor
 from baselines.kept import buckets
 from ctpd.core.config import Config, NonNegative, PositiveInt
 from ctpd.objectives.base import BOTH_SIDES, Sums
-from ctpd.objectives.distillation import DistillationObjective, DistillBatch, TeacherView, chosen_tokens, per_token
-from ctpd.ops.rows import LogitRows, Top
+from ctpd.objectives.distillation import (
+    DistillationObjective,
+    DistillBatch,
+    TeacherView,
+    TopTokens,
+    chosen_tokens,
+    per_token,
+)
+from ctpd.ops.logit_rows import Top
 from ctpd.ops.weights import Signal
 
 # The public code's floors of a probability: of either side's, and once more of the student's.
@@ -38,7 +45,7 @@ class DCKDParams(Config):
 
 
 @final
-class DCKD(DistillationObjective):
+class DCKD(DistillationObjective[TopTokens]):
     """`sft NLL(chosen) + distillation (chosen FKL(chosen) + rejected FKL(rejected))`.
 
     DEVIATION: all are sums, divided by the step's chosen tokens. The public code takes the mean of each over the tokens
@@ -54,17 +61,15 @@ class DCKD(DistillationObjective):
         self.params = params
         self.teacher = TeacherView(models=(Signal.TEACHER_POSITIVE,), top_k=params.top_k, same_tokenizer=True)
 
-    def forward(self, batch: DistillBatch) -> Sums:
-        student, teacher = batch.student, batch.teachers[0].rows
-        assert isinstance(student.rows, LogitRows)
-        assert teacher is not None
-        paired_N = batch.partner >= 0
+    def forward(self, batch: DistillBatch[TopTokens]) -> Sums:
+        student, teacher = batch.student, batch.teachers[0]
 
-        def both(logits_RV: Tensor, targets_R: Tensor, top: Top, paired_R: Tensor) -> Tensor:
+        def both(logits_RV: Tensor, targets_R: Tensor, top: Top, is_aligned_R: Tensor) -> Tensor:
             nll_R = -logits_RV.log_softmax(-1).gather(-1, targets_R[:, None])[:, 0]
-            return torch.stack([nll_R, _forward_kl(logits_RV, top).masked_fill(~paired_R, 0.0)], dim=1)
+            return torch.stack([nll_R, _forward_kl(logits_RV, top).masked_fill(~is_aligned_R, 0.0)], dim=1)
 
-        losses_N2 = student.rows.map(both, student.targets, teacher.select(batch.partner.clamp(min=0)), paired_N)
+        top = teacher.rows.select(batch.aligned.clamp(min=0))
+        losses_N2 = student.rows.map(both, student.targets, top, batch.aligned >= 0)
         is_chosen_N = student.row < batch.num_pairs
         nll = losses_N2[:, 0].masked_fill(~is_chosen_N, 0.0).sum()
         chosen = losses_N2[:, 1].masked_fill(~is_chosen_N, 0.0).sum()

@@ -20,11 +20,12 @@ from ctpd.objectives.base import Sums
 from ctpd.objectives.distillation import (
     DistillationObjective,
     DistillBatch,
+    LogitTokens,
     ModelFacts,
     TeacherView,
     mixed,
 )
-from ctpd.ops.rows import LogitRows
+from ctpd.ops.logit_rows import LogitRows
 
 
 class DSKDParams(Config):
@@ -41,7 +42,7 @@ class DSKDParams(Config):
 
 
 @final
-class DSKD(DistillationObjective):
+class DSKD(DistillationObjective[LogitTokens]):
     """`(1 - kd_rate) CE(z) + kd_rate (CE(q) + D(z, sg(q)) + KL(u || r))` over the student's scored tokens.
 
     z and u are the models' logits, q the teacher's hidden states in the student's space, r the student's in the
@@ -65,18 +66,16 @@ class DSKD(DistillationObjective):
         self.t2s = nn.Linear(teacher.hidden_size, student.hidden_size)
         self.s2t = nn.Linear(student.hidden_size, teacher.hidden_size)
 
-    def forward(self, batch: DistillBatch) -> Sums:
+    def forward(self, batch: DistillBatch[LogitTokens]) -> Sums:
         student, teacher = batch.student, batch.teachers[0].rows
-        assert isinstance(student.rows, LogitRows)
-        assert isinstance(teacher, LogitRows)
         check_states((student.rows, self.t2s.out_features), (teacher, self.s2t.out_features))
-        paired_N = batch.partner >= 0
-        theirs = teacher.constant().select(batch.partner.clamp(min=0))
+        is_aligned_N = batch.aligned >= 0
+        theirs = teacher.constant().select(batch.aligned.clamp(min=0))
         mapped = LogitRows(carried(self.t2s, theirs.hidden, student.rows), student.rows.head.constant())
         ours = student_space(student.rows, student.targets, mapped, self._divergence)
         s2t_kd_N = teacher_space(carried(self.s2t, student.rows.hidden, theirs), theirs, self.params.temperature)
         t2s_ce, t2s_kd, hits, s2t_kd = (
-            part_N.masked_fill(~paired_N, 0.0).sum() for part_N in (ours.t2s_ce, ours.t2s_kd, ours.hit, s2t_kd_N)
+            part_N.masked_fill(~is_aligned_N, 0.0).sum() for part_N in (ours.t2s_ce, ours.t2s_kd, ours.hit, s2t_kd_N)
         )
         return mixed(
             ours.nll.sum(), t2s_ce + t2s_kd + s2t_kd, kd_rate=self.params.kd_rate, batch=batch,
@@ -85,7 +84,7 @@ class DSKD(DistillationObjective):
 
 
 class StudentSpace(NamedTuple):
-    """What the student's head says of each scored token; `hit` is 1 where the teacher's state predicts the token."""
+    """Terms under the student's head, one a scored token; `hit` is 1 where the mapped teacher's state predicts it."""
 
     nll: Tensor
     t2s_ce: Tensor
@@ -121,11 +120,12 @@ def teacher_space(hidden_MH: Tensor, teacher: LogitRows, temperature: float) -> 
 
 def carried(projector: nn.Linear, hidden_NH: Tensor, to: LogitRows) -> Tensor:
     """Hidden states in another model's space, in the number format of that model's own."""
-    return projector(hidden_NH.to(projector.weight.dtype)).to(to.hidden.dtype)
+    projected: Tensor = projector(hidden_NH.to(projector.weight.dtype))
+    return projected.to(to.hidden.dtype)
 
 
 def check_states(*sides: tuple[LogitRows, int]) -> None:
-    """Refuse rows that are no hidden states: where the scorer fell back to full logits, these stand in their place."""
+    """Refuse rows whose hidden states are logits: so it is where the scorer fell back to full logits."""
     if any(rows.hidden.shape[-1] != size for rows, size in sides):
         raise UserError(
             "the method compares hidden states, and one of the models gives logits only (see the warning about its scorer)",

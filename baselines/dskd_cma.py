@@ -21,12 +21,13 @@ from ctpd.objectives.base import Sums
 from ctpd.objectives.distillation import (
     DistillationObjective,
     DistillBatch,
+    LogitTokens,
     ModelFacts,
     TeacherView,
     Tokens,
     mixed,
 )
-from ctpd.ops.rows import LogitRows
+from ctpd.ops.logit_rows import LogitRows
 
 # Finite, so that a padded row of the attention, which nobody reads, has no NaN in its gradient.
 _MASKED = -1e5
@@ -57,7 +58,7 @@ class _Normalised(NamedTuple):
 
 
 @final
-class DSKDCMA(DistillationObjective):
+class DSKDCMA(DistillationObjective[LogitTokens]):
     """`(1 - kd_rate) CE(z) + kd_rate (CE(q) + 1[argmax q = target] D(z, sg(q)) + sum_teacher KL(u || r))`.
 
     All terms are sums, the last one over the teacher's scored tokens; all are divided by the student's. Embeddings get
@@ -85,10 +86,8 @@ class DSKDCMA(DistillationObjective):
         self.t2s = nn.Linear(teacher.hidden_size, student.hidden_size)
         self.s2t = nn.Linear(student.hidden_size, teacher.hidden_size)
 
-    def forward(self, batch: DistillBatch) -> Sums:
+    def forward(self, batch: DistillBatch[LogitTokens]) -> Sums:
         student, teacher = batch.student, batch.teachers[0]
-        assert isinstance(student.rows, LogitRows)
-        assert isinstance(teacher.rows, LogitRows)
         check_states((student.rows, self.t2s.out_features), (teacher.rows, self.s2t.out_features))
         theirs = teacher.rows.constant()
         t2s_NH, s2t_MK = self._attend(student, teacher, batch.num_rows)
@@ -101,9 +100,8 @@ class DSKDCMA(DistillationObjective):
             t2s_ce=t2s_ce, t2s_kd=t2s_kd, s2t_kd=s2t_kd, t2s_accuracy=ours.hit.sum(),
         )  # fmt: skip
 
-    def _attend(self, student: Tokens, teacher: Tokens, num_rows: int) -> tuple[Tensor, Tensor]:
+    def _attend(self, student: LogitTokens, teacher: LogitTokens, num_rows: int) -> tuple[Tensor, Tensor]:
         """[N, H] and [M, K]: the other model's states for each token. In float32: 16 bits cannot hold the mask."""
-        assert isinstance(student.rows, LogitRows)
         ours, theirs = _Grid(student, num_rows), _Grid(teacher, num_rows)
         with torch.autocast(student.row.device.type, enabled=False):
             normal = self._normalised(teacher, num_rows)
@@ -115,8 +113,7 @@ class DSKDCMA(DistillationObjective):
         return ours.flat(t2s_RSH), theirs.flat(s2t_RUK)
 
     @torch.no_grad()
-    def _normalised(self, teacher: Tokens, num_rows: int) -> _Normalised:
-        assert isinstance(teacher.rows, LogitRows)
+    def _normalised(self, teacher: LogitTokens, num_rows: int) -> _Normalised:
         keys_ME, hidden_MK = _pair(teacher), _wide(teacher.rows.hidden)
         targets_MK = keys_ME[:, keys_ME.shape[1] // 2 :]
         if self.params.std_scope == "valid":
@@ -127,11 +124,11 @@ class DSKDCMA(DistillationObjective):
 
 
 class _Grid:
-    """The scored tokens of one model, each at its place in `[R, S]`."""
+    """The scored tokens of one model as a padded table `[R, S]`."""
 
     def __init__(self, tokens: Tokens, num_rows: int) -> None:
-        self._at = (tokens.row, tokens.place)
-        self._shape = (num_rows, int(tokens.place.max()) + 1)
+        self._at = (tokens.row, tokens.index)
+        self._shape = (num_rows, int(tokens.index.max()) + 1)
         self.used = torch.zeros(self._shape, dtype=torch.bool, device=tokens.row.device)
         self.used[self._at] = True
 
@@ -151,19 +148,16 @@ def response_std(values_NX: Tensor, row_N: Tensor, num_rows: int) -> Tensor:
     return (squares_R / (size_R - 1.0)).sqrt()[row_N, None]
 
 
-def _public_std(teacher: Tokens, keys_ME: Tensor) -> list[Tensor]:
+def _public_std(teacher: LogitTokens, keys_ME: Tensor) -> list[Tensor]:
     """Of keys, targets, hidden states: the standard deviation over all positions; one that is not scored has id 0."""
-    assert teacher.embed is not None
-    assert teacher.every is not None
     rest = len(teacher.every) - len(keys_ME)
     pad_K = _wide(teacher.embed(torch.zeros_like(teacher.targets[:1])))[0]
     keys_PE = torch.cat([keys_ME, torch.cat([pad_K, pad_K]).expand(rest, -1)])
     return [x.std() for x in (keys_PE, keys_PE[:, len(pad_K) :], _wide(teacher.every.hidden))]
 
 
-def _pair(tokens: Tokens) -> Tensor:
+def _pair(tokens: LogitTokens) -> Tensor:
     """[N, 2H] constant embeddings of each token's predecessor and of itself."""
-    assert tokens.embed is not None
     return _wide(torch.cat([tokens.embed(tokens.inputs), tokens.embed(tokens.targets)], dim=-1)).detach()
 
 

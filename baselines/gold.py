@@ -23,9 +23,9 @@ from torch import Tensor
 from ctpd.core.config import Config, NonNegative, Positive, Share
 from ctpd.core.errors import UserError
 from ctpd.objectives.base import Sums
-from ctpd.objectives.distillation import DistillationObjective, DistillBatch, ModelFacts, TeacherView, Tokens
+from ctpd.objectives.distillation import DistillationObjective, DistillBatch, LogitTokens, ModelFacts, TeacherView
 from ctpd.objectives.groups import Grouped, shared_groups
-from ctpd.ops.rows import LogitRows
+from ctpd.ops.logit_rows import LogitRows
 
 _LOG_EPSILON = math.log(1e-8)  # TRL's lower bound of a probability
 
@@ -70,7 +70,7 @@ class Members(NamedTuple):
 
 
 @final
-class GOLD(DistillationObjective):
+class GOLD(DistillationObjective[LogitTokens]):
     """`mean over responses of (ce_weight CE + mean over its groups of the distance)`.
 
     DEVIATION: TRL's cross-entropy is the mean over the tokens of a micro-batch, and changes with how a batch is cut.
@@ -87,7 +87,7 @@ class GOLD(DistillationObjective):
         super().__init__()
         self.params = params
         self.teacher = TeacherView(pairing="none")
-        self._weights = (params.matched_weight, params.unmatched_weight)
+        self._weights = (params.matched_weight or 0.0, params.unmatched_weight or 0.0)  # None: `bind` sets them
 
     def bind(self, student: ModelFacts, teacher: ModelFacts) -> None:
         """Find the tokens of equal spelling; only the hybrid form uses them."""
@@ -111,7 +111,7 @@ class GOLD(DistillationObjective):
         if self.params.matched_weight is None:
             self._weights = (share, 1.0 - share)
 
-    def forward(self, batch: DistillBatch) -> Sums:
+    def forward(self, batch: DistillBatch[LogitTokens]) -> Sums:
         student, teacher = batch.student, batch.teachers[0]
         row_G, *grouped = shared_groups(
             student, teacher, by_position=self.params.groups == "positions", skip_last=self.params.skip_end
@@ -187,13 +187,8 @@ def log_factors(
     return logps_O.new_zeros(len(members.base)).index_add(0, members.group_of_others, logps_O)
 
 
-def _rows_of(tokens: Tokens, merge: Literal["bayesian", "observed"]) -> LogitRows:
-    if merge == "observed":
-        assert tokens.every is not None
-        assert tokens.position is not None
-        return tokens.every.select(tokens.position)
-    assert isinstance(tokens.rows, LogitRows)
-    return tokens.rows
+def _rows_of(tokens: LogitTokens, merge: Literal["bayesian", "observed"]) -> LogitRows:
+    return tokens.every.select(tokens.position) if merge == "observed" else tokens.rows
 
 
 def _members(grouped: Grouped, *, first: bool) -> Members:
@@ -207,9 +202,8 @@ def _members(grouped: Grouped, *, first: bool) -> Members:
     return Members(base=index[border], others=index[~border], group_of_others=group[~border])
 
 
-def _mean_nlls(student: Tokens, *, num_rows: int) -> Float[Tensor, " rows"]:
+def _mean_nlls(student: LogitTokens, *, num_rows: int) -> Float[Tensor, " rows"]:
     """The mean cross-entropy of each response's tokens, the end of turn included."""
-    assert isinstance(student.rows, LogitRows)
     logps_N = student.rows.logps(student.targets)
     sums = logps_N.new_zeros(num_rows).index_add(0, student.row, -logps_N)
     return sums / torch.bincount(student.row, minlength=num_rows).clamp(min=1)

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from ctpd.ops.rows import Top
+from ctpd.ops.logit_rows import Top
 
 # The log-probability of a token that a vocabulary has not: finite, so that 0 times it is 0; its exponential is 0.
 _NOTHING = -1e4

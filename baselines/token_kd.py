@@ -18,7 +18,7 @@ from baselines.kept import buckets
 from ctpd.core.config import Config, Positive, PositiveInt, Share
 from ctpd.core.errors import UserError
 from ctpd.objectives.distillation import RowObjective, TeacherView
-from ctpd.ops.rows import Top
+from ctpd.ops.logit_rows import Top
 
 
 class TokenKDParams(Config):
@@ -74,14 +74,14 @@ class TokenKD(RowObjective):
         self.params, self.kd_rate = params, params.kd_rate
         self.teacher = TeacherView(top_k=params.top_k, temperature=params.temperature, same_tokenizer=True)
 
-    def rows(self, logits_RV: Tensor, targets_R: Tensor, teacher: Tensor | Top, paired_R: Tensor) -> Tensor:
+    def rows(self, logits_RV: Tensor, targets_R: Tensor, teacher: Tensor | Top, is_aligned_R: Tensor) -> Tensor:
         if isinstance(teacher, Top):
             divergence_R = _kept_forward_kl(logits_RV, teacher, temperature=self.params.temperature)
         else:
             width = min(logits_RV.shape[-1], teacher.shape[-1])
             divergence_R = self._divergence(logits_RV[:, :width], teacher[:, :width])
         factor = self.params.temperature**2 if self.params.tau_squared else 1.0
-        return factor * divergence_R.masked_fill(~paired_R, 0.0)
+        return factor * divergence_R.masked_fill(~is_aligned_R, 0.0)
 
 
 def _kept_forward_kl(logits_RV: Tensor, top: Top, *, temperature: float) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ctpd.core.config import Config, PositiveInt, Share
 from ctpd.objectives.distillation import RowObjective, TeacherView, sorted_probabilities
-from ctpd.ops.rows import Top
+from ctpd.ops.logit_rows import Top
 
 
 class ULDParams(Config):
@@ -29,7 +29,7 @@ class ULDParams(Config):
 
 @final
 class ULD(RowObjective):
-    """`sum_j |sorted softmax(student)_j - sorted softmax(teacher)_j|` of every row that has a partner."""
+    """`sum_j |sorted softmax(student)_j - sorted softmax(teacher)_j|` of every row that has an aligned one."""
 
     params_type = ULDParams
 
@@ -38,8 +38,8 @@ class ULD(RowObjective):
         self.params, self.kd_rate = params, params.kd_rate
         self.teacher = TeacherView(top_k=params.top_k, skip_last=params.skip_student_eos)
 
-    def rows(self, logits_RV: Tensor, targets_R: Tensor, teacher: Tensor | Top, paired_R: Tensor) -> Tensor:
+    def rows(self, logits_RV: Tensor, targets_R: Tensor, teacher: Tensor | Top, is_aligned_R: Tensor) -> Tensor:
         student_RV, teacher_RW = sorted_probabilities(logits_RV), sorted_probabilities(teacher)
         missing = student_RV.shape[1] - teacher_RW.shape[1]
         distance_R = (F.pad(student_RV, (0, max(-missing, 0))) - F.pad(teacher_RW, (0, max(missing, 0)))).abs().sum(1)
-        return distance_R.masked_fill(~paired_R, 0.0)
+        return distance_R.masked_fill(~is_aligned_R, 0.0)

@@ -105,7 +105,7 @@ def _testbed(folder: Path, *, quick: bool) -> dict[str, Any]:
     world = folder / "world"
     world.mkdir()
     size = {"num_documents": 40 if quick else 200, "num_pairs": 10, "num_eval_pairs": 5, "teacher_texts": 10}
-    write_world(world, **WorldConfig(**size).model_dump())
+    write_world(world, WorldConfig(**size))
     columns = {column.name: column for column in load_suite("testbed").columns}
     shape = {"hidden": 96, "layers": 3, "heads": 4, "intermediate": 256, "max_position": 256}
     texts = _lines(world / "corpus_student.jsonl")
@@ -136,10 +136,14 @@ def _official(folder: Path, root: Path, *, quick: bool) -> dict[str, Any]:
 
 
 def _model(folder: Path, texts: list[str], kind: str, vocabulary: int, shape: dict[str, int]) -> str:
+    from ctpd.testbed.config import PretrainConfig
     from ctpd.testbed.models import new_model, train_tokenizer
 
     tokenizer = train_tokenizer(texts, kind=kind, vocab_size=vocabulary)
-    new_model(tokenizer, **shape).save_pretrained(folder)
+    config = PretrainConfig(
+        corpus="teacher", tokenizer="byte_bpe", vocab_size=vocabulary, steps=1, texts_per_step=1, learning_rate=1.0, **shape
+    )  # fmt: skip
+    new_model(tokenizer, config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return str(folder)
 

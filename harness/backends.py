@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from ctpd.core.errors import UserError
-from harness.branching import BranchingModel, Unsupported, choices
-from harness.decoding import end_tokens, generate, plainly_greedy
+from ctpd.decoding import MaskedModel, Unsupported, end_tokens, greedy_tokens, is_plainly_greedy
+from ctpd.probes import same_logits
+from harness.branching import BranchingModel, choices
 from harness.isolation import Progress
 from harness.prefixes import Group, Request, cost, plain_cost, plan
 
@@ -143,12 +144,12 @@ class SharedContextLM(HFLM):
                 )
             self.num_truncated += len(self.tok_encode(context)) > room
         own = getattr(self.model, "generation_config", None)
-        if self._branching is None or not plainly_greedy(own) or not all(map(_plain, settings)):
+        if self._branching is None or not is_plainly_greedy(own) or not all(map(_plain, settings)):
             return super().generate_until(requests, disable_tqdm=disable_tqdm)
-        return self._generate(self._branching, requests, settings)
+        return self._generate(self._branching.masked, requests, settings)
 
     def _generate(
-        self, model: BranchingModel, requests: list[Instance], settings: Sequence[Mapping[str, Any]]
+        self, model: MaskedModel, requests: list[Instance], settings: Sequence[Mapping[str, Any]]
     ) -> list[str]:
         """Greedy texts, in lm-eval's batches: requests of the same settings, the longest prompts first."""
         prompts = [self.tok_encode(request.args[0]) for request in requests]
@@ -167,7 +168,8 @@ class SharedContextLM(HFLM):
                 batch = order[start : start + self.batch_size]
                 room = options["max_gen_toks"]
                 cut = [prompts[index][-(self.max_length - room) :] for index in batch]
-                for index, tokens in zip(batch, generate(model, cut, room=room, finished=finished), strict=True):
+                found = greedy_tokens(model, cut, room=[room] * len(batch), finished=finished)
+                for index, tokens in zip(batch, found, strict=True):
                     texts[index] = postprocess_generated_text(self.tok_decode(tokens), until, None)
                     self.cache_hook.add_partial("generate_until", requests[index].args, texts[index])
         return texts
@@ -233,7 +235,7 @@ class SharedContextLM(HFLM):
                 last = self.model(ids, logits_to_keep=1).logits
             except TypeError:
                 return False
-            return last.shape[1] == 1 and torch.allclose(last[:, -1], self.model(ids).logits[:, -1], atol=1e-2)
+            return last.shape[1] == 1 and same_logits(self.model(ids).logits[:, -1], last[:, -1])
 
     def _report(self, total: int) -> None:
         if self._progress is not None:

@@ -40,7 +40,7 @@ class Request:
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
+class TokenTree:
     """A tree of T tokens, parents before children, without the prefix of its group.
 
     Attributes:
@@ -66,7 +66,7 @@ class Group:
     """Rows that follow one prefix, longest first; the prefix may be empty."""
 
     prefix: tuple[int, ...]
-    rows: tuple[Row, ...]
+    rows: tuple[TokenTree, ...]
 
 
 def plan(requests: Sequence[Request]) -> list[Group]:
@@ -100,7 +100,7 @@ def common(first: Sequence[int], second: Sequence[int]) -> int:
     return int(differing.argmax())
 
 
-def pack(requests: dict[int, Request], *, skip: int) -> Row:
+def pack(requests: dict[int, Request], *, skip: int) -> TokenTree:
     """One tree of sequences that have their first ``skip`` tokens in common; these are left out."""
     tokens: list[int] = []
     positions: list[int] = []
@@ -119,7 +119,7 @@ def pack(requests: dict[int, Request], *, skip: int) -> Row:
         positions += range(skip + shared, skip + len(read))
         readings.append((index, tuple(path[-request.scored :])))
         previous = read
-    return Row(tuple(tokens), tuple(positions), tuple(branches), tuple(readings))
+    return TokenTree(tuple(tokens), tuple(positions), tuple(branches), tuple(readings))
 
 
 def _documents(requests: Sequence[Request]) -> Iterator[list[int]]:

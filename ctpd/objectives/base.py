@@ -25,9 +25,13 @@ Counted = Literal["pairs", "tokens", "units"]
 
 @dataclass(frozen=True, slots=True)
 class Sums:
-    """Totals over one micro-batch; the trainer divides once per step.
+    """Totals over one micro-batch; the Trainer adds them up and divides once per optimizer step.
 
-    ``loss`` is to be divided by the step's total of ``count``, each of ``metrics`` by its number of pairs.
+    Attributes:
+        loss: a sum over the micro-batch; the gradient of a step is that of the total loss over the total count.
+        count: the number of pairs, tokens or units (``Objective.counts``) that ``loss`` is a sum over. The Trainer
+            takes the same number from the batch before the forward pass (``ctpd.train.batches.count_units``).
+        metrics: sums over the pairs of the micro-batch; the Trainer logs them divided by the number of pairs.
     """
 
     loss: Float[Tensor, ""]
@@ -36,9 +40,13 @@ class Sums:
 
 
 class Units(NamedTuple):
-    """The units of one batch of B pairs: rows [0, B) are chosen; with both ``sides``, rows [B, 2B) are rejected.
+    """The log-probabilities of the units of B pairs: rows [0, B) are chosen; with both ``sides``, rows [B, 2B) rejected.
 
-    ``mask`` marks the units that are counted; everything else holds arbitrary values where it is False.
+    Attributes:
+        policy: under the trained model, in nats.
+        mask: the units that are counted; the other tensors hold arbitrary values where it is False.
+        reference: under the reference model; None without a reference.
+        weights: importance weights; None for weight 1.
     """
 
     policy: Float[Tensor, "R U"]

@@ -43,6 +43,27 @@ class _Tile(NamedTuple):
     is_last: bool  # of its rows
 
 
+class LogitTransform(NamedTuple):
+    """What a model does to its logits after the output embedding: ``z -> softcap * tanh(scale * z / softcap)``.
+
+    Attributes:
+        scale: factor of the logits (Cohere, Granite).
+        softcap: bound of the logits (Gemma 2); None for none.
+    """
+
+    scale: float = 1.0
+    softcap: float | None = None
+
+    def __call__(self, logits_RV: Float[Tensor, "R V"]) -> Float[Tensor, "R V"]:
+        """The transformed logits, a new tensor unless there is nothing to do."""
+        if self.scale != 1.0:
+            logits_RV = logits_RV * self.scale
+        return logits_RV if self.softcap is None else self.softcap * torch.tanh(logits_RV / self.softcap)
+
+
+NO_TRANSFORM = LogitTransform()
+
+
 class _Head(NamedTuple):
     """How hidden states become the logits of a tile: ``softcap(scale * (hidden @ weight.T + bias))``."""
 
@@ -69,13 +90,12 @@ def token_logps(
     targets_N: Int[Tensor, " N"],
     *,
     bias_V: Float[Tensor, " V"] | None = None,
-    softcap: float | None = None,
-    scale: float = 1.0,
+    transform: LogitTransform = NO_TRANSFORM,
     tile_bytes: int | None = None,
 ) -> Float[Tensor, " N"]:
-    """Log-softmax of ``softcap(scale * (hidden @ weight.T + bias))`` at the target of each row, in nats.
+    """Log-softmax of ``transform(hidden @ weight.T + bias)`` at the target of each row, in nats.
 
-    ``softcap(z)`` is ``softcap * tanh(z / softcap)``. Exact values and gradients for hidden states, weight and bias;
+    Exact values and gradients for hidden states, weight and bias;
     the result is float32, or float64 for float64 inputs. With 16-bit inputs, or under autocast, the matrix products
     are 16-bit, as the model's own logits are; all sums over the vocabulary and over tiles are float32.
     Differentiable once. Leave out rows that are not scored (prompt, padding): every row costs a product with V.
@@ -84,7 +104,7 @@ def token_logps(
         tile_bytes: the size of a tile; None for the device's own, `tile_bytes_for`.
     """
     size = tile_bytes_for(hidden_NH.device) if tile_bytes is None else tile_bytes
-    head = _Head(softcap, scale, *_dtypes(hidden_NH, weight_VH), size)
+    head = _Head(transform.softcap, transform.scale, *_dtypes(hidden_NH, weight_VH), size)
     needs_grad = [t is not None and t.requires_grad for t in (hidden_NH, weight_VH, bias_V)]
     logps_N: Tensor
     if not (torch.is_grad_enabled() and any(needs_grad)):
@@ -101,8 +121,7 @@ def token_logps_module(
     head: Callable[[Tensor], Tensor],
     targets_N: Int[Tensor, " N"],
     *,
-    softcap: float | None = None,
-    scale: float = 1.0,
+    transform: LogitTransform = NO_TRANSFORM,
     tile_rows: int = 256,
 ) -> Float[Tensor, " N"]:
     """The same for an output embedding that is only known as a module: with an adapter, quantised, replaced.
@@ -113,9 +132,7 @@ def token_logps_module(
 
     def tile_logps(hidden_RH: Tensor, targets_R: Tensor) -> Tensor:
         logits_RV = head(hidden_RH)
-        logits_RV = logits_RV.to(torch.promote_types(logits_RV.dtype, torch.float32)) * scale
-        if softcap is not None:
-            logits_RV = softcap * torch.tanh(logits_RV / softcap)
+        logits_RV = transform(logits_RV.to(torch.promote_types(logits_RV.dtype, torch.float32)))
         return logits_RV.log_softmax(-1).gather(-1, targets_R.long().unsqueeze(-1)).squeeze(-1)
 
     tiles = list(zip(torch.split(hidden_NH, tile_rows), torch.split(targets_N, tile_rows), strict=True))

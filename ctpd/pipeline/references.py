@@ -175,11 +175,11 @@ class LocatedModel:
         )
 
     def load_frozen(self, *, precision: str, device: str) -> "nn.Module":
-        """A model that is only read, its scorer probed."""
-        from ctpd.probes import probe_scorer
+        """A model that is not trained, with the scorer that gives its own log-probabilities."""
+        from ctpd.probes import configure_scorer
 
         model: nn.Module = self.load(precision=precision, device=device)
-        probe_scorer(model)
+        configure_scorer(model)
         return model
 
     def load_tokenizer(self) -> Any:

@@ -5,8 +5,6 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
 from torch import nn
 
 from ctpd.core.config import to_plain
@@ -16,8 +14,8 @@ from ctpd.pipeline.references import MODEL_FOLDER
 from ctpd.pipeline.stage import Work
 from ctpd.text.blocks import TokenRows
 from ctpd.train.fit import Fit, FitSettings
-from ctpd.train.sharing import can_share_rows
-from ctpd.train.sweep import Measure, sweep
+from ctpd.train.scoring import Arrays, Measure, ScoringSettings, scoring_pass
+from ctpd.train.sharing import enable_prompt_sharing
 from harness.record import TrainingSummary, training_summary
 
 TRAINING = "training.json"
@@ -59,15 +57,11 @@ def read_training(folder: Path) -> TrainingSummary:
     return training_summary(json.loads((folder / TRAINING).read_text(encoding="utf-8")))
 
 
-def scored(work: Work, model: Any, rows: TokenRows, measure: Measure) -> dict[str, NDArray[np.generic]]:
+def scored(work: Work, model: Any, rows: TokenRows, measure: Measure) -> Arrays:
     """One scoring pass of a frozen model over all response tokens of its rows."""
-    return sweep(
-        model,
-        rows.input_ids,
-        rows.row_starts,
-        rows.unit >= 0,
-        measure=measure,
+    settings = ScoringSettings(
         max_tokens=work.runtime.signal_batch_tokens,
         progress=work.progress,
-        shares_prompts=can_share_rows(model),
+        shares_prompts=enable_prompt_sharing(model),
     )
+    return scoring_pass(model, rows, measure=measure, settings=settings)

@@ -17,8 +17,8 @@ from ctpd.text.blocks import TokenRows
 from ctpd.text.edit_distance import edit_distance_pairing
 from ctpd.text.prepare import PreparedPairs
 from ctpd.train.collator import ScoredRows
-from ctpd.train.distill import DistillRows
-from ctpd.train.sweep import TOP_LOGPS
+from ctpd.train.distillation import DistillRows
+from ctpd.train.scoring import TOP_LOGPS
 
 
 class BothFacts(NamedTuple):
@@ -44,7 +44,7 @@ def model_facts(located: LocatedModel) -> ModelFacts:
 
 
 def bind_objective(
-    objective: DistillationObjective, *, student: LocatedModel, teacher: LocatedModel, seed: int
+    objective: DistillationObjective[Any], *, student: LocatedModel, teacher: LocatedModel, seed: int
 ) -> BothFacts:
     """Read the facts of both models and let the objective make its maps and parameters from them.
 
@@ -72,7 +72,7 @@ def refuse_other_tokenizer(student: ModelFacts, teacher: ModelFacts) -> None:
 
 def distill_rows(
     prepared: PreparedPairs,
-    objective: DistillationObjective,
+    objective: DistillationObjective[Any],
     student: Mapping[str, ScoredRows],
     *,
     facts: BothFacts,
@@ -91,7 +91,7 @@ def distill_rows(
         split: DistillRows(
             student=rows,
             teacher=scored_rows(prepared, role="teacher", layout=objective.layout, sides=objective.sides, split=split),
-            partner=aligned,
+            aligned=aligned,
             stored=tuple(stored),
         )
         for split, rows in student.items()

@@ -34,7 +34,7 @@ def golden(*, copies=1, tile_rows=2, dtype=torch.float64):
     for row in range(copies):
         found = edit_distance_pairing(spelled("student", ours)[:num_ours], spelled("teacher", theirs)[:num_theirs])
         partner += [index + row * num_theirs if index >= 0 else -1 for index in found]
-    return student, batch_of(ours, theirs, partner=torch.tensor(partner))
+    return student, batch_of(ours, theirs, aligned=torch.tensor(partner))
 
 
 def mined(**params):
@@ -64,9 +64,9 @@ def test_targets_equal_the_public_code():
     objective, wanted = mined(), torch.tensor(VECTOR["expected"]["aligned_teacher_logits"][0], dtype=torch.float64)
     teacher = batch.teachers[0]
     # Row 2, "Ġcats", has two partners: its target is its own token.
-    assert batch.partner.tolist() == [0, 1, -1, 4]
+    assert batch.aligned.tolist() == [0, 1, -1, 4]
     for row in (0, 1, 3):
-        logits = teacher.rows[0 : len(teacher.rows)][batch.partner[row]]
+        logits = teacher.rows[0 : len(teacher.rows)][batch.aligned[row]]
         torch.testing.assert_close(logits[objective.first], wanted[row, objective.reached])
 
 

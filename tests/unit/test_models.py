@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from ctpd.core.errors import UserError
 from ctpd.models import Score, add_lora, install_scorer, load_model, load_tokenizer, parameter_counts, save_model, score
-from ctpd.probes import probe_scorer
+from ctpd.probes import configure_scorer
 from tests.fixtures.tiny import CONFIGS, VOCABULARY, tiny_model
 
 IDS = torch.randint(1, VOCABULARY, (3, 10), generator=torch.Generator().manual_seed(1))
@@ -74,7 +74,7 @@ def test_probe_accepts_the_scorer_and_changes_nothing(name: str, lora: bool) -> 
         model = add_lora(model, r=2, alpha=4, targets="all-linear", seed=0)
     model.train()
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    probe_scorer(model)
+    configure_scorer(model)
     base = model.get_base_model() if lora else model
     assert base._scorer_uses_logits is False
     assert model.training
@@ -96,7 +96,7 @@ def test_probe_falls_back_to_full_logits_when_the_head_is_changed_behind_its_bac
     torch.manual_seed(0)
     model = install_scorer(Doubled(CONFIGS["llama"]()).eval())
     with pytest.warns(UserWarning, match="does not reproduce Doubled; full logits are used"):
-        probe_scorer(model)
+        configure_scorer(model)
     assert_same_as_full_logits(model)
 
 

@@ -1,5 +1,6 @@
 """Token KD against golden numbers of DSKD and TRL, and what stored distributions can and cannot do."""
 
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -124,7 +125,7 @@ def test_padding_columns_of_one_head_are_left_out():
 def test_a_token_of_a_cut_teacher_row_counts_for_cross_entropy_only():
     vector = VECTORS["divergence.forward_kl.dskd"]
     _, batch = golden_batch(vector)
-    short = batch._replace(partner=torch.tensor([0, -1, 2, -1]))
+    short = replace(batch, aligned=torch.tensor([0, -1, 2, -1]))
     kept = sum(vector["expected"]["per_position"][row][column] for row, column in ((0, 1), (1, 2)))
     assert total(TokenKD(params_of("forward_kl"))(short)) == pytest.approx(kept, abs=1e-9)
     assert total(TokenKD(TokenKDParams(kd_rate=0.0))(short)) == pytest.approx(CE_SUM, abs=1e-9)
@@ -141,7 +142,7 @@ def test_tau_squared_scales_the_divergence_alone():
 def test_stored_rows_that_lack_at_most_one_token_lose_nothing(top_k):
     vector = VECTORS["divergence.forward_kl.dskd"]
     student, batch = golden_batch(vector)
-    kept = batch._replace(teachers=(stored(batch.teachers[0], top_k=top_k, temperature=2.0),))
+    kept = replace(batch, teachers=(stored(batch.teachers[0], top_k=top_k, temperature=2.0),))
     sums = TokenKD(params_of("forward_kl", top_k=top_k))(kept)
     assert total(sums) == pytest.approx(vector["expected"]["masked_sum"], abs=1e-9)
     (grad,) = torch.autograd.grad(sums.loss, student)
@@ -152,7 +153,7 @@ def test_fewer_kept_tokens_never_raise_the_divergence():
     _, batch = golden_batch(VECTORS["divergence.forward_kl.dskd"])
     losses = [
         total(TokenKD(params_of("forward_kl", top_k=k))(
-            batch._replace(teachers=(stored(batch.teachers[0], top_k=k, temperature=2.0),))))
+            replace(batch, teachers=(stored(batch.teachers[0], top_k=k, temperature=2.0),))))
         for k in range(1, 7)
     ]  # fmt: skip
     assert all(fewer <= more + 1e-12 for fewer, more in pairwise(losses))

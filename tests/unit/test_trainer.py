@@ -20,8 +20,9 @@ from ctpd.objectives.preference import Preference, PreferenceParams
 from ctpd.ops.spans import flat_unit_sums
 from ctpd.train.collator import ScoredRows
 from ctpd.train.config import Schedule
-from ctpd.train.fit import Fit, FitSettings, fit
-from ctpd.train.sweep import log_probabilities, sweep
+from ctpd.train.fit import Fit, FitSettings, Optimization, fit
+from ctpd.train.scoring import TOKEN_LOGPS, ScoringSettings, scoring_pass, token_logps
+from ctpd.train.trainer import Training, UnitPass
 from tests.fixtures.tiny import tiny_model, tiny_rows
 
 OBJECTIVES: dict[str, Callable[[], PairObjective]] = {
@@ -56,11 +57,12 @@ def train(
         device="cpu", micro_batch_tokens=micro_batch_tokens, checkpoint_seconds=checkpoint_seconds, report_to=(),
         progress=progress,
     )  # fmt: skip
-    return fit(
-        model, objective, rows if rows is not None else rows_for(objective, 35), schedule=schedule, learning_rate=1e-3,
-        seed=3, precision="float32", folder=folder, settings=settings, eval_rows=eval_rows,
-        constants={"weights/mean": 1.5},
+    training = Training(
+        model=model, objective=objective, rows=rows if rows is not None else rows_for(objective, 35),
+        forward_pass=UnitPass(objective), eval_rows=eval_rows, constants={"weights/mean": 1.5},
     )  # fmt: skip
+    optimization = Optimization(schedule=schedule, learning_rate=1e-3, seed=3, precision="float32")
+    return fit(training, optimization, folder=folder, settings=settings)
 
 
 def weights(model: nn.Module) -> dict[str, Tensor]:
@@ -143,10 +145,8 @@ def test_a_loss_that_is_no_number_is_not_hidden(tmp_path: Path) -> None:
 def own_reference(model: Any, rows: ScoredRows) -> ScoredRows:
     """The model's own unit log-probabilities as its reference."""
     logps = np.zeros(len(rows.input_ids), dtype=np.float32)
-    logps[rows.unit >= 0] = sweep(
-        model, rows.input_ids, rows.row_starts, rows.unit >= 0, measure=log_probabilities, max_tokens=64,
-        progress=lambda done, total: None,
-    )["logps"]  # fmt: skip
+    settings = ScoringSettings(max_tokens=64, progress=lambda done, total: None)
+    logps[rows.unit >= 0] = scoring_pass(model, rows.tokens, measure=token_logps, settings=settings)[TOKEN_LOGPS]
     sums = flat_unit_sums(
         torch.from_numpy(logps), torch.from_numpy(rows.unit), token_starts=torch.from_numpy(rows.row_starts),
         unit_starts=torch.from_numpy(rows.unit_starts),

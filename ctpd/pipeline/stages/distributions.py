@@ -69,10 +69,10 @@ class DistributionsStage(Stage):
     def _measure(self, work: Work) -> Any:
         from ctpd.ops.boundaries import boundary_ids
         from ctpd.pipeline.vocabularies import model_facts
-        from ctpd.train.sweep import top, with_boundary
+        from ctpd.train.scoring import logps_with_boundary, top_k
 
         if self.config.boundary:
             facts = model_facts(self.model.located(work))
-            return with_boundary(boundary_ids(facts.tokens, facts.special_ids))
+            return logps_with_boundary(boundary_ids(facts.tokens, facts.special_ids))
         assert self.config.top_k is not None
-        return top(self.config.top_k, self.config.temperature)
+        return top_k(self.config.top_k, self.config.temperature)

@@ -2,7 +2,7 @@
 
 import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -15,9 +15,6 @@ from ctpd.pipeline.stage import Stage, Work
 from ctpd.pipeline.stages.pairs import PairSource, PairsStage, read_pair_file
 
 if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
-
     from ctpd.text.pairs import Pair
     from ctpd.text.prepare import PreparedPairs
 
@@ -82,6 +79,7 @@ class GenerateStage(Stage):
 
     def _responses(self, work: Work, prepared: "PreparedPairs") -> list[str | None]:
         """The text of each pair's response; None for one that did not end."""
+        from ctpd.decoding import greedy_responses
         from ctpd.pipeline.rows import prompts_of, token_rows
 
         rows = token_rows(prepared, self.config.role)
@@ -94,8 +92,14 @@ class GenerateStage(Stage):
         located = self.model.located(work)
         model: Any = located.load_frozen(precision=self.config.precision, device=work.runtime.torch_device())
         tokenizer = located.load_tokenizer()
-        ids = _greedy(model, prompts_of(rows), end_token=end_token, max_tokens=self.pairs.config.max_tokens, work=work)
-        return [None if own is None else tokenizer.decode(own, skip_special_tokens=True).strip() for own in ids]
+        responses = greedy_responses(
+            model,
+            prompts_of(rows),
+            end_token=end_token,
+            max_tokens=self.pairs.config.max_tokens,
+            progress=work.progress,
+        )
+        return [None if ids is None else tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in responses]
 
 
 @dataclass(frozen=True)
@@ -136,14 +140,6 @@ def _replaced(pair: "Pair", side: Side, text: str | None) -> tuple[str, str]:
     messages: dict[str, Any] = {"prompt": [message._asdict() for message in pair.prompt]}
     messages |= {name: [{"role": "assistant", "content": content}] for name, content in sides.items()}
     return reason, json.dumps(messages, ensure_ascii=False)
-
-
-def _greedy(
-    model: Any, prompts: "Sequence[NDArray[np.int32]]", *, end_token: int, max_tokens: int, work: Work
-) -> list[list[int] | None]:
-    from ctpd.pipeline.distillation import _greedy as greedy
-
-    return greedy(model, prompts, end_token=end_token, max_tokens=max_tokens, work=work)
 
 
 def generated_by(pairs: PairsStage) -> GenerateStage | None:

@@ -29,34 +29,30 @@ class PretrainStage(Stage):
         from ctpd.pipeline.methods import Method
         from ctpd.pipeline.training import finish_training, fit_settings, resume_folder, save_trained
         from ctpd.testbed.models import new_model
-        from ctpd.train.fit import fit
+        from ctpd.train.fit import Optimization, fit
+        from ctpd.train.trainer import Training, UnitPass
 
         config = self.config
         tokenizer: Any = read_tokenizer(self.tokenizer, work)
-        untrained: Any = new_model(
-            tokenizer,
-            hidden=config.hidden,
-            layers=config.layers,
-            heads=config.heads,
-            intermediate=config.intermediate,
-            max_position=config.max_position,
-            seed=config.seed,
-        )
+        untrained: Any = new_model(tokenizer, config)
         model = install_scorer(untrained.to(work.runtime.torch_device()))
-        done = fit(
-            model,
-            Method.make("sft", {}, source="pretrain").objective(),
-            self._rows(work, tokenizer),
+        objective = Method.make("sft", {}, source="pretrain").objective()
+        training = Training(
+            model=model,
+            objective=objective,
+            rows=self._rows(work, tokenizer),
+            forward_pass=UnitPass(objective),
+        )
+        optimization = Optimization(
             schedule=Schedule(
                 pairs_per_step=config.texts_per_step, schedule="cosine", warmup_ratio=config.warmup_ratio
             ),
             learning_rate=config.learning_rate,
             seed=config.seed,
             precision="float32",
-            folder=resume_folder(work),
-            settings=fit_settings(work),
             max_steps=config.steps,
         )
+        done = fit(training, optimization, folder=resume_folder(work), settings=fit_settings(work))
         save_trained(work, model)
         if work.writes:
             tokenizer.save_pretrained(str(work.folder / MODEL_FOLDER))

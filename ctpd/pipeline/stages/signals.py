@@ -44,14 +44,14 @@ class SignalsStage(Stage):
 
         from ctpd.pipeline.rows import token_rows
         from ctpd.pipeline.training import scored
-        from ctpd.train.sweep import log_probabilities
+        from ctpd.train.scoring import TOKEN_LOGPS, token_logps
 
         rows = token_rows(self.pairs.read(work), self.config.role)
         model = self.model.located(work).load_frozen(
             precision=self.config.precision, device=work.runtime.torch_device()
         )
         logps = np.zeros(len(rows.input_ids), dtype=np.float32)
-        logps[rows.unit >= 0] = scored(work, model, rows, log_probabilities)["logps"]
+        logps[rows.unit >= 0] = scored(work, model, rows, token_logps)[TOKEN_LOGPS]
         if work.writes:
             save_file({"logps": logps}, work.folder / SIGNAL)
 

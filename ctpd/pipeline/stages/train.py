@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from ctpd.objectives.base import Objective
     from ctpd.text.prepare import PreparedPairs
     from ctpd.train.collator import ScoredRows
+    from ctpd.train.trainer import Training
 
 CHAIN = "chain.json"
 
@@ -66,26 +67,19 @@ class TrainStage(Stage):
     def build(self, work: Work) -> None:
         """Train and save."""
         from ctpd.pipeline.training import finish_training, fit_settings, resume_folder, save_trained
-        from ctpd.train.fit import fit
+        from ctpd.train.fit import Optimization, fit
         from ctpd.train.trainer import save_objective
 
         config = self.config
         objective, model = self.method.objective(), self._load(work)
-        rows, forward_pass, constants = self._prepare(work, objective, model)
-        done = fit(
-            model,
-            objective,
-            rows["train"],
+        training = self._training(work, objective, model)
+        optimization = Optimization(
             schedule=config.schedule,
             learning_rate=config.learning_rate,
             seed=config.seed,
             precision=config.precision,
-            folder=resume_folder(work),
-            settings=fit_settings(work),
-            eval_rows=rows.get("eval"),
-            constants=constants,
-            forward_pass=forward_pass,
         )
+        done = fit(training, optimization, folder=resume_folder(work), settings=fit_settings(work))
         save_trained(work, model)
         if work.writes:
             save_objective(objective, work.folder)
@@ -95,7 +89,7 @@ class TrainStage(Stage):
     def _load(self, work: Work) -> Any:
         """The model that the training starts from, with new adapters where the schedule asks for them."""
         from ctpd.models import add_lora
-        from ctpd.probes import probe_scorer
+        from ctpd.probes import configure_scorer
 
         lora = self.config.schedule.lora
         model = self.start.located(work).load(
@@ -103,24 +97,32 @@ class TrainStage(Stage):
         )
         if lora is not None:
             model = add_lora(model, r=lora.r, alpha=lora.alpha, targets=lora.targets, seed=self.config.seed)
-        probe_scorer(model)
+        configure_scorer(model)
         return model
 
-    def _prepare(self, work: Work, objective: "Objective", model: Any) -> tuple[Any, Any, dict[str, float]]:
-        """The rows of each split, the forward pass (None for log-probabilities of units) and constant metrics."""
+    def _training(self, work: Work, objective: "Objective", model: Any) -> "Training[Any]":
+        """The rows of each split, the forward pass and constant metrics."""
         from ctpd.objectives.distillation import DistillationObjective
-        from ctpd.train.sharing import can_share_rows
+        from ctpd.train.sharing import enable_prompt_sharing
+        from ctpd.train.trainer import Training, UnitPass
 
         prepared = self.pairs.read(work)
         distills = isinstance(objective, DistillationObjective)
-        shares = len(objective.sides) > 1 and not distills and can_share_rows(model)
+        shares = len(objective.sides) > 1 and not distills and enable_prompt_sharing(model)
         rows = {
             split: dataclasses.replace(self._rows(work, prepared, split), shares_prompts=shares)
             for split in sorted(set(prepared.split))
         }
         if isinstance(objective, DistillationObjective):
-            return self._distilled(work, prepared, objective, rows)
-        return rows, None, self._clamped(work)
+            return self._distillation(work, prepared, objective, model, rows)
+        return Training(
+            model=model,
+            objective=objective,
+            rows=rows["train"],
+            eval_rows=rows.get("eval"),
+            forward_pass=UnitPass(objective),
+            constants=self._clamped(work),
+        )
 
     def _rows(self, work: Work, prepared: "PreparedPairs", split: str) -> "ScoredRows":
         from ctpd.pipeline.rows import scored_rows
@@ -140,11 +142,12 @@ class TrainStage(Stage):
             weights=None if self.weights is None else self.weights.values(work),
         )
 
-    def _distilled(
-        self, work: Work, prepared: "PreparedPairs", objective: Any, rows: "Mapping[str, ScoredRows]"
-    ) -> tuple[Any, Any, dict[str, float]]:
+    def _distillation(
+        self, work: Work, prepared: "PreparedPairs", objective: Any, model: Any, rows: "Mapping[str, ScoredRows]"
+    ) -> "Training[Any]":
         from ctpd.pipeline.vocabularies import bind_objective, distill_rows, dropped_mass
-        from ctpd.train.distill import DistillPass
+        from ctpd.train.distillation import DistillPass
+        from ctpd.train.trainer import Training
 
         facts = bind_objective(
             objective,
@@ -158,12 +161,19 @@ class TrainStage(Stage):
         if not stored:
             device, precision = work.runtime.torch_device(), self.config.precision
             in_memory = [m.located(work).load_frozen(precision=precision, device=device) for m in self.teachers]
-        for model in in_memory:
-            model.requires_grad_(False)
+        for teacher in in_memory:
+            teacher.requires_grad_(False)
         constants = {}
         if objective.teacher is not None and objective.teacher.top_k is not None:
             constants["teacher/dropped_mass"] = dropped_mass(prepared.teacher, stored[0], rows["train"].items)
-        return made, DistillPass(objective, in_memory), constants
+        return Training(
+            model=model,
+            objective=objective,
+            rows=made["train"],
+            eval_rows=made.get("eval"),
+            forward_pass=DistillPass(objective, in_memory),
+            constants=constants,
+        )
 
     def _clamped(self, work: Work) -> dict[str, float]:
         if self.weights is None:

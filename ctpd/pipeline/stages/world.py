@@ -23,7 +23,7 @@ class WorldStage(Stage):
         """Write the world."""
         from ctpd.testbed.corpus import write_world
 
-        write_world(work.folder, **self.config.model_dump())
+        write_world(work.folder, self.config)
 
     def texts(self, work: Work, corpus: Corpus) -> list[str]:
         """The texts of a pretraining corpus."""

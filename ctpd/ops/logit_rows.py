@@ -1,6 +1,6 @@
-"""Rows of logits that are never all there: hidden states and an output head, applied to one tile of rows at a time.
+"""Rows of logits that are never all in memory: hidden states and an output head, applied to a tile of rows at a time.
 
-Shape legend: N rows (predicting positions), H hidden size, V vocabulary, R rows of one tile, K entries kept of a row.
+Shape legend: N rows (predicting positions), H hidden size, V vocabulary, R rows of one tile, K stored tokens of a row.
 """
 
 from collections.abc import Callable, Iterator
@@ -10,12 +10,11 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
 from torch.func import functional_call
 from torch.nn.functional import linear
 from torch.utils.checkpoint import checkpoint
 
-from ctpd.ops.logps import token_logps, token_logps_module
+from ctpd.ops.logps import NO_TRANSFORM, LogitTransform, token_logps, token_logps_module
 
 # A loss over whole rows makes several copies of a tile: 32 MiB is 64 rows of a vocabulary of 128k.
 _TILE_BYTES = 32 * 2**20
@@ -23,25 +22,23 @@ _TILE_BYTES = 32 * 2**20
 
 @dataclass(frozen=True)
 class Head:
-    """An output embedding and what the model does to its logits: ``softcap(scale * module(hidden))``.
+    """An output embedding and what the model does to its logits: ``transform(module(hidden))``.
 
     Attributes:
         module: [R, H] -> [R, V]; `nn.Linear` in the usual case.
         width: V, the number of columns.
-        softcap: ``softcap(z) = softcap * tanh(z / softcap)``; None for none.
-        scale: factor of the logits.
+        transform: scale and soft cap of the logits.
         is_constant: the module's parameters get no gradient from this use.
     """
 
     module: nn.Module
     width: int
-    softcap: float | None = None
-    scale: float = 1.0
+    transform: LogitTransform = NO_TRANSFORM
     is_constant: bool = False
 
     def __call__(self, hidden_RH: Float[Tensor, "R H"]) -> Float[Tensor, "R V"]:
         """Logits, float32 (float64 for float64)."""
-        if self.linear is not None:  # read, not called: FSDP's hooks on it are for a pass over all rows
+        if self.linear is not None:  # read, not called: FSDP's hooks on it expect one call a forward pass
             weight_VH: Tensor = self.linear.weight
             bias_V: Tensor | None = self.linear.bias
             if self.is_constant:
@@ -52,41 +49,47 @@ class Head:
             logits_RV = functional_call(self.module, constants, (hidden_RH,))
         else:
             logits_RV = self.module(hidden_RH)
-        logits_RV = logits_RV.to(torch.promote_types(logits_RV.dtype, torch.float32))
-        if self.scale != 1.0:
-            logits_RV = logits_RV * self.scale
-        return logits_RV if self.softcap is None else self.softcap * torch.tanh(logits_RV / self.softcap)
+        return self.transform(logits_RV.to(torch.promote_types(logits_RV.dtype, torch.float32)))
 
     @property
     def linear(self) -> nn.Linear | None:
-        """The module, where it is a plain product with its weight, which may then be read; no adapter, not quantised."""
+        """The module if it is a plain `nn.Linear`, so that its weight may be read: no adapter, not quantised."""
         kinds = type(self.module).__mro__
-        own = kinds[2] if isinstance(self.module, FSDPModule) else kinds[0]  # FSDP puts two classes before it
+        own = kinds[2] if is_sharded(self.module) else kinds[0]  # FSDP puts two classes before it
         return self.module if isinstance(self.module, nn.Linear) and own is nn.Linear else None
 
     def constant(self) -> "Head":
         """The same head as a constant: gradients pass through it to the hidden states only."""
-        return Head(self.module, self.width, self.softcap, self.scale, is_constant=True)
+        return Head(self.module, self.width, self.transform, is_constant=True)
+
+
+def is_sharded(module: nn.Module) -> bool:
+    """Whether FSDP has sharded this very module."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return False
+    from torch.distributed.fsdp import FSDPModule  # 0.8 s, which a plan of a recipe need not wait for
+
+    return isinstance(module, FSDPModule)
 
 
 @runtime_checkable
-class Aligned(Protocol):
-    """Anything with one entry a row that a tile can be taken of: a tensor, `LogitRows`, `TopRows`."""
+class RowWise(Protocol):
+    """Anything with one entry a row that can be sliced: a tensor, `LogitRows`, `TopRows`."""
 
     def __getitem__(self, rows: slice, /) -> Any:
-        """The entries of a tile."""
+        """The entries of these rows."""
         ...
 
 
 class Top(NamedTuple):
-    """The likeliest tokens of some rows, likeliest first: what a stored signal keeps of a distribution."""
+    """The K likeliest tokens of some rows, likeliest first: what is stored of a distribution."""
 
     ids: Int[Tensor, "R K"]
     logps: Float[Tensor, "R K"]
 
     @property
     def rest(self) -> Float[Tensor, " R"]:
-        """The probability of all tokens that were not kept."""
+        """The probability of all tokens that are not stored."""
         return (1.0 - self.logps.exp().sum(-1)).clamp(min=0.0)
 
 
@@ -108,7 +111,7 @@ class TopRows:
 
 
 class LogitRows:
-    """N rows of logits, formed when a tile of them is asked for."""
+    """N rows of logits; slicing computes those rows."""
 
     def __init__(self, hidden_NH: Float[Tensor, "N H"], head: Head, *, tile_bytes: int = _TILE_BYTES) -> None:
         self.hidden, self.head, self._tile_bytes = hidden_NH, head, tile_bytes
@@ -131,22 +134,24 @@ class LogitRows:
         """Log-probability of each row's target; see `ctpd.ops.logps.token_logps`."""
         head = self.head
         if head.linear is not None and not head.is_constant:
-            return token_logps(
-                self.hidden, head.linear.weight, targets_N, bias_V=head.linear.bias, softcap=head.softcap,
-                scale=head.scale,
-            )  # fmt: skip
+            weight_VH, bias_V = head.linear.weight, head.linear.bias
+            return token_logps(self.hidden, weight_VH, targets_N, bias_V=bias_V, transform=head.transform)
         plain = Head(head.module, head.width, is_constant=head.is_constant)
-        return token_logps_module(self.hidden, plain, targets_N, softcap=head.softcap, scale=head.scale)
+        return token_logps_module(self.hidden, plain, targets_N, transform=head.transform)
 
-    def map(self, function: Callable[..., Tensor], *aligned: Aligned | None) -> Tensor:
-        """``function(logits_RV, *tiles)`` of every tile of rows, joined: [N, ...].
+    def map(self, function: Callable[..., Tensor], *others: RowWise) -> Tensor:
+        """``function(logits_RV, *tiles)`` of every tile of rows, concatenated: [N, ...].
 
-        Only what the function returns is kept; a tile is formed again in the backward pass. The function must treat
-        rows independently of each other and must not change its arguments. An argument that is None stays None.
+        Only what the function returns is kept; a tile is computed again in the backward pass. The function must treat
+        rows independently of each other and must not change its arguments.
+
+        Args:
+            function: gets the logits of a tile, and the entries of ``others`` for the same rows.
+            others: N entries each.
         """
 
         def of_tile(hidden_RH: Tensor, rows: slice) -> Tensor:
-            return function(self.head(hidden_RH), *(None if a is None else a[rows] for a in aligned))
+            return function(self.head(hidden_RH), *(other[rows] for other in others))
 
         if not torch.is_grad_enabled():
             return torch.cat([of_tile(self.hidden[rows], rows) for rows in self._tiles()])
