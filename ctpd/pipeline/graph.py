@@ -242,7 +242,7 @@ class _Building:
 
     def _bar(self, stage: Stage) -> contextlib.AbstractContextManager[Bar]:
         done = self.total - len(self.graph.missing(self.store))
-        return self.progress.stage(stage.label, place=done + 1, total=self.total)
+        return self.progress.stage(stage.label, index=done + 1, total=self.total)
 
     def _work(self, stage: Stage, bar: Bar, *, writes: bool = True) -> Work:
         inputs = {name: self.store.path(i.kind, i.key) for name, i in stage.inputs.items()}
