@@ -6,7 +6,6 @@ nothing that could be mistaken for a result.
 """
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import os
@@ -14,10 +13,13 @@ import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any
 
 from ctpd.core.config import to_plain
 from ctpd.core.errors import DamagedArtifact, UserError
+
+if TYPE_CHECKING:
+    from filelock import FileLock
 
 MANIFEST = "manifest.json"
 RESUME_FOLDER = "checkpoints"  # in a folder that is being built: all that survives an interruption
@@ -96,29 +98,52 @@ class Store:
 
     @contextlib.contextmanager
     def lock(self, stage: str, key: str) -> Iterator[None]:
-        """Hold the key's lock: two processes never build the same artifact."""
-        with self._lock_file(stage, key) as handle:
-            fcntl.flock(handle, fcntl.LOCK_EX)
+        """Wait for the key's lock and hold it: no two processes or threads build the same artifact at once.
+
+        The operating system frees the lock of a process that has died.
+
+        Raises:
+            UserError: the lock file cannot be written, or its file system has no locks.
+        """
+        lock = self._acquired(stage, key, wait=True)
+        assert lock is not None
+        try:
             yield
+        finally:
+            lock.release()
 
     @contextlib.contextmanager
     def try_lock(self, stage: str, key: str) -> Iterator[bool]:
         """Hold the key's lock if nobody else does, without waiting; gives whether it is held.
 
-        The lock of a process that has died is free.
+        Raises:
+            UserError: as `lock`.
         """
-        with self._lock_file(stage, key) as handle:
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                yield False
-            else:
-                yield True
+        lock = self._acquired(stage, key, wait=False)
+        try:
+            yield lock is not None
+        finally:
+            if lock is not None:
+                lock.release()
 
-    def _lock_file(self, stage: str, key: str) -> TextIO:
-        folder = self.root / stage
-        folder.mkdir(parents=True, exist_ok=True)
-        return (folder / f".{key}.lock").open("w")
+    def _acquired(self, stage: str, key: str, *, wait: bool) -> "FileLock | None":
+        """The lock, held, or None if another holds it and ``wait`` is off."""
+        from filelock import FileLock, Timeout  # here: `import ctpd` stays fast
+
+        path = self.root / stage / f".{key}.lock"
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            lock = FileLock(path)  # flock underneath: it follows no symbolic link and truncates no file
+            lock.acquire(blocking=wait)
+        except Timeout:
+            return None
+        except OSError as error:
+            raise UserError(
+                f"the lock cannot be taken ({error.strerror})",
+                where=str(path),
+                fix="A store needs a folder that can be written to, on a file system with locks",
+            ) from error
+        return lock
 
     def remove(self, stage: str, key: str) -> None:
         """Delete an artifact and what an interrupted build left of it."""

@@ -1,6 +1,8 @@
 """The store: artifacts appear whole or not at all, and damage is named."""
 
 import json
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -154,6 +156,49 @@ def test_one_builder_at_a_time_holds_a_key(store: Store) -> None:
         order.append("first")
     thread.join()
     assert order == ["first", "second"]
+
+
+def test_a_lock_that_is_held_is_refused_without_waiting_and_free_afterwards(store: Store) -> None:
+    with store.try_lock("train", KEY) as first, store.try_lock("train", KEY) as second:
+        assert (first, second) == (True, False)
+    with store.lock("train", KEY), store.try_lock("train", KEY) as third:
+        assert third is False
+    with store.try_lock("train", KEY) as last:
+        assert last is True
+
+
+def test_the_lock_of_a_process_that_died_is_free(store: Store) -> None:
+    code = f"""if True:
+        import os
+        from pathlib import Path
+        from ctpd.core.store import Store
+        with Store(Path({str(store.root)!r})).lock("train", {KEY!r}):
+            print("held", flush=True)
+            os.kill(os.getpid(), 9)"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.stdout, done.returncode) == ("held\n", -9)
+    with store.try_lock("train", KEY) as free:
+        assert free
+
+
+def test_a_lock_file_is_never_emptied_and_a_link_in_its_place_is_refused(store: Store, tmp_path: Path) -> None:
+    (tmp_path / "precious").write_text("data")
+    (store.root / "train").mkdir(parents=True)
+    lock = store.root / "train" / f".{KEY}.lock"
+    lock.symlink_to(tmp_path / "precious")
+    with pytest.raises(UserError, match="the lock cannot be taken"), store.lock("train", KEY):
+        pass
+    lock.unlink()
+    lock.write_text("data")
+    with store.lock("train", KEY):
+        pass
+    assert lock.read_text() == (tmp_path / "precious").read_text() == "data"
+
+
+def test_a_store_that_cannot_be_written_says_so_in_one_paragraph(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="a folder that can be written to"), Store(tmp_path / "file").try_lock("a", KEY):
+        pass
 
 
 def test_digest_of_a_folder_follows_names_and_contents_and_nothing_hidden(tmp_path: Path) -> None:
