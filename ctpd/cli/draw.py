@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 if TYPE_CHECKING:
-    from ctpd.pipeline.inspection import Comparison
+    from ctpd.inspection.tokenizers import Comparison
 
 COLOURS: Mapping[str, str | None] = {"1:1": None, "1:n": "cyan", "n:1": "yellow", "n:m": "magenta"}
 _TYPE_MEANINGS = {

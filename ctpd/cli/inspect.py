@@ -52,7 +52,7 @@ def spans(
     given = _read(data, texts, limit=limit)
     sides = _tokenizers(teacher, student, offline=offline)
     from ctpd.cli import draw, page
-    from ctpd.pipeline.inspection import compare_tokenizers, drawn_spans
+    from ctpd.inspection.tokenizers import compare_tokenizers, drawn_spans
 
     found = compare_tokenizers(given, teacher=sides[0], student=sides[1])
     drawn = drawn_spans(given, teacher=sides[0], student=sides[1], limit=show)
@@ -83,7 +83,7 @@ def tokenizers(
     given = _read(data, texts, limit=limit)
     sides = _tokenizers(teacher, student, offline=offline)
     from ctpd.cli import draw
-    from ctpd.pipeline.inspection import compare_tokenizers, vocabulary_facts
+    from ctpd.inspection.tokenizers import compare_tokenizers, vocabulary_facts
 
     found = compare_tokenizers(given, teacher=sides[0], student=sides[1])
     facts = vocabulary_facts(teacher=sides[0], student=sides[1])
@@ -100,7 +100,7 @@ def weights(recipe: str, *, store: Path, only: tuple[str, ...], seed: tuple[int,
     """The importance weights of RECIPE's runs, or of the weights artifact with this KEY (its beginning is enough)."""
     from ctpd.cli import draw
     from ctpd.core.store import Store
-    from ctpd.pipeline.inspection import inspect_weights
+    from ctpd.inspection.weights import inspect_weights
 
     opened = Store(store)
     keys = _weight_keys(recipe, opened, only=only, seed=seed)
@@ -156,7 +156,7 @@ def _read(data: Path | None, texts: tuple[str, ...], *, limit: int | None) -> li
         raise click.UsageError("Give --data or --text, one of them.")
     if data is None:
         return list(texts)
-    from ctpd.pipeline.inspection import read_responses
+    from ctpd.inspection.tokenizers import read_responses
 
     return read_responses(data, limit=limit)
 

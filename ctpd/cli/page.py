@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from ctpd.cli.draw import fidelity_lines, shown, sizes
 
 if TYPE_CHECKING:
-    from ctpd.pipeline.inspection import Comparison
+    from ctpd.inspection.tokenizers import Comparison
 
 _MOST_SPANS = 1500  # of one text; a page of more is slow to read and to show
 _CLASSES = {"1:1": "one", "1:n": "split", "n:1": "merged", "n:m": "many"}
@@ -61,7 +61,7 @@ def spans_page(found: "Comparison", drawn: Sequence[Sequence[Mapping[str, Any]]]
 
     Args:
         found: what was measured on all texts.
-        drawn: the spans of the texts to show (`ctpd.pipeline.inspection.drawn_spans`).
+        drawn: the spans of the texts to show (`ctpd.inspection.tokenizers.drawn_spans`).
         teacher: names the teacher's tokenizer.
         student: names the student's.
     """
