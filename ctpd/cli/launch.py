@@ -15,6 +15,7 @@ from typing import Any
 
 import click
 
+from ctpd.cli.options import visible_gpu
 from ctpd.core.errors import CtpdError, UserError
 from ctpd.core.processes import ProcessLost, processes
 from ctpd.core.recipe import LaunchSpec
@@ -183,11 +184,9 @@ def _without(argv: Sequence[str], *, values: Sequence[str], flags: Sequence[str]
 
 
 def _only_gpu(number: int | None) -> dict[str, str]:
-    """What shows a process one GPU of those that this one sees: the trainer's library takes the first that it sees."""
-    if number is None:
-        return {}
-    seen = os.environ.get("CUDA_VISIBLE_DEVICES")
-    return {"CUDA_VISIBLE_DEVICES": seen.split(",")[number] if seen else str(number)}
+    """The environment in which a process sees one GPU alone: the trainer's library takes the first that it sees."""
+    visible = None if number is None else visible_gpu(number)
+    return {} if visible is None else {"CUDA_VISIBLE_DEVICES": visible}
 
 
 def _threads(count: int) -> dict[str, str]:

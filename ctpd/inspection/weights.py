@@ -78,8 +78,8 @@ def _positions(row: NDArray[np.int64], inner: NDArray[np.bool_], unit_starts: ND
     """
     index = np.arange(row.size) - unit_starts[row]
     num_inner = np.bincount(row[inner], minlength=unit_starts.size - 1)
-    tenth = NUM_POSITIONS * (2 * index + 1) // np.maximum(2 * num_inner[row], 1)
-    return np.minimum(tenth, NUM_POSITIONS - 1).astype(np.int64)
+    tenth: NDArray[np.int64] = NUM_POSITIONS * (2 * index + 1) // np.maximum(2 * num_inner[row], 1)
+    return tenth.clip(max=NUM_POSITIONS - 1)
 
 
 @dataclass(frozen=True)

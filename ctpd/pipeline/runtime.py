@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import os
 import platform
+import re
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from ctpd.core.errors import UserError
 from ctpd.core.processes import processes
 from ctpd.core.recipe import FsdpSpec, LaunchSpec
 
+_DEVICE = re.compile(r"auto|cpu|mps|cuda(:[0-9]+)?")
 RECORDED_PACKAGES = (
     "ctpd", "torch", "transformers", "tokenizers", "accelerate", "peft", "datasets", "lm_eval", "numpy", "pandas",
 )  # fmt: skip
@@ -30,7 +32,7 @@ class Runtime:
         signal_batch_tokens: the same for passes without a gradient.
         checkpoint_seconds: a training saves its resume state this often.
         report_to: loggers of `transformers` that receive the training's metrics.
-        fsdp: how the weights in training are shared out over the processes of a launch; None: each holds all.
+        fsdp: how the weights in training are sharded over the processes of a launch; None: each process holds all.
     """
 
     device: str = "auto"
@@ -42,28 +44,59 @@ class Runtime:
 
     @classmethod
     def of(cls, launch: LaunchSpec, **settings: Any) -> "Runtime":
-        """These settings, with those of a recipe's ``launch`` that matter now: one process shares nothing out."""
+        """These settings and the ``launch`` block's `fsdp`, which needs more than one process."""
         return cls(fsdp=launch.fsdp if processes().world_size > 1 else None, **settings)
 
     def torch_device(self) -> str:
-        """The device in torch's own words.
+        """The device of this process as torch names it.
 
         Raises:
-            UserError: several processes are told to share one GPU.
+            UserError: no such device here, or one GPU is named for several processes.
         """
-        several = processes().world_size > 1
-        if several and self.device not in ("auto", "cpu", "cuda"):
-            raise UserError(
-                f"`--device {self.device}` names one device for all {processes().world_size} processes",
-                fix="Leave it out, and each takes the GPU of its number, or give `--device cpu`",
-            )
-        if self.device not in ("auto", "cuda"):
-            return self.device
         import torch
 
+        several = processes().world_size > 1
+        if several and self.device not in ("auto", "cpu", "cuda"):
+            raise one_device_for_all(self.device, processes().world_size)
+        check_device(self.device)
+        if self.device not in ("auto", "cuda"):
+            return self.device
         if self.device == "auto" and not torch.cuda.is_available():
             return "cpu"
         return f"cuda:{processes().local_rank}" if several else "cuda"
+
+
+def one_device_for_all(device: str, count: int) -> UserError:
+    """The error for a single GPU that is named for ``count`` processes."""
+    return UserError(
+        f"`--device {device}` names one device for all {count} processes",
+        fix="Leave it out, and each takes the GPU of its number, or give `--device cpu`",
+    )
+
+
+def check_device(device: str) -> None:
+    """Refuse a device that does not exist on this machine.
+
+    Raises:
+        UserError: not a name of a device, or torch finds none of that name.
+    """
+    import torch
+
+    kind, _, number = device.partition(":")
+    if not _DEVICE.fullmatch(device):
+        raise UserError(f"`--device {device}` is not a device", fix="Give auto, cpu, cuda, cuda:N or mps")
+    if kind == "mps" and not torch.backends.mps.is_available():
+        raise UserError("torch finds no `mps` device here", fix="Leave `--device` out, or give `--device cpu`")
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise UserError(
+            f"`--device {device}` asks for a GPU, and torch finds none here",
+            fix="Leave it out or give `--device cpu`; `ctpd doctor` shows what torch finds",
+        )
+    if number and int(number) >= torch.cuda.device_count():
+        raise UserError(
+            f"`--device {device}` does not exist: torch finds {torch.cuda.device_count()} here, numbered from 0",
+            fix="Give another number",
+        )
 
 
 def provenance(runtime: Runtime) -> dict[str, Any]:
