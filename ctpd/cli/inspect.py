@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ctpd.cli.options import Decorator, execution
+from ctpd.cli.options import Decorator, command, execution, prepare, refuse
 
 if TYPE_CHECKING:
     from ctpd.core.store import Store
@@ -23,13 +23,16 @@ def inspect() -> None:
     """
 
 
+_DATA_HELP = "Pairs: jsonl, json, parquet or csv; their responses are read."
+
+
 def _texts(function: Any) -> Any:
     """The options that say which texts to read."""
     options: tuple[Decorator, ...] = (
-        click.option("--data", type=click.Path(path_type=Path), help="Pairs: jsonl, json, parquet or csv; their responses are read."),
+        click.option("--data", type=click.Path(path_type=Path), help=_DATA_HELP),
         click.option("--text", "texts", multiple=True, help="A text; may be repeated."),
         click.option("--limit", type=click.IntRange(min=1), help="With --data: only so many pairs."),
-    )  # fmt: skip
+    )
     for option in reversed(options):
         function = option(function)
     return function
@@ -126,6 +129,7 @@ def _weight_keys(recipe: str, store: "Store", *, only: tuple[str, ...], seed: tu
             ) from error
         if artifact.stage != "weights":
             raise UserError(f"the artifact holds no importance weights but {artifact.stage}", where=str(artifact.path))
+        refuse("only", "seed", because="a KEY is one artifact, not a recipe with runs and seeds")
         return {artifact.key: [f"weights/{artifact.key[:12]}"]}
     from ctpd.app import Experiment
 
@@ -145,7 +149,8 @@ def _weight_keys(recipe: str, store: "Store", *, only: tuple[str, ...], seed: tu
             if stages
             else "none of its runs has importance weights"
         )
-        raise UserError(what, where=recipe, fix=f"Run `ctpd train {recipe}` first, or give another --store")
+        training = command("train", recipe, store=store.root)
+        raise UserError(what, where=recipe, fix=f"Run `{training}` first, or give another --store")
     if missing:
         click.echo(f"Not built yet: {'; '.join(missing)}.", err=True)
     return keys
@@ -155,6 +160,7 @@ def _read(data: Path | None, texts: tuple[str, ...], *, limit: int | None) -> li
     if (data is None) == (not texts):
         raise click.UsageError("Give --data or --text, one of them.")
     if data is None:
+        refuse("limit", because="it counts the pairs of --data")
         return list(texts)
     from ctpd.inspection.tokenizers import read_responses
 
@@ -162,10 +168,7 @@ def _read(data: Path | None, texts: tuple[str, ...], *, limit: int | None) -> li
 
 
 def _tokenizers(teacher: str, student: str, *, offline: bool) -> tuple[Any, Any]:
-    import os
-
-    if offline:
-        os.environ["HF_HUB_OFFLINE"] = "1"
+    prepare(offline=offline)
     from ctpd.models import find_tokenizer
 
     return find_tokenizer(teacher), find_tokenizer(student)

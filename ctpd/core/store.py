@@ -1,8 +1,8 @@
-"""The content-addressed store: one folder an artifact, written once, never changed.
+"""The content-addressed store: one folder per artifact, written once, never changed.
 
 `<root>/<stage>/<key>/` holds an artifact's files and, written last, `manifest.json` (identity, provenance, sha256 of
-each file). An artifact is built in `<key>.partial/` and appears by one atomic rename, so an interrupted build leaves
-nothing that could be mistaken for a result.
+each file). An artifact is built in `<key>.partial/` and renamed when it is complete, which is atomic: an interrupted
+build never leaves a folder that looks like an artifact.
 """
 
 import contextlib
@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from filelock import FileLock
 
 MANIFEST = "manifest.json"
-RESUME_FOLDER = "checkpoints"  # in a folder that is being built: all that survives an interruption
-ALWAYS_HASHED_BYTES = 256 * 2**20  # on every use the contents of files up to this size are compared, above it the size
+RESUME_FOLDER = "checkpoints"  # in a folder that is being built: kept after an interruption, unlike the rest
+ALWAYS_HASHED_BYTES = 256 * 2**20  # `open` hashes files up to this size, and compares the size of larger ones
 
 
 @dataclass(frozen=True)
@@ -43,11 +43,11 @@ class Store:
         self.root = Path(root)
 
     def path(self, stage: str, key: str) -> Path:
-        """Where the artifact stands, or would stand."""
+        """The folder of the artifact, whether it exists or not."""
         return self.root / stage / key
 
     def partial(self, stage: str, key: str) -> Path:
-        """Where the artifact is built, and where an interrupted build lies."""
+        """The folder in which the artifact is built, and which an interrupted build leaves."""
         return self.root / stage / f"{key}.partial"
 
     def has(self, stage: str, key: str) -> bool:
@@ -72,8 +72,11 @@ class Store:
     ) -> Iterator[Path]:
         """Give a folder to build in; commit it when the block ends without an error.
 
-        After an interruption the folder is given empty, but for `RESUME_FOLDER`: half-written files are nothing to
-        build on. Hold `lock`, and ask `has` inside it, so that one process at a time builds a key.
+        What an interrupted build left is removed first, except `RESUME_FOLDER`. Hold `lock`, and call `has` inside it,
+        so that one process at a time builds a key.
+
+        Raises:
+            UserError: the folder was removed or replaced while it was built in.
         """
         target = self.path(stage, key)
         partial = self.partial(stage, key)
@@ -83,7 +86,14 @@ class Store:
                 shutil.rmtree(left)
             elif not left.is_dir():
                 left.unlink()
+        folder = partial.stat().st_ino
         yield partial
+        if not partial.is_dir() or partial.stat().st_ino != folder:
+            raise UserError(
+                "the folder was removed or replaced while an artifact was built in it",
+                where=str(partial),
+                fix="Run the same command again",
+            )
         manifest = {
             "stage": stage,
             "key": key,
@@ -146,7 +156,7 @@ class Store:
         return lock
 
     def remove(self, stage: str, key: str) -> None:
-        """Delete an artifact and what an interrupted build left of it."""
+        """Delete an artifact and what an interrupted build left of it. Hold the lock of the key."""
         for path in (self.path(stage, key), self.partial(stage, key)):
             shutil.rmtree(path, ignore_errors=True)
 
@@ -165,7 +175,7 @@ class Store:
         return sorted(found, key=lambda artifact: -artifact.bytes)
 
     def partials(self) -> list[Path]:
-        """What interrupted builds left."""
+        """The folders that interrupted builds left, and those of builds that run now."""
         return sorted(self.root.glob("*/*.partial"))
 
     def find(self, prefix: str) -> Artifact:

@@ -211,3 +211,15 @@ def test_digest_of_a_folder_follows_names_and_contents_and_nothing_hidden(tmp_pa
     second = digest_folder(tmp_path)
     (tmp_path / "b").write_text("2")
     assert len({first, second, digest_folder(tmp_path)}) == 3
+
+
+def test_a_build_whose_folder_was_replaced_fails(store: Store) -> None:
+    def build() -> None:
+        with store.build("train", KEY, identity={}, provenance={}) as folder:
+            (folder / "weights").write_text("x")
+            folder.rename(folder.with_name("moved"))
+            folder.mkdir()
+
+    with pytest.raises(UserError, match="removed or replaced while an artifact was built in it"):
+        build()
+    assert not store.has("train", KEY)
