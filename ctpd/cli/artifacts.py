@@ -40,8 +40,12 @@ def du(*, store: Path, as_json: bool) -> None:
     from ctpd.cli.terminal import rendered, table
 
     rows = [(_mebibytes(artifact.bytes), f"{artifact.stage}/{artifact.key}") for artifact in found]
-    total = (_mebibytes(sum(a.bytes for a in found)), f"{len(found)} artifacts in {store}")
+    total = (_mebibytes(sum(a.bytes for a in found)), f"{_counted(len(found), 'artifact')} in {store}")
     click.echo(rendered(table(["", ""], [*rows, total], right=(0,))))
+
+
+def _counted(number: int, noun: str) -> str:
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 def _mebibytes(size: int) -> str:
@@ -94,7 +98,8 @@ def gc(recipes: tuple[str, ...], *, store: Path, dry_run: bool) -> None:
         num_partials += (stage, key) in partials
         freed += sizes.get((stage, key), 0)
     verb = "Would remove" if dry_run else "Removed"
-    click.echo(f"{verb} {num_artifacts} artifacts and {num_partials} partial builds, {freed / 2**20:.1f} MiB.")
+    what = f"{_counted(num_artifacts, 'artifact')} and {_counted(num_partials, 'partial build')}"
+    click.echo(f"{verb} {what}, {_mebibytes(freed)}.")
     if num_busy:
         click.echo(f"Left {num_busy} that other processes are working on.")
 
