@@ -24,13 +24,13 @@ def export(key: str, *, to: Path, merge: bool, store: Path) -> None:
 
 @click.group()
 def store() -> None:
-    """Look after the artifacts."""
+    """List and remove artifacts."""
 
 
 @store.command()
 @execution("store", "json")
 def du(*, store: Path, as_json: bool) -> None:
-    """What is there, largest first."""
+    """List the artifacts and their sizes, largest first."""
     from ctpd.core.store import Store
 
     found = Store(store).artifacts()

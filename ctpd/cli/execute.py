@@ -130,9 +130,12 @@ def _print_plan(lines: "Sequence[PlanLine]", *, as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps([{"stage": x.kind, "label": x.label, "key": x.key, "hit": x.hit} for x in lines]))
         return
+    from rich.text import Text
+
     from ctpd.cli.terminal import rendered, table
 
-    rows = [("hit" if line.hit else "miss", line.key[:12], line.label) for line in lines]
+    states = {True: Text("hit"), False: Text("miss", style="yellow")}
+    rows = [(states[line.hit], line.key[:12], line.label) for line in lines]
     click.echo(rendered(table(["", "key", "stage"], rows)))
     hits = sum(line.hit for line in lines)
     click.echo(f"\n{len(lines)} stages: {hits} hits, {len(lines) - hits} misses. Nothing was run.")

@@ -1,4 +1,4 @@
-"""The command group `inspect`: look inside spans, tokenizers and weights."""
+"""The command group `inspect`: aligned spans, tokenizers and weights."""
 
 import json
 from pathlib import Path
@@ -16,7 +16,7 @@ _SHOWN = 3
 
 @click.group()
 def inspect() -> None:
-    """Look inside: aligned spans, tokenizers, weights.
+    """Show aligned spans, tokenizers and weights.
 
     A TOKENIZER is a folder with a tokenizer.json, such a file, or a hub id, `name@revision` to pin it. The teacher's
     comes first.
@@ -48,9 +48,17 @@ def _texts(function: Any) -> Any:
 @click.option("--html", type=click.Path(path_type=Path, dir_okay=False), help="Write a page with the same as one file.")
 @execution("offline", "json")
 def spans(
-    teacher: str, student: str, *, data: Path | None, texts: tuple[str, ...], limit: int | None, show: int,
-    html: Path | None, offline: bool, as_json: bool,
-) -> None:  # fmt: skip
+    teacher: str,
+    student: str,
+    *,
+    data: Path | None,
+    texts: tuple[str, ...],
+    limit: int | None,
+    show: int,
+    html: Path | None,
+    offline: bool,
+    as_json: bool,
+) -> None:
     """Align the tokens of TEACHER and STUDENT on texts: spans in colour, their types, and their fidelity."""
     given = _read(data, texts, limit=limit)
     sides = _tokenizers(teacher, student, offline=offline)
@@ -79,9 +87,15 @@ def spans(
 @_texts
 @execution("offline", "json")
 def tokenizers(
-    teacher: str, student: str, *, data: Path | None, texts: tuple[str, ...], limit: int | None, offline: bool,
+    teacher: str,
+    student: str,
+    *,
+    data: Path | None,
+    texts: tuple[str, ...],
+    limit: int | None,
+    offline: bool,
     as_json: bool,
-) -> None:  # fmt: skip
+) -> None:
     """The mismatch of TEACHER and STUDENT as a table in Markdown: vocabularies, span types, fidelity."""
     given = _read(data, texts, limit=limit)
     sides = _tokenizers(teacher, student, offline=offline)
@@ -115,8 +129,9 @@ def weights(recipe: str, *, store: Path, only: tuple[str, ...], seed: tuple[int,
 
 
 def _weight_keys(recipe: str, store: "Store", *, only: tuple[str, ...], seed: tuple[int, ...]) -> dict[str, list[str]]:
-    """Key -> the runs that use it; those that are not built yet are named on stderr."""
+    """Key of a weights artifact -> the runs that use it; runs whose weights are not built yet are named on stderr."""
     from ctpd.core.errors import UserError
+    from ctpd.core.printing import printable
     from ctpd.core.recipe import shipped_recipes
 
     if recipe not in shipped_recipes() and not Path(recipe).is_file():
@@ -152,7 +167,7 @@ def _weight_keys(recipe: str, store: "Store", *, only: tuple[str, ...], seed: tu
         training = command("train", recipe, store=store.root)
         raise UserError(what, where=recipe, fix=f"Run `{training}` first, or give another --store")
     if missing:
-        click.echo(f"Not built yet: {'; '.join(missing)}.", err=True)
+        click.echo(f"Not built yet: {printable('; '.join(missing))}.", err=True)
     return keys
 
 

@@ -11,6 +11,7 @@ import click
 from ctpd.cli.execute import RUNNING, Flags, execute, opened, prepared
 from ctpd.cli.launch import started_by_user
 from ctpd.cli.options import command, execution, given, refuse
+from ctpd.core.printing import printable
 
 if TYPE_CHECKING:
     from ctpd.app import Experiment
@@ -173,7 +174,7 @@ def _print_tables(
     first_only: bool = False,
     to: Path | None = None,
 ) -> None:
-    """Write every table, print them all or the main one; with ``to`` keep the records beside them."""
+    """Write every table and the report, print all tables or the main one; with ``to`` write the records too."""
     from ctpd import app, comparison
     from harness.formats import FORMATS, frame
 
@@ -181,7 +182,7 @@ def _print_tables(
     for package, versions in comparison.differing_versions(records).items():
         click.echo(f"Warning: the records were made with {package} {' and '.join(versions)}.", err=True)
     for lost in app.missing_runs(experiment, store):
-        click.echo(f"Missing: {lost.title}. Bring it with: {_bringing(experiment, lost, store)}", err=True)
+        click.echo(f"Missing: {printable(lost.title)}. To build it: {_building(experiment, lost, store)}", err=True)
     made = comparison.tables(experiment.recipe, records, columns=[c.name for c in experiment.suite.columns])
     folder = (store.root / "tables" if to is None else to) / experiment.recipe.name
     written = comparison.write_tables(made, folder)
@@ -196,8 +197,8 @@ def _print_tables(
     click.echo(f"\nWritten to {folder}: {', '.join(path.name for path in written)}\nReport: {report}")
 
 
-def _bringing(experiment: "Experiment", lost: "PlannedRun", store: "Store") -> str:
-    """The command that makes the record of one run."""
+def _building(experiment: "Experiment", lost: "PlannedRun", store: "Store") -> str:
+    """The command that builds the record of one run."""
     words = ["run", experiment.source, "--only", lost.name]
     words += [] if lost.seed is None else ["--seed", str(lost.seed)]
     words += [] if experiment.limit is None else ["--limit", str(experiment.limit)]

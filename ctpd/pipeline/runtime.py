@@ -1,4 +1,4 @@
-"""How a run is executed, as opposed to what it computes: recorded, never hashed."""
+"""How a run is executed, not what it computes: it is recorded, and part of no key."""
 
 import dataclasses
 import functools
@@ -18,8 +18,17 @@ from ctpd.core.recipe import FsdpSpec, LaunchSpec
 
 _DEVICE = re.compile(r"auto|cpu|mps|cuda(:[0-9]+)?")
 RECORDED_PACKAGES = (
-    "ctpd", "torch", "transformers", "tokenizers", "accelerate", "peft", "datasets", "lm_eval", "numpy", "pandas",
-)  # fmt: skip
+    "ctpd",
+    "torch",
+    "transformers",
+    "tokenizers",
+    "accelerate",
+    "peft",
+    "datasets",
+    "lm_eval",
+    "numpy",
+    "pandas",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,10 +36,10 @@ class Runtime:
     """Execution settings.
 
     Attributes:
-        device: torch device; `auto` takes CUDA where there is one, and with several processes each its own GPU.
-        micro_batch_tokens: padded tokens that one forward and backward pass may hold; pairs per pass follow from it.
-        signal_batch_tokens: the same for passes without a gradient.
-        checkpoint_seconds: a training saves its resume state this often.
+        device: torch device; `auto` is CUDA where torch finds a GPU, else the CPU; of several processes each takes its own GPU.
+        micro_batch_tokens: the most padded tokens in one forward and backward pass; it decides the pairs per pass.
+        signal_batch_tokens: the same for scoring passes, which need no gradient.
+        checkpoint_seconds: seconds between two resume states of a training.
         report_to: loggers of `transformers` that receive the training's metrics.
         fsdp: how the weights in training are sharded over the processes of a launch; None: each process holds all.
     """
@@ -100,7 +109,7 @@ def check_device(device: str) -> None:
 
 
 def provenance(runtime: Runtime) -> dict[str, Any]:
-    """What made an artifact: versions, machine, source commit, command."""
+    """How an artifact was made: versions, machine, source commit, command."""
     return {
         "versions": versions(),
         "python": platform.python_version(),
@@ -114,7 +123,7 @@ def provenance(runtime: Runtime) -> dict[str, Any]:
 
 @functools.cache
 def versions() -> dict[str, str]:
-    """Installed versions of the packages that can move a number."""
+    """Installed versions of the packages that can change a result."""
     found = {}
     for name in RECORDED_PACKAGES:
         try:

@@ -115,3 +115,10 @@ def test_tables_are_plain_without_a_terminal_and_names_are_literal(
     plan = cli("run", tmp_path / "mine.yaml", "--plan", "--store", smoke.store).out
     assert f"{name}, seed 0" in plan
     assert plan.endswith("Nothing was run.\n")
+
+
+def test_an_escape_sequence_in_a_name_does_not_reach_the_terminal(cli: Cli) -> None:
+    outcome = cli("train", "testbed-smoke", "--plan", "--only", "\x1b]0;title\x07")
+    assert outcome.code == 2
+    assert "⟨U+001B⟩]0;title⟨U+0007⟩" in outcome.err
+    assert "\x1b" not in outcome.err
