@@ -426,4 +426,4 @@ def _task_hash(samples: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
         hash_string("".join(sample["doc_hash"] + sample["prompt_hash"] + sample["target_hash"] for sample in of_task))
         for _, of_task in sorted(samples.items())
     ]
-    return hashes[0] if len(hashes) == 1 else hash_string("".join(hashes))
+    return str(hashes[0] if len(hashes) == 1 else hash_string("".join(hashes)))
