@@ -50,14 +50,14 @@ def measure(config: dict[str, Any]) -> dict[str, Any]:
 
 def _ours(model: Any, tokenizer: Any, column: Any, *, root: Path, batch: int, limit: int, clock: "_Clock") -> Any:
     from harness.backends import SharedContextLM
-    from harness.evaluate import score
+    from harness.evaluate import Documents, score
     from harness.isolation import quiet
 
     with quiet("lm_eval"):
         lm = SharedContextLM(model, tokenizer, batch_size=batch, progress=None)
     clock.watch(lm)
-    result = score(lm, column, data_root=root, limit=limit)
-    return {"value": result["value"], "documents": [list(one) for one in result["documents"]]}
+    result = score(lm, column, Documents(root, limit))
+    return {"value": result.value, "documents": [list(one) for one in result.scored]}
 
 
 def _theirs(model: Any, tokenizer: Any, column: Any, *, root: Path, batch: int, limit: int, clock: "_Clock") -> Any:

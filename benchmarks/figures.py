@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from harness.figures import Scale, tick_text, ticks
+from harness.figures import Scale, tick_text, ticks  # TODO
 
 WIDTH = 720
 LABEL = 360

@@ -5,9 +5,7 @@ from collections.abc import Mapping, Sequence
 from functools import cached_property
 from importlib import metadata
 from pathlib import Path
-from typing import Any
 
-from ctpd.comparison import tables
 from ctpd.core.config import nearest
 from ctpd.core.errors import UserError
 from ctpd.core.processes import processes
@@ -24,11 +22,14 @@ from ctpd.pipeline.stage import Stage
 from ctpd.pipeline.stages.evaluate import ColumnTask, EvaluateStage, Mirror, Protocol
 from ctpd.pipeline.stages.generate import generated_by
 from ctpd.pipeline.stages.pretrain import PretrainStage
-from ctpd.pipeline.stages.record import RecordStage, read_record
+from ctpd.pipeline.stages.record import RECORD, RecordStage
 from ctpd.pipeline.stages.train import TrainStage
 from ctpd.pipeline.stages.weights import WeightsStage
 from ctpd.pipeline.stages.world import WorldStage
 from ctpd.recipe import EvaluationSpec, Recipe, load_recipe
+from harness.comparison import tables
+from harness.record import Record
+from harness.sheet import Table
 from harness.suites import Column, Suite, load_suite
 
 
@@ -128,7 +129,7 @@ def run(
     store: str | os.PathLike[str] = "runs",
     runtime: Runtime | None = None,
     quiet: bool = True,
-) -> list[Any]:
+) -> list[Table]:
     """Train, evaluate and compare everything that is missing; return the tables.
 
     In this process, or those of the launcher that has started it: a recipe's `launch` block starts none here.
@@ -189,7 +190,7 @@ def evaluation_stage(
     )
 
 
-def read_records(experiment: Experiment, store: Store) -> list[dict[str, Any]]:
+def read_records(experiment: Experiment, store: Store) -> list[Record]:
     """The records that are there. Raises UserError if there is none."""
     found = [store.open(stage.kind, stage.key) for stage in experiment.records if store.has(stage.kind, stage.key)]
     if not found:
@@ -198,7 +199,7 @@ def read_records(experiment: Experiment, store: Store) -> list[dict[str, Any]]:
             where=experiment.source,
             fix=f"Run `ctpd run {experiment.source}` first, or give another --store",
         )
-    return [read_record(folder) for folder in found]
+    return [Record.read(folder / RECORD) for folder in found]
 
 
 def missing_runs(experiment: Experiment, store: Store) -> list[PlannedRun]:

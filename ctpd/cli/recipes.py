@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from ctpd.pipeline.graph import Stage
     from ctpd.pipeline.runs import PlannedRun
     from ctpd.recipe import LaunchSpec
+    from harness.record import ColumnResult
 
 RUNNING = (
     "store", "device", "num_processes", "jobs", "offline", "only", "seed", "limit", "plan", "rebuild", "report_to", "quiet",
@@ -100,7 +101,7 @@ def evaluate(
 )
 @execution("store", "only", "seed", "limit", "json")
 def compare(recipe: str, *, formats: tuple[str, ...], to: Path | None, as_json: bool, **flags: Any) -> None:
-    """Write every table of RECIPE in every format, and the report, from records alone; print one format."""
+    """Write every table of RECIPE in every format, the figures and the report, from records alone; print one format."""
     experiment, store = _experiment(recipe, **flags)
     _print_tables(experiment, store, formats=formats, as_json=as_json, to=to)
 
@@ -205,8 +206,9 @@ def _print_tables(
     to: Path | None = None,
 ) -> None:  # fmt: skip
     """Write every table, print them all or the main one; with ``to`` keep the records beside them."""
-    from ctpd import app, comparison
-    from harness.formats import FORMATS, frame
+    from ctpd import app
+    from harness import comparison
+    from harness.formats import FORMATS, json_rows
 
     records = app.read_records(experiment, store)
     for package, versions in comparison.differing_versions(records).items():
@@ -217,14 +219,17 @@ def _print_tables(
     folder = (store.root / "tables" if to is None else to) / experiment.recipe.name
     written = comparison.write_tables(made, folder)
     report = comparison.write_report(experiment.recipe, made, records, folder)
+    if not first_only:  # `run` leaves them to `compare`: they take longer than everything else that it prints
+        comparison.write_figures(made, records, folder)
     if to is not None:
         comparison.write_records(records, folder / "records")
     if as_json:
-        click.echo(json.dumps({t.spec.name: frame(t).to_dict(orient="records") for t in made}, default=float))
+        click.echo(json.dumps({table.spec.name: json_rows(table) for table in made}, allow_nan=False))
         return
     for kind in formats:
         click.echo("\n\n".join(FORMATS[kind](table) for table in (made[:1] if first_only else made)))
-    click.echo(f"\nWritten to {folder}: {', '.join(path.name for path in written)}\nReport: {report}")
+    names = [path.name for path in written] + ([] if first_only else [f"{comparison.FIGURES}/"])
+    click.echo(f"\nWritten to {folder}: {', '.join(names)}\nReport: {report}")
 
 
 def _bringing(experiment: "Experiment", lost: "PlannedRun", store: "Store") -> str:
@@ -244,13 +249,18 @@ def _print_scores(named: "dict[str, dict[str, Stage]]", store: "Store", *, as_js
         for title, columns in named.items()
     }
     if as_json:
-        click.echo(json.dumps({t: {n: r["value"] for n, r in columns.items()} for t, columns in scores.items()}))
+        values = {title: {name: one.value for name, one in columns.items()} for title, columns in scores.items()}
+        click.echo(json.dumps(values, allow_nan=False))
         return
     for title, columns in scores.items():
-        parts = [
-            f"{n} {100 * r['value']:.2f}" + ("" if r["limit"] is None else " (partial)") for n, r in columns.items()
-        ]
+        parts = [f"{name} {_score(one)}" for name, one in columns.items()]
         click.echo(f"{title:<32} {'   '.join(parts)}")
+
+
+def _score(result: "ColumnResult") -> str:
+    """A score in percent; it says so where it is no number or of a part of the documents."""
+    value = "not finite" if result.value is None else f"{100 * result.value:.2f}"
+    return value if result.limit is None else f"{value} (partial)"
 
 
 def _evaluate_model(model: str, suite: str, *, data_root: Path | None, as_json: bool, plan: bool, **flags: Any) -> None:

@@ -32,11 +32,12 @@ class Config(BaseModel):
         return cls.model_validate({name: getattr(other, name) for name in cls.model_fields})
 
 
+# Ranges of values: errors and the JSON Schema of a recipe show them.
 PositiveInt = Annotated[int, Ge(1)]
 Positive = Annotated[float, Gt(0)]
 NonNegative = Annotated[float, Ge(0)]
 Share = Annotated[float, Ge(0), Le(1)]
-Seed = Annotated[int, Ge(0), Lt(2**32)]
+Seed = Annotated[int, Ge(0), Lt(2**32)]  # what numpy and torch both take
 Text = Annotated[str, MinLen(1)]
 Number = int | float
 

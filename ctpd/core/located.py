@@ -33,20 +33,23 @@ class Located(dict[str, Any]):
 
 
 def _construct_mapping(loader: _StrictLoader, node: yaml.MappingNode) -> Located:
-    loader.flatten_mapping(node)
-    result = Located()
+    written = {id(key_node) for key_node, _ in node.value}
+    loader.flatten_mapping(node)  # what `<<` merges comes first, and gives way to what is written here
+    result, own = Located(), set()
     result.lines = {}
     for key_node, value_node in node.value:
         if not isinstance(key_node, yaml.ScalarNode):
             raise yaml.constructor.ConstructorError(None, None, "a key is no text", key_node.start_mark)
         key = key_node.value  # as it is written: a key `2026` or `true` is a name
         line = key_node.start_mark.line + 1
-        if key in result:
+        if key in own:
             raise UserError(
                 f"the key '{key}' stands twice, on lines {result.lines[key]} and {line}",
                 where=f"{key_node.start_mark.name}, line {line}",
                 fix="Remove one of the two",
             )
+        if id(key_node) in written:
+            own.add(key)
         result[key] = loader.construct_object(value_node, deep=True)
         result.lines[key] = line
     return result

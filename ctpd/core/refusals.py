@@ -109,7 +109,9 @@ def refusal(problem: Problem, data: Mapping[str, Any], *, source: str, path: str
         others = [_described(each) for each in kinds if not _is_literal(each)]
         fix = f"Use one of: {', '.join([*(f'`{name}`' for name in names), *others])}"
         return UserError(f"'{key}' is {value!r}.{nearest(value, names)}", where=where, fix=fix)
-    expected = " or ".join(_described(each) for each in kinds) or "a value"
+    numbers = [each for each in kinds if each.type in (int, float)]
+    named = [each for each in kinds if len(numbers) < 2 or each.type is not int]  # a whole number is a number
+    expected = " or ".join(_described(each) for each in named) or "a value"
     return UserError(f"'{key}' must be {expected}, and is {_shown(value)}", where=where)
 
 

@@ -19,7 +19,7 @@ from ctpd.core.config import Config, nearest
 from ctpd.core.errors import UserError
 from ctpd.core.roles import Role
 
-Phase = Literal["sft", "positive", "negative"]
+Phase = Literal["reference", "positive", "negative"]
 
 
 class Signal(StrEnum):
@@ -35,7 +35,7 @@ class Signal(StrEnum):
 
     TEACHER_POSITIVE = "teacher_positive", "teacher", "positive"
     TEACHER_NEGATIVE = "teacher_negative", "teacher", "negative"
-    TEACHER_REFERENCE = "teacher_reference", "teacher", "sft"
+    TEACHER_REFERENCE = "teacher_reference", "teacher", "reference"
     STUDENT_POSITIVE = "student_positive", "student", "positive"
     STUDENT_NEGATIVE = "student_negative", "student", "negative"
 
@@ -48,7 +48,7 @@ class Signal(StrEnum):
     @property
     def long_name(self) -> str:
         """For people: `teacher SFT`, `student positive`."""
-        return f"{self.role} {'SFT' if self.phase == 'sft' else self.phase}"
+        return f"{self.role} {'SFT' if self.phase == 'reference' else self.phase}"
 
 
 class WeightParameters(Config):
@@ -70,6 +70,25 @@ class WeightParameters(Config):
         if self.lower > self.upper:
             raise ValueError(f"the lower clamp {self.lower:g} of the weights lies above the upper one {self.upper:g}")
         return self
+
+
+def weight_formula(log_ratio: Tensor, sign: Tensor | float, parameters: WeightParameters) -> Tensor:
+    """``w = k exp(sign mu clamp(d, lower, upper))``.
+
+    Args:
+        log_ratio: ``d``, in nats.
+        sign: +1 in chosen, -1 in rejected responses.
+        parameters: of the formula.
+    """
+    p = parameters
+    return p.k * torch.exp(p.mu * sign * log_ratio.clamp(p.lower, p.upper))
+
+
+def clamp_weights(parameters: WeightParameters, *, is_chosen: bool) -> tuple[float, float]:
+    """The weights of a log ratio at or below the lower clamp, and at or above the upper one."""
+    ends = torch.tensor([parameters.lower, parameters.upper], dtype=torch.float64)
+    low, high = weight_formula(ends, 1.0 if is_chosen else -1.0, parameters).tolist()
+    return low, high
 
 
 class UnitLayout(NamedTuple):
@@ -113,8 +132,7 @@ class _Units(NamedTuple):
 
     def exponential(self, log_ratio_U: Tensor) -> Tensor:
         """``w = k exp(mu clamp(d, L, U))``, mu negated in rejected rows."""
-        p = self.parameters
-        return p.k * torch.exp(p.mu * self.sign * log_ratio_U.clamp(p.lower, p.upper))
+        return weight_formula(log_ratio_U, self.sign, self.parameters)
 
     def weighted(self, log_ratio_U: Tensor) -> _Weighted:
         """The weights of a log ratio, rounded first where asked."""

@@ -184,7 +184,7 @@ class SharedStages:
     def frozen_model(self, signal: Signal) -> Model:
         """The model that a signal is read from."""
         if signal not in self._frozen:
-            is_reference = signal.phase == "sft"
+            is_reference = signal.phase == "reference"
             self._frozen[signal] = self.sft[signal.role] if is_reference else self.contrastive(signal)
         return self._frozen[signal]
 

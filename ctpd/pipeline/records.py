@@ -1,66 +1,83 @@
 """What is known of a run before it is executed: the head of its record."""
 
-from typing import Any
+from collections.abc import Mapping
 
 from ctpd.core.config import to_plain
-from ctpd.core.identity import digest
-from ctpd.core.roles import ROLES
+from ctpd.core.roles import Role
+from ctpd.ops.weights import Signal
 from ctpd.pipeline.plan import SharedStages
-from ctpd.pipeline.references import External
+from ctpd.pipeline.references import external_model
 from ctpd.pipeline.runs import PlannedRun
 from ctpd.pipeline.stages.generate import generated_by
 from ctpd.pipeline.stages.pairs import FilePairs
 from ctpd.recipe import Recipe
+from harness.record import FrozenModel, Method, RecordHead, RowKind, StoredSignal
+from harness.shared import local_settings, shared_settings
+
+UNTRAINED: Mapping[Role, RowKind] = {"teacher": "untrained teacher", "student": "untrained student"}
 
 
-def record_head(run: PlannedRun, recipe: Recipe, stages: SharedStages, *, suite: str) -> dict[str, Any]:
+def record_head(run: PlannedRun, recipe: Recipe, stages: SharedStages, *, suite: str) -> RecordHead:
     """Run, method, parameters, the settings that a comparison's runs share, and what the run reads."""
-    shared = shared_settings(recipe, stages)
-    return {
-        "schema": 1,
-        "recipe": recipe.name,
-        "run": run.name,
-        "seed": run.seed,
-        "method": run.method.name if run.method else None,
-        "params": to_plain(run.method.params) if run.method else {},
-        "tuned": dict(run.spec.tuned) if run.spec else {},
-        "shared": shared,
-        "shared_hash": digest(shared),
-        "suite": suite,
-        "partial": recipe.shared.evaluation.limit is not None,
-        "signals": signals_read(run),
-        "in_memory": teachers_in_memory(run),
-    }
+    return RecordHead(
+        recipe=recipe.name,
+        run=run.name,
+        seed=run.seed,
+        kind="trained" if run.training is not None else UNTRAINED[run.role],
+        method=_method(run),
+        shared=shared_settings(recipe.shared, _digests(recipe, stages)),
+        suite=suite,
+        partial=recipe.shared.evaluation.limit is not None,
+        signals=signals_read(run),
+        in_memory=teachers_in_memory(run),
+    )
 
 
-def shared_settings(recipe: Recipe, stages: SharedStages) -> dict[str, Any]:
-    """The settings that a comparison's runs have in common: no seeds, no paths of this machine, digests instead."""
-    shared: dict[str, Any] = to_plain(recipe.shared)
-    del shared["seeds"], shared["evaluation"]
-    for role in ROLES:
-        root = stages.bases[role].root
-        if isinstance(root, External):
-            shared[role]["model"] = root.digest
-    files = {split: source for split, source in stages.pair_sources.items() if isinstance(source, FilePairs)}
-    for split, source in files.items():
-        shared["data"][split]["path"] = source.digest
-    return shared
+def _method(run: PlannedRun) -> Method | None:
+    if run.method is None or run.spec is None:
+        return None
+    return Method(name=run.method.name, params=to_plain(run.method.params), tuned=dict(run.spec.tuned))
 
 
-def signals_read(run: PlannedRun) -> list[str]:
-    """The stored signals that a run reads, and the responses generated for it: each a pass over the pairs."""
+def _digests(recipe: Recipe, stages: SharedStages) -> dict[str, str]:
+    """Digests of what the recipe's `shared` block names by a path."""
+    found = {}
+    for name in local_settings(recipe.shared):
+        role, _, part = name.partition(".")
+        if role == "data":
+            source = stages.pair_sources[part.removesuffix(".path")]
+            assert isinstance(source, FilePairs)
+            found[name] = source.digest
+        else:
+            location = str(getattr(stages.spec("teacher" if role == "teacher" else "student"), part))
+            found[name] = external_model(location, revision=None, role=role).digest
+    return found
+
+
+def signals_read(run: PlannedRun) -> tuple[StoredSignal, ...]:
+    """The stored results of frozen models that a run reads, each of one pass over the pairs."""
     training = run.training
     if training is None:
-        return []
-    view = training.method.requires.teacher
-    titles = [f"{training.reference.config.role} SFT"] if training.reference is not None else []
-    titles += [signal.long_name for signal in training.weights.signals] if training.weights is not None else []
-    titles += [signal.long_name for signal in view.models] if view is not None and view.is_stored else []
-    generated = generated_by(training.pairs)
-    return sorted([*titles, *([generated.label] if generated is not None else [])])
+        return ()
+    view, generated = training.method.requires.teacher, generated_by(training.pairs)
+    found: set[StoredSignal] = set()
+    if training.reference is not None:
+        found.add(StoredSignal(role=training.reference.config.role, model="reference", kept="log probabilities"))
+    if training.weights is not None:
+        signals = training.weights.signals
+        found |= {StoredSignal(role=s.role, model=s.phase, kept="log probabilities") for s in signals}
+    if view is not None and view.is_stored:
+        found |= {StoredSignal(role=s.role, model=s.phase, kept="distributions") for s in view.models}
+    if generated is not None:
+        found.add(StoredSignal(role=generated.config.role, model="reference", kept="responses"))
+    return tuple(sorted(found, key=lambda signal: (signal.role, signal.model, signal.kept)))
 
 
-def teachers_in_memory(run: PlannedRun) -> list[str]:
+def teachers_in_memory(run: PlannedRun) -> tuple[FrozenModel, ...]:
     """The frozen models that are in memory while a run trains."""
     view = run.training.method.requires.teacher if run.training is not None else None
-    return [] if view is None or view.is_stored else [signal.long_name for signal in view.models]
+    return () if view is None or view.is_stored else tuple(map(_frozen, view.models))
+
+
+def _frozen(signal: Signal) -> FrozenModel:
+    return FrozenModel(role=signal.role, model=signal.phase)

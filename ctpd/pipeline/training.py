@@ -16,6 +16,7 @@ from ctpd.text.blocks import TokenRows
 from ctpd.train.fit import Fit, FitSettings
 from ctpd.train.scoring import Arrays, Measure, ScoringSettings, scoring_pass
 from ctpd.train.sharing import enable_prompt_sharing
+from harness.record import TrainingSummary, training_summary
 
 TRAINING = "training.json"
 
@@ -49,6 +50,11 @@ def finish_training(work: Work, done: Fit) -> None:
     """Write the history and remove the resume states, which are not needed any more."""
     (work.folder / TRAINING).write_text(json.dumps(to_plain(done), ensure_ascii=False), encoding="utf-8")
     shutil.rmtree(resume_folder(work), ignore_errors=True)
+
+
+def read_training(folder: Path) -> TrainingSummary:
+    """The history of the training in an artifact, and what it cost."""
+    return training_summary(json.loads((folder / TRAINING).read_text(encoding="utf-8")))
 
 
 def scored(work: Work, model: Any, rows: TokenRows, measure: Measure) -> Arrays:

@@ -1,6 +1,9 @@
 """What a recipe may say, and the functions that read one. Nothing here needs torch."""
 
+from ctpd.recipe.expand import expand as expand
+from ctpd.recipe.expand import trials as trials
 from ctpd.recipe.load import load_recipe as load_recipe
+from ctpd.recipe.load import run_position as run_position
 from ctpd.recipe.load import shipped_recipes as shipped_recipes
 from ctpd.recipe.model import AblationSpec as AblationSpec
 from ctpd.recipe.model import ContrastivePhase as ContrastivePhase

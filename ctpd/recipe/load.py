@@ -30,15 +30,7 @@ def load_recipe(recipe: str | os.PathLike[str]) -> Recipe:
         UserError: no such recipe, or anything in it that is unknown, missing, of the wrong type, out of its range or
             contradictory.
     """
-    shipped = shipped_recipes()
-    name = str(recipe)
-    path = shipped.get(name, Path(name))
-    if not path.is_file():
-        raise UserError(
-            f"there is no recipe '{name}': no such file, and no shipped recipe of that name.{nearest(name, shipped)}",
-            fix=f"Give a path or one of: {', '.join(shipped)}",
-        )
-    source = name if name in shipped else str(path)
+    path, source = _file(recipe), str(recipe)
     try:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
@@ -57,9 +49,39 @@ def load_recipe(recipe: str | os.PathLike[str]) -> Recipe:
     return loaded
 
 
-def looks_local(model: str) -> bool:
+def run_position(recipe: str | os.PathLike[str], run: str) -> str:
+    """The file, the line and the name of a run, for errors that are found when it is planned.
+
+    Args:
+        recipe: what was given to ``load_recipe``.
+        run: a run, a trial of the grid (``RUN: ...``) or a row of an ablation.
+    """
+    path = _file(recipe)
+    source = str(recipe)
+    data = parse_yaml(path.read_text(encoding="utf-8"), source=source)
+    for name, ablation in data.get("ablations", {}).items():
+        for label in ablation["values"]:
+            if ablation_run(name, label) == run:
+                return f"{position(source, data, ('ablations', name, 'values', label))}, run '{run}'"
+    named = [name for name in data["runs"] if run == name or run.startswith(f"{name}: ")]
+    keys: Keys = ("runs", max(named, key=len)) if named else ("runs",)
+    return f"{position(source, data, keys)}, run '{run}'"
+
+
+def _looks_local(model: str) -> bool:
     """Whether a model name is meant as a path: it exists, or is written like one."""
     return Path(model).expanduser().exists() or model.startswith((".", "/", "~")) or model.count("/") != 1
+
+
+def _file(recipe: str | os.PathLike[str]) -> Path:
+    shipped, name = shipped_recipes(), str(recipe)
+    path = shipped.get(name, Path(name))
+    if not path.is_file():
+        raise UserError(
+            f"there is no recipe '{name}': no such file, and no shipped recipe of that name.{nearest(name, shipped)}",
+            fix=f"Give a path or one of: {', '.join(shipped)}",
+        )
+    return path
 
 
 @dataclass(frozen=True)
@@ -81,7 +103,7 @@ class _Checks:
                     ("shared", role, "pretrain"),
                     f"'shared.{role}' is pretrained on the testbed, and `shared.testbed` is missing",
                 )
-            if model.model is not None and model.revision is None and not looks_local(model.model):
+            if model.model is not None and model.revision is None and not _looks_local(model.model):
                 self.refuse(
                     ("shared", role, "model"),
                     f"'shared.{role}.model' is '{model.model}', which is no local directory, and no `revision` is given",

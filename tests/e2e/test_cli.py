@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from ctpd.core.store import Store
 from ctpd.models import load_model
 from ctpd.recipe import load_recipe, shipped_recipes
+from harness.record import Record
 from tests.conftest import Cli, SmokeRun
 
 TABLES = ("main", "weights", "reference")
@@ -65,7 +66,9 @@ def test_compare_writes_every_table_in_every_format(cli: Cli, smoke: SmokeRun) -
     outcome = cli("compare", "testbed-smoke", "--store", smoke.store, "--format", "md", "--format", "tex")
     assert outcome.code == 0, outcome.err
     tables = {f"{t}.{e}" for t in TABLES for e in ("md", "csv", "tex", "html")}
-    assert {path.name for path in folder.iterdir()} == {*tables, "report.html"}
+    assert {path.name for path in folder.iterdir()} == {*tables, "report.html", "figures"}
+    figures = {path.name for path in (folder / "figures").iterdir()}
+    assert {f"difference--main.{suffix}" for suffix in ("svg", "pdf", "png")} <= figures
     assert (folder / "main.md").read_text().strip() in outcome.out
     assert r"\toprule" in (folder / "main.tex").read_text()
 
@@ -76,9 +79,9 @@ def test_compare_prints_every_table_and_keeps_tables_and_records_where_asked(
     outcome = cli("compare", "testbed-smoke", "--store", smoke.store, "--to", tmp_path)
     for caption in ("Main results", "Weight ablation", "Reference ablation"):
         assert caption in outcome.out
-    records = [json.loads(path.read_text()) for path in (tmp_path / "testbed-smoke" / "records").glob("*.json")]
+    records = [Record.read(path) for path in (tmp_path / "testbed-smoke" / "records").glob("*.json")]
     recipe = load_recipe("testbed-smoke")
-    assert {r["run"] for r in records} > set(recipe.runs) | set(recipe.untrained)
+    assert {record.run for record in records} > set(recipe.runs) | set(recipe.untrained)
     assert len(records) == 10
 
 

@@ -66,7 +66,7 @@ def test_spans_as_a_page_is_one_safe_file_for_light_and_dark(
     html = page.read_text(encoding="utf-8")
     assert not re.search(r"https?://|src=|<script|<link|@import|url\(", html)
     assert "prefers-color-scheme: dark" in html
-    assert "<b>fine" not in html.replace("<b>fine</b></div>", "")  # the text's own tags are escaped
+    assert "<b>fine" not in html.replace("<b>fine</b></span>", "")  # the text's own tags are escaped
     tokens = re.findall(r"<b>(.*?)</b>", html)
     assert any("&lt;" in token for token in tokens)
     assert (

@@ -15,6 +15,7 @@ from pydantic import AfterValidator, Field, ValidationError, model_validator
 from ctpd.core.config import (
     Config,
     NonNegative,
+    Number,
     Positive,
     PositiveInt,
     Share,
@@ -54,6 +55,7 @@ class Outer(Config):
     names: Annotated[tuple[str, ...], MinLen(1)] = ("a",)
     word: Literal["all"] | Annotated[tuple[str, ...], MinLen(1)] = "all"
     even: Annotated[int, AfterValidator(_is_even)] = 0
+    number: Number = 0
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -146,6 +148,8 @@ REFUSED = {
     "inner: {rate: 1}\neither: 3": ("'either' must be a mapping or a text, and is 3",),
     "inner: {rate: 1}\neither: {rate: x}": ("line 2: 'either.rate' must be a number, and is 'x'",),
     "inner: {rate: 1}\neither: {name: x}": ("line 2: the key 'either.rate' is missing",),
+    "inner: {rate: 1}\nnumber: x": ("line 2: 'number' must be a number, and is 'x'.",),
+    "inner: {rate: 1}\nnumber: true": ("line 2: 'number' must be a number, and is True.",),
     "inner: {rate: 1}\neven: 3": ("line 2: 'even': 3 is odd.",),
     "inner: {rate: 1}\ncount: 101": ("a `count` above 100 needs `on`. Write `on: true`",),
     "? [1, 2]\n: 3": ("not valid YAML", "a key is no text"),
@@ -179,6 +183,9 @@ def test_refused_with_place_and_remedy(text: str) -> None:
 
 def test_anchors_and_merge_keys_work_without_counting_as_duplicates() -> None:
     assert read("inner: &i {rate: 1, name: b}\neither: {<<: *i}").either == Inner(rate=1.0, name="b")
+    assert read("inner: &i {rate: 1, name: b}\neither: {<<: *i, name: c}").either == Inner(rate=1.0, name="c")
+    assert read("inner: &i {rate: 1, name: b}\neither: {name: c, <<: *i}").either == Inner(rate=1.0, name="c")
+    assert "stands twice" in refusal("inner: &i {rate: 1, name: b}\neither: {<<: *i, name: c, name: d}")
 
 
 def test_nearest_is_silent_when_nothing_is_near() -> None:

@@ -24,7 +24,7 @@ from ctpd.testbed.documents import draw_documents, most_documents
 from ctpd.testbed.models import new_model, train_tokenizer
 from ctpd.testbed.unigram import train_unigram
 from ctpd.text.align import align_spans
-from harness.evaluate import evaluate_column, score
+from harness.evaluate import Documents, evaluate_column, score
 from harness.suites import load_suite
 
 DIGEST = "33ce5746ee9d405608036e416a5487d95fe9ebb6bbf910719d72179bbab789d3"
@@ -366,9 +366,9 @@ class Sage(LM):
 @pytest.mark.parametrize("wrong", [False, True])
 def test_tasks_score_right_answers_1_and_popular_errors_0(folder: Path, world: w.World, *, wrong: bool) -> None:
     for column in load_suite("testbed").columns:
-        result = score(Sage(world, wrong=wrong), column, data_root=folder / "hub")
-        assert result["value"] == pytest.approx(0.0 if wrong else 1.0, abs=1e-9), column.name
-        assert result["num_docs"] == result["num_total"] == CONFIG.num_documents
+        result = score(Sage(world, wrong=wrong), column, Documents(folder / "hub"))
+        assert result.value == pytest.approx(0.0 if wrong else 1.0, abs=1e-9), column.name
+        assert result.num_docs == result.num_total == CONFIG.num_documents
 
 
 def test_tasks_run_on_a_model_of_the_testbed(
@@ -377,6 +377,6 @@ def test_tasks_run_on_a_model_of_the_testbed(
     """An untrained model finds the tasks hard, fits them, and takes the facts for what their wordings' number makes likely."""
     model: LlamaForCausalLM = new_model(tokenizers[1], PretrainConfig(**SHAPE))
     for column in load_suite("testbed").columns:
-        result = evaluate_column(model, tokenizers[1], column, data_root=folder / "hub", batch_size=8)
-        assert 0.0 <= result["value"] < 0.8
-        assert result["truncated"] == 0
+        result = evaluate_column(model, tokenizers[1], column, Documents(folder / "hub"), batch_size=8)
+        assert 0.0 <= result.value < 0.8
+        assert result.truncated == 0

@@ -1,7 +1,6 @@
 """lm-evaluation-harness: one model on one column of a suite."""
 
 import contextlib
-import json
 import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -14,6 +13,7 @@ from ctpd.core.processes import processes
 from ctpd.pipeline.references import LocatedModel, Model, cached_digest
 from ctpd.pipeline.stage import Part, Stage, Work
 from ctpd.pipeline.stages.world import WorldStage
+from harness.record import ColumnResult
 from harness.suites import Column
 
 RESULT = "result.json"
@@ -81,7 +81,7 @@ class EvaluateStage(Stage):
     """The score of a model on a column, with the score of every document."""
 
     kind = "evaluate"
-    version = 2
+    version = 3
 
     protocol: Protocol
     task: ColumnTask
@@ -90,10 +90,9 @@ class EvaluateStage(Stage):
 
     def build(self, work: Work) -> None:
         """Evaluate."""
-        result = self._evaluate(work)
-        (work.folder / RESULT).write_text(json.dumps(result, ensure_ascii=False), encoding="utf-8")
+        (work.folder / RESULT).write_text(self._evaluate(work).model_dump_json(), encoding="utf-8")
 
-    def result(self, work: Work) -> dict[str, Any]:
+    def result(self, work: Work) -> ColumnResult:
         """What `build` has written."""
         return read_result(work.path(self))
 
@@ -103,16 +102,12 @@ class EvaluateStage(Stage):
             return self.documents.documents(work)
         return None if self.documents is None else Path(self.documents.root)
 
-    def _evaluate(self, work: Work) -> dict[str, Any]:
-        from harness.evaluate import evaluate_column, evaluate_with_vllm
+    def _evaluate(self, work: Work) -> ColumnResult:
+        from harness.evaluate import Documents, Pinned, evaluate_column, evaluate_with_vllm
 
-        protocol, located = self.protocol, self.model.located(work)
+        protocol, located, column = self.protocol, self.model.located(work), self.task.column
+        documents = Documents(self._root(work), limit=protocol.limit, chat_template=protocol.chat_template)
         tokenizer = located.load_tokenizer()
-        common: dict[str, Any] = {
-            "data_root": self._root(work),
-            "limit": protocol.limit,
-            "chat_template": protocol.chat_template,
-        }
         if protocol.backend == "vllm":
             if processes().world_size > 1:
                 raise UserError(
@@ -120,25 +115,22 @@ class EvaluateStage(Stage):
                 )
             with _one_folder(located, precision=protocol.precision) as (folder, revision):
                 return evaluate_with_vllm(
-                    folder,
+                    Pinned(folder, revision),
+                    Pinned(located.tokenizer, located.tokenizer_revision),
                     tokenizer,
-                    self.task.column,
+                    column,
+                    documents,
                     precision=protocol.precision,
-                    revision=revision,
-                    tokenizer_location=located.tokenizer,
-                    tokenizer_revision=located.tokenizer_revision,
-                    **common,
                 )
         model = located.load(precision=protocol.precision, device=work.runtime.torch_device())
         return evaluate_column(
-            model, tokenizer, self.task.column, batch_size=protocol.batch_size, progress=work.progress, **common
+            model, tokenizer, column, documents, batch_size=protocol.batch_size, progress=work.progress
         )
 
 
-def read_result(folder: Path) -> dict[str, Any]:
+def read_result(folder: Path) -> ColumnResult:
     """The result of an artifact."""
-    found: dict[str, Any] = json.loads((folder / RESULT).read_text(encoding="utf-8"))
-    return found
+    return ColumnResult.model_validate_json((folder / RESULT).read_bytes())
 
 
 @contextlib.contextmanager

@@ -4,9 +4,8 @@ import json
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
+from ctpd.core.config import to_plain
 from ctpd.pipeline.runtime import provenance
 from ctpd.pipeline.stage import Stage, Work
 from ctpd.pipeline.stages.evaluate import EvaluateStage
@@ -15,6 +14,7 @@ from ctpd.pipeline.stages.pairs import PairsStage
 from ctpd.pipeline.stages.pretrain import PretrainStage
 from ctpd.pipeline.stages.train import TrainStage
 from ctpd.pipeline.stages.weights import WeightsStage
+from harness.record import DataSummary, Provenance, Record, RecordHead, TrainingSummary
 
 RECORD = "record.json"
 
@@ -24,8 +24,9 @@ class RecordStage(Stage):
     """What is known of a run before it is executed, and what its stages have measured."""
 
     kind = "record"
+    version = 2
 
-    head: Mapping[str, Any]
+    head: RecordHead
     pairs: PairsStage
     evaluations: Mapping[str, EvaluateStage]
     generated: GenerateStage | None = None
@@ -34,33 +35,26 @@ class RecordStage(Stage):
 
     def build(self, work: Work) -> None:
         """Gather and write."""
+        made = {**provenance(work.runtime), "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
+        Record(
+            **dict(self.head),
+            training=self._training(work),
+            weights=None if self.weights is None else self.weights.summary(work),
+            data=self._data(work),
+            evaluation={column: stage.result(work) for column, stage in self.evaluations.items()},
+            provenance=Provenance.model_validate_json(json.dumps(to_plain(made))),
+        ).write(work.folder / RECORD)
+
+    def _data(self, work: Work) -> DataSummary:
         meta = self.pairs.read_meta(work)
-        record = {
-            **self.head,
-            "training": self._training(work),
-            "weights": None if self.weights is None else self.weights.summary(work),
-            "data": {
-                "pairs": len(meta["pair_ids"]),
-                "dropped": meta["dropped"],
-                "report": meta["report"],
-                "written": None if self.generated is None else self.generated.counts(work),
-            },
-            "evaluation": {
-                column: {**stage.result(work), "name": column} for column, stage in self.evaluations.items()
-            },
-            "provenance": {**provenance(work.runtime), "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())},
-        }
-        (work.folder / RECORD).write_text(json.dumps(record, ensure_ascii=False), encoding="utf-8")
+        return DataSummary(
+            pairs=len(meta["pair_ids"]),
+            dropped=meta["dropped"],
+            counts=meta["report"],
+            generated=None if self.generated is None else self.generated.counts(work),
+        )
 
-    def _training(self, work: Work) -> Any:
-        from ctpd.pipeline.training import TRAINING
+    def _training(self, work: Work) -> TrainingSummary | None:
+        from ctpd.pipeline.training import read_training
 
-        if self.training is None:
-            return None
-        return json.loads((work.path(self.training) / TRAINING).read_text(encoding="utf-8"))
-
-
-def read_record(folder: Path) -> dict[str, Any]:
-    """The record of an artifact."""
-    found: dict[str, Any] = json.loads((folder / RECORD).read_text(encoding="utf-8"))
-    return found
+        return None if self.training is None else read_training(work.path(self.training))

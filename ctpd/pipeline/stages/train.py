@@ -179,7 +179,11 @@ class TrainStage(Stage):
         if self.weights is None:
             return {}
         summary = self.weights.summary(work)
-        return {f"weights/{name}": summary[name] for name in ("mean", "clamped_low", "clamped_high")}
+        return {
+            "weights/mean": summary.mean,
+            "weights/clamped_low": summary.clamped_low,
+            "weights/clamped_high": summary.clamped_high,
+        }
 
     def _save_tokenizer(self, work: Work) -> None:
         """Beside whole weights the tokenizer; beside an adapter where its base and tokenizer are."""

@@ -1,9 +1,8 @@
 """Importance weights of every unit, from the signals of a contrastive pair of models."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ctpd.core.config import Config
 from ctpd.objectives.base import Aggregate, Granularity, Weighting
@@ -11,6 +10,7 @@ from ctpd.ops.weights import Signal, find_strategy
 from ctpd.pipeline.stage import Stage, Work
 from ctpd.pipeline.stages.pairs import PairsStage
 from ctpd.pipeline.stages.signals import SignalsStage
+from harness.record import WeightsSummary
 
 if TYPE_CHECKING:
     import numpy as np
@@ -51,7 +51,7 @@ class WeightsStage(Stage):
         from safetensors.numpy import save_file
 
         from ctpd.pipeline.rows import units_of
-        from ctpd.pipeline.summaries import weight_examples, weight_summary
+        from ctpd.pipeline.summaries import Units, weight_examples, weight_summary
 
         prepared = self.pairs.read(work)
         _, unit_starts = units_of(prepared, "student", self.config.granularity)
@@ -59,10 +59,14 @@ class WeightsStage(Stage):
         result = self._result(work, prepared, unit_starts, marks)
         values = np.asarray(result.weights.numpy(), dtype=np.float32)
         save_file({"weights": values}, work.folder / WEIGHTS)
-        summary = weight_summary(result, prepared, unit_starts=unit_starts, marks=marks)
-        examples = weight_examples(prepared, values, unit_starts) if self.config.granularity == "spans" else []
-        text = json.dumps({**summary, "examples": examples}, ensure_ascii=False)
-        (work.folder / SUMMARY).write_text(text, encoding="utf-8")
+        summary = weight_summary(
+            result,
+            prepared,
+            Units(unit_starts, marks),
+            parameters=self.config.weighting.parameters,
+            examples=weight_examples(prepared, values, unit_starts) if self.config.granularity == "spans" else (),
+        )
+        (work.folder / SUMMARY).write_text(summary.model_dump_json(), encoding="utf-8")
 
     def values(self, work: Work) -> "NDArray[np.float32]":
         """One weight per unit, the units of all rows one after another."""
@@ -71,10 +75,9 @@ class WeightsStage(Stage):
 
         return np.asarray(load_file(work.path(self) / WEIGHTS)["weights"], dtype=np.float32)
 
-    def summary(self, work: Work) -> dict[str, Any]:
+    def summary(self, work: Work) -> WeightsSummary:
         """Their distribution, per side, and examples."""
-        found: dict[str, Any] = json.loads((work.path(self) / SUMMARY).read_text(encoding="utf-8"))
-        return found
+        return WeightsSummary.model_validate_json((work.path(self) / SUMMARY).read_bytes())
 
     def _result(
         self, work: Work, prepared: "PreparedPairs", unit_starts: "NDArray[np.int64]", marks: "NDArray[np.int8] | None"
