@@ -1,7 +1,7 @@
 """Approximate likelihood matching (Minixhofer et al. 2025, arXiv 2503.20083) after tokenkit (BASELINES 8).
 
-Chunks of text that both tokenizers agree on have a likelihood under both models. The distance is that of the two
-events "this chunk" and "another one", made soft by a temperature. No vocabulary has to be mapped, and the teacher is
+A chunk of text at whose ends both tokenizers have a token boundary has a likelihood under both models. The distance is
+that of the two events "this chunk" and "another one", softened by a temperature. No vocabulary has to be mapped, and the teacher is
 two numbers a token, stored once: that is exact, and no teacher is in memory in training.
 
 Shape legend: N scored tokens of the student, M of the teacher, R responses, C chunks (aligned spans) of the longest.
@@ -74,8 +74,8 @@ class ALM(DistillationObjective[BoundaryTokens]):
     `CE_r` is the mean over its tokens, `ALM_r` over its chunks. Without merging, the ALM part is the mean over all
     chunks of the step, as in tokenkit.
 
-    DEVIATION: with merging, tokenkit divides by the chunks of the step after merging, which nobody knows before the
-    teacher's numbers are read. Here a response weighs as much as it has spans, which needs the batch alone.
+    DEVIATION: with merging, tokenkit divides by the chunks of the step after merging, a number that is not known before
+    the teacher's numbers are read. Here a response weighs as much as it has spans, which needs the batch alone.
     """
 
     params_type = ALMParams

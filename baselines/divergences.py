@@ -111,7 +111,7 @@ DIVERGENCES: Mapping[DivergenceName, Callable[..., Tensor]] = MappingProxyType(
 def find_divergence(
     name: DivergenceName, *, temperature: float, beta: float = 0.5, skew: float = 0.1, tail_mass: float = 0.5
 ) -> RowDivergence:
-    """The divergence of that name, `(student_logits_RV, teacher_logits_RV) -> [R]`; it takes the numbers it knows."""
+    """The divergence of that name, `(student_logits_RV, teacher_logits_RV) -> [R]`; each takes those of the numbers that it has."""
     shares = {"beta": beta, "skew": skew, "tail_mass": tail_mass}
     own = {
         "generalised_jsd": ("beta",),

@@ -1,6 +1,6 @@
 """Dual-space distillation (Zhang et al., EMNLP 2024, arXiv 2406.17328) of models that share a tokenizer (BASELINES 6a).
 
-Two linear maps carry hidden states into the other model's space, so that both distributions of a comparison come from
+Two linear maps project hidden states into the other model's space, so that both distributions of a comparison come from
 one output head: the teacher's hidden states through the student's, the student's through the teacher's.
 `baselines.dskd_cma` does the same for any two tokenizers.
 
@@ -71,9 +71,9 @@ class DSKD(DistillationObjective[LogitTokens]):
         check_states((student.rows, self.t2s.out_features), (teacher, self.s2t.out_features))
         is_aligned_N = batch.aligned >= 0
         theirs = teacher.constant().select(batch.aligned.clamp(min=0))
-        mapped = LogitRows(carried(self.t2s, theirs.hidden, student.rows), student.rows.head.constant())
+        mapped = LogitRows(projected(self.t2s, theirs.hidden, student.rows), student.rows.head.constant())
         ours = student_space(student.rows, student.targets, mapped, self._divergence)
-        s2t_kd_N = teacher_space(carried(self.s2t, student.rows.hidden, theirs), theirs, self.params.temperature)
+        s2t_kd_N = teacher_space(projected(self.s2t, student.rows.hidden, theirs), theirs, self.params.temperature)
         t2s_ce, t2s_kd, hits, s2t_kd = (
             part_N.masked_fill(~is_aligned_N, 0.0).sum() for part_N in (ours.t2s_ce, ours.t2s_kd, ours.hit, s2t_kd_N)
         )
@@ -118,10 +118,10 @@ def teacher_space(hidden_MH: Tensor, teacher: LogitRows, temperature: float) -> 
     return LogitRows(hidden_MH, teacher.head.constant()).map(divergence, teacher)
 
 
-def carried(projector: nn.Linear, hidden_NH: Tensor, to: LogitRows) -> Tensor:
-    """Hidden states in another model's space, in the number format of that model's own."""
-    projected: Tensor = projector(hidden_NH.to(projector.weight.dtype))
-    return projected.to(to.hidden.dtype)
+def projected(projector: nn.Linear, hidden_NH: Tensor, to: LogitRows) -> Tensor:
+    """Hidden states in another model's space, in the dtype of that model's own."""
+    states: Tensor = projector(hidden_NH.to(projector.weight.dtype))
+    return states.to(to.hidden.dtype)
 
 
 def check_states(*sides: tuple[LogitRows, int]) -> None:

@@ -1,6 +1,6 @@
 """Dual-space distillation with cross-model attention (Zhang et al., EMNLP 2024, arXiv 2406.17328; BASELINES 6b).
 
-Where the tokenizers differ, no token of the teacher belongs to one of the student. Attention over the tokens of one
+Where the tokenizers differ, tokens of the two models are not aligned one to one. Attention over the tokens of one
 response, with the embeddings of (input, target) as queries and keys, mixes the teacher's hidden states for each token
 of the student, and the student's for each token of the teacher. The rest is `baselines.dskd`.
 
@@ -29,7 +29,7 @@ from ctpd.objectives.distillation import (
 )
 from ctpd.ops.logit_rows import LogitRows
 
-# Finite, so that a padded row of the attention, which nobody reads, has no NaN in its gradient.
+# Finite, so that a padded row of the attention, which is not used, has no NaN in its gradient.
 _MASKED = -1e5
 
 

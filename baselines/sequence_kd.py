@@ -1,7 +1,7 @@
 """Sequence-level distillation: fine-tuning on the teacher's own answers (Kim & Rush, EMNLP 2016; BASELINES 2).
 
-The pipeline lets the teacher answer each prompt and puts the text in the place of the chosen response (`generation`);
-the student's tokenizer reads it anew, so the two models need not share one.
+The pipeline generates the teacher's answer to each prompt, which replaces the chosen response (`generation`); the
+student's tokenizer tokenizes the text again, so the two models need not share one.
 """
 
 from typing import final

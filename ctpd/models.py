@@ -145,15 +145,16 @@ def packed_arguments(layout: PackedLayout | None, input_ids: Int[Tensor, "R T"])
 
 
 def load_tokenizer(folder: str | Path, *, revision: str | None = None) -> PreTrainedTokenizerBase:
-    """Load a fast tokenizer.
+    """Load a fast tokenizer that has a token for padding or for the end of a text.
+
+    Args:
+        folder: a directory with the tokenizer's files, or a hub id.
+        revision: the pinned revision of a hub id.
 
     Raises:
-        UserError: there is none, or only a slow one, which knows no character offsets.
+        UserError: there is none, or only a slow one, which has no character offsets.
     """
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(str(folder), revision=revision)
-    except (OSError, ValueError) as error:
-        raise UserError(f"no tokenizer could be loaded ({_first_line(error)})", where=str(folder)) from error
+    tokenizer = _fast_tokenizer(folder, revision=revision, where=str(folder), fix=None)
     if tokenizer.pad_token_id is None and tokenizer.eos_token_id is None:
         raise UserError("the tokenizer has no end-of-text token", where=str(folder), fix="Set `eos_token` in its files")
     return tokenizer
@@ -172,14 +173,19 @@ def find_tokenizer(location: str) -> PreTrainedTokenizerBase:
             return PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_file(str(path)))
         except Exception as error:  # the tokenizers library raises plain Exceptions
             raise UserError(f"the file is no tokenizer.json ({_first_line(error)})", where=location, fix=fix) from error
-    name, _, revision = (location, "", "") if path.exists() else location.partition("@")
+    name, _, revision = (str(path), "", "") if path.exists() else location.partition("@")
+    return _fast_tokenizer(name, revision=revision or None, where=location, fix=fix)
+
+
+def _fast_tokenizer(
+    folder: str | Path, *, revision: str | None, where: str, fix: str | None
+) -> PreTrainedTokenizerBase:
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(path) if path.exists() else name, revision=revision or None)
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(str(folder), revision=revision)
     except (OSError, ValueError) as error:
-        what = f"no tokenizer could be loaded ({_first_line(error)})"
-        raise UserError(what, where=location, fix=fix) from error
+        raise UserError(f"no tokenizer could be loaded ({_first_line(error)})", where=where, fix=fix) from error
     if not tokenizer.is_fast:
-        raise UserError("the tokenizer is a slow one, which knows no character offsets", where=location, fix=fix)
+        raise UserError("the tokenizer is a slow one, which has no character offsets", where=where, fix=fix)
     return tokenizer
 
 

@@ -25,10 +25,10 @@ from harness.isolation import Progress
 from harness.prefixes import Group, Request, cost, plain_cost, plan
 
 ENCODED_AT_ONCE = 1024
-"""Requests whose texts one call of the tokenizer gets."""
+"""The number of requests whose texts are tokenized in one call."""
 
 WORTHWHILE = 0.9
-"""Requests are computed in branches where that takes at most this share of the tokens."""
+"""Requests are computed as trees if that takes at most this share of the tokens."""
 
 
 def open_vllm(
@@ -39,7 +39,7 @@ def open_vllm(
     revision: str | None = None,
     tokenizer_revision: str | None = None,
 ) -> LM:
-    """A model directory or hub id behind vLLM, which batches by itself.
+    """A model directory or hub id in vLLM, which makes batches by itself.
 
     Scores differ from those of transformers by the noise of other kernels: one table has one backend.
 
@@ -51,10 +51,10 @@ def open_vllm(
     except ImportError as error:
         raise UserError(
             f"`backend: vllm` needs vLLM, which cannot be imported ({error})",
-            fix="Install it beside a GPU, `pip install 'ctpd[vllm]'`, or use `backend: hf`",
+            fix="Install it on a machine with a GPU, `pip install 'ctpd[vllm]'`, or use `backend: hf`",
         ) from error
     if torch.cuda.is_available():
-        torch.cuda.empty_cache()  # vLLM asks for most of the device at its start; a training in this process left blocks
+        torch.cuda.empty_cache()  # vLLM reserves most of the device; a training in this process left cached blocks
     made: LM = module.VLLM(
         pretrained=str(folder), tokenizer=str(tokenizer), dtype=precision, revision=revision,
         tokenizer_revision=tokenizer_revision,
@@ -138,7 +138,7 @@ class SharedContextLM(HFLM):
             room = self.max_length - options["max_gen_toks"]
             if room <= 0:
                 raise UserError(
-                    f"the model's length of {self.max_length} tokens leaves no room for a prompt beside the "
+                    f"the model's length of {self.max_length} tokens leaves no room for a prompt before the "
                     f"{self.max_length - room} tokens that the task generates",
                     fix="Evaluate a model with a longer context, or lower `max_gen_toks` in the task's file",
                 )
@@ -221,7 +221,7 @@ class SharedContextLM(HFLM):
         """Logits [B, K, V] of the last K positions; the caller's slice counts from the end, so it fits any K."""
         if not self._keeps_last_logits:
             return super()._model_call(inps, attn_mask, labels)
-        # lm-eval pads on the right with token 0 and tells nobody the lengths. Trailing zeros are at least the padding.
+        # lm-eval pads on the right with token 0 and does not pass the lengths on. Trailing zeros are at least the padding.
         padding = int((inps.flip(1) != 0).int().cumsum(1).eq(0).sum(1).max())
         kept = min(inps.shape[1], padding + self._longest_continuation)
         with torch.no_grad():
@@ -244,7 +244,7 @@ class SharedContextLM(HFLM):
 
 
 class _ProgressHook(CacheHook):
-    """lm-eval calls its response cache once per answered request: the one place that tells how far it is."""
+    """lm-eval calls its response cache once per answered request, and has no other hook for progress."""
 
     def __init__(self, progress: Progress, total: int) -> None:
         super().__init__(None)
@@ -256,6 +256,6 @@ class _ProgressHook(CacheHook):
 
 
 def _plain(options: Mapping[str, Any]) -> bool:
-    """Whether a request asks for greedy text and nothing else."""
+    """Whether a request is for greedy text, without any other setting."""
     rest = {name: value for name, value in options.items() if name not in ("until", "max_gen_toks")}
     return not rest.pop("do_sample", False) and not rest.pop("temperature", 0.0) and not rest

@@ -1,8 +1,8 @@
-"""Which token sequences share which beginnings, and how they become few short rows: planning only, no model.
+"""Which token sequences have common beginnings, and how they become few short trees of tokens: no model is needed here.
 
-Two levels. The requests of one document make one row, a tree: what they have in common stands once, and each token sees
-the tokens before it on its own branch. Rows that begin alike (few-shot examples) make a group, whose common tokens are
-computed once and kept as keys and values.
+Two levels. The requests of one document make one row, a tree: their common beginning occurs once, and each token attends
+to the tokens before it on its own branch. Rows with a common beginning (few-shot examples) form a group, whose common
+tokens are computed once and kept as keys and values.
 """
 
 from collections.abc import Iterator, Sequence
@@ -15,7 +15,7 @@ MAX_ROW = 1024
 """Tokens of a row to which further requests may be added: attention of a row is quadratic, other work is not."""
 
 GRAIN = 32
-"""Common beginnings of rows are cut to multiples of this: shorter ones do not pay."""
+"""Common beginnings of rows are cut to multiples of this: shorter ones save too little."""
 
 GROUP_COST = 512
 """What a group must save, in tokens: its own forward pass, and batches that are not full."""

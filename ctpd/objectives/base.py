@@ -1,4 +1,4 @@
-"""What an objective is, and what it declares so that nobody has to ask for its name.
+"""What an objective is, and what it declares, so that no code has to branch on a method's name.
 
 Shape legend: R rows of one batch (first all chosen, then all rejected), U units.
 """
@@ -134,7 +134,7 @@ class Requirements:
 class Objective(nn.Module, ABC):
     """The common part of all objectives: ``ObjectiveClass(ObjectiveClass.params_type(...))`` makes one.
 
-    Its parameters, if any, are trained beside the model, saved with the run and left out of an export.
+    Its parameters, if any, are trained together with the model, saved with the run and left out of an export.
 
     Attributes:
         counts: by what the trainer divides a step's loss: pairs, or the student's scored tokens or units (spans) of

@@ -106,7 +106,7 @@ class DistillBatch(Generic[_Teacher_co]):
     Attributes:
         student: its scored tokens.
         teachers: those of each teacher of `TeacherView.models`, of the type that the view asks for.
-        aligned: the index of the teacher's token that belongs to each of the student's; -1 for none
+        aligned: for each token of the student, the index of its aligned token among the teacher's; -1 for none
             (`TeacherView.pairing`).
         num_pairs, num_rows: B and R.
     """

@@ -1,4 +1,4 @@
-"""Tokens of two models grouped by what they spell: which tokens of the one belong to which of the other.
+"""Tokens of two models grouped by the text that they spell.
 
 Shape legend: N scored tokens of one model, K those of them that are in a group, G groups of a batch.
 """

@@ -1,4 +1,4 @@
-"""Rows that a model scores, their order, and their batches.
+"""Training rows, the order of the items, and how items become a batch.
 
 Shape legend: R rows of a batch, T tokens of the longest row, U units of the longest row, N scored tokens.
 """

@@ -22,15 +22,16 @@ PLAIN, SHARING = "sdpa", "ctpd_shared_rows"  # names of attention implementation
 
 
 def _attention(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, *,
-    packed_layout: PackedLayout | None = None, position_ids: Tensor | None = None, **options: Any,
-) -> tuple[Tensor, None]:  # fmt: skip
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
+) -> tuple[Tensor, None]:
     """The library's attention, and the same within each row of packed sequences; the signature is transformers'."""
-    if packed_layout is None:
+    layout: PackedLayout | None = options.pop("packed_layout", None)
+    if layout is None:
         output, _ = sdpa_attention_forward(module, query, key, value, attention_mask, **options)
         return output, None
+    options.pop("position_ids", None)
     plain = functools.partial(sdpa_attention_forward, module)
-    return packed_attention(plain, query, key, value, layout=packed_layout, **options)
+    return packed_attention(plain, query, key, value, layout=layout, **options)
 
 
 AttentionInterface.register(SHARING, _attention)
