@@ -17,7 +17,6 @@ from ctpd.core.errors import UserError
 from ctpd.core.processes import processes
 from ctpd.core.recipe import EvaluationSpec, Recipe, load_recipe
 from ctpd.core.store import Store
-from ctpd.ops.weights import Signal, find_strategy
 from ctpd.pipeline.graph import Graph, Stage, Work
 from ctpd.pipeline.progress import Progress
 from ctpd.pipeline.references import (
@@ -32,20 +31,19 @@ from ctpd.pipeline.references import (
 )
 from ctpd.pipeline.runs import PlannedRun, plan_runs
 from ctpd.pipeline.runtime import Runtime, provenance
+from ctpd.pipeline.signals import models_in_memory, stored_signals
 from ctpd.pipeline.stages import SharedStages
 from harness.comparison import tables
 from harness.record import (
     Clamp,
     ColumnResult,
     DataSummary,
-    FrozenModel,
     Method,
     Provenance,
     Record,
     RecordHead,
     Role,
     RowKind,
-    StoredSignal,
     WeightsSummary,
     training_summary,
 )
@@ -56,15 +54,6 @@ from harness.suites import Column, Suite, load_suite
 RESULT, RECORD = "result.json", "record.json"
 
 UNTRAINED: Mapping[Role, RowKind] = {"teacher": "untrained teacher", "student": "untrained student"}
-
-FROZEN = {
-    Signal.TEACHER_REFERENCE: FrozenModel(role="teacher", model="SFT"),
-    Signal.TEACHER_POSITIVE: FrozenModel(role="teacher", model="positive"),
-    Signal.TEACHER_NEGATIVE: FrozenModel(role="teacher", model="negative"),
-    Signal.STUDENT_POSITIVE: FrozenModel(role="student", model="positive"),
-    Signal.STUDENT_NEGATIVE: FrozenModel(role="student", model="negative"),
-}
-"""Whose pass each signal is; the data's marks need none."""
 
 
 class Experiment:
@@ -156,8 +145,8 @@ class Experiment:
             shared=shared_settings(self.recipe.shared, self._digests()),
             suite=self.suite.name,
             partial=self.recipe.shared.evaluation.limit is not None,
-            signals=_signals(run),
-            in_memory=_in_memory(run),
+            signals=() if run.method is None else stored_signals(run.method.objective),
+            in_memory=() if run.method is None else models_in_memory(run.method.objective),
         )
 
         def build(work: Work) -> None:
@@ -358,30 +347,6 @@ def _method(run: PlannedRun) -> Method | None:
     if run.method is None or run.spec is None:
         return None
     return Method(name=run.method.name, params=dict(run.method.params), tuned=dict(run.spec.tuned))
-
-
-def _signals(run: PlannedRun) -> tuple[StoredSignal, ...]:
-    """The stored passes over the pairs that a run reads: of log-probabilities, distributions, and generated responses."""
-    if run.method is None:
-        return ()
-    objective, found = run.method.objective, set()
-    layout, view = objective.layout, objective.teacher
-    if layout.reference is not None:
-        found.add(StoredSignal(role=layout.reference, model="SFT", kept="log probabilities"))
-    if layout.weighting is not None:
-        needs = find_strategy(layout.weighting.strategy).needs - {Signal.MARKS}
-        found |= {StoredSignal(**dict(FROZEN[need]), kept="log probabilities") for need in needs}
-    if view is not None and view.is_stored:
-        found |= {StoredSignal(**dict(FROZEN[signal]), kept="distributions") for signal in view.models}
-    if objective.generation is not None:
-        found.add(StoredSignal(role=objective.generation.writer, model="SFT", kept="responses"))
-    return tuple(sorted(found, key=lambda signal: (signal.role, signal.model, signal.kept)))
-
-
-def _in_memory(run: PlannedRun) -> tuple[FrozenModel, ...]:
-    """The frozen models that are in memory while a run trains."""
-    view = run.method.objective.teacher if run.method is not None else None
-    return () if view is None or view.is_stored else tuple(FROZEN[signal] for signal in view.models)
 
 
 def _narrowed(recipe: Recipe, *, seeds: Sequence[int], limit: int | None, source: str) -> Recipe:

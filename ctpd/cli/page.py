@@ -79,7 +79,9 @@ def spans_page(found: "Comparison", drawn: Sequence[Sequence[Mapping[str, Any]]]
 def _about(found: "Comparison") -> str:
     counts = found.counts
     skipped = f", {counts['skipped']:,} without tokens skipped" if counts["skipped"] else ""
-    return f"{counts['texts']:,} texts{skipped}, {counts['characters']:,} characters, {counts['spans']:,} aligned spans."
+    return (
+        f"{counts['texts']:,} texts{skipped}, {counts['characters']:,} characters, {counts['spans']:,} aligned spans."
+    )
 
 
 def _types(found: "Comparison") -> Iterator[SpanType]:
