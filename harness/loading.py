@@ -85,8 +85,11 @@ def _task_manager(column: Column) -> tuple[TaskManager, list[Path]]:
 def _set_shots(task: Task, shots: int | None, *, where: str) -> None:
     own = task.get_config("num_fewshot")
     if own == 0 and shots:  # a task that fixes 0 has its examples in the prompt; lm-eval ignores any other number
-        raise UserError(f"the task '{task.task_name}' takes no shots, and the suite asks for {shots}", where=where,
-                        fix="Write `shots: 0` or `shots: null`")  # fmt: skip
+        raise UserError(
+            f"the task '{task.task_name}' takes no shots, and the suite asks for {shots}",
+            where=where,
+            fix="Write `shots: 0` or `shots: null`",
+        )
     task.set_config(key="num_fewshot", value=(own or 0) if shots is None else shots)
     task.set_fewshot_seed(seed=SEEDS["fewshot"])
 
@@ -97,11 +100,17 @@ def _check_metrics(task: Task, column: Column, *, where: str) -> None:
     keys = [f"{metric},{name}" for metric in task.aggregation() for name in filters]
     for key in (column.metric, *column.also):
         if key not in keys:
-            raise UserError(f"the task '{task.task_name}' has no metric '{key}'.{nearest(key, keys)}", where=where,
-                            fix=f"Metrics are: {', '.join(keys)}")  # fmt: skip
+            raise UserError(
+                f"the task '{task.task_name}' has no metric '{key}'.{nearest(key, keys)}",
+                where=where,
+                fix=f"Metrics are: {', '.join(keys)}",
+            )
     if not task.higher_is_better().get(column.metric.split(",")[0], True):
-        raise UserError(f"'{column.metric}' is better when lower, and tables rank higher as better", where=where,
-                        fix="Report another metric")  # fmt: skip
+        raise UserError(
+            f"'{column.metric}' is better when lower, and tables rank higher as better",
+            where=where,
+            fix="Report another metric",
+        )
 
 
 def _datasets(name: str, index: Mapping[str, Any]) -> set[str]:
