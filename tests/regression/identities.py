@@ -32,7 +32,10 @@ def keys() -> dict[str, str]:
 def defaults() -> dict[str, Any]:
     """Kind -> version, and the default of every field that its key leaves out when it has that value."""
     return {
-        kind.kind: {"version": kind.version, "defaults": dict(sorted(_of_type(kind, kind.kind), key=lambda item: item[0]))}
+        kind.kind: {
+            "version": kind.version,
+            "defaults": dict(sorted(_of_type(kind, kind.kind), key=lambda item: item[0])),
+        }
         for kind in sorted(stage_types(), key=lambda kind: kind.kind)
     }
 
