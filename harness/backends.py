@@ -63,16 +63,16 @@ def open_vllm(
 
 
 class SharedContextLM(HFLM):
-    """lm-eval's model for transformers, which computes what requests have in common once, and reports progress.
+    """lm-eval's model for transformers, which computes common beginnings of requests once, and reports progress.
 
-    The choices of a document are branches after one context, few-shot examples that documents share are kept as keys and
-    values (`harness.prefixes`), and logits are computed only where continuations are. Scores are lm-eval's to float
-    noise. A model that cannot be called so (`unshared` says why) is called as lm-eval does, last logits only where it
-    takes ``logits_to_keep``: memory falls from batch x prompt x vocabulary to batch x answer x vocabulary.
+    The choices of a document are branches after one context, few-shot examples that documents have in common are
+    kept as keys and values (`harness.prefixes`), and logits are computed only at the positions of continuations. Scores are lm-eval's to float
+    noise. A model that cannot be called so (`unshared` says why) is called as lm-eval does, with the last logits
+    only if it takes ``logits_to_keep``: memory falls from batch x prompt x vocabulary to batch x answer x vocabulary.
     DEVIATION from lm-eval's default: log-softmax in float32 for half-precision models too; sums of bfloat16
     log-probabilities are so coarse that choices tie.
     DEVIATION in generation: a row ends at its own first stop string. In lm-eval it goes on until all rows of its batch
-    have met the same one; the text behind a stop is cut off either way.
+    have met the same one; the text after a stop string is cut off either way.
     """
 
     def __init__(
@@ -145,7 +145,8 @@ class SharedContextLM(HFLM):
             self.num_truncated += len(self.tok_encode(context)) > room
         own = getattr(self.model, "generation_config", None)
         if self._branching is None or not is_plainly_greedy(own) or not all(map(_plain, settings)):
-            return super().generate_until(requests, disable_tqdm=disable_tqdm)
+            plain: list[str] = super().generate_until(requests, disable_tqdm=disable_tqdm)
+            return plain
         return self._generate(self._branching.masked, requests, settings)
 
     def _generate(
@@ -204,7 +205,9 @@ class SharedContextLM(HFLM):
             groups = plan(wanted)
             if cost(groups) <= WORTHWHILE * plain_cost(wanted):
                 return self._shared(self._branching, groups, wanted, [text for text, _, _ in requests])
-        return super()._loglikelihood_tokens(requests, disable_tqdm=disable_tqdm, override_bs=override_bs)
+        plain: list[tuple[float, bool]]
+        plain = super()._loglikelihood_tokens(requests, disable_tqdm=disable_tqdm, override_bs=override_bs)
+        return plain
 
     def _shared(
         self, model: BranchingModel, groups: Sequence[Group], wanted: Sequence[Request], texts: Sequence[Any]
@@ -220,12 +223,14 @@ class SharedContextLM(HFLM):
     def _model_call(self, inps: Tensor, attn_mask: Tensor | None = None, labels: Tensor | None = None) -> Tensor:
         """Logits [B, K, V] of the last K positions; the caller's slice counts from the end, so it fits any K."""
         if not self._keeps_last_logits:
-            return super()._model_call(inps, attn_mask, labels)
+            every: Tensor = super()._model_call(inps, attn_mask, labels)
+            return every
         # lm-eval pads on the right with token 0 and does not pass the lengths on. Trailing zeros are at least the padding.
         padding = int((inps.flip(1) != 0).int().cumsum(1).eq(0).sum(1).max())
         kept = min(inps.shape[1], padding + self._longest_continuation)
         with torch.no_grad():
-            return self.model(inps, logits_to_keep=kept).logits
+            logits_BKV: Tensor = self.model(inps, logits_to_keep=kept).logits
+        return logits_BKV
 
     def _probe(self) -> bool:
         """Whether the model takes ``logits_to_keep`` and means by it what we do."""

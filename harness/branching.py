@@ -47,7 +47,8 @@ class BranchingModel:
         cache = DynamicCache()
         ids = torch.tensor([tokens], device=self.device)
         self._model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
-        return [(layer.keys, layer.values) for layer in cache.layers]
+        layers: list[Any] = list(cache.layers)
+        return [(layer.keys, layer.values) for layer in layers]
 
     @torch.no_grad()
     def logits(self, rows: Sequence[TokenTree], past: Past) -> Tensor:
