@@ -64,8 +64,8 @@ def _theirs(model: Any, tokenizer: Any, column: Any, *, root: Path, batch: int, 
     from lm_eval.evaluator import evaluate
     from lm_eval.models.huggingface import HFLM
 
-    from harness.evaluate import load_tasks
     from harness.isolation import dataset_cache, quiet
+    from harness.loading import load_tasks
 
     # Only the tasks' shots are set as ours are; the data of a mirror need a cache that no other mirror has filled.
     with tempfile.TemporaryDirectory() as folder, dataset_cache(folder), quiet("lm_eval"):

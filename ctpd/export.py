@@ -30,30 +30,41 @@ def export_model(store: Store, key: str, *, to: Path, merge: bool) -> str:
         )
     if to.exists():
         raise UserError(f"the directory '{to}' exists already", fix="Give a new one")
-    chain_file = folder / CHAIN  # an adapter's: where its base, the adapters below it and its tokenizer are
+    chain_file = folder / CHAIN  # only an adapter has one: its base model, the adapters before it and its tokenizer
     if not chain_file.exists() or not merge:
         shutil.copytree(model, to)
-        kind = "adapter" if chain_file.exists() else "model"
-        return f"Wrote the {kind} to {to}." + (" Use --merge for whole weights." if kind == "adapter" else "")
+        if chain_file.exists():
+            return f"Wrote the adapter to {to}. Use --merge for whole weights."
+        return f"Wrote the model to {to}." + (" Its weights are whole: there was nothing to merge." if merge else "")
     from ctpd.models import load_model, load_tokenizer, save_model
 
     chain = json.loads(chain_file.read_text(encoding="utf-8"))
-    adapters = [_resolve(store, name) for name in chain["adapters"]]
+    adapters = [_resolve(store, name, revision=None) for name in chain["adapters"]]
     merged = load_model(
-        _resolve(store, chain["base"]),
+        _resolve(store, chain["base"], revision=chain["revision"]),
         adapters=[*adapters, model],
         precision="float32",
         device="cpu",
         revision=chain["revision"],
     )
     save_model(merged, to)
-    load_tokenizer(_resolve(store, chain["tokenizer"]), revision=chain["tokenizer_revision"]).save_pretrained(str(to))
+    tokenizer = _resolve(store, chain["tokenizer"], revision=chain["tokenizer_revision"])
+    load_tokenizer(tokenizer, revision=chain["tokenizer_revision"]).save_pretrained(str(to))
     return f"Wrote the merged model to {to}."
 
 
-def _resolve(store: Store, name: str) -> Path:
-    """`store:STAGE/KEY` is an artifact of this store; anything else a path or hub id."""
-    if not name.startswith("store:"):
-        return Path(name)
-    stage, _, key = name.removeprefix("store:").partition("/")
-    return store.open(stage, key) / MODEL_FOLDER
+def _resolve(store: Store, name: str, *, revision: str | None) -> Path:
+    """Where a part of a model is: `store:STAGE/KEY` names an artifact of this store, the rest a path or hub id.
+
+    Raises:
+        UserError: the path does not exist any more.
+    """
+    if name.startswith("store:"):
+        stage, _, key = name.removeprefix("store:").partition("/")
+        return store.open(stage, key) / MODEL_FOLDER
+    if revision is None and not Path(name).is_dir():
+        raise UserError(
+            f"the adapter was trained on the model in '{name}', and this directory does not exist",
+            fix="Put the model back there, or export the adapter alone, without --merge",
+        )
+    return Path(name)

@@ -62,13 +62,14 @@ def open_vllm(
     return made
 
 
-class SharedContextLM(HFLM):
+class SharedContextLM(HFLM):  # type: ignore[misc]  # lm-eval has no types
     """lm-eval's model for transformers, which computes common beginnings of requests once, and reports progress.
 
-    The choices of a document are branches after one context, few-shot examples that documents have in common are
-    kept as keys and values (`harness.prefixes`), and logits are computed only at the positions of continuations. Scores are lm-eval's to float
-    noise. A model that cannot be called so (`unshared` says why) is called as lm-eval does, with the last logits
-    only if it takes ``logits_to_keep``: memory falls from batch x prompt x vocabulary to batch x answer x vocabulary.
+    The choices of a document are branches after one context, few-shot examples that documents have in common are kept as
+    keys and values (`harness.prefixes`), and logits are computed only at the positions of continuations. Scores are
+    lm-eval's to rounding. A model that cannot be called so (`unshared` says why) is called as lm-eval does, with the last
+    logits only if it takes ``logits_to_keep``: memory falls from batch x prompt x vocabulary to batch x answer x
+    vocabulary.
     DEVIATION from lm-eval's default: log-softmax in float32 for half-precision models too; sums of bfloat16
     log-probabilities are so coarse that choices tie.
     DEVIATION in generation: a row ends at its own first stop string. In lm-eval it goes on until all rows of its batch
@@ -145,8 +146,8 @@ class SharedContextLM(HFLM):
             self.num_truncated += len(self.tok_encode(context)) > room
         own = getattr(self.model, "generation_config", None)
         if self._branching is None or not is_plainly_greedy(own) or not all(map(_plain, settings)):
-            plain: list[str] = super().generate_until(requests, disable_tqdm=disable_tqdm)
-            return plain
+            found: list[str] = super().generate_until(requests, disable_tqdm=disable_tqdm)
+            return found
         return self._generate(self._branching.masked, requests, settings)
 
     def _generate(
@@ -205,9 +206,10 @@ class SharedContextLM(HFLM):
             groups = plan(wanted)
             if cost(groups) <= WORTHWHILE * plain_cost(wanted):
                 return self._shared(self._branching, groups, wanted, [text for text, _, _ in requests])
-        plain: list[tuple[float, bool]]
-        plain = super()._loglikelihood_tokens(requests, disable_tqdm=disable_tqdm, override_bs=override_bs)
-        return plain
+        found: list[tuple[float, bool]] = super()._loglikelihood_tokens(
+            requests, disable_tqdm=disable_tqdm, override_bs=override_bs
+        )
+        return found
 
     def _shared(
         self, model: BranchingModel, groups: Sequence[Group], wanted: Sequence[Request], texts: Sequence[Any]
@@ -223,14 +225,14 @@ class SharedContextLM(HFLM):
     def _model_call(self, inps: Tensor, attn_mask: Tensor | None = None, labels: Tensor | None = None) -> Tensor:
         """Logits [B, K, V] of the last K positions; the caller's slice counts from the end, so it fits any K."""
         if not self._keeps_last_logits:
-            every: Tensor = super()._model_call(inps, attn_mask, labels)
-            return every
+            all_logits: Tensor = super()._model_call(inps, attn_mask, labels)
+            return all_logits
         # lm-eval pads on the right with token 0 and does not pass the lengths on. Trailing zeros are at least the padding.
         padding = int((inps.flip(1) != 0).int().cumsum(1).eq(0).sum(1).max())
         kept = min(inps.shape[1], padding + self._longest_continuation)
         with torch.no_grad():
-            logits_BKV: Tensor = self.model(inps, logits_to_keep=kept).logits
-        return logits_BKV
+            last_logits: Tensor = self.model(inps, logits_to_keep=kept).logits
+        return last_logits
 
     def _probe(self) -> bool:
         """Whether the model takes ``logits_to_keep`` and means by it what we do."""
@@ -248,7 +250,7 @@ class SharedContextLM(HFLM):
             self.set_cache_hook(_ProgressHook(self._progress, total))
 
 
-class _ProgressHook(CacheHook):
+class _ProgressHook(CacheHook):  # type: ignore[misc]  # lm-eval has no types
     """lm-eval calls its response cache once per answered request, and has no other hook for progress."""
 
     def __init__(self, progress: Progress, total: int) -> None:

@@ -47,7 +47,7 @@ class BranchingModel:
         cache = DynamicCache()
         ids = torch.tensor([tokens], device=self.device)
         self._model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
-        layers: list[Any] = list(cache.layers)
+        layers: list[Any] = cache.layers  # the library's base class does not declare keys and values
         return [(layer.keys, layer.values) for layer in layers]
 
     @torch.no_grad()

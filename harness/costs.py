@@ -25,10 +25,23 @@ def cost_table(runs: Mapping[str, Sequence[Record]]) -> CostTable:
     Args:
         runs: the records of each run, one a seed.
     """
-    header = ("", "Seeds", "Training", "Peak memory", "Weights", "Parameters", "Trained", "Steps",
-              "Teacher passes", "Student passes", "Teacher in memory", "Evaluation")  # fmt: skip
-    return CostTable(header, [_line(run, records) for run, records in runs.items()], NOTES)
+    return CostTable(HEADER, [_line(run, records) for run, records in runs.items()], NOTES)
 
+
+HEADER = (
+    "",
+    "Seeds",
+    "Training",
+    "Peak memory",
+    "Weights",
+    "Parameters",
+    "Trained",
+    "Steps",
+    "Teacher passes",
+    "Student passes",
+    "Teacher in memory",
+    "Evaluation",
+)
 
 NOTES = (
     "Means over the seeds. Training: the run's own, without what all runs share (pretraining, SFT, contrastive models).",

@@ -124,9 +124,12 @@ def to_text(table: Table) -> str:
 
 
 FORMATS: Mapping[str, Callable[[Table], str]] = {
-    "md": to_markdown, "csv": to_csv, "tex": to_latex, "html": to_html,
+    "md": to_markdown,
+    "csv": to_csv,
+    "tex": to_latex,
+    "html": to_html,
     "txt": to_text,
-}  # fmt: skip
+}
 """By the suffix of the file."""
 
 

@@ -67,8 +67,11 @@ def build_table(runs: Runs, spec: TableSpec, *, columns: tuple[str, ...], seeds:
     names = [run for _, run in spec.rows]
     for run in (*spec.unranked, *([spec.base] if spec.base is not None else [])):
         if run not in names:
-            raise UserError(f"the run '{run}' is no row.{nearest(run, names)}", where=f"table '{spec.name}'",
-                            fix=f"Name one of its rows: {', '.join(names)}")  # fmt: skip
+            raise UserError(
+                f"the run '{run}' is no row.{nearest(run, names)}",
+                where=f"table '{spec.name}'",
+                fix=f"Name one of its rows: {', '.join(names)}",
+            )
     rows = [_row(label, run, runs.get(run, {}), columns=columns, seeds=seeds) for label, run in spec.rows]
     rows = _with_differences(_with_ranks(rows, spec.unranked), runs, spec.base, columns)
     published = load_published(spec.published) if spec.published is not None else None

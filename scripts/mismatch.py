@@ -36,7 +36,7 @@ class Row(NamedTuple):
 
 def measure(tokenizers: Sequence[tuple[str, Any]], texts: Sequence[str]) -> list[Row]:
     """Every teacher with itself and with those after it."""
-    from ctpd.pipeline.inspection import compare_tokenizers
+    from ctpd.inspection.tokenizers import compare_tokenizers
     from ctpd.text.fidelity import EXCEPTIONS
 
     rows = []
@@ -117,8 +117,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--to", type=Path, default=Path("results/mismatch"), help="folder (default: results/mismatch)")
     given = parser.parse_args(arguments)
     from ctpd.core.errors import UserError
+    from ctpd.inspection.tokenizers import read_responses
     from ctpd.models import find_tokenizer
-    from ctpd.pipeline.inspection import read_responses
 
     try:
         named = [entry.partition("=") for entry in given.tokenizers]

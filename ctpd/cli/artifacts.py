@@ -24,62 +24,84 @@ def export(key: str, *, to: Path, merge: bool, store: Path) -> None:
 
 @click.group()
 def store() -> None:
-    """Look after the artifacts."""
+    """List and remove artifacts."""
 
 
 @store.command()
 @execution("store", "json")
 def du(*, store: Path, as_json: bool) -> None:
-    """What is there, largest first."""
+    """List the artifacts and their sizes, largest first."""
     from ctpd.core.store import Store
 
     found = Store(store).artifacts()
     if as_json:
         click.echo(json.dumps([{"stage": a.stage, "key": a.key, "bytes": a.bytes} for a in found]))
         return
-    for artifact in found:
-        click.echo(f"{artifact.bytes / 2**20:>10.1f} MiB  {artifact.stage}/{artifact.key}")
-    click.echo(f"{sum(a.bytes for a in found) / 2**20:>10.1f} MiB  {len(found)} artifacts in {store}")
+    from ctpd.cli.terminal import rendered, table
+
+    rows = [(_mebibytes(artifact.bytes), f"{artifact.stage}/{artifact.key}") for artifact in found]
+    total = (_mebibytes(sum(a.bytes for a in found)), f"{_counted(len(found), 'artifact')} in {store}")
+    click.echo(rendered(table(["", ""], [*rows, total], right=(0,))))
+
+
+def _counted(number: int, noun: str) -> str:
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+def _mebibytes(size: int) -> str:
+    return f"{size / 2**20:,.1f} MiB"
 
 
 @store.command()
 @click.argument("keys", nargs=-1, required=True)
 @execution("store")
 def rm(keys: tuple[str, ...], *, store: Path) -> None:
-    """Remove the artifacts KEYS; what needs them is made anew by the next run."""
+    """Remove the artifacts KEYS; a later run builds them again where it needs them."""
+    from ctpd.core.errors import UserError
     from ctpd.core.store import Store
 
     opened = Store(store)
     for artifact in [opened.find(key) for key in keys]:
-        opened.remove(artifact.stage, artifact.key)
+        with opened.try_lock(artifact.stage, artifact.key) as free:
+            if not free:
+                raise UserError(
+                    f"another process is working on {artifact.stage}/{artifact.key}", fix="Wait until it has finished"
+                )
+            opened.remove(artifact.stage, artifact.key)
         click.echo(f"Removed {artifact.stage}/{artifact.key}")
 
 
 @store.command()
 @click.argument("recipes", nargs=-1, required=True)
-@click.option("--dry-run", is_flag=True, help="Only say what would go.")
+@click.option("--dry-run", is_flag=True, help="Only say what would be removed.")
 @execution("store")
 def gc(recipes: tuple[str, ...], *, store: Path, dry_run: bool) -> None:
     """Remove everything that none of RECIPES needs, and what interrupted builds left."""
-    import shutil
-
     from ctpd.app import plan
     from ctpd.core.store import Store
 
     opened = Store(store)
     kept = {stage.key for recipe in recipes for stage in plan(recipe).stages}
-    gone = [artifact for artifact in opened.artifacts() if artifact.key not in kept]
-    partials = [path for path in opened.partials() if path.name.removesuffix(".partial") not in kept]
-    for artifact in gone:
-        if not dry_run:
-            opened.remove(artifact.stage, artifact.key)
-    for path in partials:
-        if not dry_run:
-            shutil.rmtree(path)
-    freed = sum(artifact.bytes for artifact in gone) / 2**20
-    click.echo(
-        f"{'Would remove' if dry_run else 'Removed'} {len(gone)} artifacts and {len(partials)} partial builds, {freed:.1f} MiB."
-    )
+    sizes = {(artifact.stage, artifact.key): artifact.bytes for artifact in opened.artifacts()}
+    partials = [(path.parent.name, path.name.removesuffix(".partial")) for path in opened.partials()]
+    num_artifacts, num_partials, num_busy, freed = 0, 0, 0, 0
+    for stage, key in sorted({*sizes, *partials}):
+        if key in kept:
+            continue
+        with opened.try_lock(stage, key) as free:
+            if not free:
+                num_busy += 1
+                continue
+            if not dry_run:
+                opened.remove(stage, key)
+        num_artifacts += (stage, key) in sizes
+        num_partials += (stage, key) in partials
+        freed += sizes.get((stage, key), 0)
+    verb = "Would remove" if dry_run else "Removed"
+    what = f"{_counted(num_artifacts, 'artifact')} and {_counted(num_partials, 'partial build')}"
+    click.echo(f"{verb} {what}, {_mebibytes(freed)}.")
+    if num_busy:
+        click.echo(f"Left {num_busy} that other processes are working on.")
 
 
 @click.command()
@@ -102,11 +124,16 @@ def doctor(*, as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps(facts))
         return
-    for name, version in facts["versions"].items():
-        click.echo(f"{name:<14} {version}")
-    click.echo(f"{'device':<14} {facts['device']}, {facts['threads']} of {facts['cores']} cores")
-    click.echo(f"{'offline':<14} HF_HUB_OFFLINE={facts['HF_HUB_OFFLINE']}")
+    from ctpd.cli.terminal import rendered, table
+
+    rows = [
+        *facts["versions"].items(),
+        ("device", f"{facts['device']}, {facts['threads']} of {facts['cores']} cores"),
+        ("offline", f"HF_HUB_OFFLINE={facts['HF_HUB_OFFLINE']}"),
+    ]
+    click.echo(rendered(table(["", ""], rows)))
     missing = sorted({"torch", "transformers", "lm_eval", "peft", "accelerate", "datasets"} - set(facts["versions"]))
-    click.echo(
-        f"Missing: {', '.join(missing)}. Run `make setup`." if missing else "Everything that ctpd needs is here."
-    )
+    if missing:
+        click.echo(f"Missing: {', '.join(missing)}. Run `make setup`.")
+    else:
+        click.echo("Everything that ctpd needs is here.")

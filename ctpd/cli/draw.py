@@ -1,16 +1,18 @@
 """What `ctpd inspect` prints: spans in colour, summaries, tables in Markdown, histograms of weights."""
 
-import shutil
-import unicodedata
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-import click
+from rich.cells import cell_len
+from rich.console import RenderableType
+from rich.text import Text
+
+from ctpd.cli.terminal import columns, heading, indented, rendered, table
 
 if TYPE_CHECKING:
-    from ctpd.pipeline.inspection import Comparison
+    from ctpd.inspection.tokenizers import Comparison
 
-COLOURS: Mapping[str, str | None] = {"1:1": None, "1:n": "cyan", "n:1": "yellow", "n:m": "magenta"}
+COLOURS: Mapping[str, str] = {"1:1": "", "1:n": "cyan", "n:1": "yellow", "n:m": "magenta"}
 _TYPE_MEANINGS = {
     "1:1": "one token each",
     "1:n": "one teacher token, several student tokens",
@@ -21,68 +23,95 @@ _SIDES = ("teacher", "student")
 _BAR = " ▏▎▍▌▋▊▉█"
 _HEIGHTS = " ▁▂▃▄▅▆▇█"
 _MARKS = {" ": "·", "\n": "⏎", "\t": "⇥", "\r": "␍"}
+_NARROWEST, _WIDTH_OF_A_FILE = 40, 100  # columns
 
 
 def shown(text: str) -> str:
     """A token with its white space visible and without control characters."""
-    return "".join(
-        _MARKS.get(c, c if c.isprintable() else f"⟨U+{ord(c):04X}⟩") for c in text
-    )  # fmt: skip
+    return "".join(_MARKS.get(c, c if c.isprintable() else f"⟨U+{ord(c):04X}⟩") for c in text)
 
 
 def spans(text: Sequence[Mapping[str, Any]], *, title: str) -> str:
-    """Both sides' tokens of one text, span under span, wrapped to the terminal; `|` parts the tokens of a span."""
-    columns = max(shutil.get_terminal_size((100, 24)).columns, 40)
-    lines = [click.style(title, bold=True)]
-    rows, used = (["T "], ["S "]), 2
+    """Both sides' tokens of one text, the teacher's above the student's; `|` stands between the tokens of a span.
+
+    Lines are wrapped between spans, at the terminal's width.
+    """
+    width = max(columns(_WIDTH_OF_A_FILE), _NARROWEST)
+    lines = [heading(title)]
+    rows = _new_rows()
     for span in text:
         cells = ["|".join(map(shown, span[side])) for side in _SIDES]
-        size = max(map(width, cells))
-        if used + size + 1 > columns and used > 2:
-            lines += _flush(rows)
-            rows, used = (["T "], ["S "]), 2
+        size = max(map(cell_len, cells))
+        if rows[0].cell_len + size > width and rows[0].cell_len > 2:
+            lines += [*rows, Text()]
+            rows = _new_rows()
         for row, cell in zip(rows, cells, strict=True):
-            row.append(_coloured(cell, span["type"]) + " " * (size - width(cell)))
-        used += size + 1
-    lines += _flush(rows)
-    return "\n".join(lines).rstrip()
+            row.append(cell, style=COLOURS[span["type"]]).append(" " * (size - cell_len(cell) + 1))
+    return rendered(*lines, *rows, width=_widest([*lines, *rows]))
+
+
+def _new_rows() -> tuple[Text, Text]:
+    return Text("T "), Text("S ")
+
+
+def _widest(lines: Sequence[Text]) -> int:
+    return max(line.cell_len for line in lines) or 1
 
 
 def legend() -> str:
     """What the colours mean."""
-    return "   ".join(f"{_coloured(name, name)} {meaning}" for name, meaning in _TYPE_MEANINGS.items())
+    parts = [Text.assemble((name, COLOURS[name]), " ", meaning) for name, meaning in _TYPE_MEANINGS.items()]
+    return rendered(Text("   ").join(parts))
 
 
 def summary(found: "Comparison", *, teacher: str, student: str) -> str:
     """Span types, tokens per span and fidelity, for a terminal."""
     counts, total = found.counts, found.counts["spans"]
-    lines = [
-        click.style(f"{teacher} -> {student}", bold=True),
-        f"{counts['texts']:,} texts, {counts['characters']:,} characters, {total:,} spans"
-        + (f"; {counts['skipped']:,} texts without tokens skipped" if counts["skipped"] else ""),
-        "",
-        click.style("Span types (teacher first)", bold=True),
-    ]
-    lines += [
-        f"  {_coloured(name, name)}  {n:>10,}  {_percent(n, total):>8}  {_coloured(bar(n / total, 30), name)}"
+    skipped = f"; {counts['skipped']:,} texts without tokens skipped" if counts["skipped"] else ""
+    types = [
+        (_coloured(name, name), f"{n:,}", _percent(n, total), _coloured(bar(n / total, 30), name))
         for name, n in found.types.items()
     ]
-    lines += ["", click.style("Tokens", bold=True)]
-    for side in _SIDES:
-        sizes, tokens = found.tokens_per_span[side], counts[f"{side}_tokens"]
-        lines.append(
-            f"  {side:<8} {tokens:>10,}  {counts['characters'] / tokens:.2f} characters a token, {tokens / total:.3f} "
-            f"tokens a span (most {max(sizes)})"
+    tokens = [
+        (
+            side,
+            f"{counts[f'{side}_tokens']:,}",
+            f"{counts['characters'] / counts[f'{side}_tokens']:.2f}",
+            f"{counts[f'{side}_tokens'] / total:.3f}",
+            str(max(found.tokens_per_span[side])),
         )
-    lines += ["", click.style("Fidelity", bold=True)]
-    lines += [f"  {label:<46} {value}" for label, value in fidelity_lines(found)]
+        for side in _SIDES
+    ]
+    parts: list[RenderableType] = [
+        heading(f"{teacher} -> {student}"),
+        f"{counts['texts']:,} texts, {counts['characters']:,} characters, {total:,} spans{skipped}",
+        "",
+        heading("Span types (teacher first)"),
+        indented(table(["", "", "", ""], types, right=(1, 2))),
+        "",
+        indented(
+            table(
+                ["Tokens", "number", "characters a token", "tokens a span", "most in a span"],
+                tokens,
+                right=(1, 2, 3, 4),
+            )
+        ),
+        "",
+        heading("Fidelity"),
+        indented(table(["", ""], fidelity_lines(found))),
+    ]
+    return rendered(*parts, *_examples(found))
+
+
+def _examples(found: "Comparison") -> list[Text]:
+    lines = []
     for kind, cases in found.examples.items():
         shown_cases = "; ".join(
             f"{shown(case['text'])!r} (teacher {shown(case['teacher'])!r}, student {shown(case['student'])!r})"
             for case in cases[:2]
         )
-        lines.append(f"    e.g. {kind}: {shown_cases}")
-    return "\n".join(lines)
+        lines.append(Text(f"    e.g. {kind}: {shown_cases}"))
+    return lines
 
 
 def fidelity_lines(found: "Comparison") -> list[tuple[str, str]]:
@@ -158,29 +187,50 @@ def sizes(found: "Comparison", *, most: int = 5) -> list[tuple[str, list[str]]]:
 def weights(title: str, found: Mapping[str, Any]) -> str:
     """One weights artifact: distribution, clamped shares, by position and by span type."""
     settings = found["settings"]
-    lines = [
-        click.style(title, bold=True),
+    auroc = "" if found["auroc"] is None else f"; AUROC of the log ratio {_value(found['auroc']['pooled'])}"
+    parts: list[RenderableType] = [
+        heading(title),
         f"{settings['strategy']}, {settings['granularity']}; k {settings['k']:g}, mu {settings['mu']:g}, clamped to "
         f"[{settings['lower']:g}, {settings['upper']:g}]; key {found['key'][:12]}",
         f"{found['units']:,} units without end spans, {100 * found['clamped_low']:.2f} % clamped low, "
-        f"{100 * found['clamped_high']:.2f} % clamped high"
-        + ("" if found["auroc"] is None else f"; AUROC of the log ratio {_value(found['auroc']['pooled'])}"),
+        f"{100 * found['clamped_high']:.2f} % clamped high{auroc}",
         "",
     ]
     for side, part in found["sides"].items():
-        if not part["units"]:
-            continue
-        edges = part["histogram"]["edges"]
-        quantiles = "  ".join(f"{float(q) * 100:g} %: {v:.3f}" for q, v in part["quantiles"].items())
-        lines += [
-            f"{side:<9} mean {part['mean']:.3f}, spread {part['std']:.3f}",
-            f"  {edges[0]:.2f} {heights(part['histogram']['counts'])} {edges[-1]:.2f}",
-            f"  {quantiles}",
-        ]
-    lines += ["", *_lines("tenth of the response", dict(zip(map(str, range(1, 11)), found["positions"], strict=True)))]
+        if part["units"]:
+            parts += _distribution(side, part)
+    tenths = dict(zip(map(str, range(1, 11)), found["positions"], strict=True))
+    parts += ["", _by("tenth of the response", tenths)]
     if "types" in found:
-        lines += ["", *_lines("span type", found["types"])]
-    return "\n".join(lines)
+        parts += ["", _by("span type", found["types"])]
+    return rendered(*parts)
+
+
+def _distribution(side: str, part: Mapping[str, Any]) -> list[RenderableType]:
+    edges = part["histogram"]["edges"]
+    quantiles = "  ".join(f"{float(q) * 100:g} %: {v:.3f}" for q, v in part["quantiles"].items())
+    return [
+        f"{side:<9} mean {part['mean']:.3f}, standard deviation {part['std']:.3f}",
+        f"  {edges[0]:.2f} {heights(part['histogram']['counts'])} {edges[-1]:.2f}",
+        f"  {quantiles}",
+    ]
+
+
+def _by(head: str, rows: Mapping[str, Mapping[str, Any]]) -> RenderableType:
+    """A table with a row for each group of units."""
+    cells = []
+    for label, row in rows.items():
+        low, high = (None if row[name] is None else 100 * row[name] for name in ("clamped_low", "clamped_high"))
+        cells.append(
+            [
+                f"{label:<22}",
+                f"{row['units']:,}",
+                *(_value(row[side]) for side in ("chosen", "rejected")),
+                *(_value(share, 1) for share in (low, high)),
+            ]
+        )
+    heads = [head, "units", "mean chosen", "mean rejected", "clamped low %", "high %"]
+    return table(heads, cells, right=(1, 2, 3, 4, 5))
 
 
 def bar(share: float, size: int) -> str:
@@ -195,17 +245,6 @@ def heights(counts: Sequence[int]) -> str:
     return "".join(_HEIGHTS[0 if not n else max(1, round(8 * n / most))] for n in counts)
 
 
-def _lines(head: str, rows: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    lines = [f"{head:<22} {'units':>9} {'mean chosen':>12} {'mean rejected':>14} {'clamped low %':>14} {'high %':>7}"]
-    for label, line in rows.items():
-        low, high = (None if line[n] is None else 100 * line[n] for n in ("clamped_low", "clamped_high"))
-        lines.append(
-            f"{label:<22} {line['units']:>9,} {_value(line['chosen']):>12} {_value(line['rejected']):>14} "
-            f"{_value(low, 1):>14} {_value(high, 1):>7}"
-        )
-    return lines
-
-
 def _value(value: float | None, digits: int = 3) -> str:
     return "-" if value is None else f"{value:.{digits}f}"
 
@@ -218,16 +257,5 @@ def _percent(part: int, whole: int) -> str:
     return f"{share:.2f} %"
 
 
-def _coloured(text: str, kind: str) -> str:
-    return click.style(text, fg=COLOURS[kind]) if COLOURS[kind] else text
-
-
-def _flush(rows: tuple[list[str], list[str]]) -> list[str]:
-    return ["".join([row[0], " ".join(row[1:])]).rstrip() for row in rows] + [""]
-
-
-def width(text: str) -> int:
-    """Columns of a terminal that a text takes."""
-    return sum(
-        0 if unicodedata.combining(c) else 2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in text
-    )  # fmt: skip
+def _coloured(text: str, kind: str) -> Text:
+    return Text(text, style=COLOURS[kind])

@@ -1,4 +1,4 @@
-"""The command group `inspect`: look inside spans, tokenizers and weights."""
+"""The command group `inspect`: aligned spans, tokenizers and weights."""
 
 import json
 from pathlib import Path
@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ctpd.cli.options import Decorator, execution
+from ctpd.cli.options import Decorator, command, execution, prepare, refuse
 
 if TYPE_CHECKING:
     from ctpd.core.store import Store
@@ -16,20 +16,23 @@ _SHOWN = 3
 
 @click.group()
 def inspect() -> None:
-    """Look inside: aligned spans, tokenizers, weights.
+    """Show aligned spans, tokenizers and weights.
 
     A TOKENIZER is a folder with a tokenizer.json, such a file, or a hub id, `name@revision` to pin it. The teacher's
     comes first.
     """
 
 
+_DATA_HELP = "Pairs: jsonl, json, parquet or csv; their responses are read."
+
+
 def _texts(function: Any) -> Any:
     """The options that say which texts to read."""
     options: tuple[Decorator, ...] = (
-        click.option("--data", type=click.Path(path_type=Path), help="Pairs: jsonl, json, parquet or csv; their responses are read."),
+        click.option("--data", type=click.Path(path_type=Path), help=_DATA_HELP),
         click.option("--text", "texts", multiple=True, help="A text; may be repeated."),
         click.option("--limit", type=click.IntRange(min=1), help="With --data: only so many pairs."),
-    )  # fmt: skip
+    )
     for option in reversed(options):
         function = option(function)
     return function
@@ -45,14 +48,22 @@ def _texts(function: Any) -> Any:
 @click.option("--html", type=click.Path(path_type=Path, dir_okay=False), help="Write a page with the same as one file.")
 @execution("offline", "json")
 def spans(
-    teacher: str, student: str, *, data: Path | None, texts: tuple[str, ...], limit: int | None, show: int,
-    html: Path | None, offline: bool, as_json: bool,
-) -> None:  # fmt: skip
+    teacher: str,
+    student: str,
+    *,
+    data: Path | None,
+    texts: tuple[str, ...],
+    limit: int | None,
+    show: int,
+    html: Path | None,
+    offline: bool,
+    as_json: bool,
+) -> None:
     """Align the tokens of TEACHER and STUDENT on texts: spans in colour, their types, and their fidelity."""
     given = _read(data, texts, limit=limit)
     sides = _tokenizers(teacher, student, offline=offline)
     from ctpd.cli import draw, page
-    from ctpd.pipeline.inspection import compare_tokenizers, drawn_spans
+    from ctpd.inspection.tokenizers import compare_tokenizers, drawn_spans
 
     found = compare_tokenizers(given, teacher=sides[0], student=sides[1])
     drawn = drawn_spans(given, teacher=sides[0], student=sides[1], limit=show)
@@ -76,14 +87,20 @@ def spans(
 @_texts
 @execution("offline", "json")
 def tokenizers(
-    teacher: str, student: str, *, data: Path | None, texts: tuple[str, ...], limit: int | None, offline: bool,
+    teacher: str,
+    student: str,
+    *,
+    data: Path | None,
+    texts: tuple[str, ...],
+    limit: int | None,
+    offline: bool,
     as_json: bool,
-) -> None:  # fmt: skip
+) -> None:
     """The mismatch of TEACHER and STUDENT as a table in Markdown: vocabularies, span types, fidelity."""
     given = _read(data, texts, limit=limit)
     sides = _tokenizers(teacher, student, offline=offline)
     from ctpd.cli import draw
-    from ctpd.pipeline.inspection import compare_tokenizers, vocabulary_facts
+    from ctpd.inspection.tokenizers import compare_tokenizers, vocabulary_facts
 
     found = compare_tokenizers(given, teacher=sides[0], student=sides[1])
     facts = vocabulary_facts(teacher=sides[0], student=sides[1])
@@ -100,7 +117,7 @@ def weights(recipe: str, *, store: Path, only: tuple[str, ...], seed: tuple[int,
     """The importance weights of RECIPE's runs, or of the weights artifact with this KEY (its beginning is enough)."""
     from ctpd.cli import draw
     from ctpd.core.store import Store
-    from ctpd.pipeline.inspection import inspect_weights
+    from ctpd.inspection.weights import inspect_weights
 
     opened = Store(store)
     keys = _weight_keys(recipe, opened, only=only, seed=seed)
@@ -112,8 +129,9 @@ def weights(recipe: str, *, store: Path, only: tuple[str, ...], seed: tuple[int,
 
 
 def _weight_keys(recipe: str, store: "Store", *, only: tuple[str, ...], seed: tuple[int, ...]) -> dict[str, list[str]]:
-    """Key -> the runs that use it; those that are not built yet are named on stderr."""
+    """Key of a weights artifact -> the runs that use it; runs whose weights are not built yet are named on stderr."""
     from ctpd.core.errors import UserError
+    from ctpd.core.printing import printable
     from ctpd.recipe import shipped_recipes
 
     if recipe not in shipped_recipes() and not Path(recipe).is_file():
@@ -126,6 +144,7 @@ def _weight_keys(recipe: str, store: "Store", *, only: tuple[str, ...], seed: tu
             ) from error
         if artifact.stage != "weights":
             raise UserError(f"the artifact holds no importance weights but {artifact.stage}", where=str(artifact.path))
+        refuse("only", "seed", because="a KEY is one artifact, not a recipe with runs and seeds")
         return {artifact.key: [f"weights/{artifact.key[:12]}"]}
     from ctpd.app import Experiment
 
@@ -143,9 +162,10 @@ def _weight_keys(recipe: str, store: "Store", *, only: tuple[str, ...], seed: tu
             if stages
             else "none of its runs has importance weights"
         )
-        raise UserError(what, where=recipe, fix=f"Run `ctpd train {recipe}` first, or give another --store")
+        training = command("train", recipe, store=store.root)
+        raise UserError(what, where=recipe, fix=f"Run `{training}` first, or give another --store")
     if missing:
-        click.echo(f"Not built yet: {'; '.join(missing)}.", err=True)
+        click.echo(f"Not built yet: {printable('; '.join(missing))}.", err=True)
     return keys
 
 
@@ -153,17 +173,15 @@ def _read(data: Path | None, texts: tuple[str, ...], *, limit: int | None) -> li
     if (data is None) == (not texts):
         raise click.UsageError("Give --data or --text, one of them.")
     if data is None:
+        refuse("limit", because="it counts the pairs of --data")
         return list(texts)
-    from ctpd.pipeline.inspection import read_responses
+    from ctpd.inspection.tokenizers import read_responses
 
     return read_responses(data, limit=limit)
 
 
 def _tokenizers(teacher: str, student: str, *, offline: bool) -> tuple[Any, Any]:
-    import os
-
-    if offline:
-        os.environ["HF_HUB_OFFLINE"] = "1"
+    prepare(offline=offline)
     from ctpd.models import find_tokenizer
 
     return find_tokenizer(teacher), find_tokenizer(student)

@@ -1,4 +1,4 @@
-"""Several processes for one command: those of one launch (`--num-processes`), or helpers on the same store (`--jobs`)."""
+"""Several processes for one command: the ranks of one launch (`--num-processes`), or helpers on one store (`--jobs`)."""
 
 import contextlib
 import json
@@ -15,17 +15,18 @@ from typing import Any
 
 import click
 
+from ctpd.cli.options import visible_gpu
 from ctpd.core.errors import CtpdError, UserError
 from ctpd.core.processes import ProcessLost, processes
 from ctpd.recipe import LaunchSpec
 
-ERRORS = "CTPD_ERRORS"  # the folder in which the processes of our launch leave their errors; nobody else sets it
-HELPER = "CTPD_HELPER"  # set in a helper of `--jobs`, by nobody else
-PATIENCE_SECONDS = 10.0  # for a helper that is told to end
+ERRORS = "CTPD_ERRORS"  # environment variable in the processes of our launch: the folder to which they write errors
+HELPER = "CTPD_HELPER"  # environment variable in the helpers of `--jobs`
+TERMINATE_SECONDS = 10.0  # how long a helper may take to end after SIGTERM
 
 
 class LaunchError(CtpdError):
-    """The first error of a launch's processes, in their own words and with their exit code."""
+    """The first error of a launch's processes, with its message and exit code."""
 
     def __init__(self, text: str, exit_code: int) -> None:
         super().__init__(text)
@@ -33,15 +34,15 @@ class LaunchError(CtpdError):
 
 
 def processes_to_start(spec: LaunchSpec, *, num_processes: int | None, jobs: int) -> int:
-    """How many processes this command is to start for its work; 1: it does the work itself.
+    """The number of processes that this command must start; 1: it does the work itself.
 
     Args:
-        spec: the recipe's; a launcher that has started us, and then ``num_processes``, have a say before it.
-        num_processes: the flag.
-        jobs: the flag.
+        spec: the recipe's `launch` block; a launcher that has started us, and then ``num_processes``, override it.
+        num_processes: the value of `--num-processes`.
+        jobs: the value of `--jobs`.
 
     Raises:
-        UserError: the flags contradict each other, or the launcher.
+        UserError: the flags contradict each other or the launcher.
     """
     started = processes().world_size if "WORLD_SIZE" in os.environ else None
     count = num_processes or started or spec.num_processes
@@ -53,25 +54,25 @@ def processes_to_start(spec: LaunchSpec, *, num_processes: int | None, jobs: int
     if jobs > 1 and count > 1:
         asking = "a launcher" if started else "`--num-processes`" if num_processes else "the recipe's `launch` block"
         raise UserError(
-            f"`--jobs {jobs}` runs parts of a recipe side by side, each in one process, and {asking} asks for {count} "
-            "processes that work on one part together",
+            f"`--jobs {jobs}` builds independent stages at a time, each in one process, and {asking} asks for {count} "
+            "processes that build one stage together",
             fix="Leave `--jobs` out" + ("" if started else ", or give it with `--num-processes 1`"),
         )
     return 1 if started else count
 
 
 def started_by_user() -> bool:
-    """Whether this process stands for the command: no helper, no further process of a launch."""
+    """Whether the user has started this process: it is no helper and no rank of our launch, and it is rank 0."""
     return processes().is_main and ERRORS not in os.environ and HELPER not in os.environ
 
 
 def run_launched(argv: Sequence[str], *, count: int, device: str) -> None:
-    """Run the command in ``count`` processes and wait; the first one's output is this one's.
+    """Run the command in ``count`` processes and wait for them; the output of rank 0 appears here.
 
     Raises:
         LaunchError: one of them failed.
-        UserError: there are fewer GPUs.
-        KeyboardInterrupt: this process was told to stop; so are they.
+        UserError: there are fewer GPUs than processes.
+        KeyboardInterrupt: this process got SIGINT or SIGTERM, and has ended them.
     """
     import torch
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException, Std
@@ -86,10 +87,16 @@ def run_launched(argv: Sequence[str], *, count: int, device: str) -> None:
     with tempfile.TemporaryDirectory(prefix="ctpd-") as name, _environment({ERRORS: name, **_threads(count)}):
         folder = Path(name)
         config = LaunchConfig(
-            min_nodes=1, max_nodes=1, nproc_per_node=count, run_id=uuid.uuid4().hex, rdzv_backend="c10d",
-            rdzv_endpoint="localhost:0", local_addr="localhost", max_restarts=0,
+            min_nodes=1,
+            max_nodes=1,
+            nproc_per_node=count,
+            run_id=uuid.uuid4().hex,
+            rdzv_backend="c10d",
+            rdzv_endpoint="localhost:0",
+            local_addr="localhost",
+            max_restarts=0,
             logs_specs=DefaultLogsSpecs(str(folder / "logs"), redirects=dict.fromkeys(range(1, count), Std.ALL)),
-        )  # fmt: skip
+        )
         arguments = _without(argv, values=("--num-processes",), flags=("--rebuild",))
         try:
             with _silent("torch.distributed.elastic"):
@@ -101,23 +108,23 @@ def run_launched(argv: Sequence[str], *, count: int, device: str) -> None:
 
 
 def leave_error(error: BaseException, text: str, exit_code: int) -> bool:
-    """In a process of our launch: leave an error to the process that waits for it; says whether this is one."""
+    """Write an error to a file for the process that has launched this one; returns False if none has."""
     folder = os.environ.get(ERRORS)
     if folder is None:
         return False
-    told = {"time": time.time(), "text": text, "exit_code": exit_code, "lost": isinstance(error, ProcessLost)}
+    report = {"time": time.time(), "text": text, "exit_code": exit_code, "lost": isinstance(error, ProcessLost)}
     try:
-        (Path(folder) / f"{processes().rank}.json").write_text(json.dumps(told), encoding="utf-8")
-    except OSError:  # nobody waits for it any more
+        (Path(folder) / f"{processes().rank}.json").write_text(json.dumps(report), encoding="utf-8")
+    except OSError:  # the folder is gone: the process that launched this one has ended
         return False
     return True
 
 
 @contextlib.contextmanager
 def helpers(argv: Sequence[str], *, jobs: int, device: str, quiet: bool) -> Iterator[None]:
-    """Share the work of the block with ``jobs - 1`` processes that build for the same command on the same store.
+    """While the block runs, ``jobs - 1`` further processes run the same command on the same store.
 
-    They end with the block. One that ends early is no error: the stage that it leaves is built, or fails, here.
+    They are ended with the block. A helper that ends early is no error: its unfinished stage is built in this process.
     """
     import torch
 
@@ -151,17 +158,17 @@ def _end(started: Sequence[tuple[subprocess.Popen[bytes], Path]], *, quiet: bool
         helper.terminate()
     for helper, _ in started:
         try:
-            helper.wait(PATIENCE_SECONDS)
+            helper.wait(TERMINATE_SECONDS)
         except subprocess.TimeoutExpired:
             helper.kill()
             helper.wait()
     for log, code in ended:
         if not quiet:
-            click.echo(f"Note: a helper of `--jobs` ended early. {_last_words(log, code)}", err=True)
+            click.echo(f"Note: a helper of `--jobs` ended early. {_last_line(log, code)}", err=True)
 
 
 def _helping(argv: Sequence[str], *, device: str) -> list[str]:
-    """The command of a helper. That of `run` is `eval`: records and tables are written once, by the command itself."""
+    """The command of a helper: `eval` for `run`, because the command itself writes records and tables."""
     command, *rest = argv
     rest = _without(rest, values=("--jobs", "--device", "--num-processes"), flags=("--rebuild", "--json", "--quiet"))
     own = ["--quiet", "--device", device, "--num-processes", "1"]
@@ -169,7 +176,7 @@ def _helping(argv: Sequence[str], *, device: str) -> list[str]:
 
 
 def _without(argv: Sequence[str], *, values: Sequence[str], flags: Sequence[str]) -> list[str]:
-    """The arguments without these options."""
+    """The arguments without the options ``values``, which have a value, and ``flags``, which have none."""
     left: list[str] = []
     skip = False
     for word in argv:
@@ -183,34 +190,32 @@ def _without(argv: Sequence[str], *, values: Sequence[str], flags: Sequence[str]
 
 
 def _only_gpu(number: int | None) -> dict[str, str]:
-    """What shows a process one GPU of those that this one sees: the trainer's library takes the first that it sees."""
-    if number is None:
-        return {}
-    seen = os.environ.get("CUDA_VISIBLE_DEVICES")
-    return {"CUDA_VISIBLE_DEVICES": seen.split(",")[number] if seen else str(number)}
+    """The environment in which a process sees one GPU alone: the trainer's library takes the first that it sees."""
+    visible = None if number is None else visible_gpu(number)
+    return {} if visible is None else {"CUDA_VISIBLE_DEVICES": visible}
 
 
 def _threads(count: int) -> dict[str, str]:
-    """The threads of each of ``count`` processes, unless the environment says it."""
+    """The number of threads of each of ``count`` processes, unless the environment sets it."""
     import torch
 
     return {} if "OMP_NUM_THREADS" in os.environ else {"OMP_NUM_THREADS": str(max(1, torch.get_num_threads() // count))}
 
 
 def _first_error(folder: Path, failures: Mapping[int, Any], *, count: int) -> LaunchError:
-    """What ended a launch: an error of its own, else a process that died without one, else whatever was said."""
-    told = [json.loads(path.read_text(encoding="utf-8")) for path in folder.glob("*.json")]
-    told.sort(key=lambda error: (error["lost"], error["time"]))
-    # The launcher has ended the others with SIGTERM: that is nobody's own death.
+    """The error that ended a launch: the first that is not only the loss of another process, or that of a killed process."""
+    reports = [json.loads(path.read_text(encoding="utf-8")) for path in folder.glob("*.json")]
+    reports.sort(key=lambda error: (error["lost"], error["time"]))
+    # SIGTERM comes from the launcher, which ends the other processes after a failure.
     died = [rank for rank, end in failures.items() if end.exitcode < 0 and end.exitcode != -signal.SIGTERM]
-    if told and not (told[0]["lost"] and died):
-        return LaunchError(told[0]["text"], told[0]["exit_code"])
+    if reports and not (reports[0]["lost"] and died):
+        return LaunchError(reports[0]["text"], reports[0]["exit_code"])
     rank = min(died or failures)
     log = next(folder.glob(f"logs/*/*/{rank}/stderr.log"), None)
-    return LaunchError(f"Process {rank} of {count} died. {_last_words(log, failures[rank].exitcode)}", 1)
+    return LaunchError(f"Process {rank} of {count} died. {_last_line(log, failures[rank].exitcode)}", 1)
 
 
-def _last_words(log: Path | None, code: int) -> str:
+def _last_line(log: Path | None, code: int) -> str:
     lines = log.read_text(encoding="utf-8", errors="replace").splitlines() if log is not None else []
     if code < 0:
         lines.append(f"It was ended by {signal.Signals(-code).name}" + (" (out of memory?)." if code == -9 else "."))
@@ -219,7 +224,7 @@ def _last_words(log: Path | None, code: int) -> str:
 
 @contextlib.contextmanager
 def _environment(values: Mapping[str, str]) -> Iterator[None]:
-    """Variables for the processes that are started in the block."""
+    """Set environment variables for the processes that are started in the block."""
     before = {name: os.environ.get(name) for name in values}
     os.environ.update(values)
     try:
@@ -234,7 +239,7 @@ def _environment(values: Mapping[str, str]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _silent(logger: str) -> Iterator[None]:
-    """Nothing from a library's loggers: what they say of a failed process is said here in one paragraph."""
+    """Switch a library's loggers off: `LaunchError` says in one paragraph what they would say about a failed process."""
     import logging
 
     found = [log for name, log in logging.root.manager.loggerDict.items() if name.startswith(logger)]

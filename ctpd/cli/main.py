@@ -12,6 +12,7 @@ import click
 
 from ctpd import __version__
 from ctpd.core.errors import CtpdError
+from ctpd.core.printing import printable
 
 COMMANDS = {
     "run": "ctpd.cli.recipes:run",
@@ -26,15 +27,15 @@ COMMANDS = {
     "doctor": "ctpd.cli.artifacts:doctor",
 }
 SUMMARIES = {
-    "run": "Everything that is missing: train, eval, compare.",
-    "train": "The stages up to the trained students.",
+    "run": "Train, evaluate and compare everything that is missing.",
+    "train": "Train the students, with all stages that they need.",
     "eval": "lm-evaluation-harness on what is trained, or on any model.",
-    "compare": "The tables, from records alone.",
+    "compare": "Write the tables and the report from the records.",
     "recipes": "List the shipped recipes.",
     "init": "Write a recipe for your own pair of models and data.",
-    "inspect": "Look inside: aligned spans, tokenizers, weights.",
-    "export": "A plain transformers directory of a trained model.",
-    "store": "Look after the artifacts: du, rm, gc.",
+    "inspect": "Show aligned spans, tokenizers and weights.",
+    "export": "Write a trained model as a plain transformers directory.",
+    "store": "List and remove artifacts: du, rm, gc.",
     "doctor": "Check the environment and say what to do.",
 }
 
@@ -43,7 +44,7 @@ class LazyGroup(click.Group):
     """Imports a command when it is used, so that `ctpd --help` is instant."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        """In the order of the work."""
+        """The commands in the order in which they are used."""
         return list(COMMANDS)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
@@ -104,13 +105,13 @@ def main(args: list[str] | None = None) -> Any:
         if not _left_to_parent(error, traceback.format_exc() if debug else text, code):
             if debug:
                 raise
-            click.echo(f"Error: {text}", err=True)
+            click.echo("\n".join(map(printable, f"Error: {text}".split("\n"))), err=True)
         sys.exit(code)
 
 
 @contextlib.contextmanager
 def _ending_on_sigterm() -> Iterator[None]:
-    """SIGTERM ends this process in an orderly way: its helpers end, its temporary folders go."""
+    """On SIGTERM, exit through the usual clean-up: helpers are ended, temporary folders removed."""
 
     def end(number: int, _frame: object) -> None:
         sys.exit(128 + number)

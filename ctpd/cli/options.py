@@ -1,5 +1,12 @@
-"""The execution flags, each defined once; no flag changes what is computed, except that --limit evaluates less."""
+"""The execution flags, each defined once; no flag changes what is computed, except that --limit evaluates less.
 
+A flag that would do nothing is refused (`refuse`). With --plan the flags that say how to execute are accepted: it shows
+the stages of the same command.
+"""
+
+import os
+import shlex
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,14 +22,14 @@ OPTIONS: dict[str, Decorator] = {
         "--store", type=click.Path(path_type=Path), envvar="CTPD_STORE", default=DEFAULT_STORE, show_default=True,
         help="Folder of the artifacts (also $CTPD_STORE).",
     ),
-    "device": click.option("--device", default="auto", show_default=True, help="torch device, e.g. cpu or cuda:0."),
+    "device": click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:N or mps."),
     "num_processes": click.option(
         "--num-processes", type=click.IntRange(min=1), metavar="N",
-        help="Train and score with N processes, each on a GPU of its own [default: as the recipe's `launch` says].",
+        help="Train and score with N processes, each on its own GPU [default: the recipe's `launch` block].",
     ),
     "jobs": click.option(
         "--jobs", type=click.IntRange(min=1), default=1, metavar="J",
-        help="Build J independent parts of the recipe at a time, dealt over the GPUs.",
+        help="Build J independent stages at a time, each in a process of its own, on the GPUs in turn.",
     ),
     "offline": click.option("--offline", is_flag=True, help="Never ask the hub for anything."),
     "only": click.option("--only", multiple=True, metavar="RUN", help="Only this run; may be repeated."),
@@ -46,3 +53,56 @@ def execution(*names: str) -> Decorator:
         return function
 
     return decorate
+
+
+def given(name: str) -> bool:
+    """Whether the user has written the parameter ``name`` on the command line."""
+    source = click.get_current_context().get_parameter_source(name)
+    return source is click.core.ParameterSource.COMMANDLINE
+
+
+def refuse(*names: str, because: str) -> None:
+    """Refuse the parameters ``names`` where they would do nothing.
+
+    Raises:
+        click.UsageError: one of them is on the command line.
+    """
+    for name in names:
+        if given(name):
+            raise click.UsageError(f"--{name.replace('_', '-')} does nothing here: {because}.")
+
+
+def prepare(*, offline: bool, device: str = "auto") -> str:
+    """Set what the libraries read once, when they are imported; call it before them. Returns the device to use.
+
+    `cuda:N` hides all other GPUs, because the trainer takes the first one that it sees; the device is `cuda` then.
+    In one of several processes, and where CUDA is in use already, nothing is hidden.
+    """
+    if offline:
+        os.environ["HF_HUB_OFFLINE"] = os.environ["HF_DATASETS_OFFLINE"] = "1"
+    kind, _, number = device.partition(":")
+    if kind != "cuda" or not number.isdecimal() or int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        return device
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_initialized():
+        return device
+    visible = visible_gpu(int(number))
+    if visible is None:
+        return device  # `check_device` refuses it
+    os.environ["CUDA_VISIBLE_DEVICES"] = visible
+    return "cuda"
+
+
+def visible_gpu(number: int) -> str | None:
+    """The value of CUDA_VISIBLE_DEVICES that shows one GPU of those that this process sees; None if it sees fewer."""
+    seen = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if not seen:
+        return str(number)
+    names = seen.split(",")
+    return names[number] if number < len(names) else None
+
+
+def command(*words: str, store: Path) -> str:
+    """A command to be pasted into a shell; with --store where it is not the default."""
+    named = [] if str(store) == DEFAULT_STORE else ["--store", str(store)]
+    return shlex.join(["ctpd", *words, *named])

@@ -25,7 +25,7 @@ class SpanType(NamedTuple):
     name: str
     style: str
     meaning: str
-    count: int
+    num_spans: int
     share: str
     percent: str
 

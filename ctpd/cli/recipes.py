@@ -1,109 +1,140 @@
 """The commands about recipes: run, train, eval, compare, recipes, init."""
 
-import contextlib
 import json
-import os
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from ctpd.cli.execute import RUNNING, Flags, execute, opened, prepared
 from ctpd.cli.launch import started_by_user
-from ctpd.cli.options import DEFAULT_STORE, execution
+from ctpd.cli.options import command, execution, given, refuse
+from ctpd.core.printing import printable
 
 if TYPE_CHECKING:
     from ctpd.app import Experiment
     from ctpd.core.store import Store
-    from ctpd.pipeline.graph import Stage
     from ctpd.pipeline.runs import PlannedRun
-    from ctpd.recipe import LaunchSpec
+    from ctpd.pipeline.stage import Stage
     from harness.record import ColumnResult
 
-RUNNING = (
-    "store", "device", "num_processes", "jobs", "offline", "only", "seed", "limit", "plan", "rebuild", "report_to", "quiet",
-    "json",
-)  # fmt: skip
+_OF_A_MODEL = ("suite", "data_root", "precision", "batch_size", "chat_template")  # options of `eval --model` alone
 
 
 @click.command()
 @click.argument("recipe")
 @execution(*RUNNING)
-def run(recipe: str, *, as_json: bool, plan: bool, **flags: Any) -> None:
+def run(recipe: str, **values: Any) -> None:
     """Train, evaluate and compare everything in RECIPE that is missing; print the main table."""
-    experiment, store = _experiment(recipe, **flags)
-    if not plan and started_by_user():
+    flags = prepared(**values)
+    refuse_with_plan(flags)
+    experiment, store = opened(recipe, flags)
+    if not flags.plan and started_by_user():
         experiment.check_suite(store)
-    if _execute(experiment.records, store, experiment.recipe.launch, plan=plan, as_json=as_json, **flags):
-        _print_tables(experiment, store, formats=("txt",), as_json=as_json, first_only=True)
+    if execute(experiment.records, store, experiment.recipe.launch, flags):
+        _print_tables(experiment, store, formats=("txt",), as_json=flags.as_json, first_only=True)
 
 
 @click.command()
 @click.argument("recipe")
 @execution(*(name for name in RUNNING if name != "limit"))
-def train(recipe: str, *, as_json: bool, plan: bool, **flags: Any) -> None:
+def train(recipe: str, **values: Any) -> None:
     """Train every run of RECIPE."""
-    experiment, store = _experiment(recipe, **flags)
-    if not _execute(experiment.training, store, experiment.recipe.launch, plan=plan, as_json=as_json, **flags):
+    flags = prepared(**values)
+    refuse_with_plan(flags)
+    experiment, store = opened(recipe, flags)
+    if not execute(experiment.training, store, experiment.recipe.launch, flags):
         return
-    made = [{"run": r.name, "seed": r.seed, "key": getattr(r.model.newest, "key", None)} for r in experiment.runs]
-    if as_json:
-        click.echo(json.dumps(made))
+    trained: list[dict[str, Any]] = [
+        {"run": run.name, "seed": run.seed, "key": getattr(run.model.newest, "key", None)} for run in experiment.runs
+    ]
+    if flags.as_json:
+        click.echo(json.dumps(trained))
         return
-    for item in made:
-        key = item["key"]
-        click.echo(
-            f"{item['run']:<28} seed {item['seed'] if item['seed'] is not None else '-'}   {key or 'ready-made'}"
-        )
-    click.echo(f"\nThe models are in {store.root}; `ctpd export KEY --to DIR` writes one as a plain directory.")
+    from ctpd.cli.terminal import rendered, table
+
+    rows = [
+        (item["run"], "-" if item["seed"] is None else str(item["seed"]), item["key"] or "ready-made")
+        for item in trained
+    ]
+    click.echo(rendered(table(["run", "seed", "key"], rows, right=(1,))))
+    exporting = command("export", "KEY", "--to", "DIR", store=store.root)
+    click.echo(f"\nThe models are in {store.root}; `{exporting}` writes one as a plain directory.")
 
 
 @click.command("eval")
 @click.argument("recipe", required=False)
-@click.option("--model", help="Any model directory or hub id, instead of a recipe.")
+@click.option("--model", help="Any model directory, or hub id@revision, instead of a recipe.")
 @click.option("--suite", default="card", show_default=True, help="With --model: the suite.")
 @click.option("--data-root", type=click.Path(path_type=Path), help="With --model: a folder that mirrors the hub.")
+@click.option(
+    "--precision",
+    type=click.Choice(["float32", "bfloat16"]),
+    default="float32",
+    show_default=True,
+    help="With --model: of the weights.",
+)
+@click.option(
+    "--batch-size",
+    type=click.IntRange(min=1),
+    default=8,
+    show_default=True,
+    help="With --model: requests in one forward pass.",
+)
+@click.option("--chat-template", is_flag=True, help="With --model: render prompts with the tokenizer's chat template.")
 @execution(*RUNNING)
-def evaluate(
-    recipe: str | None,
-    *,
-    model: str | None,
-    suite: str,
-    data_root: Path | None,
-    as_json: bool,
-    plan: bool,
-    **flags: Any,
-) -> None:
+def evaluate(recipe: str | None, *, model: str | None, **values: Any) -> None:
     """Evaluate what RECIPE has trained, training what is missing; or any --model."""
     if (recipe is None) == (model is None):
         raise click.UsageError("Give a RECIPE or --model, one of them.")
+    protocol = {name: values.pop(name) for name in _OF_A_MODEL}
+    flags = prepared(**values)
+    refuse_with_plan(flags)
     if model is not None:
-        _evaluate_model(model, suite, data_root=data_root, as_json=as_json, plan=plan, **flags)
+        refuse("only", "seed", because="a --model is one model, not a recipe with runs and seeds")
+        refuse("report_to", because="nothing is trained with --model")
+        _evaluate_model(model, protocol, flags)
         return
     assert recipe is not None
-    experiment, store = _experiment(recipe, **flags)
-    if not plan and started_by_user():
+    refuse(*_OF_A_MODEL, because="the RECIPE says it in its `evaluation` block")
+    experiment, store = opened(recipe, flags)
+    if not flags.plan and started_by_user():
         experiment.check_suite(store)
     stages = [stage for columns in experiment.evaluations.values() for stage in columns.values()]
-    if _execute(stages, store, experiment.recipe.launch, plan=plan, as_json=as_json, **flags):
+    if execute(stages, store, experiment.recipe.launch, flags):
         named = {run.title: experiment.evaluations[i] for i, run in enumerate(experiment.runs)}
-        _print_scores(named, store, as_json=as_json)
+        _print_scores(named, store, as_json=flags.as_json)
+
+
+def refuse_with_plan(flags: Flags) -> None:
+    """Refuse --rebuild with --plan: a plan does not look for damage, so its hits would mislead."""
+    if flags.plan:
+        refuse("rebuild", because="--plan checks no artifact and builds none")
 
 
 @click.command()
 @click.argument("recipe")
 @click.option(
-    "--format", "formats", multiple=True, type=click.Choice(["txt", "md", "csv", "tex", "html"]), default=("txt",)
+    "--format",
+    "formats",
+    multiple=True,
+    type=click.Choice(["txt", "md", "csv", "tex", "html"]),
+    default=("txt",),
+    help="What to print; may be repeated. All formats are written.",
 )
 @click.option(
     "--to", type=click.Path(path_type=Path), help="Keep tables and records in this folder, apart from the store."
 )
 @execution("store", "only", "seed", "limit", "json")
-def compare(recipe: str, *, formats: tuple[str, ...], to: Path | None, as_json: bool, **flags: Any) -> None:
-    """Write every table of RECIPE in every format, the figures and the report, from records alone; print one format."""
-    experiment, store = _experiment(recipe, **flags)
-    _print_tables(experiment, store, formats=formats, as_json=as_json, to=to)
+def compare(recipe: str, *, formats: tuple[str, ...], to: Path | None, **values: Any) -> None:
+    """Write every table of RECIPE in every format, and the report, from records alone; print one format."""
+    flags = prepared(**values)
+    if flags.as_json and given("formats"):
+        raise click.UsageError("--format does nothing here: --json prints JSON.")
+    experiment, store = opened(recipe, flags)
+    _print_tables(experiment, store, formats=formats, as_json=flags.as_json, to=to)
 
 
 @click.command()
@@ -119,8 +150,12 @@ def recipes(*, schema: bool, as_json: bool) -> None:
         click.echo(schema_file().read_text(encoding="utf-8"), nl=False)
         return
     found = {name: load_recipe(name).about for name in shipped_recipes()}
-    width = max(map(len, found))
-    click.echo(json.dumps(found) if as_json else "\n".join(f"{name:<{width}} {about}" for name, about in found.items()))
+    if as_json:
+        click.echo(json.dumps(found))
+        return
+    from ctpd.cli.terminal import rendered, table
+
+    click.echo(rendered(table(["", ""], list(found.items()))))
 
 
 @click.command()
@@ -134,78 +169,19 @@ def init(teacher: str, student: str, data: Path, to: Path) -> None:
     from ctpd.cli.template import write_recipe
 
     write_recipe(to, teacher=teacher, student=student, data=data)
-    click.echo(f"Wrote {to}. Read it through, then: ctpd run {to} --plan")
-
-
-def _experiment(recipe: str, *, store: Path, offline: bool = False, **flags: Any) -> "tuple[Experiment, Store]":
-    _go_offline(offline)
-    from ctpd.app import Experiment
-    from ctpd.core.store import Store
-
-    limit = flags.get("limit")
-    return Experiment(recipe, only=flags.get("only", ()), seeds=flags.get("seed", ()), limit=limit), Store(store)
-
-
-def _go_offline(offline: bool) -> None:
-    """Before the libraries are imported: they read it once."""
-    if offline:
-        os.environ["HF_HUB_OFFLINE"] = os.environ["HF_DATASETS_OFFLINE"] = "1"
-
-
-def _execute(
-    targets: "Sequence[Stage]", artifacts: "Store", launch: "LaunchSpec", /, *, plan: bool, as_json: bool, rebuild: bool,
-    quiet: bool, num_processes: int | None, jobs: int, **flags: Any,
-) -> bool:  # fmt: skip
-    """Run the graph of ``targets``, or show it with ``plan``; says whether this process has results to print."""
-    from ctpd.cli.launch import helpers, processes_to_start, run_launched
-    from ctpd.core.processes import processes
-    from ctpd.pipeline.build import build_missing
-    from ctpd.pipeline.graph import Graph
-    from ctpd.pipeline.progress import Progress
-    from ctpd.pipeline.runtime import Runtime
-
-    graph = Graph(targets)
-    if plan:
-        _print_plan(graph.plan(artifacts), as_json=as_json)
-        return False
-    count = processes_to_start(launch, num_processes=num_processes, jobs=jobs)
-    device, argv = flags["device"], click.get_current_context().find_root().obj
-    beside: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
-    if count > 1 or jobs > 1:
-        graph.check(artifacts, rebuild=rebuild)  # here, once: no process may remove what another reads
-        rebuild = False
-        if graph.missing(artifacts) and count > 1:
-            run_launched(argv, count=count, device=device)
-            return False  # the first of them has printed
-        if graph.missing(artifacts):
-            beside = helpers(argv, jobs=jobs, device=device, quiet=quiet)
-    runtime = Runtime.of(launch, device=device, report_to=flags["report_to"])
-    with beside:
-        built = build_missing(graph, artifacts, runtime=runtime, progress=Progress(quiet=quiet), rebuild=rebuild)
-    processes().destroy_process_group()
-    if not quiet and processes().is_main:
-        click.echo(
-            f"{built} stage{'s' if built != 1 else ''} built, {len(graph.stages) - built} not needed or already there.\n",
-            err=True,
-        )
-    return processes().is_main
-
-
-def _print_plan(lines: Sequence[Any], *, as_json: bool) -> None:
-    if as_json:
-        click.echo(json.dumps([{"stage": x.kind, "label": x.label, "key": x.key, "hit": x.hit} for x in lines]))
-        return
-    for line in lines:
-        click.echo(f"{'hit ' if line.hit else 'miss'}  {line.key[:12]}  {line.label}")
-    hits = sum(line.hit for line in lines)
-    click.echo(f"\n{len(lines)} stages: {hits} hits, {len(lines) - hits} misses. Nothing was run.")
+    click.echo(f"Wrote {to}. Read it through, then: {shlex.join(['ctpd', 'run', str(to), '--plan'])}")
 
 
 def _print_tables(
-    experiment: "Experiment", store: "Store", *, formats: Sequence[str], as_json: bool, first_only: bool = False,
+    experiment: "Experiment",
+    store: "Store",
+    *,
+    formats: Sequence[str],
+    as_json: bool,
+    first_only: bool = False,
     to: Path | None = None,
-) -> None:  # fmt: skip
-    """Write every table, print them all or the main one; with ``to`` keep the records beside them."""
+) -> None:
+    """Write every table and the report, print all tables or the main one; with ``to`` write the records too."""
     from ctpd import app
     from harness import comparison
     from harness.formats import FORMATS, json_rows
@@ -214,7 +190,7 @@ def _print_tables(
     for package, versions in comparison.differing_versions(records).items():
         click.echo(f"Warning: the records were made with {package} {' and '.join(versions)}.", err=True)
     for lost in app.missing_runs(experiment, store):
-        click.echo(f"Missing: {lost.title}. Bring it with: {_bringing(experiment, lost, store)}", err=True)
+        click.echo(f"Missing: {printable(lost.title)}. To build it: {_building(experiment, lost, store)}", err=True)
     made = comparison.tables(experiment.recipe, records, columns=[c.name for c in experiment.suite.columns])
     folder = (store.root / "tables" if to is None else to) / experiment.recipe.name
     written = comparison.write_tables(made, folder)
@@ -232,16 +208,15 @@ def _print_tables(
     click.echo(f"\nWritten to {folder}: {', '.join(names)}\nReport: {report}")
 
 
-def _bringing(experiment: "Experiment", lost: "PlannedRun", store: "Store") -> str:
-    """The command that makes the record of one run, to be pasted into a shell."""
-    words = ["ctpd", "run", experiment.source, "--only", lost.name]
+def _building(experiment: "Experiment", lost: "PlannedRun", store: "Store") -> str:
+    """The command that builds the record of one run."""
+    words = ["run", experiment.source, "--only", lost.name]
     words += [] if lost.seed is None else ["--seed", str(lost.seed)]
     words += [] if experiment.limit is None else ["--limit", str(experiment.limit)]
-    words += [] if str(store.root) == DEFAULT_STORE else ["--store", str(store.root)]
-    return shlex.join(words)
+    return command(*words, store=store.root)
 
 
-def _print_scores(named: "dict[str, dict[str, Stage]]", store: "Store", *, as_json: bool) -> None:
+def _print_scores(named: "Mapping[str, Mapping[str, Stage]]", store: "Store", *, as_json: bool) -> None:
     from ctpd.pipeline.stages.evaluate import read_result
 
     scores = {
@@ -252,19 +227,27 @@ def _print_scores(named: "dict[str, dict[str, Stage]]", store: "Store", *, as_js
         values = {title: {name: one.value for name, one in columns.items()} for title, columns in scores.items()}
         click.echo(json.dumps(values, allow_nan=False))
         return
-    for title, columns in scores.items():
-        parts = [f"{name} {_score(one)}" for name, one in columns.items()]
-        click.echo(f"{title:<32} {'   '.join(parts)}")
+    from ctpd.cli.terminal import rendered, table
+
+    rows = [
+        (title if first else "", name, *_score(result))
+        for title, columns in scores.items()
+        for first, (name, result) in zip([True, *[False] * len(columns)], columns.items(), strict=False)
+    ]
+    heads = ["model", "column", "score", "standard error", "documents"]
+    click.echo(rendered(table(heads, rows, right=(2, 3, 4))))
 
 
-def _score(result: "ColumnResult") -> str:
-    """A score in percent; it says so where it is no number or of a part of the documents."""
-    value = "not finite" if result.value is None else f"{100 * result.value:.2f}"
-    return value if result.limit is None else f"{value} (partial)"
+def _score(result: "ColumnResult") -> tuple[str, str, str]:
+    """Score and standard error in percent, and the documents that they come from."""
+    error = "-" if result.stderr is None else f"{100 * result.stderr:.2f}"
+    documents = f"{result.protocol.num_docs:,}"
+    if result.limit is not None:
+        documents += f" of {result.protocol.num_total:,} (partial)"
+    return "not finite" if result.value is None else f"{100 * result.value:.2f}", error, documents
 
 
-def _evaluate_model(model: str, suite: str, *, data_root: Path | None, as_json: bool, plan: bool, **flags: Any) -> None:
-    _go_offline(flags["offline"])
+def _evaluate_model(model: str, protocol: dict[str, Any], flags: Flags) -> None:
     from ctpd.app import evaluation_stage
     from ctpd.core.store import Store
     from ctpd.pipeline.references import Model, external_model
@@ -272,12 +255,19 @@ def _evaluate_model(model: str, suite: str, *, data_root: Path | None, as_json: 
     from harness.suites import load_suite
 
     name, _, revision = model.partition("@")
-    root = external_model(name, revision=revision or None, role="--model option")
-    spec = EvaluationSpec(suite=suite, limit=flags["limit"], data_root=None if data_root is None else str(data_root))
+    root = external_model(name, revision=revision or None, role="--model option", in_recipe=False)
+    data_root = protocol["data_root"]
+    spec = EvaluationSpec(
+        suite=protocol["suite"],
+        limit=flags.limit,
+        batch_size=protocol["batch_size"],
+        chat_template=protocol["chat_template"],
+        data_root=None if data_root is None else str(data_root),
+    )
     stages = {
-        column.name: evaluation_stage(Model(root, root), column, spec, precision="float32", title=name)
-        for column in load_suite(suite).columns
+        column.name: evaluation_stage(Model(root, root), column, spec, precision=protocol["precision"], title=name)
+        for column in load_suite(spec.suite).columns
     }
-    store = Store(flags["store"])
-    if _execute(list(stages.values()), store, LaunchSpec(), plan=plan, as_json=as_json, **flags):
-        _print_scores({model: stages}, store, as_json=as_json)
+    store = Store(flags.store)
+    if execute(list(stages.values()), store, LaunchSpec(), flags):
+        _print_scores({model: stages}, store, as_json=flags.as_json)

@@ -1,4 +1,4 @@
-"""The two families of errors: the user's (exit 2: mend the input) and ours (exit 1: report it)."""
+"""The two families of errors: wrong input (exit code 2), and everything else that can be said in one paragraph (1)."""
 
 import difflib
 from collections.abc import Iterable
@@ -11,12 +11,12 @@ class CtpdError(Exception):
 
 
 class UserError(CtpdError, ValueError):
-    """Bad input. The text is one paragraph: what is wrong, where, and how to mend it.
+    """Bad input. The text is one paragraph: where, what is wrong, and how to correct it.
 
     Args:
         what: what is wrong, a sentence.
-        where: the file, line, row, column or artifact that is at fault.
-        fix: how to mend it, a sentence.
+        where: the file, line, row, column or artifact in which it is.
+        fix: how to correct it, a sentence.
     """
 
     exit_code = 2

@@ -1,12 +1,11 @@
-"""The content-addressed store: one folder an artifact, written once, never changed.
+"""The content-addressed store: one folder per artifact, written once, never changed.
 
 `<root>/<stage>/<key>/` holds an artifact's files and, written last, `manifest.json` (identity, provenance, sha256 of
-each file). An artifact is built in `<key>.partial/` and appears by one atomic rename, so an interrupted build leaves
-nothing that could be mistaken for a result.
+each file). An artifact is built in `<key>.partial/` and renamed when it is complete, which is atomic: an interrupted
+build never leaves a folder that looks like an artifact.
 """
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import os
@@ -14,14 +13,17 @@ import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any
 
 from ctpd.core.config import to_plain
 from ctpd.core.errors import DamagedArtifact, UserError
 
+if TYPE_CHECKING:
+    from filelock import FileLock
+
 MANIFEST = "manifest.json"
-RESUME_FOLDER = "checkpoints"  # in a folder that is being built: all that survives an interruption
-ALWAYS_HASHED_BYTES = 256 * 2**20  # on every use the contents of files up to this size are compared, above it the size
+RESUME_FOLDER = "checkpoints"  # in a folder that is being built: kept after an interruption, unlike the rest
+ALWAYS_HASHED_BYTES = 256 * 2**20  # `open` hashes files up to this size, and compares the size of larger ones
 
 
 @dataclass(frozen=True)
@@ -41,11 +43,11 @@ class Store:
         self.root = Path(root)
 
     def path(self, stage: str, key: str) -> Path:
-        """Where the artifact stands, or would stand."""
+        """The folder of the artifact, whether it exists or not."""
         return self.root / stage / key
 
     def partial(self, stage: str, key: str) -> Path:
-        """Where the artifact is built, and where an interrupted build lies."""
+        """The folder in which the artifact is built, and which an interrupted build leaves."""
         return self.root / stage / f"{key}.partial"
 
     def has(self, stage: str, key: str) -> bool:
@@ -70,8 +72,11 @@ class Store:
     ) -> Iterator[Path]:
         """Give a folder to build in; commit it when the block ends without an error.
 
-        After an interruption the folder is given empty, but for `RESUME_FOLDER`: half-written files are nothing to
-        build on. Hold `lock`, and ask `has` inside it, so that one process at a time builds a key.
+        What an interrupted build left is removed first, except `RESUME_FOLDER`. Hold `lock`, and call `has` inside it,
+        so that one process at a time builds a key.
+
+        Raises:
+            UserError: the folder was removed or replaced while it was built in.
         """
         target = self.path(stage, key)
         partial = self.partial(stage, key)
@@ -81,7 +86,14 @@ class Store:
                 shutil.rmtree(left)
             elif not left.is_dir():
                 left.unlink()
+        folder = partial.stat().st_ino
         yield partial
+        if not partial.is_dir() or partial.stat().st_ino != folder:
+            raise UserError(
+                "the folder was removed or replaced while an artifact was built in it",
+                where=str(partial),
+                fix="Run the same command again",
+            )
         manifest = {
             "stage": stage,
             "key": key,
@@ -96,32 +108,55 @@ class Store:
 
     @contextlib.contextmanager
     def lock(self, stage: str, key: str) -> Iterator[None]:
-        """Hold the key's lock: two processes never build the same artifact."""
-        with self._lock_file(stage, key) as handle:
-            fcntl.flock(handle, fcntl.LOCK_EX)
+        """Wait for the key's lock and hold it: no two processes or threads build the same artifact at once.
+
+        The operating system frees the lock of a process that has died.
+
+        Raises:
+            UserError: the lock file cannot be written, or its file system has no locks.
+        """
+        lock = self._acquired(stage, key, wait=True)
+        assert lock is not None
+        try:
             yield
+        finally:
+            lock.release()
 
     @contextlib.contextmanager
     def try_lock(self, stage: str, key: str) -> Iterator[bool]:
         """Hold the key's lock if nobody else does, without waiting; gives whether it is held.
 
-        The lock of a process that has died is free.
+        Raises:
+            UserError: as `lock`.
         """
-        with self._lock_file(stage, key) as handle:
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                yield False
-            else:
-                yield True
+        lock = self._acquired(stage, key, wait=False)
+        try:
+            yield lock is not None
+        finally:
+            if lock is not None:
+                lock.release()
 
-    def _lock_file(self, stage: str, key: str) -> TextIO:
-        folder = self.root / stage
-        folder.mkdir(parents=True, exist_ok=True)
-        return (folder / f".{key}.lock").open("w")
+    def _acquired(self, stage: str, key: str, *, wait: bool) -> "FileLock | None":
+        """The lock, held, or None if another holds it and ``wait`` is off."""
+        from filelock import FileLock, Timeout  # here: `import ctpd` stays fast
+
+        path = self.root / stage / f".{key}.lock"
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            lock = FileLock(path)  # flock underneath: it follows no symbolic link and truncates no file
+            lock.acquire(blocking=wait)
+        except Timeout:
+            return None
+        except OSError as error:
+            raise UserError(
+                f"the lock cannot be taken ({error.strerror})",
+                where=str(path),
+                fix="A store needs a folder that can be written to, on a file system with locks",
+            ) from error
+        return lock
 
     def remove(self, stage: str, key: str) -> None:
-        """Delete an artifact and what an interrupted build left of it."""
+        """Delete an artifact and what an interrupted build left of it. Hold the lock of the key."""
         for path in (self.path(stage, key), self.partial(stage, key)):
             shutil.rmtree(path, ignore_errors=True)
 
@@ -140,7 +175,7 @@ class Store:
         return sorted(found, key=lambda artifact: -artifact.bytes)
 
     def partials(self) -> list[Path]:
-        """What interrupted builds left."""
+        """The folders that interrupted builds left, and those of builds that run now."""
         return sorted(self.root.glob("*/*.partial"))
 
     def find(self, prefix: str) -> Artifact:

@@ -125,7 +125,7 @@ class _Builder:
 
     def _bar(self, stage: Stage) -> contextlib.AbstractContextManager[Bar]:
         done = self.total - len(self.graph.missing(self.store))
-        return self.progress.stage(stage.label, place=done + 1, total=self.total)
+        return self.progress.stage(stage.label, index=done + 1, total=self.total)
 
     def _work(self, stage: Stage, bar: Bar, *, writes: bool = True) -> Work:
         folders = {source.key: self.store.path(source.kind, source.key) for source in stage.inputs.values()}

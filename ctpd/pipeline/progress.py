@@ -1,65 +1,112 @@
-"""What a person sees while stages run: one bar a stage, with its place in the plan and an estimate."""
+"""What a person sees while stages run: on a terminal a live bar for the running stage, and a line for each finished one."""
 
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TextIO
+from typing import TYPE_CHECKING, Protocol, TextIO
+
+from ctpd.core.printing import printable
+
+if TYPE_CHECKING:
+    from rich.progress import Progress as RichProgress
+    from rich.progress import TaskID
+
+_LABEL_WIDTH = 52
+_BAR_WIDTH = 20
+_OTHER_COLUMNS = 46  # characters of bar, percentage and times, with the spaces between them
+_REFRESHES_PER_SECOND = 4
 
 
-class Bar:
-    """The progress of one stage. `update` may be called as often as one likes."""
-
-    def __init__(self, label: str, stream: TextIO | None) -> None:
-        self._label, self._stream = label, stream
-        self._start = self._shown = time.monotonic()
-        self._animated = stream is not None and stream.isatty()
+class Bar(Protocol):
+    """The progress of one stage."""
 
     def update(self, done: int, total: int) -> None:
-        """Show ``done`` of ``total``."""
-        now = time.monotonic()
-        if self._stream is None or not self._animated or (now - self._shown < 0.2 and done < total):
-            return
-        self._shown = now
-        fraction = done / total if total else 1.0
-        remaining = (now - self._start) * (1 - fraction) / fraction if fraction > 0 else 0.0
-        filled = round(fraction * 20)
-        text = f"{self._label:<52} {'━' * filled}{'─' * (20 - filled)} {fraction:>4.0%}  {_clock(remaining)} left"
-        self._stream.write(f"\r\x1b[2K{text}")
-        self._stream.flush()
+        """Show ``done`` of ``total``; may be called as often as one likes."""
+        ...
 
-    def close(self, outcome: str) -> None:
-        """Replace the bar by one line that says how long the stage took."""
-        if self._stream is None:
-            return
-        start = "\r\x1b[2K" if self._animated else ""
-        self._stream.write(f"{start}{self._label:<52} {outcome} {_clock(time.monotonic() - self._start)}\n")
-        self._stream.flush()
+
+class _NoBar:
+    """Shows nothing: with `quiet`, and where the output is no terminal."""
+
+    def update(self, done: int, total: int) -> None:
+        """Do nothing."""
+
+
+class _LiveBar:
+    def __init__(self, bars: "RichProgress", task: "TaskID") -> None:
+        self._bars, self._task = bars, task
+
+    def update(self, done: int, total: int) -> None:
+        self._bars.update(self._task, completed=done, total=total)
 
 
 class Progress:
-    """Prints the stages of a plan; silent with ``quiet``."""
+    """Shows the stages of a plan; silent with ``quiet``.
+
+    Args:
+        quiet: show nothing.
+        stream: where to write; standard error if it is None. A terminal gets live bars, anything else plain lines.
+    """
 
     def __init__(self, *, quiet: bool = False, stream: TextIO | None = None) -> None:
         self._stream = None if quiet else (stream or sys.stderr)
 
     @contextmanager
-    def stage(self, label: str, *, place: int, total: int) -> Iterator[Bar]:
-        """The bar of stage ``place`` of ``total``."""
-        width = len(str(total))
-        bar = Bar(f"[{place:>{width}}/{total}] {label}", self._stream)
-        bar.update(0, 1)
+    def stage(self, label: str, *, index: int, total: int) -> Iterator[Bar]:
+        """The bar of stage ``index`` (from 1) of ``total``; when the block ends, a line says how long it took."""
+        title = f"[{index:>{len(str(total))}}/{total}] {printable(label)}"
+        start = time.monotonic()
+        outcome = "stopped after"
         try:
-            yield bar
-        except BaseException:
-            bar.close("stopped after")
-            raise
-        bar.close("done in")
+            with self._bar(title) as bar:
+                yield bar
+            outcome = "done in"
+        finally:
+            self.note(f"{title:<{_LABEL_WIDTH}} {outcome} {_clock(time.monotonic() - start)}")
 
     def note(self, text: str) -> None:
-        """One line beside the bars."""
+        """One line of its own."""
         if self._stream is not None:
-            self._stream.write(text + "\n")
+            self._stream.write(printable(text) + "\n")
+            self._stream.flush()
+
+    @contextmanager
+    def _bar(self, title: str) -> Iterator[Bar]:
+        if self._stream is None or not self._stream.isatty():
+            yield _NoBar()
+            return
+        bars = _live_bars(self._stream)
+        with bars:
+            yield _LiveBar(bars, bars.add_task(title, total=None))
+
+
+def _live_bars(stream: TextIO) -> "RichProgress":
+    """Label, bar, percentage and estimate on one line, which disappears when the stage ends."""
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        Progress,
+        TaskProgressColumn,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+    from rich.table import Column
+
+    console = Console(file=stream)
+    label = Column(no_wrap=True, overflow="ellipsis", width=max(10, min(_LABEL_WIDTH, console.width - _OTHER_COLUMNS)))
+    return Progress(
+        TextColumn("{task.description}", markup=False, table_column=label),
+        BarColumn(bar_width=_BAR_WIDTH),
+        TaskProgressColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(compact=True, elapsed_when_finished=False),
+        TextColumn("left"),
+        console=console,
+        refresh_per_second=_REFRESHES_PER_SECOND,
+        transient=True,
+    )
 
 
 def _clock(seconds: float) -> str:

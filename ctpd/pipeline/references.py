@@ -1,6 +1,7 @@
 """Models and tokenizers that a stage reads: artifacts of other stages, directories and hub models."""
 
 import dataclasses
+import re
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
 
 MODEL_FOLDER = "model"  # inside an artifact that holds a model
 ADAPTER_CONFIG = "adapter_config.json"
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
 @dataclass(frozen=True)
@@ -42,24 +44,45 @@ class External(Part):
         return (Path(self.location) / ADAPTER_CONFIG).is_file()
 
 
-def external_model(location: str, *, revision: str | None, role: str) -> External:
+def external_model(location: str, *, revision: str | None, role: str, in_recipe: bool = True) -> External:
     """Refer to a local model directory by its contents, or to a hub model by its revision.
 
+    Args:
+        location: a directory, or a hub id.
+        revision: a hub id's commit; None for a directory.
+        role: whose model it is, for messages.
+        in_recipe: whether ``location`` is written in a recipe, for messages; else it comes from `--model`.
+
     Raises:
-        UserError: the local directory does not exist or holds no model.
+        UserError: the directory does not exist or holds no model; a hub id has no revision; a hub id with a revision
+            is the name of a local directory too.
     """
     folder = Path(location).expanduser()
-    if revision is not None and not folder.exists():
+    if revision is not None:
+        if folder.exists():
+            raise UserError(
+                f"'{location}' with the revision '{revision}' means the model of the {role} on the hub, and there is a "
+                f"local directory of that name, {folder.absolute()}",
+                fix=f"For the directory give './{location}' without a revision; for the hub's model run the command in "
+                "another working directory",
+            )
         return External(location, f"hub:{location}@{revision}", revision)
+    if _HUB_ID.fullmatch(location) and not folder.exists():
+        pinned = "add `revision:` with a commit" if in_recipe else f"give `{location}@COMMIT`"
+        raise UserError(
+            f"the model directory '{location}' of the {role} does not exist, and as a hub id it lacks a revision",
+            fix=f"To use the hub's model {pinned}; else correct the path, which is relative to the working directory",
+        )
     names = ("config.json", ADAPTER_CONFIG)
     if not folder.is_dir() or not any((folder / name).is_file() for name in names):
         problem = "does not exist" if not folder.exists() else "holds no config.json"
-        raise UserError(
-            f"the model directory '{location}' of the {role} {problem}",
-            fix="Correct the path in the recipe (it is relative to the working directory), or make the model first; "
-            "the recipe's header says how",
-        )
-    return External(str(folder), cached_digest(folder))
+        fix = "Correct the path, which is relative to the working directory"
+        if in_recipe:
+            fix = "Correct the path in the recipe (it is relative to the working directory), or make the model first; "
+            fix += "the recipe's header says how"
+        raise UserError(f"the model directory '{location}' of the {role} {problem}", fix=fix)
+    # Absolute, because artifacts name their base model and are read from other working directories.
+    return External(str(folder.absolute()), cached_digest(folder))
 
 
 def cached_digest(folder: Path) -> str:

@@ -1,8 +1,9 @@
-"""How a run is executed, as opposed to what it computes: recorded, never hashed."""
+"""How a run is executed, not what it computes: it is recorded, and part of no key."""
 
 import functools
 import os
 import platform
+import re
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -16,9 +17,19 @@ from ctpd.core.processes import processes
 from ctpd.recipe import LaunchSpec
 from ctpd.train.config import FsdpSpec
 
+_DEVICE = re.compile(r"auto|cpu|mps|cuda(:[0-9]+)?")
 RECORDED_PACKAGES = (
-    "ctpd", "torch", "transformers", "tokenizers", "accelerate", "peft", "datasets", "lm_eval", "numpy", "pandas",
-)  # fmt: skip
+    "ctpd",
+    "torch",
+    "transformers",
+    "tokenizers",
+    "accelerate",
+    "peft",
+    "datasets",
+    "lm_eval",
+    "numpy",
+    "pandas",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,12 +37,12 @@ class Runtime:
     """Execution settings.
 
     Attributes:
-        device: torch device; `auto` takes CUDA where there is one, and with several processes each its own GPU.
-        micro_batch_tokens: padded tokens that one forward and backward pass may hold; pairs per pass follow from it.
-        signal_batch_tokens: the same for passes without a gradient.
-        checkpoint_seconds: a training saves its resume state this often.
+        device: torch device; `auto` is CUDA where torch finds a GPU, else the CPU; of several processes each takes its own GPU.
+        micro_batch_tokens: the most padded tokens in one forward and backward pass; it decides the pairs per pass.
+        signal_batch_tokens: the same for scoring passes, which need no gradient.
+        checkpoint_seconds: seconds between two resume states of a training.
         report_to: loggers of `transformers` that receive the training's metrics.
-        fsdp: how the weights in training are shared out over the processes of a launch; None: each holds all.
+        fsdp: how the weights in training are sharded over the processes of a launch; None: each process holds all.
     """
 
     device: str = "auto"
@@ -43,32 +54,63 @@ class Runtime:
 
     @classmethod
     def of(cls, launch: LaunchSpec, **settings: Any) -> "Runtime":
-        """These settings, with those of a recipe's ``launch`` that matter now: one process shares nothing out."""
+        """These settings and the ``launch`` block's `fsdp`, which needs more than one process."""
         return cls(fsdp=launch.fsdp if processes().world_size > 1 else None, **settings)
 
     def torch_device(self) -> str:
-        """The device in torch's own words.
+        """The device of this process as torch names it.
 
         Raises:
-            UserError: several processes are told to share one GPU.
+            UserError: no such device here, or one GPU is named for several processes.
         """
-        several = processes().world_size > 1
-        if several and self.device not in ("auto", "cpu", "cuda"):
-            raise UserError(
-                f"`--device {self.device}` names one device for all {processes().world_size} processes",
-                fix="Leave it out, and each takes the GPU of its number, or give `--device cpu`",
-            )
-        if self.device not in ("auto", "cuda"):
-            return self.device
         import torch
 
+        several = processes().world_size > 1
+        if several and self.device not in ("auto", "cpu", "cuda"):
+            raise one_device_for_all(self.device, processes().world_size)
+        check_device(self.device)
+        if self.device not in ("auto", "cuda"):
+            return self.device
         if self.device == "auto" and not torch.cuda.is_available():
             return "cpu"
         return f"cuda:{processes().local_rank}" if several else "cuda"
 
 
+def one_device_for_all(device: str, count: int) -> UserError:
+    """The error for a single GPU that is named for ``count`` processes."""
+    return UserError(
+        f"`--device {device}` names one device for all {count} processes",
+        fix="Leave it out, and each takes the GPU of its number, or give `--device cpu`",
+    )
+
+
+def check_device(device: str) -> None:
+    """Refuse a device that does not exist on this machine.
+
+    Raises:
+        UserError: not a name of a device, or torch finds none of that name.
+    """
+    import torch
+
+    kind, _, number = device.partition(":")
+    if not _DEVICE.fullmatch(device):
+        raise UserError(f"`--device {device}` is not a device", fix="Give auto, cpu, cuda, cuda:N or mps")
+    if kind == "mps" and not torch.backends.mps.is_available():
+        raise UserError("torch finds no `mps` device here", fix="Leave `--device` out, or give `--device cpu`")
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise UserError(
+            f"`--device {device}` asks for a GPU, and torch finds none here",
+            fix="Leave it out or give `--device cpu`; `ctpd doctor` shows what torch finds",
+        )
+    if number and int(number) >= torch.cuda.device_count():
+        raise UserError(
+            f"`--device {device}` does not exist: torch finds {torch.cuda.device_count()} here, numbered from 0",
+            fix="Give another number",
+        )
+
+
 def provenance(runtime: Runtime) -> dict[str, Any]:
-    """What made an artifact: versions, machine, source commit, command."""
+    """How an artifact was made: versions, machine, source commit, command."""
     return {
         "versions": versions(),
         "python": platform.python_version(),
@@ -82,7 +124,7 @@ def provenance(runtime: Runtime) -> dict[str, Any]:
 
 @functools.cache
 def versions() -> dict[str, str]:
-    """Installed versions of the packages that can move a number."""
+    """Installed versions of the packages that can change a result."""
     found = {}
     for name in RECORDED_PACKAGES:
         try:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate.utils import DistributedType
 from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
@@ -190,6 +191,7 @@ def _arguments(
     if settings.fsdp is not None:
         values |= _fsdp_arguments(settings.fsdp, checkpointing=values.pop("activation_checkpointing"))
     arguments = TrainingArguments(output_dir=str(folder), **values)
+    _refuse_other_device(arguments.device, settings.device)
     arguments._n_gpu = min(arguments.n_gpu, 1)  # never the library's DataParallel: a process trains on one device
     if settings.fsdp is not None:
         # Weights are gathered and gradients reduced as float32; autocast rounds what a single process would round.
@@ -249,6 +251,16 @@ def _execution_arguments(settings: FitSettings, total: int) -> dict[str, Any]:
         "log_level": "error",
         "ddp_find_unused_parameters": False,  # every trainable parameter has a gradient in every pass
     }
+
+
+def _refuse_other_device(chosen: torch.device, wanted: str) -> None:
+    """The library trains on the first GPU that the process sees, whatever device is asked for."""
+    asked = torch.device(wanted)
+    if (asked.type, asked.index or 0) != (chosen.type, chosen.index or 0):
+        raise UserError(
+            f"the training would run on {chosen}, not on {wanted}: the trainer takes the first GPU that it sees",
+            fix=f"Start the program with CUDA_VISIBLE_DEVICES={asked.index or 0} and leave the device's number out",
+        )
 
 
 def _fsdp_arguments(spec: FsdpSpec, *, checkpointing: bool) -> dict[str, Any]:

@@ -34,7 +34,7 @@ RUNNING = {
 OPTIONS = {
     "run": RUNNING,
     "train": RUNNING - {"--limit"},
-    "eval": RUNNING | {"--model", "--suite", "--data-root"},
+    "eval": RUNNING | {"--model", "--suite", "--data-root", "--precision", "--batch-size", "--chat-template"},
     "compare": {"--store", "--only", "--seed", "--limit", "--json", "--debug", "--format", "--to"},
     "recipes": {"--json", "--schema", "--debug"},
     "init": {"--teacher", "--student", "--data", "--to", "--debug"},

@@ -98,6 +98,6 @@ def test_processes_of_one_launch_train_as_one_process_does(smoke: SmokeRun, tmp_
 def test_jobs_of_processes_are_refused_in_one_paragraph(cli: Cli, tmp_path: Path) -> None:
     outcome = cli("run", "testbed-smoke", "--store", tmp_path, "--jobs", 2, "--num-processes", 2)
     assert outcome.code == 2
-    assert outcome.err.startswith("Error: `--jobs 2` runs parts of a recipe side by side")
+    assert outcome.err.startswith("Error: `--jobs 2` builds independent stages at a time")
     assert outcome.err.count("\n") == 1
     assert not any(tmp_path.iterdir())

@@ -9,7 +9,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from ctpd.core.errors import UserError
-from harness.evaluate import Documents, Scores, check_column, datasets_of, evaluate_column, score
+from harness.evaluate import Documents, Scores, check_column, evaluate_column, score
+from harness.loading import datasets_of
 from harness.suites import Column, load_suite
 
 COLUMNS = {column.name: column for column in load_suite("paper").columns}

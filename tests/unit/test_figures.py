@@ -21,7 +21,8 @@ from harness.charts import (
     reach,
     style_class,
 )
-from harness.figures import PALETTE, inline_svg, write_figures
+from harness.drawing import PALETTE
+from harness.figures import inline_svg, write_figures
 from harness.html import TEMPLATES
 
 ROOT = Path(__file__).parents[2]

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from ctpd.core.errors import UserError
+from ctpd.inspection.tokenizers import compare_tokenizers, drawn_spans, read_responses
 from ctpd.models import find_tokenizer
-from ctpd.pipeline.inspection import compare_tokenizers, drawn_spans, read_responses
 from ctpd.text.align import align_spans, clean_offsets
 from ctpd.text.mismatch import SPAN_TYPES, align_texts, mismatch_counts, span_sizes, span_types
 from tests.fixtures.tokenizers import KINDS, TEXTS, tokenizer
@@ -69,7 +69,7 @@ def test_texts_without_tokens_are_skipped_and_counted() -> None:
 def test_blocks_of_texts_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     sides = {"teacher": tokenizer("byte_bpe"), "student": tokenizer("unigram")}
     whole = compare_tokenizers(SAMPLES, **sides)
-    monkeypatch.setattr("ctpd.pipeline.inspection._BLOCK", 2)
+    monkeypatch.setattr("ctpd.inspection.tokenizers._BLOCK", 2)
     assert compare_tokenizers(SAMPLES, **sides).plain()["types"] == whole.types
     assert compare_tokenizers(SAMPLES, **sides).spelling == whole.spelling
 

@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from ctpd.core.recipe import load_recipe
 
 from ctpd.core.errors import UserError
+from ctpd.recipe import load_recipe
 from harness.comparison import write_records
 from harness.files import file_stem
 from harness.record import LogEntry, Record, log_entries, training_summary

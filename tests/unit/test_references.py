@@ -2,6 +2,9 @@
 
 from pathlib import Path
 
+import pytest
+
+from ctpd.core.errors import UserError
 from ctpd.pipeline.references import External, Model, external_model
 from ctpd.pipeline.runtime import Runtime
 from ctpd.pipeline.stage import Stage, Work
@@ -56,3 +59,39 @@ def test_an_evaluation_from_a_mirror_is_keyed_by_the_documents_it_reads(tmp_path
     (mirror / "openai/gsm8k/test.jsonl").write_text("22")
     assert key(mirror) != before
     assert key(None) not in (before, key(mirror))
+
+
+@pytest.fixture
+def model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A model directory named like a hub id, in the working directory."""
+    monkeypatch.chdir(tmp_path)
+    folder = Path("org") / "name"
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text("{}")
+    return folder
+
+
+def test_a_local_directory_never_stands_in_for_a_pinned_hub_model(model: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"'org/name' with the revision 'abc' .* give './org/name' without a revision"):
+        external_model("org/name", revision="abc", role="student")
+    assert external_model("org/name", revision=None, role="student").revision is None
+    assert external_model("./org/name", revision=None, role="student").location == str(tmp_path / "org" / "name")
+    assert external_model("org/other", revision="abc", role="student") == External(
+        "org/other", "hub:org/other@abc", "abc"
+    )
+
+
+def test_a_hub_id_without_a_revision_is_recognised_and_the_message_fits_its_origin() -> None:
+    with pytest.raises(UserError, match="add `revision:` with a commit"):
+        external_model("org/name", revision=None, role="student")
+    with pytest.raises(UserError, match="give `org/name@COMMIT`") as found:
+        external_model("org/name", revision=None, role="--model option", in_recipe=False)
+    with pytest.raises(UserError, match="Correct the path") as path:
+        external_model("/no/such/model", revision=None, role="--model option", in_recipe=False)
+    assert "recipe" not in str(found.value) + str(path.value)
+
+
+def test_a_chain_names_a_local_base_by_its_absolute_path(model: Path, tmp_path: Path) -> None:
+    base = external_model("org/name", revision=None, role="student")
+    chain = Model(base, base).trained(small_stage("train", build), adapter=True).chain()
+    assert chain["base"] == chain["tokenizer"] == str(tmp_path / "org" / "name")

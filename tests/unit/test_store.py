@@ -1,6 +1,8 @@
 """The store: artifacts appear whole or not at all, and damage is named."""
 
 import json
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -156,6 +158,49 @@ def test_one_builder_at_a_time_holds_a_key(store: Store) -> None:
     assert order == ["first", "second"]
 
 
+def test_a_lock_that_is_held_is_refused_without_waiting_and_free_afterwards(store: Store) -> None:
+    with store.try_lock("train", KEY) as first, store.try_lock("train", KEY) as second:
+        assert (first, second) == (True, False)
+    with store.lock("train", KEY), store.try_lock("train", KEY) as third:
+        assert third is False
+    with store.try_lock("train", KEY) as last:
+        assert last is True
+
+
+def test_the_lock_of_a_process_that_died_is_free(store: Store) -> None:
+    code = f"""if True:
+        import os
+        from pathlib import Path
+        from ctpd.core.store import Store
+        with Store(Path({str(store.root)!r})).lock("train", {KEY!r}):
+            print("held", flush=True)
+            os.kill(os.getpid(), 9)"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.stdout, done.returncode) == ("held\n", -9)
+    with store.try_lock("train", KEY) as free:
+        assert free
+
+
+def test_a_lock_file_is_never_emptied_and_a_link_in_its_place_is_refused(store: Store, tmp_path: Path) -> None:
+    (tmp_path / "precious").write_text("data")
+    (store.root / "train").mkdir(parents=True)
+    lock = store.root / "train" / f".{KEY}.lock"
+    lock.symlink_to(tmp_path / "precious")
+    with pytest.raises(UserError, match="the lock cannot be taken"), store.lock("train", KEY):
+        pass
+    lock.unlink()
+    lock.write_text("data")
+    with store.lock("train", KEY):
+        pass
+    assert lock.read_text() == (tmp_path / "precious").read_text() == "data"
+
+
+def test_a_store_that_cannot_be_written_says_so_in_one_paragraph(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="a folder that can be written to"), Store(tmp_path / "file").try_lock("a", KEY):
+        pass
+
+
 def test_digest_of_a_folder_follows_names_and_contents_and_nothing_hidden(tmp_path: Path) -> None:
     (tmp_path / "a").write_text("1")
     first = digest_folder(tmp_path)
@@ -166,3 +211,15 @@ def test_digest_of_a_folder_follows_names_and_contents_and_nothing_hidden(tmp_pa
     second = digest_folder(tmp_path)
     (tmp_path / "b").write_text("2")
     assert len({first, second, digest_folder(tmp_path)}) == 3
+
+
+def test_a_build_whose_folder_was_replaced_fails(store: Store) -> None:
+    def build() -> None:
+        with store.build("train", KEY, identity={}, provenance={}) as folder:
+            (folder / "weights").write_text("x")
+            folder.rename(folder.with_name("moved"))
+            folder.mkdir()
+
+    with pytest.raises(UserError, match="removed or replaced while an artifact was built in it"):
+        build()
+    assert not store.has("train", KEY)

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ctpd.core.config import Config
@@ -77,7 +78,7 @@ class WeightsStage(Stage):
 
     def summary(self, work: Work) -> WeightsSummary:
         """Their distribution, per side, and examples."""
-        return WeightsSummary.model_validate_json((work.path(self) / SUMMARY).read_bytes())
+        return read_summary(work.path(self))
 
     def _result(
         self, work: Work, prepared: "PreparedPairs", unit_starts: "NDArray[np.int64]", marks: "NDArray[np.int8] | None"
@@ -117,6 +118,11 @@ class WeightsStage(Stage):
         marks = np.zeros(int(unit_starts[-1]), dtype=np.int8)
         marks[~end_units(prepared, unit_starts)] = prepared.marks
         return marks
+
+
+def read_summary(folder: Path) -> WeightsSummary:
+    """The summary of an artifact."""
+    return WeightsSummary.model_validate_json((folder / SUMMARY).read_bytes())
 
 
 def needed_signals(weighting: Weighting) -> list[Signal]:

@@ -1,0 +1,143 @@
+"""How the commands about a recipe run it: their flags, the plan, this process or several."""
+
+import contextlib
+import dataclasses
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from ctpd.cli.options import prepare
+
+if TYPE_CHECKING:
+    from ctpd.app import Experiment
+    from ctpd.core.store import Store
+    from ctpd.pipeline.graph import PlanLine
+    from ctpd.pipeline.stage import Stage
+    from ctpd.recipe import LaunchSpec
+
+RUNNING = (
+    "store",
+    "device",
+    "num_processes",
+    "jobs",
+    "offline",
+    "only",
+    "seed",
+    "limit",
+    "plan",
+    "rebuild",
+    "report_to",
+    "quiet",
+    "json",
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Flags:
+    """The values of the flags of `RUNNING` (`ctpd.cli.options.OPTIONS` explains them); a command may have fewer.
+
+    `usable_device` is what `prepare` made of `device`.
+    """
+
+    store: Path
+    device: str = "auto"
+    num_processes: int | None = None
+    jobs: int = 1
+    offline: bool = False
+    only: tuple[str, ...] = ()
+    seed: tuple[int, ...] = ()
+    limit: int | None = None
+    plan: bool = False
+    rebuild: bool = False
+    report_to: tuple[str, ...] = ()
+    quiet: bool = False
+    as_json: bool = False
+    usable_device: str = "auto"
+
+
+def prepared(**values: Any) -> Flags:
+    """The flags of a command; call it before the libraries are imported, since it sets what they read once."""
+    flags = Flags(**values)
+    return dataclasses.replace(flags, usable_device=prepare(offline=flags.offline, device=flags.device))
+
+
+def opened(recipe: str, flags: Flags) -> "tuple[Experiment, Store]":
+    """The part of a recipe that the flags choose, and the store."""
+    from ctpd.app import Experiment
+    from ctpd.core.store import Store
+
+    return Experiment(recipe, only=flags.only, seeds=flags.seed, limit=flags.limit), Store(flags.store)
+
+
+def execute(targets: "Sequence[Stage]", store: "Store", launch: "LaunchSpec", flags: Flags) -> bool:
+    """Run the graph of ``targets``, or show it with --plan; returns whether this process has results to print.
+
+    Raises:
+        UserError: no such device; flags that contradict each other.
+    """
+    from ctpd.cli.launch import helpers, processes_to_start, run_launched
+    from ctpd.core.processes import processes
+    from ctpd.pipeline.build import build_missing
+    from ctpd.pipeline.graph import Graph
+    from ctpd.pipeline.progress import Progress
+    from ctpd.pipeline.runtime import Runtime
+
+    graph = Graph(targets)
+    if flags.plan:
+        _print_plan(graph.plan(store), as_json=flags.as_json)
+        return False
+    count = processes_to_start(launch, num_processes=flags.num_processes, jobs=flags.jobs)
+    device = _checked_device(flags, count=count)
+    rebuild, argv = flags.rebuild, click.get_current_context().find_root().obj
+    beside: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
+    if count > 1 or flags.jobs > 1:
+        graph.check(store, rebuild=rebuild)  # here, once: no process may remove what another reads
+        rebuild = False
+        if graph.missing(store) and count > 1:
+            run_launched(argv, count=count, device=device)
+            return False  # rank 0 has printed
+        if graph.missing(store):
+            beside = helpers(argv, jobs=flags.jobs, device=device, quiet=flags.quiet)
+    runtime = Runtime.of(launch, device=device, report_to=flags.report_to)
+    with beside:
+        built = build_missing(graph, store, runtime=runtime, progress=Progress(quiet=flags.quiet), rebuild=rebuild)
+    processes().destroy_process_group()
+    if not flags.quiet and processes().is_main:
+        left = len(graph.stages) - built
+        click.echo(f"{built} stage{'' if built == 1 else 's'} built, {left} not needed or already there.\n", err=True)
+    return processes().is_main
+
+
+def _checked_device(flags: Flags, *, count: int) -> str:
+    """The device to run on, checked before the first stage.
+
+    Raises:
+        UserError: there is none of that name, or it is one device for ``count`` processes.
+    """
+    from ctpd.core.processes import processes
+    from ctpd.pipeline.runtime import check_device, one_device_for_all
+
+    if count > 1 and flags.device not in ("auto", "cpu", "cuda"):
+        raise one_device_for_all(flags.device, count)
+    if count == processes().world_size == 1:  # for several, `run_launched` counts the GPUs
+        check_device(flags.usable_device)
+    return flags.usable_device
+
+
+def _print_plan(lines: "Sequence[PlanLine]", *, as_json: bool) -> None:
+    if as_json:
+        click.echo(json.dumps([{"stage": x.kind, "label": x.label, "key": x.key, "hit": x.hit} for x in lines]))
+        return
+    from rich.text import Text
+
+    from ctpd.cli.terminal import rendered, table
+
+    states = {True: Text("hit"), False: Text("miss", style="yellow")}
+    rows = [(states[line.hit], line.key[:12], line.label) for line in lines]
+    click.echo(rendered(table(["", "key", "stage"], rows)))
+    hits = sum(line.hit for line in lines)
+    click.echo(f"\n{len(lines)} stages: {hits} hits, {len(lines) - hits} misses. Nothing was run.")

@@ -1,0 +1,1 @@
+"""What `ctpd inspect` measures: tokenizers on texts, stored importance weights."""
