@@ -127,8 +127,16 @@ def draw_text(
 
     assert axes.figure is not None
     moved = ScaledTranslation(shift[0] / POINTS_PER_INCH, shift[1] / POINTS_PER_INCH, axes.figure.dpi_scale_trans)
-    place = axes.get_yaxis_transform() + moved
-    axes.text(x, y, text, color=PALETTE[colour], transform=place, clip_on=False, va="baseline", **style)
+    axes.text(
+        x,
+        y,
+        text,
+        color=PALETTE[colour],
+        transform=axes.get_yaxis_transform() + moved,
+        clip_on=False,
+        va="baseline",
+        **style,
+    )
 
 
 def shortened(text: str, most: int) -> str:

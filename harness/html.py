@@ -41,7 +41,7 @@ def figure(chart: Chart) -> str:
 
 
 def code(text: str) -> str:
-    """Escaped, what stands between two backticks as code."""
+    """Escaped, text between two backticks as code."""
     from markupsafe import Markup, escape
 
     parts = [escape(part) for part in re.split("`([^`]+)`", text)]
