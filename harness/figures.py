@@ -72,22 +72,29 @@ SETTINGS: Any = {
 
 def inline_svg(chart: Chart) -> str:
     """The figure as an ``svg`` element for the report: colours and type are the page's, and it refers to nothing."""
-    with _drawing(svg_fonttype="none"):
-        figure = _draw(chart, as_file=False)
-        figure.patch.set_visible(False)
-        root = ElementTree.fromstring(_saved(figure, "svg"))
-    root = _for_page(root)
-    root.attrib |= {"class": "figure", "role": "img", "aria-label": chart.title}
-    words = [_element("title", chart.title), _element("desc", describe(chart))]
-    root[:] = [*words, *root]
-    return ElementTree.tostring(root, encoding="unicode")
+    with matplotlib_settings(svg_fonttype="none"):
+        page = themed(_draw(chart, as_file=False), title=chart.title, description=describe(chart))
+    page.attrib |= {"class": "figure", "aria-label": chart.title}
+    return ElementTree.tostring(page, encoding="unicode")
+
+
+def themed(figure: "Figure", *, title: str, description: str) -> ElementTree.Element:
+    """A figure as an ``svg`` element whose colours are CSS variables, with its title and description for screen readers.
+
+    Within ``matplotlib_settings(svg_fonttype="none")``, so that text stays text.
+    """
+    figure.patch.set_visible(False)
+    page = _for_page(ElementTree.fromstring(_saved(figure, "svg")))
+    page.set("role", "img")
+    page[:] = [_element("title", title), _element("desc", description), *page]
+    return page
 
 
 def write_figures(charts: Iterable[Named], folder: Path) -> list[Path]:
     """Write each chart as SVG, PDF and PNG, the same bytes for the same numbers; returns the files."""
     folder.mkdir(parents=True, exist_ok=True)
     paths = []
-    with _drawing(svg_fonttype="path"):
+    with matplotlib_settings(svg_fonttype="path"):
         for stem, chart in charts:
             figure = _draw(chart, as_file=True)
             for suffix in FORMATS:
@@ -97,7 +104,7 @@ def write_figures(charts: Iterable[Named], folder: Path) -> list[Path]:
 
 
 @contextmanager
-def _drawing(*, svg_fonttype: str) -> Iterator[None]:
+def matplotlib_settings(*, svg_fonttype: str) -> Iterator[None]:
     """matplotlib with our settings, and with its own again afterwards."""
     import matplotlib
 
