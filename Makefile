@@ -9,7 +9,7 @@ export PYTHONDONTWRITEBYTECODE :=
 
 BENCHMARKS := step evaluation roofline sharing head scaling alignment pipeline
 
-.PHONY: setup demo test check unit e2e regression record-regression ci bench bench-quick real-models clean
+.PHONY: setup demo test check unit e2e regression record-regression schema ci bench bench-quick real-models clean
 
 setup: $(STAMP)  ## the environment, with the tested versions
 
@@ -42,6 +42,9 @@ regression: setup  ## testbed-smoke against its recorded losses and scores
 
 record-regression: setup  ## record them anew, after a change that is meant to move numbers (say so in CHANGELOG)
 	$(BIN)/python tests/regression/record.py
+
+schema: setup  ## the JSON Schema of a recipe, after a change of what a recipe may say
+	$(BIN)/python scripts/recipe_schema.py
 
 ci: test  ## what CI runs
 

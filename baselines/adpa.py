@@ -6,23 +6,23 @@ have been. The rejected response of a pair is the student's own (`generation`); 
 Shape legend: N scored tokens, R rows of a tile, V vocabulary, K kept tokens of the tuned teacher, L of the reference.
 """
 
-from dataclasses import dataclass
 from typing import final
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ctpd.core.errors import UserError
+from ctpd.core.config import Config, NonNegative, PositiveInt
 from ctpd.objectives.base import BOTH_SIDES, Generation, Sums
 from ctpd.objectives.distillation import (
     DistillationObjective,
     DistillBatch,
     TeacherView,
+    TopTokens,
     chosen_tokens,
     per_token,
 )
-from ctpd.ops.rows import LogitRows, Top
+from ctpd.ops.logit_rows import Top
 from ctpd.ops.weights import Signal
 
 _FLOOR = 1e-8
@@ -30,26 +30,21 @@ _FLOOR = 1e-8
 _LEAST_REFERENCE = 1e-7
 
 
-@dataclass(frozen=True, kw_only=True)
-class ADPAParams:
-    """Defaults: equal parts. The public configuration has zeros and leaves them to a recipe that is not public.
+class ADPAParams(Config):
+    """Defaults: equal parts. The public configuration has zeros and leaves them to a recipe that is not public."""
 
-    Args:
-        sft_weight: factor of the chosen response's cross-entropy.
-        advantage_weight: factor of the advantage on the student's own response.
-        top_k: how many of the likeliest tokens are stored of each teacher.
-        clamp: replication switch `adpa_as_shipped`: the public code passes advantages through its loader of
-            probabilities, which clamps them to [1e-8, 1 - 1e-8]: a negative advantage vanishes, a large one is 1.
-    """
-
-    sft_weight: float = 1.0
-    advantage_weight: float = 1.0
-    top_k: int = 50
+    sft_weight: NonNegative = 1.0
+    """Factor of the chosen response's cross-entropy."""
+    advantage_weight: NonNegative = 1.0
+    """Factor of the advantage on the student's own response."""
+    top_k: PositiveInt = 50
+    """How many of the likeliest tokens are stored of each teacher."""
     clamp: bool = False
+    """Replication switch `adpa_as_shipped`: the public code passes advantages through its loader of probabilities, which clamps them to [1e-8, 1 - 1e-8]: a negative advantage vanishes, a large one is 1."""
 
 
 @final
-class ADPA(DistillationObjective):
+class ADPA(DistillationObjective[TopTokens]):
     """`sft NLL(chosen) - advantage sum_t sum_a pi(a | s_t) A_t(a)`, a over the tuned teacher's K likeliest tokens.
 
     `A = log p_tuned - log p_reference`; the student's probabilities are not renormalised over the K. The public code's
@@ -57,37 +52,32 @@ class ADPA(DistillationObjective):
 
     DEVIATION: both are sums, divided by the step's chosen tokens; the public code divides each by its own tokens of
     the micro-batch.
-
-    Raises:
-        UserError: a negative weight, or no token kept.
     """
 
     params_type = ADPAParams
     counts = "tokens"
     sides = BOTH_SIDES
-    generation = Generation(writer="student", side="rejected")
+    generation = Generation(role="student", side="rejected")
 
     def __init__(self, params: ADPAParams) -> None:
         super().__init__()
-        _check(params)
         self.params = params
         models = (Signal.TEACHER_POSITIVE, Signal.TEACHER_REFERENCE)
         self.teacher = TeacherView(models=models, top_k=params.top_k, same_tokenizer=True)
 
-    def forward(self, batch: DistillBatch) -> Sums:
+    def forward(self, batch: DistillBatch[TopTokens]) -> Sums:
         student, params = batch.student, self.params
-        assert isinstance(student.rows, LogitRows)
-        # Both teachers read the same tokens, so a partner has the same number in both.
-        partner_N, paired_N = batch.partner.clamp(min=0), batch.partner >= 0
-        tuned, reference = (teacher.rows.select(partner_N) for teacher in batch.teachers if teacher.rows is not None)
+        # Both teachers read the same tokens, so an aligned token has the same index in both.
+        index_N, is_aligned_N = batch.aligned.clamp(min=0), batch.aligned >= 0
+        tuned, reference = (teacher.rows.select(index_N) for teacher in batch.teachers)
 
-        def both(logits_RV: Tensor, targets_R: Tensor, tuned: Top, reference: Top, paired_R: Tensor) -> Tensor:
+        def both(logits_RV: Tensor, targets_R: Tensor, tuned: Top, reference: Top, is_aligned_R: Tensor) -> Tensor:
             logps_RV = logits_RV.log_softmax(-1)
             nll_R = -logps_RV.gather(-1, targets_R[:, None])[:, 0]
             gain_R = _expected_advantage(logps_RV, tuned, reference, clamp=params.clamp)
-            return torch.stack([nll_R, gain_R.masked_fill(~paired_R, 0.0)], dim=1)
+            return torch.stack([nll_R, gain_R.masked_fill(~is_aligned_R, 0.0)], dim=1)
 
-        losses_N2 = student.rows.map(both, student.targets, tuned, reference, paired_N)
+        losses_N2 = student.rows.map(both, student.targets, tuned, reference, is_aligned_N)
         is_chosen_N = student.row < batch.num_pairs
         nll = losses_N2[:, 0].masked_fill(~is_chosen_N, 0.0).sum()
         kd = -losses_N2[:, 1].masked_fill(is_chosen_N, 0.0).sum()
@@ -120,11 +110,3 @@ def _expected_advantage(logps_RV: Tensor, tuned: Top, reference: Top, *, clamp: 
     # The rest's advantage of 0 becomes 1e-8 as well.
     gain_R = (probability_RK * advantage_RK.clamp(_FLOOR, 1.0 - _FLOOR)).sum(-1)
     return gain_R + _FLOOR * (1.0 - probability_RK.sum(-1))
-
-
-def _check(params: ADPAParams) -> None:
-    for name in ("sft_weight", "advantage_weight"):
-        if getattr(params, name) < 0.0:
-            raise UserError(f"`{name}: {getattr(params, name)}` is below 0")
-    if params.top_k < 1:
-        raise UserError(f"`top_k: {params.top_k}` keeps no token")

@@ -6,50 +6,50 @@ and one bucket for the rest; the student learns them on the chosen and on the re
 Shape legend: N scored tokens, R rows of a tile, V vocabulary.
 """
 
-from dataclasses import dataclass
 from typing import final
 
 import torch
 from torch import Tensor
 
 from baselines.kept import buckets
-from ctpd.core.errors import UserError
+from ctpd.core.config import Config, NonNegative, PositiveInt
 from ctpd.objectives.base import BOTH_SIDES, Sums
-from ctpd.objectives.distillation import DistillationObjective, DistillBatch, TeacherView, chosen_tokens, per_token
-from ctpd.ops.rows import LogitRows, Top
+from ctpd.objectives.distillation import (
+    DistillationObjective,
+    DistillBatch,
+    TeacherView,
+    TopTokens,
+    chosen_tokens,
+    per_token,
+)
+from ctpd.ops.logit_rows import Top
 from ctpd.ops.weights import Signal
 
 # The public code's floors of a probability: of either side's, and once more of the student's.
 _FLOOR, _STUDENT_FLOOR = 1e-8, 1e-7
 
 
-@dataclass(frozen=True, kw_only=True)
-class DCKDParams:
-    """Defaults: equal parts. The public configuration has zeros and leaves them to a recipe that is not public.
+class DCKDParams(Config):
+    """Defaults: equal parts. The public configuration has zeros and leaves them to a recipe that is not public."""
 
-    Args:
-        sft_weight: factor of the chosen response's cross-entropy.
-        distillation_weight: factor of both divergences.
-        chosen_weight, rejected_weight: factor of the divergence on that response.
-        top_k: how many of the teacher's likeliest tokens are stored.
-    """
-
-    sft_weight: float = 1.0
-    distillation_weight: float = 1.0
-    chosen_weight: float = 1.0
-    rejected_weight: float = 1.0
-    top_k: int = 50
+    sft_weight: NonNegative = 1.0
+    """Factor of the chosen response's cross-entropy."""
+    distillation_weight: NonNegative = 1.0
+    """Factor of both divergences."""
+    chosen_weight: NonNegative = 1.0
+    """Factor of the divergence on the chosen response."""
+    rejected_weight: NonNegative = 1.0
+    """Factor of the divergence on the rejected response."""
+    top_k: PositiveInt = 50
+    """How many of the teacher's likeliest tokens are stored."""
 
 
 @final
-class DCKD(DistillationObjective):
+class DCKD(DistillationObjective[TopTokens]):
     """`sft NLL(chosen) + distillation (chosen FKL(chosen) + rejected FKL(rejected))`.
 
     DEVIATION: all are sums, divided by the step's chosen tokens. The public code takes the mean of each over the tokens
     of a micro-batch, which weighs a token by the lengths of its batch mates.
-
-    Raises:
-        UserError: a negative weight, or no token kept.
     """
 
     params_type = DCKDParams
@@ -58,21 +58,18 @@ class DCKD(DistillationObjective):
 
     def __init__(self, params: DCKDParams) -> None:
         super().__init__()
-        _check(params)
         self.params = params
         self.teacher = TeacherView(models=(Signal.TEACHER_POSITIVE,), top_k=params.top_k, same_tokenizer=True)
 
-    def forward(self, batch: DistillBatch) -> Sums:
-        student, teacher = batch.student, batch.teachers[0].rows
-        assert isinstance(student.rows, LogitRows)
-        assert teacher is not None
-        paired_N = batch.partner >= 0
+    def forward(self, batch: DistillBatch[TopTokens]) -> Sums:
+        student, teacher = batch.student, batch.teachers[0]
 
-        def both(logits_RV: Tensor, targets_R: Tensor, top: Top, paired_R: Tensor) -> Tensor:
+        def both(logits_RV: Tensor, targets_R: Tensor, top: Top, is_aligned_R: Tensor) -> Tensor:
             nll_R = -logits_RV.log_softmax(-1).gather(-1, targets_R[:, None])[:, 0]
-            return torch.stack([nll_R, _forward_kl(logits_RV, top).masked_fill(~paired_R, 0.0)], dim=1)
+            return torch.stack([nll_R, _forward_kl(logits_RV, top).masked_fill(~is_aligned_R, 0.0)], dim=1)
 
-        losses_N2 = student.rows.map(both, student.targets, teacher.select(batch.partner.clamp(min=0)), paired_N)
+        top = teacher.rows.select(batch.aligned.clamp(min=0))
+        losses_N2 = student.rows.map(both, student.targets, top, batch.aligned >= 0)
         is_chosen_N = student.row < batch.num_pairs
         nll = losses_N2[:, 0].masked_fill(~is_chosen_N, 0.0).sum()
         chosen = losses_N2[:, 1].masked_fill(~is_chosen_N, 0.0).sum()
@@ -88,12 +85,3 @@ def _forward_kl(logits_RV: Tensor, top: Top) -> Tensor:
     teacher_RB1 = teacher_RB1.clamp(_FLOOR, 1.0 - _FLOOR)
     student_RB1 = student_logps_RB1.exp().clamp(_FLOOR, 1.0 - _FLOOR).clamp(min=_STUDENT_FLOOR)
     return (teacher_RB1 * (teacher_RB1.log() - student_RB1.log())).sum(-1)
-
-
-def _check(params: DCKDParams) -> None:
-    weights = ("sft_weight", "distillation_weight", "chosen_weight", "rejected_weight")
-    for name in weights:
-        if getattr(params, name) < 0.0:
-            raise UserError(f"`{name}: {getattr(params, name)}` is below 0")
-    if params.top_k < 1:
-        raise UserError(f"`top_k: {params.top_k}` keeps no token")

@@ -1,17 +1,13 @@
-"""Direct preference optimisation (Rafailov et al., 2023, Eq. 7): uniform weights, the student's own reference."""
+"""Direct preference optimisation (Rafailov et al., 2023, Eq. 7): uniform weights, the initial policy as the reference."""
 
-from dataclasses import dataclass
 from typing import final
 
 from ctpd.objectives.base import BOTH_SIDES, Layout, PairObjective, Sums, Units
-from ctpd.objectives.preference import preference_sums
+from ctpd.objectives.preference import MarginParams, preference_sums
 
 
-@dataclass(frozen=True, kw_only=True)
-class DPOParams:
-    """``beta``: the factor of the margin."""
-
-    beta: float = 0.1
+class DPOParams(MarginParams):
+    """The margin's factor."""
 
 
 @final
@@ -25,7 +21,7 @@ class DPO(PairObjective):
     def __init__(self, params: DPOParams) -> None:
         super().__init__()
         self.params = params
-        self.layout = Layout(granularity="spans", reference="student")
+        self.layout = Layout(granularity="spans", reference="initial")
 
     def forward(self, units: Units) -> Sums:
         return preference_sums(units, beta=self.params.beta)

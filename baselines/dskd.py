@@ -1,6 +1,6 @@
 """Dual-space distillation (Zhang et al., EMNLP 2024, arXiv 2406.17328) of models that share a tokenizer (BASELINES 6a).
 
-Two linear maps carry hidden states into the other model's space, so that both distributions of a comparison come from
+Two linear maps project hidden states into the other model's space, so that both distributions of a comparison come from
 one output head: the teacher's hidden states through the student's, the student's through the teacher's.
 `baselines.dskd_cma` does the same for any two tokenizers.
 
@@ -8,54 +8,46 @@ Shape legend: N scored tokens of the student, M of the teacher, R rows of a tile
 H hidden size.
 """
 
-from dataclasses import dataclass
 from typing import NamedTuple, final
 
 import torch
 from torch import Tensor, nn
 
-from baselines.divergences import RowDivergence, find_divergence, forward_kl
+from baselines.divergences import DivergenceName, RowDivergence, find_divergence, forward_kl
+from ctpd.core.config import Config, Positive, Share
 from ctpd.core.errors import UserError
 from ctpd.objectives.base import Sums
 from ctpd.objectives.distillation import (
     DistillationObjective,
     DistillBatch,
+    LogitTokens,
     ModelFacts,
     TeacherView,
-    check_kd_rate,
     mixed,
 )
-from ctpd.ops.rows import LogitRows
+from ctpd.ops.logit_rows import LogitRows
 
 
-@dataclass(frozen=True, kw_only=True)
-class DSKDParams:
-    """Defaults: the scripts of DSKD and of CTPD's authors.
+class DSKDParams(Config):
+    """Defaults: the scripts of DSKD and of CTPD's authors."""
 
-    Args:
-        divergence: in the student's space, a name of `baselines.divergences.DIVERGENCES`; in the teacher's space it is
-            always forward KL, as published.
-        kd_rate: share of the three distillation terms; the rest is cross-entropy.
-        temperature: divides the logits of both divergences.
-        projector_learning_rate: the step size of the projectors.
-    """
-
-    divergence: str = "forward_kl"
-    kd_rate: float = 0.5
-    temperature: float = 2.0
-    projector_learning_rate: float = 1e-3
+    divergence: DivergenceName = "forward_kl"
+    """In the student's space; in the teacher's space it is always forward KL, as published."""
+    kd_rate: Share = 0.5
+    """Share of the three distillation terms; the rest is cross-entropy."""
+    temperature: Positive = 2.0
+    """Divides the logits of both divergences."""
+    projector_learning_rate: Positive = 1e-3
+    """Learning rate of the projectors."""
 
 
 @final
-class DSKD(DistillationObjective):
+class DSKD(DistillationObjective[LogitTokens]):
     """`(1 - kd_rate) CE(z) + kd_rate (CE(q) + D(z, sg(q)) + KL(u || r))` over the student's scored tokens.
 
     z and u are the models' logits, q the teacher's hidden states in the student's space, r the student's in the
     teacher's. The student's head gets gradients from z alone, the projector to the student's space from CE(q) alone,
     the other one from the last term.
-
-    Raises:
-        UserError: an unknown divergence, or a number out of range.
     """
 
     params_type = DSKDParams
@@ -66,27 +58,24 @@ class DSKD(DistillationObjective):
 
     def __init__(self, params: DSKDParams) -> None:
         super().__init__()
-        check_kd_rate(params.kd_rate)
         self._divergence = find_divergence(params.divergence, temperature=params.temperature)
-        self.params, self.objective_learning_rate = params, checked_rate(params.projector_learning_rate)
+        self.params, self.objective_learning_rate = params, params.projector_learning_rate
         self.teacher = TeacherView(same_tokenizer=True)
 
     def bind(self, student: ModelFacts, teacher: ModelFacts) -> None:
         self.t2s = nn.Linear(teacher.hidden_size, student.hidden_size)
         self.s2t = nn.Linear(student.hidden_size, teacher.hidden_size)
 
-    def forward(self, batch: DistillBatch) -> Sums:
+    def forward(self, batch: DistillBatch[LogitTokens]) -> Sums:
         student, teacher = batch.student, batch.teachers[0].rows
-        assert isinstance(student.rows, LogitRows)
-        assert isinstance(teacher, LogitRows)
         check_states((student.rows, self.t2s.out_features), (teacher, self.s2t.out_features))
-        paired_N = batch.partner >= 0
-        theirs = teacher.constant().select(batch.partner.clamp(min=0))
-        mapped = LogitRows(carried(self.t2s, theirs.hidden, student.rows), student.rows.head.constant())
+        is_aligned_N = batch.aligned >= 0
+        theirs = teacher.constant().select(batch.aligned.clamp(min=0))
+        mapped = LogitRows(projected(self.t2s, theirs.hidden, student.rows), student.rows.head.constant())
         ours = student_space(student.rows, student.targets, mapped, self._divergence)
-        s2t_kd_N = teacher_space(carried(self.s2t, student.rows.hidden, theirs), theirs, self.params.temperature)
+        s2t_kd_N = teacher_space(projected(self.s2t, student.rows.hidden, theirs), theirs, self.params.temperature)
         t2s_ce, t2s_kd, hits, s2t_kd = (
-            part_N.masked_fill(~paired_N, 0.0).sum() for part_N in (ours.t2s_ce, ours.t2s_kd, ours.hit, s2t_kd_N)
+            part_N.masked_fill(~is_aligned_N, 0.0).sum() for part_N in (ours.t2s_ce, ours.t2s_kd, ours.hit, s2t_kd_N)
         )
         return mixed(
             ours.nll.sum(), t2s_ce + t2s_kd + s2t_kd, kd_rate=self.params.kd_rate, batch=batch,
@@ -95,7 +84,7 @@ class DSKD(DistillationObjective):
 
 
 class StudentSpace(NamedTuple):
-    """What the student's head says of each scored token; `hit` is 1 where the teacher's state predicts the token."""
+    """Terms under the student's head, one a scored token; `hit` is 1 where the mapped teacher's state predicts it."""
 
     nll: Tensor
     t2s_ce: Tensor
@@ -129,25 +118,19 @@ def teacher_space(hidden_MH: Tensor, teacher: LogitRows, temperature: float) -> 
     return LogitRows(hidden_MH, teacher.head.constant()).map(divergence, teacher)
 
 
-def carried(projector: nn.Linear, hidden_NH: Tensor, to: LogitRows) -> Tensor:
-    """Hidden states in another model's space, in the number format of that model's own."""
-    return projector(hidden_NH.to(projector.weight.dtype)).to(to.hidden.dtype)
+def projected(projector: nn.Linear, hidden_NH: Tensor, to: LogitRows) -> Tensor:
+    """Hidden states in another model's space, in the dtype of that model's own."""
+    states: Tensor = projector(hidden_NH.to(projector.weight.dtype))
+    return states.to(to.hidden.dtype)
 
 
 def check_states(*sides: tuple[LogitRows, int]) -> None:
-    """Refuse rows that are no hidden states: where the scorer fell back to full logits, these stand in their place."""
+    """Refuse rows whose hidden states are logits: so it is where the scorer fell back to full logits."""
     if any(rows.hidden.shape[-1] != size for rows, size in sides):
         raise UserError(
             "the method compares hidden states, and one of the models gives logits only (see the warning about its scorer)",
             fix="Use a method that compares distributions, or a model whose last hidden states give its logits",
         )
-
-
-def checked_rate(learning_rate: float) -> float:
-    """The projectors' learning rate, refused if it is none."""
-    if learning_rate <= 0.0:
-        raise UserError(f"`projector_learning_rate: {learning_rate}` is not above 0")
-    return learning_rate
 
 
 def _cross_entropy(logits_RV: Tensor, targets_R: Tensor) -> Tensor:

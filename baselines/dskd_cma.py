@@ -1,6 +1,6 @@
 """Dual-space distillation with cross-model attention (Zhang et al., EMNLP 2024, arXiv 2406.17328; BASELINES 6b).
 
-Where the tokenizers differ, no token of the teacher belongs to one of the student. Attention over the tokens of one
+Where the tokenizers differ, tokens of the two models are not aligned one to one. Attention over the tokens of one
 response, with the embeddings of (input, target) as queries and keys, mixes the teacher's hidden states for each token
 of the student, and the student's for each token of the teacher. The rest is `baselines.dskd`.
 
@@ -9,53 +9,45 @@ tokens of the student and the teacher, H hidden size of the student, K of the te
 """
 
 import math
-from dataclasses import dataclass
 from typing import Literal, NamedTuple, final
 
 import torch
 from torch import Tensor, nn
 
-from baselines.divergences import find_divergence
-from baselines.dskd import check_states, checked_rate, student_space, teacher_space
-from ctpd.core.errors import UserError
+from baselines.divergences import DivergenceName, find_divergence
+from baselines.dskd import check_states, student_space, teacher_space
+from ctpd.core.config import Config, Positive, PositiveInt, Share
 from ctpd.objectives.base import Sums
 from ctpd.objectives.distillation import (
     DistillationObjective,
     DistillBatch,
+    LogitTokens,
     ModelFacts,
     TeacherView,
     Tokens,
-    check_kd_rate,
     mixed,
 )
-from ctpd.ops.rows import LogitRows
+from ctpd.ops.logit_rows import LogitRows
 
-# Finite, so that a padded row of the attention, which nobody reads, has no NaN in its gradient.
+# Finite, so that a padded row of the attention, which is not used, has no NaN in its gradient.
 _MASKED = -1e5
 
 
-@dataclass(frozen=True, kw_only=True)
-class DSKDCMAParams:
-    """Defaults: the scripts of DSKD and of CTPD's authors, but for `std_scope`.
+class DSKDCMAParams(Config):
+    """Defaults: the scripts of DSKD and of CTPD's authors, but for `std_scope`."""
 
-    Args:
-        divergence: in the student's space, a name of `baselines.divergences.DIVERGENCES`; in the teacher's space it is
-            always forward KL, as published.
-        kd_rate: share of the three distillation terms; the rest is cross-entropy.
-        temperature: divides the logits of both divergences.
-        projector_learning_rate: the step size of the projectors.
-        std_scope: what the teacher's embeddings and hidden states are normalised by. `valid`: the standard deviation
-            over the scored tokens of each response. `all`: over all positions of the batch, prompt and padding
-            included, as the public code does; the loss of a response then depends on its batch mates.
-        micro_batch: responses that share the deviations of `std_scope: all`. It must divide `pairs_per_step`.
-    """
-
-    divergence: str = "forward_kl"
-    kd_rate: float = 0.5
-    temperature: float = 2.0
-    projector_learning_rate: float = 1e-3
+    divergence: DivergenceName = "forward_kl"
+    """In the student's space; in the teacher's space it is always forward KL, as published."""
+    kd_rate: Share = 0.5
+    """Share of the three distillation terms; the rest is cross-entropy."""
+    temperature: Positive = 2.0
+    """Divides the logits of both divergences."""
+    projector_learning_rate: Positive = 1e-3
+    """Learning rate of the projectors."""
     std_scope: Literal["valid", "all"] = "valid"
-    micro_batch: int = 8
+    """What the teacher's embeddings and hidden states are normalised by. `valid`: the standard deviation over the scored tokens of each response. `all`: over all positions of the batch, prompt and padding included, as the public code does; the loss of a response then depends on its batch mates."""
+    micro_batch: PositiveInt = 8
+    """Responses that share the deviations of `std_scope: all`. It must divide `pairs_per_step`."""
 
 
 class _Normalised(NamedTuple):
@@ -66,16 +58,13 @@ class _Normalised(NamedTuple):
 
 
 @final
-class DSKDCMA(DistillationObjective):
+class DSKDCMA(DistillationObjective[LogitTokens]):
     """`(1 - kd_rate) CE(z) + kd_rate (CE(q) + 1[argmax q = target] D(z, sg(q)) + sum_teacher KL(u || r))`.
 
     All terms are sums, the last one over the teacher's scored tokens; all are divided by the student's. Embeddings get
     no gradient; the query's projector gets it from CE(q) and from the last term.
 
     DEVIATION: with `std_scope: valid`, the default, a response's loss does not depend on its batch mates.
-
-    Raises:
-        UserError: an unknown divergence, or a number out of range.
     """
 
     params_type = DSKDCMAParams
@@ -87,11 +76,8 @@ class DSKDCMA(DistillationObjective):
 
     def __init__(self, params: DSKDCMAParams) -> None:
         super().__init__()
-        check_kd_rate(params.kd_rate)
         self._divergence = find_divergence(params.divergence, temperature=params.temperature)
-        if params.micro_batch < 1:
-            raise UserError(f"`micro_batch: {params.micro_batch}` is below 1")
-        self.params, self.objective_learning_rate = params, checked_rate(params.projector_learning_rate)
+        self.params, self.objective_learning_rate = params, params.projector_learning_rate
         self.micro_batch = params.micro_batch if params.std_scope == "all" else None
         self.teacher = TeacherView(pairing="none")
 
@@ -100,10 +86,8 @@ class DSKDCMA(DistillationObjective):
         self.t2s = nn.Linear(teacher.hidden_size, student.hidden_size)
         self.s2t = nn.Linear(student.hidden_size, teacher.hidden_size)
 
-    def forward(self, batch: DistillBatch) -> Sums:
+    def forward(self, batch: DistillBatch[LogitTokens]) -> Sums:
         student, teacher = batch.student, batch.teachers[0]
-        assert isinstance(student.rows, LogitRows)
-        assert isinstance(teacher.rows, LogitRows)
         check_states((student.rows, self.t2s.out_features), (teacher.rows, self.s2t.out_features))
         theirs = teacher.rows.constant()
         t2s_NH, s2t_MK = self._attend(student, teacher, batch.num_rows)
@@ -116,9 +100,8 @@ class DSKDCMA(DistillationObjective):
             t2s_ce=t2s_ce, t2s_kd=t2s_kd, s2t_kd=s2t_kd, t2s_accuracy=ours.hit.sum(),
         )  # fmt: skip
 
-    def _attend(self, student: Tokens, teacher: Tokens, num_rows: int) -> tuple[Tensor, Tensor]:
+    def _attend(self, student: LogitTokens, teacher: LogitTokens, num_rows: int) -> tuple[Tensor, Tensor]:
         """[N, H] and [M, K]: the other model's states for each token. In float32: 16 bits cannot hold the mask."""
-        assert isinstance(student.rows, LogitRows)
         ours, theirs = _Grid(student, num_rows), _Grid(teacher, num_rows)
         with torch.autocast(student.row.device.type, enabled=False):
             normal = self._normalised(teacher, num_rows)
@@ -130,8 +113,7 @@ class DSKDCMA(DistillationObjective):
         return ours.flat(t2s_RSH), theirs.flat(s2t_RUK)
 
     @torch.no_grad()
-    def _normalised(self, teacher: Tokens, num_rows: int) -> _Normalised:
-        assert isinstance(teacher.rows, LogitRows)
+    def _normalised(self, teacher: LogitTokens, num_rows: int) -> _Normalised:
         keys_ME, hidden_MK = _pair(teacher), _wide(teacher.rows.hidden)
         targets_MK = keys_ME[:, keys_ME.shape[1] // 2 :]
         if self.params.std_scope == "valid":
@@ -142,11 +124,11 @@ class DSKDCMA(DistillationObjective):
 
 
 class _Grid:
-    """The scored tokens of one model, each at its place in `[R, S]`."""
+    """The scored tokens of one model as a padded table `[R, S]`."""
 
     def __init__(self, tokens: Tokens, num_rows: int) -> None:
-        self._at = (tokens.row, tokens.place)
-        self._shape = (num_rows, int(tokens.place.max()) + 1)
+        self._at = (tokens.row, tokens.index)
+        self._shape = (num_rows, int(tokens.index.max()) + 1)
         self.used = torch.zeros(self._shape, dtype=torch.bool, device=tokens.row.device)
         self.used[self._at] = True
 
@@ -166,19 +148,16 @@ def response_std(values_NX: Tensor, row_N: Tensor, num_rows: int) -> Tensor:
     return (squares_R / (size_R - 1.0)).sqrt()[row_N, None]
 
 
-def _public_std(teacher: Tokens, keys_ME: Tensor) -> list[Tensor]:
+def _public_std(teacher: LogitTokens, keys_ME: Tensor) -> list[Tensor]:
     """Of keys, targets, hidden states: the standard deviation over all positions; one that is not scored has id 0."""
-    assert teacher.embed is not None
-    assert teacher.every is not None
     rest = len(teacher.every) - len(keys_ME)
     pad_K = _wide(teacher.embed(torch.zeros_like(teacher.targets[:1])))[0]
     keys_PE = torch.cat([keys_ME, torch.cat([pad_K, pad_K]).expand(rest, -1)])
     return [x.std() for x in (keys_PE, keys_PE[:, len(pad_K) :], _wide(teacher.every.hidden))]
 
 
-def _pair(tokens: Tokens) -> Tensor:
+def _pair(tokens: LogitTokens) -> Tensor:
     """[N, 2H] constant embeddings of each token's predecessor and of itself."""
-    assert tokens.embed is not None
     return _wide(torch.cat([tokens.embed(tokens.inputs), tokens.embed(tokens.targets)], dim=-1)).detach()
 
 

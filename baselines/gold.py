@@ -12,52 +12,53 @@ vocabulary, U the teacher's, M shared tokens.
 """
 
 import math
-from dataclasses import dataclass
 from typing import Literal, NamedTuple, final
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
+from pydantic import model_validator
 from torch import Tensor
 
+from ctpd.core.config import Config, NonNegative, Positive, Share
 from ctpd.core.errors import UserError
 from ctpd.objectives.base import Sums
-from ctpd.objectives.distillation import DistillationObjective, DistillBatch, ModelFacts, TeacherView, Tokens
+from ctpd.objectives.distillation import DistillationObjective, DistillBatch, LogitTokens, ModelFacts, TeacherView
 from ctpd.objectives.groups import Grouped, shared_groups
-from ctpd.ops.rows import LogitRows
+from ctpd.ops.logit_rows import LogitRows
 
 _LOG_EPSILON = math.log(1e-8)  # TRL's lower bound of a probability
 
 
-@dataclass(frozen=True, kw_only=True)
-class GOLDParams:
-    """Defaults: TRL's `GOLDConfig`, but for `merge`, where TRL's is off by one.
+class GOLDParams(Config):
+    """Defaults: TRL's `GOLDConfig`, but for `merge`, where TRL's is off by one."""
 
-    Args:
-        ce_weight: added times the cross-entropy.
-        hybrid: compare tokens of equal spelling with each other, and only the rest sorted.
-        beta: of the generalised Jensen-Shannon divergence of the shared tokens: 0 is forward KL, 1 reverse KL.
-        matched_weight, unmatched_weight: of the two parts of the hybrid form; both or neither. None: the share of the
-            teacher's vocabulary that is shared, and the rest.
-        student_temperature, teacher_temperature: of the distributions.
-        skip_end: leave out the last token of each side, as TRL does: the end of turn, or, where a response was cut, a
-            token of text.
-        groups: spans of text, or the k-th token with the k-th up to the shorter side (TRL's `use_extended_uld: false`).
-        merge: `bayesian`: the rows that predict a span's tokens, the last one as the distribution. `observed` is a
-            replication switch: the rows after those, each taken for a prediction of the token it follows, the first one
-            as the distribution; TRL's default.
-    """
-
-    ce_weight: float = 0.0
+    ce_weight: NonNegative = 0.0
+    """Factor of the cross-entropy."""
     hybrid: bool = False
-    beta: float = 0.5
-    matched_weight: float | None = None
-    unmatched_weight: float | None = None
-    student_temperature: float = 1.0
-    teacher_temperature: float = 1.0
+    """Compare tokens of equal spelling with each other, and only the rest sorted."""
+    beta: Share = 0.5
+    """Of the generalised Jensen-Shannon divergence of the shared tokens: 0 is forward KL, 1 reverse KL."""
+    matched_weight: NonNegative | None = None
+    """Factor of the shared tokens in the hybrid form, given with `unmatched_weight` or not at all; left out, the share of the teacher's vocabulary that is shared."""
+    unmatched_weight: NonNegative | None = None
+    """Factor of the sorted rest in the hybrid form; left out, the share of the teacher's vocabulary that is not shared."""
+    student_temperature: Positive = 1.0
+    """Of the student's distributions."""
+    teacher_temperature: Positive = 1.0
+    """Of the teacher's distributions."""
     skip_end: bool = True
+    """Leave out the last token of each side, as TRL does: the end of turn, or, where a response was cut, a token of text."""
     groups: Literal["spans", "positions"] = "spans"
+    """Spans of text, or the k-th token with the k-th up to the shorter side (TRL's `use_extended_uld: false`)."""
     merge: Literal["bayesian", "observed"] = "bayesian"
+    """`bayesian`: the rows that predict a span's tokens, the last one as the distribution. `observed` is a replication switch: the rows after those, each taken for a prediction of the token it follows, the first one as the distribution; TRL's default."""
+
+    @model_validator(mode="after")
+    def _weighs_both_parts_or_none(self) -> "GOLDParams":
+        if (self.matched_weight is None) != (self.unmatched_weight is None):
+            raise ValueError("`matched_weight` and `unmatched_weight` are given both or not at all")
+        return self
 
 
 class Members(NamedTuple):
@@ -69,7 +70,7 @@ class Members(NamedTuple):
 
 
 @final
-class GOLD(DistillationObjective):
+class GOLD(DistillationObjective[LogitTokens]):
     """`mean over responses of (ce_weight CE + mean over its groups of the distance)`.
 
     DEVIATION: TRL's cross-entropy is the mean over the tokens of a micro-batch, and changes with how a batch is cut.
@@ -84,17 +85,9 @@ class GOLD(DistillationObjective):
 
     def __init__(self, params: GOLDParams) -> None:
         super().__init__()
-        if not 0.0 <= params.beta <= 1.0:
-            raise UserError(f"`beta: {params.beta}` is not between 0 and 1")
-        if params.ce_weight < 0.0:
-            raise UserError(f"`ce_weight: {params.ce_weight}` is negative")
-        if not (params.student_temperature > 0.0 and params.teacher_temperature > 0.0):
-            raise UserError("`student_temperature` and `teacher_temperature` must be positive")
-        if (params.matched_weight is None) != (params.unmatched_weight is None):
-            raise UserError("`matched_weight` and `unmatched_weight` are given both or not at all")
         self.params = params
         self.teacher = TeacherView(pairing="none")
-        self._weights = (params.matched_weight, params.unmatched_weight)
+        self._weights = (params.matched_weight or 0.0, params.unmatched_weight or 0.0)  # None: `bind` sets them
 
     def bind(self, student: ModelFacts, teacher: ModelFacts) -> None:
         """Find the tokens of equal spelling; only the hybrid form uses them."""
@@ -118,7 +111,7 @@ class GOLD(DistillationObjective):
         if self.params.matched_weight is None:
             self._weights = (share, 1.0 - share)
 
-    def forward(self, batch: DistillBatch) -> Sums:
+    def forward(self, batch: DistillBatch[LogitTokens]) -> Sums:
         student, teacher = batch.student, batch.teachers[0]
         row_G, *grouped = shared_groups(
             student, teacher, by_position=self.params.groups == "positions", skip_last=self.params.skip_end
@@ -194,13 +187,8 @@ def log_factors(
     return logps_O.new_zeros(len(members.base)).index_add(0, members.group_of_others, logps_O)
 
 
-def _rows_of(tokens: Tokens, merge: Literal["bayesian", "observed"]) -> LogitRows:
-    if merge == "observed":
-        assert tokens.every is not None
-        assert tokens.position is not None
-        return tokens.every.select(tokens.position)
-    assert isinstance(tokens.rows, LogitRows)
-    return tokens.rows
+def _rows_of(tokens: LogitTokens, merge: Literal["bayesian", "observed"]) -> LogitRows:
+    return tokens.every.select(tokens.position) if merge == "observed" else tokens.rows
 
 
 def _members(grouped: Grouped, *, first: bool) -> Members:
@@ -214,9 +202,8 @@ def _members(grouped: Grouped, *, first: bool) -> Members:
     return Members(base=index[border], others=index[~border], group_of_others=group[~border])
 
 
-def _mean_nlls(student: Tokens, *, num_rows: int) -> Float[Tensor, " rows"]:
+def _mean_nlls(student: LogitTokens, *, num_rows: int) -> Float[Tensor, " rows"]:
     """The mean cross-entropy of each response's tokens, the end of turn included."""
-    assert isinstance(student.rows, LogitRows)
     logps_N = student.rows.logps(student.targets)
     sums = logps_N.new_zeros(num_rows).index_add(0, student.row, -logps_N)
     return sums / torch.bincount(student.row, minlength=num_rows).clamp(min=1)

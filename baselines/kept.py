@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from ctpd.ops.rows import Top
+from ctpd.ops.logit_rows import Top
 
-# The log-probability of a token that a vocabulary has not: finite, so that 0 times it is 0; its exponential is 0.
+# The log-probability of a token that a vocabulary does not have: finite, so that 0 times it is 0; its exponential is 0.
 _NOTHING = -1e4
 
 
@@ -32,7 +32,7 @@ def buckets(logits_RV: Float[Tensor, "R V"], top: Top, *, temperature: float = 1
     logps_RV = (logits_RV / temperature).log_softmax(-1)
     ids_RK = top.ids.clamp(max=width)
     kept_logps_RK = F.pad(logps_RV, (0, 1), value=_NOTHING).gather(-1, ids_RK)
-    # The sum of what is left: 1 minus the sum of what was kept would lose a small rest to rounding.
+    # The sum of the other probabilities: 1 minus the sum of the stored ones would lose a small rest to rounding.
     rest_R = F.pad(logps_RV.exp(), (0, 1)).scatter(-1, ids_RK, 0.0).sum(-1)
     rest_logps_R = rest_R.clamp(min=1e-30).log()
     teacher_RK = top.logps.to(logits_RV.dtype).exp().masked_fill(top.ids >= width, 0.0)

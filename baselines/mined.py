@@ -9,41 +9,35 @@ the student that some id of the teacher is mapped to.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import final
 
 import torch
 from torch import Tensor
 
-from ctpd.core.errors import UserError
+from ctpd.core.config import Config, Positive, Share
 from ctpd.objectives.base import Sums
 from ctpd.objectives.distillation import (
     DistillationObjective,
     DistillBatch,
+    LogitTokens,
     ModelFacts,
     TeacherView,
-    check_kd_rate,
     mixed,
 )
-from ctpd.ops.rows import LogitRows
 from ctpd.text.edit_distance import SPACE_MARKS, nearest_tokens
 
 
-@dataclass(frozen=True, kw_only=True)
-class MinEDParams:
-    """Defaults: DSKD's scripts.
+class MinEDParams(Config):
+    """Defaults: DSKD's scripts."""
 
-    Args:
-        kd_rate: share of the divergence; the rest is cross-entropy.
-        temperature: divides both models' logits.
-    """
-
-    kd_rate: float = 0.5
-    temperature: float = 2.0
+    kd_rate: Share = 0.5
+    """Share of the divergence; the rest is cross-entropy."""
+    temperature: Positive = 2.0
+    """Divides both models' logits."""
 
 
 @final
-class MinED(DistillationObjective):
+class MinED(DistillationObjective[LogitTokens]):
     """`(1 - kd_rate) CE(z) + kd_rate KL(target || softmax(z / temperature))`, a sum over the scored tokens.
 
     The target of an aligned token is the softmax of the teacher's mapped logits: of each id of the student, the logit
@@ -52,9 +46,6 @@ class MinED(DistillationObjective):
 
     The public code has a bug for float32: it writes the targets over the student's logits, and the divergence is 0.
     This is what it computes for 16-bit models.
-
-    Raises:
-        UserError: a number out of range.
     """
 
     params_type = MinEDParams
@@ -66,9 +57,6 @@ class MinED(DistillationObjective):
 
     def __init__(self, params: MinEDParams) -> None:
         super().__init__()
-        check_kd_rate(params.kd_rate)
-        if params.temperature <= 0.0:
-            raise UserError(f"`temperature: {params.temperature}` is not above 0")
         self.params = params
         self.teacher = TeacherView(pairing="edit_distance")
 
@@ -91,27 +79,24 @@ class MinED(DistillationObjective):
         self.register_buffer("reached", torch.tensor(list(first)), persistent=False)
         self.register_buffer("first", torch.tensor(list(first.values())), persistent=False)
 
-    def forward(self, batch: DistillBatch) -> Sums:
+    def forward(self, batch: DistillBatch[LogitTokens]) -> Sums:
         student, teacher = batch.student, batch.teachers[0]
-        assert isinstance(student.rows, LogitRows)
-        assert isinstance(teacher.rows, LogitRows)
-        partner_N = batch.partner.clamp(min=0)
-        # No id of the student is -1: a teacher's token without a counterpart is never the same.
-        aligned_N = (batch.partner >= 0) & (self.to_student[teacher.inputs[partner_N]] == student.inputs)
-        losses_N2 = student.rows.map(
-            self._losses, student.targets, teacher.rows.constant().select(partner_N), aligned_N
-        )
+        index_N = batch.aligned.clamp(min=0)
+        # No id of the student is -1: a teacher's token that is mapped to none is never the same.
+        is_same_N = (batch.aligned >= 0) & (self.to_student[teacher.inputs[index_N]] == student.inputs)
+        theirs = teacher.rows.constant().select(index_N)
+        losses_N2 = student.rows.map(self._losses, student.targets, theirs, is_same_N)
         nll, kd = losses_N2.sum(0)
-        return mixed(nll, kd, kd_rate=self.params.kd_rate, batch=batch, aligned=aligned_N.sum())
+        return mixed(nll, kd, kd_rate=self.params.kd_rate, batch=batch, aligned=is_same_N.sum())
 
-    def _losses(self, logits_RV: Tensor, targets_R: Tensor, teacher_RW: Tensor, aligned_R: Tensor) -> Tensor:
+    def _losses(self, logits_RV: Tensor, targets_R: Tensor, teacher_RW: Tensor, is_same_R: Tensor) -> Tensor:
         """[R, 2]: cross-entropy, and the divergence from the target."""
         nll_R = -logits_RV.log_softmax(-1).gather(-1, targets_R[:, None])[:, 0]
         logq_RV = (logits_RV / self.params.temperature).log_softmax(-1)
         logp_RP = (teacher_RW[:, self.first] / self.params.temperature).log_softmax(-1)
         soft_R = (logp_RP.exp() * (logp_RP - logq_RV[:, self.reached])).sum(-1)
         hard_R = -logq_RV.gather(-1, targets_R[:, None])[:, 0]
-        return torch.stack([nll_R, torch.where(aligned_R, soft_R, hard_R)], dim=1)
+        return torch.stack([nll_R, torch.where(is_same_R, soft_R, hard_R)], dim=1)
 
 
 def teacher_to_student(student: ModelFacts, teacher: ModelFacts) -> list[int]:

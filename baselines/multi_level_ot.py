@@ -7,51 +7,66 @@ other's loss: it has no meaning apart from its micro-batch.
 Shape legend: N scored tokens, R rows of a tile, B responses, L tokens of the longest response, V vocabulary, K columns.
 """
 
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import NamedTuple, final
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
+from pydantic import model_validator
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from ctpd.core.config import Config, NonNegative, PositiveInt
 from ctpd.core.errors import UserError
 from ctpd.objectives.base import Sums
-from ctpd.objectives.distillation import DistillationObjective, DistillBatch, TeacherView, chosen_tokens, per_token
-from ctpd.ops.rows import LogitRows, TopRows
+from ctpd.objectives.distillation import (
+    DistillationObjective,
+    DistillBatch,
+    LogitTokens,
+    TeacherView,
+    TopTokens,
+    chosen_tokens,
+    per_token,
+)
+from ctpd.ops.logit_rows import LogitRows
+
+_Batch = DistillBatch[LogitTokens | TopTokens]
 
 _COLUMNS = 50
-# The public code's Sinkhorn distance: temperature of its softmax, regularisation, sweeps, and its factor.
-_SOFTENING, _REGULARISATION, _SWEEPS, _SINKHORN_SCALE = 2.0, 0.1, 10, 0.001
+# The public code's Sinkhorn distance: temperature of its softmax, regularisation, iterations, and its factor.
+_SOFTENING, _REGULARISATION, _ITERATIONS, _SINKHORN_SCALE = 2.0, 0.1, 10, 0.001
 
 
-@dataclass(frozen=True, kw_only=True)
-class MultiLevelOTParams:
-    """Defaults: the public code.
+class MultiLevelOTParams(Config):
+    """Defaults: the public code."""
 
-    Args:
-        ce_weight: factor of the cross-entropy.
-        distillation_weight: factor of all three distances.
-        sequence_weight: factor of the second distance, between the rows' softened columns.
-        sinkhorn_weight: factor of the third, the transport between all rows of two responses.
-        skip_student_eos: leave the student's last token out of the distances, as the public code does.
-        top_k: None for a teacher in memory; else its K likeliest tokens from a stored signal. The columns are then each
-            row's own K likeliest, with CTPD's form of the distances: a batch's common columns cannot be stored.
-        ctpd_variant: replication switch `mlot_ctpd`: the port of CTPD's authors. Each row's own 50 likeliest columns;
-            prompt, response and padding alike count, paired by absolute position; and the distances, which are means,
-            are added to the *sum* of cross-entropies, which drowns them. Their scripts: both weights 0.5.
-        micro_batch: responses that share their columns; the public code's batch. It must divide `pairs_per_step`.
-    """
-
-    ce_weight: float = 1.0
-    distillation_weight: float = 1.5
-    sequence_weight: float = 0.1
-    sinkhorn_weight: float = 0.1
+    ce_weight: NonNegative = 1.0
+    """Factor of the cross-entropy."""
+    distillation_weight: NonNegative = 1.5
+    """Factor of all three distances."""
+    sequence_weight: NonNegative = 0.1
+    """Factor of the second distance, between the rows' softened columns."""
+    sinkhorn_weight: NonNegative = 0.1
+    """Factor of the third distance, the transport between all rows of two responses."""
     skip_student_eos: bool = True
-    top_k: int | None = None
+    """Leave the student's last token out of the distances, as the public code does."""
+    top_k: PositiveInt | None = None
+    """Left out for a teacher in memory; else its K likeliest tokens from a stored signal. The columns are then each row's own K likeliest, with CTPD's form of the distances: a batch's common columns cannot be stored."""
     ctpd_variant: bool = False
-    micro_batch: int = 8
+    """Replication switch `mlot_ctpd`: the port of CTPD's authors. Each row's own 50 likeliest columns; prompt, response and padding alike count, paired by absolute position; and the distances, which are means, are added to the *sum* of cross-entropies, which drowns them. Their scripts: both weights 0.5."""
+    micro_batch: PositiveInt = 8
+    """Responses that share their columns; the public code's batch. It must divide `pairs_per_step`."""
+
+    @model_validator(mode="after")
+    def _port_has_its_teacher_in_memory(self) -> "MultiLevelOTParams":
+        if self.ctpd_variant and self.top_k is not None:
+            raise UserError(
+                f"`ctpd_variant: true` cannot go with `top_k: {self.top_k}`: it compares every position, and responses "
+                "alone are stored",
+                fix="Leave out one of the two",
+            )
+        return self
 
 
 class _Columns(NamedTuple):
@@ -59,18 +74,15 @@ class _Columns(NamedTuple):
 
     student: Float[Tensor, "B L K"]
     teacher: Float[Tensor, "B L K"]
-    num_paired: Int[Tensor, " B"]
+    num_aligned: Int[Tensor, " B"]
 
 
 @final
-class MultiLevelOT(DistillationObjective):
+class MultiLevelOT(DistillationObjective[LogitTokens | TopTokens]):
     """`ce CE + distillation (HAD + sequence SL + sinkhorn SD)`.
 
     CE is the mean over the micro-batch's tokens, the distances are its means over responses or rows, as published; the
     trainer weighs micro-batches by their tokens, so one micro-batch a step is exactly the public loss.
-
-    Raises:
-        UserError: a negative weight, no token kept, or `ctpd_variant` with a stored teacher.
     """
 
     params_type = MultiLevelOTParams
@@ -79,83 +91,91 @@ class MultiLevelOT(DistillationObjective):
 
     def __init__(self, params: MultiLevelOTParams) -> None:
         super().__init__()
-        _check(params)
         self.params, self.micro_batch = params, params.micro_batch
         self.teacher = TeacherView(top_k=params.top_k, skip_last=params.skip_student_eos)
 
-    def forward(self, batch: DistillBatch) -> Sums:
+    def forward(self, batch: _Batch) -> Sums:
         params, count = self.params, chosen_tokens(batch)
         in_port_form = params.ctpd_variant or params.top_k is not None
-        if params.ctpd_variant:
-            nll, columns = _of_all_positions(batch)
-        else:
-            nll, columns = _of_responses(batch, top_k=params.top_k, skip_last=params.skip_student_eos)
+        nll, columns = self._columns(batch)
         had, sl = _hierarchical(columns), _sequence(columns)
         sd = _sinkhorn(columns, in_port_form=in_port_form)
         kd = had + params.sequence_weight * sl + params.sinkhorn_weight * sd
-        # The mean over tokens, but for the port: there the sum over tokens stands beside the distances.
+        # The mean over tokens; in the port the sum over tokens is added to the distances.
         ce = nll if params.ctpd_variant else nll / max(count, 1)
         loss = params.ce_weight * ce + params.distillation_weight * kd
         parts = {name: value * count for name, value in {"kd": kd, "had": had, "sl": sl, "sd": sd}.items()}
         return Sums(loss * count, count, per_token(batch, nll=nll, **parts))
 
+    def _columns(self, batch: _Batch) -> tuple[Tensor, _Columns]:
+        """The cross-entropy of all of the student's tokens, a sum, and the compared columns of both models."""
+        teacher, skip_last = batch.teachers[0], self.params.skip_student_eos
+        if isinstance(teacher, TopTokens):
+            num_columns = self.params.top_k or _COLUMNS
 
-def _of_responses(batch: DistillBatch, *, top_k: int | None, skip_last: bool) -> tuple[Tensor, _Columns]:
-    """The responses' rows only. Cross-entropy of all of the student's tokens; columns without the skipped ones."""
-    student, teacher = batch.student, batch.teachers[0]
-    assert isinstance(student.rows, LogitRows)
-    used_N = ~student.is_last if skip_last else torch.ones_like(student.is_last)
-    if isinstance(teacher.rows, TopRows):
-        assert top_k is not None
-        order_K, teacher_NK = None, teacher.rows.logps.exp()
-    else:
-        assert teacher.rows is not None
-        order_K, teacher_order_K = _order(student.rows, used_N), _order(teacher.rows, torch.ones_like(teacher.row) > 0)
+            def own(logits_RV: Tensor) -> Tensor:
+                return _largest(logits_RV, num_columns)
+
+            return _of_responses(batch, own, teacher.rows.logps.exp(), skip_last=skip_last)
+        if self.params.ctpd_variant:
+            return _of_all_positions(batch, teacher)
+        used_N = ~batch.student.is_last if skip_last else torch.ones_like(batch.student.is_last)
+        order_K, teacher_order_K = _order(batch.student.rows, used_N), _order(teacher.rows, teacher.row >= 0)
         teacher_NK = teacher.rows.constant().map(lambda logits_RV: _standardised(logits_RV)[:, teacher_order_K])
+
+        def common(logits_RV: Tensor) -> Tensor:
+            return _standardised(logits_RV)[:, order_K]
+
+        return _of_responses(batch, common, teacher_NK, skip_last=skip_last)
+
+
+def _of_responses(
+    batch: _Batch, columns_of: Callable[[Tensor], Tensor], teacher_NK: Tensor, *, skip_last: bool
+) -> tuple[Tensor, _Columns]:
+    """The responses' rows only: cross-entropy of all of the student's tokens; columns without the skipped ones."""
+    student, teacher = batch.student, batch.teachers[0]
+    used_N = ~student.is_last if skip_last else torch.ones_like(student.is_last)
 
     def picked(logits_RV: Tensor, targets_R: Tensor) -> Tensor:
         nll_R1 = -logits_RV.log_softmax(-1).gather(-1, targets_R[:, None])
-        columns_RK = _largest(logits_RV, top_k or _COLUMNS) if order_K is None else _standardised(logits_RV)[:, order_K]
-        return torch.cat([nll_R1, columns_RK], dim=1)
+        return torch.cat([nll_R1, columns_of(logits_RV)], dim=1)
 
     student_N1K = student.rows.map(picked, student.targets)
-    places = (student.row[used_N], student.place[used_N]), (teacher.row, teacher.place)
-    length = max(int(place.max()) + 1 if len(place) else 0 for _, place in places)
+    indices = (student.row[used_N], student.index[used_N]), (teacher.row, teacher.index)
+    length = max(int(index.max()) + 1 if len(index) else 0 for _, index in indices)
     both = [
         values.new_zeros(batch.num_rows, length, values.shape[1]).index_put(where, values)
-        for where, values in zip(places, (student_N1K[used_N, 1:], teacher_NK.to(student_N1K.dtype)), strict=True)
+        for where, values in zip(indices, (student_N1K[used_N, 1:], teacher_NK.to(student_N1K.dtype)), strict=True)
     ]
-    num_paired_B = torch.zeros(batch.num_rows, dtype=torch.long, device=student.row.device)
-    num_paired_B = num_paired_B.index_add(0, student.row, (batch.partner >= 0).long())
+    num_aligned_B = torch.zeros(batch.num_rows, dtype=torch.long, device=student.row.device)
+    num_aligned_B = num_aligned_B.index_add(0, student.row, (batch.aligned >= 0).long())
     width = max(values.shape[-1] for values in both)
     padded = [F.pad(values, (0, width - values.shape[-1])) for values in both]
-    return student_N1K[:, 0].sum(), _Columns(padded[0], padded[1], num_paired_B)
+    return student_N1K[:, 0].sum(), _Columns(padded[0], padded[1], num_aligned_B)
 
 
-def _of_all_positions(batch: DistillBatch) -> tuple[Tensor, _Columns]:
+def _of_all_positions(batch: _Batch, teacher: LogitTokens) -> tuple[Tensor, _Columns]:
     """CTPD's port: every position of both inputs, cut to the shorter (the authors pad both to one length)."""
-    student, teacher = batch.student, batch.teachers[0]
-    assert isinstance(student.rows, LogitRows)
-    assert student.every is not None
-    assert teacher.every is not None
+    student = batch.student
     width = min(_COLUMNS, student.every.head.width, teacher.every.head.width)
     student_BLK, teacher_BLK = (
         every.map(lambda logits_RV: _largest(logits_RV, width)).unflatten(0, (batch.num_rows, -1))
         for every in (student.every, teacher.every.constant())
     )
     length = min(student_BLK.shape[1], teacher_BLK.shape[1])
-    num_paired_B = torch.full((batch.num_rows,), length, device=student.row.device)
-    columns = _Columns(student_BLK[:, :length], teacher_BLK[:, :length], num_paired_B)
+    num_aligned_B = torch.full((batch.num_rows,), length, device=student.row.device)
+    columns = _Columns(student_BLK[:, :length], teacher_BLK[:, :length], num_aligned_B)
     return -student.rows.logps(student.targets).sum(), columns
 
 
 @torch.no_grad()
 def _order(rows: LogitRows, used_N: Tensor) -> Int[Tensor, " K"]:
-    """The columns with most probability over these rows. A tile leaves its sum only: one row for all of its own."""
-    sums_V = rows.map(lambda logits_RV, used_R: (_standardised(logits_RV) * used_R[:, None]).sum(0, True), used_N).sum(
-        0
-    )
-    return sums_V.argsort(descending=True)[:_COLUMNS]
+    """The columns with most probability over these rows; each tile gives one row, the sum of its own."""
+
+    def summed(logits_RV: Tensor, used_R: Tensor) -> Tensor:
+        return (_standardised(logits_RV) * used_R[:, None]).sum(0, keepdim=True)
+
+    return rows.map(summed, used_N).sum(0).argsort(descending=True)[:_COLUMNS]
 
 
 def _standardised(logits_RV: Tensor) -> Tensor:
@@ -168,10 +188,10 @@ def _largest(logits_RV: Tensor, num_columns: int) -> Tensor:
 
 
 def _hierarchical(columns: _Columns) -> Tensor:
-    """HAD: the L1 distance of paired rows, a mean over a response's, then over responses; 0 of one without a pair."""
+    """HAD: the L1 distance of aligned rows, a mean over a response's, then over responses; 0 for a response without any."""
     distance_BL = (columns.student - columns.teacher).abs().sum(-1)
-    is_paired_BL = torch.arange(distance_BL.shape[1], device=distance_BL.device) < columns.num_paired[:, None]
-    means_B = distance_BL.masked_fill(~is_paired_BL, 0.0).sum(1) / columns.num_paired.clamp(min=1)
+    is_aligned_BL = torch.arange(distance_BL.shape[1], device=distance_BL.device) < columns.num_aligned[:, None]
+    means_B = distance_BL.masked_fill(~is_aligned_BL, 0.0).sum(1) / columns.num_aligned.clamp(min=1)
     return means_B.mean()
 
 
@@ -197,23 +217,7 @@ def _transport(teacher_LK: Tensor, student_LK: Tensor, in_port_form: bool) -> Te
     cost_LL = torch.cdist(x_LK, y_LK, p=1.0)
     exponent_LL = cost_LL / _REGULARISATION
     plan_LL = (-exponent_LL.clamp(max=10.0)).exp() + 1e-8 if in_port_form else (-exponent_LL).exp()
-    for _ in range(_SWEEPS):
+    for _ in range(_ITERATIONS):
         plan_LL = plan_LL / plan_LL.sum(1, keepdim=True)
         plan_LL = plan_LL / plan_LL.sum(0, keepdim=True)
     return (plan_LL * cost_LL).sum()
-
-
-def _check(params: MultiLevelOTParams) -> None:
-    for name in ("ce_weight", "distillation_weight", "sequence_weight", "sinkhorn_weight"):
-        if getattr(params, name) < 0.0:
-            raise UserError(f"`{name}: {getattr(params, name)}` is below 0")
-    if params.micro_batch < 1:
-        raise UserError(f"`micro_batch: {params.micro_batch}` is below 1")
-    if params.top_k is not None and params.top_k < 1:
-        raise UserError(f"`top_k: {params.top_k}` keeps no token")
-    if params.ctpd_variant and params.top_k is not None:
-        raise UserError(
-            f"`ctpd_variant: true` cannot go with `top_k: {params.top_k}`: it compares every position, and responses "
-            "alone are stored",
-            fix="Leave out one of the two",
-        )

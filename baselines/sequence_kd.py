@@ -1,18 +1,17 @@
 """Sequence-level distillation: fine-tuning on the teacher's own answers (Kim & Rush, EMNLP 2016; BASELINES 2).
 
-The pipeline lets the teacher answer each prompt and puts the text in the place of the chosen response (`generation`);
-the student's tokenizer reads it anew, so the two models need not share one.
+The pipeline generates the teacher's answer to each prompt, which replaces the chosen response (`generation`); the
+student's tokenizer tokenizes the text again, so the two models need not share one.
 """
 
-from dataclasses import dataclass
 from typing import final
 
 from baselines.sft import cross_entropy
+from ctpd.core.config import Config
 from ctpd.objectives.base import Generation, Layout, PairObjective, Sums, Units
 
 
-@dataclass(frozen=True, kw_only=True)
-class SequenceKDParams:
+class SequenceKDParams(Config):
     """There is nothing to choose: how the teacher answers is the generation's affair."""
 
 
@@ -23,7 +22,7 @@ class SequenceKD(PairObjective):
     params_type = SequenceKDParams
     counts = "tokens"
     sides = ("chosen",)
-    generation = Generation(writer="teacher", side="chosen")
+    generation = Generation(role="teacher", side="chosen")
 
     def __init__(self, params: SequenceKDParams) -> None:
         super().__init__()

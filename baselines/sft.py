@@ -3,14 +3,13 @@
 Shape legend: R rows (all chosen), U units (tokens).
 """
 
-from dataclasses import dataclass
 from typing import final
 
+from ctpd.core.config import Config
 from ctpd.objectives.base import Layout, PairObjective, Sums, Units
 
 
-@dataclass(frozen=True, kw_only=True)
-class SFTParams:
+class SFTParams(Config):
     """There is nothing to choose."""
 
 

@@ -4,23 +4,15 @@ DEVIATION: without the KL term between the models, which the authors' code leave
 weights by the paper's formula, which is not in the authors' code (BASELINES 11).
 """
 
-from dataclasses import dataclass
 from typing import final
 
 from ctpd.objectives.base import BOTH_SIDES, Layout, PairObjective, Sums, Units, Weighting
-from ctpd.objectives.preference import preference_sums
+from ctpd.objectives.preference import MarginParams, preference_sums
+from ctpd.ops.weights import WeightParameters
 
 
-@dataclass(frozen=True, kw_only=True)
-class TISDPOParams:
-    """``beta``: the factor of the margin; the others are the parameters of the weights (``Weighting``)."""
-
-    beta: float = 0.1
-    k: float = 1.0
-    mu: float = 1.0
-    lower: float = -0.5
-    upper: float = 1.5
-    round_decimals: int | None = None
+class TISDPOParams(WeightParameters, MarginParams):
+    """The margin's factor and the parameters of the weights."""
 
 
 @final
@@ -34,15 +26,12 @@ class TISDPO(PairObjective):
     def __init__(self, params: TISDPOParams) -> None:
         super().__init__()
         self.params = params
-        weighting = Weighting(
-            strategy="student",
-            k=params.k,
-            mu=params.mu,
-            lower=params.lower,
-            upper=params.upper,
-            round_decimals=params.round_decimals,
+        self.layout = Layout(
+            granularity="tokens",
+            end_span=False,
+            reference="initial",
+            weighting=Weighting(strategy="student", parameters=WeightParameters.of(params)),
         )
-        self.layout = Layout(granularity="tokens", end_span=False, reference="student", weighting=weighting)
 
     def forward(self, units: Units) -> Sums:
         return preference_sums(units, beta=self.params.beta)

@@ -7,43 +7,49 @@ DSKD's. GKD's sampling from the student while training is not part of it: the re
 Shape legend: R rows of a tile, V vocabulary, B1 buckets of a stored row (`baselines.kept`).
 """
 
-from dataclasses import dataclass
 from typing import final
 
 import torch
+from pydantic import model_validator
 from torch import Tensor
 
-from baselines.divergences import find_divergence
+from baselines.divergences import DivergenceName, find_divergence
 from baselines.kept import buckets
+from ctpd.core.config import Config, Positive, PositiveInt, Share
 from ctpd.core.errors import UserError
-from ctpd.objectives.distillation import RowObjective, TeacherView, check_kd_rate
-from ctpd.ops.rows import Top
+from ctpd.objectives.distillation import RowObjective, TeacherView
+from ctpd.ops.logit_rows import Top
 
 
-@dataclass(frozen=True, kw_only=True)
-class TokenKDParams:
-    """Defaults: DSKD's scripts, which CTPD's authors took over.
+class TokenKDParams(Config):
+    """Defaults: DSKD's scripts, which CTPD's authors took over."""
 
-    Args:
-        divergence: a name of `baselines.divergences.DIVERGENCES`.
-        kd_rate: share of the divergence; the rest is cross-entropy.
-        temperature: divides both models' logits. GKD's own loss has 1.0.
-        beta: the teacher's share in the mixture of `generalised_jsd`; 0 is forward KL, 1 reverse KL, as in TRL.
-        skew: the share of a distribution itself in the mixture it is compared with (skewed KL).
-        tail_mass: of the teacher's distribution, the probability that counts as tail (adaptive KL).
-        tau_squared: multiply the divergence by `temperature ** 2` (Hinton et al.). Off: DSKD and TRL do not.
-        top_k: None for a teacher in memory; else its K likeliest tokens from a stored signal at this temperature and
-            one bucket for the rest. Forward KL only: the others weigh what the student has outside of them.
-    """
-
-    divergence: str = "forward_kl"
-    kd_rate: float = 0.5
-    temperature: float = 2.0
-    beta: float = 0.5
-    skew: float = 0.1
-    tail_mass: float = 0.5
+    divergence: DivergenceName = "forward_kl"
+    """Of the teacher's and the student's distribution."""
+    kd_rate: Share = 0.5
+    """Share of the divergence; the rest is cross-entropy."""
+    temperature: Positive = 2.0
+    """Divides both models' logits. GKD's own loss has 1.0."""
+    beta: Share = 0.5
+    """The teacher's share in the mixture of `generalised_jsd`; 0 is forward KL, 1 reverse KL, as in TRL."""
+    skew: Share = 0.1
+    """The share of a distribution itself in the mixture it is compared with (skewed KL)."""
+    tail_mass: Share = 0.5
+    """Of the teacher's distribution, the probability that counts as tail (adaptive KL)."""
     tau_squared: bool = False
-    top_k: int | None = None
+    """Multiply the divergence by `temperature ** 2` (Hinton et al.). DSKD and TRL do not."""
+    top_k: PositiveInt | None = None
+    """Left out for a teacher in memory; else its K likeliest tokens from a stored signal at this temperature and one bucket for the rest. Forward KL only: the others weigh what the student has outside of them."""
+
+    @model_validator(mode="after")
+    def _stores_for_forward_kl_only(self) -> "TokenKDParams":
+        if self.top_k is not None and self.divergence != "forward_kl":
+            raise UserError(
+                f"`top_k: {self.top_k}` cannot go with `divergence: {self.divergence}`: what the teacher's stored "
+                "signal lacks is bounded for forward KL only",
+                fix="Leave out `top_k` (a teacher in memory), or use `divergence: forward_kl`",
+            )
+        return self
 
 
 @final
@@ -52,16 +58,12 @@ class TokenKD(RowObjective):
 
     Rows of the two output heads may differ by padding: columns that only one of the models has are left out of the
     divergence (not of the cross-entropy).
-
-    Raises:
-        UserError: an unknown divergence, a number out of range, or stored distributions for another than forward KL.
     """
 
     params_type = TokenKDParams
 
     def __init__(self, params: TokenKDParams) -> None:
         super().__init__()
-        check_kd_rate(params.kd_rate)
         self._divergence = find_divergence(
             params.divergence,
             temperature=params.temperature,
@@ -69,23 +71,17 @@ class TokenKD(RowObjective):
             skew=params.skew,
             tail_mass=params.tail_mass,
         )
-        if params.top_k is not None and params.divergence != "forward_kl":
-            raise UserError(
-                f"`top_k: {params.top_k}` cannot go with `divergence: {params.divergence}`: what the teacher's stored "
-                "signal lacks is bounded for forward KL only",
-                fix="Leave out `top_k` (a teacher in memory), or use `divergence: forward_kl`",
-            )
         self.params, self.kd_rate = params, params.kd_rate
         self.teacher = TeacherView(top_k=params.top_k, temperature=params.temperature, same_tokenizer=True)
 
-    def rows(self, logits_RV: Tensor, targets_R: Tensor, teacher: Tensor | Top, paired_R: Tensor) -> Tensor:
+    def rows(self, logits_RV: Tensor, targets_R: Tensor, teacher: Tensor | Top, is_aligned_R: Tensor) -> Tensor:
         if isinstance(teacher, Top):
             divergence_R = _kept_forward_kl(logits_RV, teacher, temperature=self.params.temperature)
         else:
             width = min(logits_RV.shape[-1], teacher.shape[-1])
             divergence_R = self._divergence(logits_RV[:, :width], teacher[:, :width])
         factor = self.params.temperature**2 if self.params.tau_squared else 1.0
-        return factor * divergence_R.masked_fill(~paired_R, 0.0)
+        return factor * divergence_R.masked_fill(~is_aligned_R, 0.0)
 
 
 def _kept_forward_kl(logits_RV: Tensor, top: Top, *, temperature: float) -> Tensor:

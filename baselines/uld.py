@@ -6,46 +6,40 @@ sorted distributions, so no vocabulary has to be mapped.
 Shape legend: R rows of a tile, V the student's vocabulary.
 """
 
-from dataclasses import dataclass
 from typing import final
 
 import torch.nn.functional as F
 from torch import Tensor
 
-from ctpd.objectives.distillation import RowObjective, TeacherView, check_kd_rate, sorted_probabilities
-from ctpd.ops.rows import Top
+from ctpd.core.config import Config, PositiveInt, Share
+from ctpd.objectives.distillation import RowObjective, TeacherView, sorted_probabilities
+from ctpd.ops.logit_rows import Top
 
 
-@dataclass(frozen=True, kw_only=True)
-class ULDParams:
-    """Defaults: the scripts of CTPD's authors, but for an exact teacher.
+class ULDParams(Config):
+    """Defaults: the scripts of CTPD's authors, but for an exact teacher."""
 
-    Args:
-        kd_rate: share of the distance; the rest is cross-entropy.
-        top_k: None for a teacher in memory; else its K largest probabilities from a stored signal. The distance is then
-            wrong by at most the mass that was dropped, which is recorded.
-        skip_student_eos: leave the student's last token out of the distance. Off; the original code's default.
-    """
-
-    kd_rate: float = 0.5
-    top_k: int | None = None
+    kd_rate: Share = 0.5
+    """Share of the distance; the rest is cross-entropy."""
+    top_k: PositiveInt | None = None
+    """Left out for a teacher in memory; else its K largest probabilities from a stored signal. The distance is then wrong by at most the mass that was dropped, which is recorded."""
     skip_student_eos: bool = False
+    """Leave the student's last token out of the distance, as the original code does by default."""
 
 
 @final
 class ULD(RowObjective):
-    """`sum_j |sorted softmax(student)_j - sorted softmax(teacher)_j|` of every row that has a partner."""
+    """`sum_j |sorted softmax(student)_j - sorted softmax(teacher)_j|` of every row that has an aligned one."""
 
     params_type = ULDParams
 
     def __init__(self, params: ULDParams) -> None:
         super().__init__()
-        check_kd_rate(params.kd_rate)
         self.params, self.kd_rate = params, params.kd_rate
         self.teacher = TeacherView(top_k=params.top_k, skip_last=params.skip_student_eos)
 
-    def rows(self, logits_RV: Tensor, targets_R: Tensor, teacher: Tensor | Top, paired_R: Tensor) -> Tensor:
+    def rows(self, logits_RV: Tensor, targets_R: Tensor, teacher: Tensor | Top, is_aligned_R: Tensor) -> Tensor:
         student_RV, teacher_RW = sorted_probabilities(logits_RV), sorted_probabilities(teacher)
         missing = student_RV.shape[1] - teacher_RW.shape[1]
         distance_R = (F.pad(student_RV, (0, max(-missing, 0))) - F.pad(teacher_RW, (0, max(missing, 0)))).abs().sum(1)
-        return distance_R.masked_fill(~paired_R, 0.0)
+        return distance_R.masked_fill(~is_aligned_R, 0.0)

@@ -9,53 +9,55 @@ Shape legend: G spans of a batch, R spans of one tile, V the student's vocabular
 E entries of the matrix.
 """
 
-from dataclasses import dataclass
-from typing import Literal, final
+from collections.abc import Callable
+from typing import Literal, NamedTuple, final
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from ctpd.core.errors import UserError
+from ctpd.core.config import Config, NonNegative, Positive, PositiveInt
 from ctpd.objectives.base import Sums
-from ctpd.objectives.distillation import DistillationObjective, DistillBatch, ModelFacts, TeacherView
+from ctpd.objectives.distillation import DistillationObjective, DistillBatch, LogitTokens, ModelFacts, TeacherView
 from ctpd.objectives.groups import shared_groups
 from ctpd.objectives.projection import projection, shared_tokens
-from ctpd.ops.rows import LogitRows
+from ctpd.ops.logit_rows import LogitRows
 
 _EPSILON = 1e-10
 _TILE = 32  # spans formed at once
 
 
-@dataclass(frozen=True, kw_only=True)
-class XTokenParams:
-    """Defaults: NeMo-RL's.
-
-    Args:
-        form: `p_kl`; `h_kl`: only tokens of equal spelling are shared; `relaxed_h_kl`: also those whose first piece is.
-            NeMo calls these two `gold` and `xtoken`.
-        kl_weight: times the distance, a mean over spans, times the squared temperature.
-        ce_weight: times the cross-entropy.
-        temperature: of both distributions.
-        reverse_kl: the student's distribution comes first.
-        top_k: columns that `p_kl` compares: those of the largest teacher logits in the micro-batch.
-        uncommon_top_k: the other two forms' bound on the length of the sorted rest.
-        micro_batch: responses that share the columns of `p_kl`. It must divide `pairs_per_step`.
-    """
+class XTokenParams(Config):
+    """Defaults: NeMo-RL's."""
 
     form: Literal["p_kl", "h_kl", "relaxed_h_kl"] = "p_kl"
-    kl_weight: float = 1.0
-    ce_weight: float = 0.1
-    temperature: float = 1.0
+    """`p_kl`: the student's distribution is projected into the teacher's vocabulary; `h_kl`: tokens of equal spelling are shared; `relaxed_h_kl`: also those whose first piece is. NeMo calls these two `gold` and `xtoken`."""
+    kl_weight: NonNegative = 1.0
+    """Factor of the distance, a mean over spans, times the squared temperature."""
+    ce_weight: NonNegative = 0.1
+    """Factor of the cross-entropy."""
+    temperature: Positive = 1.0
+    """Of both distributions."""
     reverse_kl: bool = False
-    top_k: int = 8192
-    uncommon_top_k: int = 8192
-    micro_batch: int = 8
+    """The student's distribution comes first."""
+    top_k: PositiveInt = 8192
+    """Columns that `p_kl` compares: those of the largest teacher logits in the micro-batch."""
+    uncommon_top_k: PositiveInt = 8192
+    """The other two forms' bound on the length of the sorted rest."""
+    micro_batch: PositiveInt = 8
+    """Responses that share the columns of `p_kl`. It must divide `pairs_per_step`."""
+
+
+class _Tile(NamedTuple):
+    """The logits of some tokens, and the group of each, counted from the tile's first."""
+
+    logits: Tensor
+    group: Tensor
 
 
 @final
-class XToken(DistillationObjective):
+class XToken(DistillationObjective[LogitTokens]):
     """`sum_r S_r (kl_weight KD_r + ce_weight CE_r) / sum_r S_r`; response r has `S_r` spans and `KD_r` is their mean.
 
     `p_kl` depends on how a batch is cut, by the choice of its columns.
@@ -73,14 +75,6 @@ class XToken(DistillationObjective):
 
     def __init__(self, params: XTokenParams) -> None:
         super().__init__()
-        if not params.temperature > 0.0:
-            raise UserError(f"`temperature: {params.temperature}` is not positive")
-        for name in ("kl_weight", "ce_weight"):
-            if getattr(params, name) < 0.0:
-                raise UserError(f"`{name}: {getattr(params, name)}` is negative")
-        for name in ("top_k", "uncommon_top_k", "micro_batch"):
-            if getattr(params, name) < 1:
-                raise UserError(f"`{name}: {getattr(params, name)}` is below 1")
         self.params = params
         self.micro_batch = params.micro_batch if params.form == "p_kl" else None
         self.teacher = TeacherView(pairing="none")
@@ -104,28 +98,23 @@ class XToken(DistillationObjective):
         for name, buffer in zip(("common", "student_rest", "teacher_rest"), (common, *rests), strict=True):
             self.register_buffer(name, buffer, persistent=False)
 
-    def forward(self, batch: DistillBatch) -> Sums:
+    def forward(self, batch: DistillBatch[LogitTokens]) -> Sums:
         student, teacher = batch.student, batch.teachers[0]
-        assert isinstance(student.rows, LogitRows)
-        assert isinstance(teacher.rows, LogitRows)
         row_G, ours, theirs = shared_groups(student, teacher)
         columns = self._columns(teacher.rows) if self.params.form == "p_kl" else None
-        sides = [(student.rows.select(ours.token), ours), (teacher.rows.select(theirs.token), theirs)]
-        bounds = [_bounds(one.group, len(row_G)) for one in (ours, theirs)]
+        our_tile = _tiles_of(student.rows.select(ours.token), ours.group, len(row_G))
+        their_tile = _tiles_of(teacher.rows.select(theirs.token), theirs.group, len(row_G))
 
         def of_tile(first: int, last: int) -> Tensor:
-            tiles = [
-                (rows[bound[first] : bound[last]], grouped.group[bound[first] : bound[last]] - first)
-                for (rows, grouped), bound in zip(sides, bounds, strict=True)
-            ]
             if columns is not None:
-                return self._projected(*tiles, columns, last - first)[:, None]
-            return self._shared(*tiles, last - first)
+                return self._projected(our_tile(first, last), their_tile(first, last), columns, last - first)[:, None]
+            return self._shared(our_tile(first, last), their_tile(first, last), last - first)
 
-        parts_P = torch.cat([
+        tiles = [
             checkpoint(of_tile, first, min(first + _TILE, len(row_G)), use_reentrant=False)
             for first in range(0, len(row_G), _TILE)
-        ]).sum(0) * self.params.temperature**2  # fmt: skip
+        ]
+        parts_P = torch.cat(tiles).sum(0) * self.params.temperature**2
         kd = parts_P.sum()
         logps_N = student.rows.logps(student.targets)
         spans_R = torch.bincount(row_G, minlength=batch.num_rows)
@@ -144,26 +133,24 @@ class XToken(DistillationObjective):
         largest = torch.stack([tile[:, : self.teacher_size].amax(0) for tile in tiles]).amax(0)
         return largest.topk(min(self.params.top_k, self.teacher_size)).indices.sort().values
 
-    def _projected(
-        self, ours: tuple[Tensor, Tensor], theirs: tuple[Tensor, Tensor], columns: Tensor, count: int
-    ) -> Float[Tensor, " R"]:
-        place_U = columns.new_full((self.teacher_size,), -1)
-        place_U[columns] = torch.arange(len(columns), device=columns.device)
-        kept = place_U[self.entries[1]] >= 0
-        source, target = self.entries[0][kept], place_U[self.entries[1][kept]]
-        probs = (ours[0] / self.params.temperature).softmax(-1)
+    def _projected(self, ours: _Tile, theirs: _Tile, columns: Tensor, count: int) -> Float[Tensor, " R"]:
+        index_U = columns.new_full((self.teacher_size,), -1)
+        index_U[columns] = torch.arange(len(columns), device=columns.device)
+        kept = index_U[self.entries[1]] >= 0
+        source, target = self.entries[0][kept], index_U[self.entries[1][kept]]
+        probs = (ours.logits / self.params.temperature).softmax(-1)
         projected = probs.new_zeros(len(probs), len(columns)).index_add(
             1, target, probs[:, source] * self.weights[kept].to(probs.dtype)
         )
-        mean = _means(projected, ours[1], count)
+        mean = _means(projected, ours.group, count)
         student = (mean / (mean.sum(-1, keepdim=True) + _EPSILON) + _EPSILON).log()
-        teacher = _means((theirs[0][:, columns] / self.params.temperature).log_softmax(-1), theirs[1], count)
+        teacher = _means((theirs.logits[:, columns] / self.params.temperature).log_softmax(-1), theirs.group, count)
         return self._kl(student, teacher)
 
-    def _shared(self, ours: tuple[Tensor, Tensor], theirs: tuple[Tensor, Tensor], count: int) -> Float[Tensor, "R 2"]:
+    def _shared(self, ours: _Tile, theirs: _Tile, count: int) -> Float[Tensor, "R 2"]:
         temperature, size = self.params.temperature, self.teacher_size
-        student = _means((ours[0] / temperature).log_softmax(-1), ours[1], count)
-        teacher = _means((theirs[0][:, :size] / temperature).log_softmax(-1), theirs[1], count)
+        student = _means((ours.logits / temperature).log_softmax(-1), ours.group, count)
+        teacher = _means((theirs.logits[:, :size] / temperature).log_softmax(-1), theirs.group, count)
         kl = self._kl(student[:, self.common[0]], teacher[:, self.common[1]])
         length = min(len(self.student_rest), len(self.teacher_rest), self.params.uncommon_top_k)
         rests = (student[:, self.student_rest], teacher[:, self.teacher_rest])
@@ -175,11 +162,17 @@ class XToken(DistillationObjective):
         return (first.exp() * (first - second)).sum(-1)
 
 
+def _tiles_of(rows: LogitRows, group_K: Int[Tensor, " K"], num_groups: int) -> Callable[[int, int], _Tile]:
+    """`(first, last) ->` the logits of the tokens of the groups first, ..., last - 1."""
+    bounds = [0, *torch.bincount(group_K, minlength=num_groups).cumsum(0).tolist()]  # tokens before each group
+
+    def tile(first: int, last: int) -> _Tile:
+        tokens = slice(bounds[first], bounds[last])
+        return _Tile(rows[tokens], group_K[tokens] - first)
+
+    return tile
+
+
 def _means(rows_KW: Float[Tensor, "K W"], group_K: Int[Tensor, " K"], count: int) -> Float[Tensor, "R W"]:
     sums = rows_KW.new_zeros(count, rows_KW.shape[1]).index_add(0, group_K, rows_KW)
     return sums / torch.bincount(group_K, minlength=count)[:, None]
-
-
-def _bounds(group_K: Int[Tensor, " K"], num_groups: int) -> list[int]:
-    """Where each group begins among the tokens, and their number."""
-    return [0, *torch.bincount(group_K, minlength=num_groups).cumsum(0).tolist()]

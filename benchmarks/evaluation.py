@@ -5,13 +5,12 @@ to win. Without a mirror of the hub at ``--data-root`` only the testbed is measu
 """
 
 import tempfile
-from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from benchmarks.measuring import Found, Side, alternate, arguments, median_of, ratios
 from benchmarks.report import Claim, Result, Table, spread, write
-from ctpd.core.world import WorldConfig
+from ctpd.testbed.config import WorldConfig
 from harness.suites import Column, load_suite
 
 TARGET = 0.5
@@ -106,7 +105,7 @@ def _testbed(folder: Path, *, quick: bool) -> dict[str, Any]:
     world = folder / "world"
     world.mkdir()
     size = {"num_documents": 40 if quick else 200, "num_pairs": 10, "num_eval_pairs": 5, "teacher_texts": 10}
-    write_world(world, **asdict(replace(WorldConfig(), **size)))
+    write_world(world, WorldConfig(**size))
     columns = {column.name: column for column in load_suite("testbed").columns}
     shape = {"hidden": 96, "layers": 3, "heads": 4, "intermediate": 256, "max_position": 256}
     texts = _lines(world / "corpus_student.jsonl")
@@ -123,7 +122,10 @@ def _official(folder: Path, root: Path, *, quick: bool) -> dict[str, Any]:
     for name, number in DOCUMENTS.items():
         limit = 2 if quick else number
         if name == "MMLU":
-            parts = [replace(columns[name], name=f"MMLU {part}", task=f"mmlu_{part}", version=1.0) for part in SUBJECTS]
+            parts = [
+                columns[name].model_copy(update={"name": f"MMLU {part}", "task": f"mmlu_{part}", "version": 1.0})
+                for part in SUBJECTS
+            ]
             tasks += [_task(part, limit) for part in parts]
         else:
             tasks.append(_task(columns[name], limit))
@@ -134,16 +136,20 @@ def _official(folder: Path, root: Path, *, quick: bool) -> dict[str, Any]:
 
 
 def _model(folder: Path, texts: list[str], kind: str, vocabulary: int, shape: dict[str, int]) -> str:
+    from ctpd.testbed.config import PretrainConfig
     from ctpd.testbed.models import new_model, train_tokenizer
 
     tokenizer = train_tokenizer(texts, kind=kind, vocab_size=vocabulary)
-    new_model(tokenizer, **shape).save_pretrained(folder)
+    config = PretrainConfig(
+        corpus="teacher", tokenizer="byte_bpe", vocab_size=vocabulary, steps=1, texts_per_step=1, learning_rate=1.0, **shape
+    )  # fmt: skip
+    new_model(tokenizer, config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return str(folder)
 
 
 def _task(column: Column, limit: int | None) -> dict[str, Any]:
-    return {"name": column.name, "limit": limit, "column": asdict(column)}
+    return {"name": column.name, "limit": limit, "column": column.model_dump()}
 
 
 def _lines(path: Path) -> list[str]:

@@ -50,22 +50,22 @@ def measure(config: dict[str, Any]) -> dict[str, Any]:
 
 def _ours(model: Any, tokenizer: Any, column: Any, *, root: Path, batch: int, limit: int, clock: "_Clock") -> Any:
     from harness.backends import SharedContextLM
-    from harness.evaluate import score
+    from harness.evaluate import Documents, score
     from harness.isolation import quiet
 
     with quiet("lm_eval"):
         lm = SharedContextLM(model, tokenizer, batch_size=batch, progress=None)
     clock.watch(lm)
-    result = score(lm, column, data_root=root, limit=limit)
-    return {"value": result["value"], "documents": [list(one) for one in result["documents"]]}
+    result = score(lm, column, Documents(root, limit))
+    return {"value": result.value, "documents": [list(one) for one in result.scored]}
 
 
 def _theirs(model: Any, tokenizer: Any, column: Any, *, root: Path, batch: int, limit: int, clock: "_Clock") -> Any:
     from lm_eval.evaluator import evaluate
     from lm_eval.models.huggingface import HFLM
 
-    from harness.evaluate import load_tasks
     from harness.isolation import dataset_cache, quiet
+    from harness.loading import load_tasks
 
     # Only the tasks' shots are set as ours are; the data of a mirror need a cache that no other mirror has filled.
     with tempfile.TemporaryDirectory() as folder, dataset_cache(folder), quiet("lm_eval"):

@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from harness.figures import Scale, tick_text, ticks
+from harness.charts import number_text
 
 WIDTH = 720
 LABEL = 360
@@ -26,6 +26,31 @@ path { fill: none; } .grid { stroke: var(--faint); } .axis { stroke: var(--muted
     f"path.s{n} {{ stroke: var(--s{n}); }}\n"
     for n in range(8)
 )
+
+
+class Scale(NamedTuple):
+    """From a value to a position: ``first`` is shown at ``start`` and ``last`` at ``end``."""
+
+    first: float
+    last: float
+    start: float
+    end: float
+
+    def __call__(self, value: float) -> float:
+        """The position of a value, to a tenth of a unit."""
+        share = (value - self.first) / ((self.last - self.first) or 1.0)
+        return round(self.start + share * (self.end - self.start), 1)
+
+
+def ticks(low: float, high: float, *, about: int = 5) -> list[float]:
+    """Round values inside [low, high], about so many: multiples of 1, 2 or 5 times a power of ten."""
+    span = high - low
+    if not math.isfinite(span) or span <= 0:
+        return [low]
+    power = 10.0 ** math.floor(math.log10(span / about))
+    step = next(power * factor for factor in (1, 2, 5, 10) if span / (power * factor) <= about)
+    first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
+    return [round(number * step, 12) for number in range(first, last + 1)]
 
 
 class Bar(NamedTuple):
@@ -73,7 +98,7 @@ def bars(rows: Sequence[Bar], *, title: str, unit: str) -> str:
             body.append(f'<path class="bound" d="M{x(bar.bound)} {y - 2}v22"/>')
         body.append(_text(x(max(high, bar.bound or 0.0)) + 6, y + 13, f"{float(f'{middle:.3g}'):,.6g}", "number"))
     body.append(f'<path class="axis" d="M{LABEL} {bottom}H{x.end}"/>')
-    body += [_text(x(t), bottom + 16, tick_text(t), "number middle") for t in ticks(x.first, x.last)]
+    body += [_text(x(t), bottom + 16, number_text(t), "number middle") for t in ticks(x.first, x.last)]
     body.append(_text((x.start + x.end) / 2, bottom + 34, unit, "number middle"))
     words = "; ".join(f"{bar.label}: {', '.join(f'{v:.3g}' for v in bar.values)}" for bar in rows)
     return _svg(bottom + 46, title, f"{unit}. {words}.", body)
@@ -93,7 +118,7 @@ def log_lines(lines: Sequence[Line], *, title: str, x_label: str, y_label: str) 
     body = []
     for tick in _round_numbers(y):
         body.append(f'<path class="grid" d="M60 {y(math.log2(tick))}H{x.end}"/>')
-        body.append(_text(54, y(math.log2(tick)) + 4, tick_text(tick), "number end"))
+        body.append(_text(54, y(math.log2(tick)) + 4, number_text(tick), "number end"))
     for tick in sorted({p[0] for p in points}):
         body.append(_text(x(math.log2(tick)), 318, f"{tick:,.6g}", "number middle"))
     labels: list[float] = []

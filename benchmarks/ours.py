@@ -25,16 +25,18 @@ from benchmarks.inputs import (
     units,
 )  # fmt: skip
 from benchmarks.measuring import MIB, StepClock, child, resident_mib
-from ctpd.core.recipe import Schedule
 from ctpd.models import add_lora, install_scorer, load_model, parameter_counts
 from ctpd.objectives.base import Objective
-from ctpd.pipeline.methods import make_objective
+from ctpd.pipeline.methods import Method
 from ctpd.pipeline.rows import starts_of
-from ctpd.probes import probe_scorer
+from ctpd.probes import configure_scorer
+from ctpd.text.blocks import TokenRows
 from ctpd.train.collator import ScoredRows
-from ctpd.train.fit import Fit, FitSettings, fit
-from ctpd.train.sharing import can_share_rows
-from ctpd.train.sweep import log_probabilities, sweep
+from ctpd.train.config import Schedule
+from ctpd.train.fit import Fit, FitSettings, Optimization, fit
+from ctpd.train.scoring import TOKEN_LOGPS, ScoringSettings, scoring_pass, token_logps
+from ctpd.train.sharing import enable_prompt_sharing
+from ctpd.train.trainer import Training, UnitPass
 
 LONGEST_SPAN = 3
 METHODS: dict[str, dict[str, Any]] = {"ctpd": {"beta": BETA}, "dpo": {"beta": BETA}, "sft": {}}
@@ -86,7 +88,7 @@ def loaded_model(shape: Shape, config: dict[str, Any]) -> Any:
         model = install_scorer(make_model(shape).to(config["device"]))
     if config.get("lora"):
         model = add_lora(model, **LORA, targets=LORA_TARGETS, seed=SEED)
-    probe_scorer(model)
+    configure_scorer(model)
     return model
 
 
@@ -130,42 +132,44 @@ def with_sharing(model: Any, rows: ScoredRows, share: bool | None) -> ScoredRows
     Raises:
         ValueError: it was asked for, and the model cannot.
     """
-    shares = share is not False and rows.items.shape[1] > 1 and can_share_rows(model)
+    shares = share is not False and rows.items.shape[1] > 1 and enable_prompt_sharing(model)
     if share and not shares:
         raise ValueError("rows of one side, or a model that did not pass the probe, share no prompts")
     return dataclasses.replace(rows, shares_prompts=shares)
 
 
 def train(model: Any, rows: ScoredRows, shape: Shape, config: dict[str, Any], *, clock: StepClock, folder: Path) -> Fit:
-    """One epoch, step by step as the other side does it: constant step size, AdamW, gradients clipped at 1."""
+    """One epoch, step by step as the other side does it: constant learning rate, AdamW, gradients clipped at 1."""
     pairs = config.get("micro_batch") or shape.batch
     sequences = rows.items.shape[1]
-    return fit(
-        model, _objective(config), rows,
-        schedule=Schedule(
-            pairs_per_step=shape.batch, schedule="constant", warmup_ratio=0.0, weight_decay=0.0, max_grad_norm=1.0,
-            activation_checkpointing=config.get("checkpointing", False),
-        ),
-        learning_rate=LEARNING_RATE, seed=SEED, precision=config["dtype"], folder=folder,
-        settings=FitSettings(
-            device=config["device"], micro_batch_tokens=pairs * sequences * shape.seq_len, checkpoint_seconds=1e9,
-            report_to=(), progress=clock,
-        ),
+    objective = _objective(config)
+    schedule = Schedule(
+        pairs_per_step=shape.batch, schedule="constant", warmup_ratio=0.0, weight_decay=0.0, max_grad_norm=1.0,
+        activation_checkpointing=config.get("checkpointing", False),
     )  # fmt: skip
+    settings = FitSettings(
+        device=config["device"], micro_batch_tokens=pairs * sequences * shape.seq_len, checkpoint_seconds=1e9,
+        report_to=(), progress=clock,
+    )  # fmt: skip
+    return fit(
+        Training(model=model, objective=objective, rows=rows, forward_pass=UnitPass(objective)),
+        Optimization(schedule=schedule, learning_rate=LEARNING_RATE, seed=SEED, precision=config["dtype"]),
+        folder=folder,
+        settings=settings,
+    )
 
 
 def _objective(config: dict[str, Any]) -> Objective:
-    return make_objective(config["method"], METHODS[config["method"]], source="benchmark")
+    return Method.make(config["method"], METHODS[config["method"]], source="benchmark").objective()
 
 
 def _reference(
     model: Any, input_ids: np.ndarray, row_starts: np.ndarray, unit_T: np.ndarray, unit_starts: np.ndarray
 ) -> np.ndarray:
-    """The model's own log-probability of every unit, by the sweep that stores signals."""
-    logps = sweep(
-        model, input_ids, row_starts, unit_T >= 0,
-        measure=log_probabilities, max_tokens=4096, progress=lambda done, total: None,
-    )["logps"]  # fmt: skip
+    """The model's own log-probability of every unit, by the scoring pass that stores signals."""
+    rows = TokenRows(input_ids, row_starts, unit_T)
+    settings = ScoringSettings(max_tokens=4096, progress=lambda done, total: None)
+    logps = scoring_pass(model, rows, measure=token_logps, settings=settings)[TOKEN_LOGPS]
     scored = unit_T >= 0
     place = (unit_T + np.repeat(unit_starts[:-1], np.diff(row_starts)))[scored]
     return np.bincount(place, weights=logps, minlength=int(unit_starts[-1])).astype(np.float32)

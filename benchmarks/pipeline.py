@@ -18,7 +18,7 @@ from benchmarks.figures import Bar, bars
 from benchmarks.measuring import ROOT, arguments, child_environment
 from benchmarks.report import Claim, Result, Table, write
 
-SWEEPS = ("signals", "distributions")  # stages that pass a frozen model over the pairs
+SCORING = ("signals", "distributions")  # stages that pass a frozen model over the pairs
 
 
 def stage_seconds(manifests: Iterable[Mapping[str, Any]]) -> dict[str, list[float]]:
@@ -34,7 +34,7 @@ def passes(stages: Iterable[Any]) -> dict[str, int]:
     counted: Counter[tuple[str, str]] = Counter()
     labels: dict[tuple[str, str], str] = {}
     for stage in stages:
-        if stage.kind in SWEEPS:
+        if stage.kind in SCORING:
             model = stage.inputs.get("model")
             key = (
                 model.key if model is not None else json.dumps(stage.external, sort_keys=True, default=str),

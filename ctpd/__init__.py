@@ -17,7 +17,7 @@ _PUBLIC = {
     "PreferenceTrainer": "ctpd.train.trainer",
     "UserError": "ctpd.core.errors",
     "align_spans": "ctpd.text.align",
-    "load_recipe": "ctpd.core.recipe",
+    "load_recipe": "ctpd.recipe",
     "plan": "ctpd.app",
     "run": "ctpd.app",
     "score": "ctpd.models",

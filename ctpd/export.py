@@ -6,7 +6,8 @@ from pathlib import Path
 
 from ctpd.core.errors import UserError
 from ctpd.core.store import Store
-from ctpd.pipeline.references import CHAIN, MODEL_FOLDER
+from ctpd.pipeline.references import MODEL_FOLDER
+from ctpd.pipeline.stages.train import CHAIN
 
 
 def export_model(store: Store, key: str, *, to: Path, merge: bool) -> str:

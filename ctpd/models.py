@@ -18,9 +18,6 @@ from jaxtyping import Float, Int
 from peft import LoraConfig, PeftModel, get_peft_model
 from tokenizers import Tokenizer
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -33,17 +30,22 @@ from transformers import (
 from transformers.utils.logging import disable_progress_bar
 
 from ctpd.core.errors import UserError
-from ctpd.ops.rows import Head, LogitRows
-from ctpd.ops.shared_rows import SharedRows
+from ctpd.ops.logit_rows import Head, LogitRows, is_sharded
+from ctpd.ops.logps import LogitTransform
+from ctpd.ops.shared_rows import PackedLayout
 
-disable_progress_bar()  # the pipeline shows its own; the library's would break into it
+disable_progress_bar()  # the pipeline shows its own
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 class Outputs(NamedTuple):
-    """What the scorer offers of one forward pass: the logits of all R * T positions, formed when they are asked for,
-    and the input embeddings of any ids, as constants."""
+    """What one forward pass gives to the callable that is passed as ``score``.
+
+    Attributes:
+        every: the rows of logits of all R * T positions, computed tile by tile on demand.
+        embed: token ids -> input embeddings, without gradient.
+    """
 
     every: LogitRows
     embed: Callable[[Tensor], Tensor]
@@ -63,7 +65,8 @@ class Score(NamedTuple):
 class _Scoring:
     """Mixed into a loaded model's class: `forward(input_ids, score=use)` returns `use(outputs)`, not logits.
 
-    It happens inside `forward`, where PEFT, accelerate and FSDP see it, and where sharded weights are whole.
+    The loss is computed inside `forward` so that the hooks of PEFT, accelerate and FSDP apply to it: FSDP gathers the
+    sharded weights for that time.
     """
 
     def forward(self, *args: Any, score: Callable[[Outputs], Any] | None = None, **kwargs: Any) -> Any:
@@ -79,9 +82,9 @@ class _Scoring:
             return score(Outputs(LogitRows(logits_RTV.flatten(0, 1), identity), embed))
         hidden_RTH = model.get_decoder()(*args, **kwargs, use_cache=False).last_hidden_state
         embeddings = model.get_output_embeddings()
-        if isinstance(embeddings, FSDPModule):
-            embeddings.unshard()  # it is read here and never called: nothing else would gather it
-        head = Head(embeddings, model.config.get_text_config().vocab_size, **_logit_chain(model.config))
+        if is_sharded(embeddings):
+            embeddings.unshard()  # its weight is read and its forward never called, so no hook gathers it
+        head = Head(embeddings, model.config.get_text_config().vocab_size, _logit_transform(model.config))
         return score(Outputs(LogitRows(hidden_RTH.flatten(0, 1), head), embed))
 
 
@@ -94,60 +97,64 @@ def _constant_embeddings(model: Any) -> Callable[[Tensor], Tensor]:
     return embed
 
 
-def _logit_chain(config: Any) -> dict[str, Any]:
-    """What a model does to its logits after the head: Gemma's soft cap, Cohere's and Granite's scale."""
+def _logit_transform(config: Any) -> LogitTransform:
     text = config.get_text_config()
     scale = 1.0
     if getattr(text, "logit_scale", None):
         scale *= text.logit_scale
     if getattr(text, "logits_scaling", None):
         scale /= text.logits_scaling
-    return {"softcap": getattr(text, "final_logit_softcapping", None), "scale": scale}
+    return LogitTransform(scale=scale, softcap=getattr(text, "final_logit_softcapping", None))
 
 
 def install_scorer(model: PreTrainedModel) -> PreTrainedModel:
-    """Give ``model.forward`` the keyword ``score``; the class is swapped, so hooks, copies and saving stay its own."""
+    """Give ``model.forward`` the keyword ``score``. Only the class is swapped: hooks, copies and saving stay as they are."""
+    instance: Any = model
     cls = type(model)
     if not issubclass(cls, _Scoring):
-        model.__class__ = type(cls.__name__, (_Scoring, cls), {"__module__": cls.__module__})
-    model._scorer_uses_logits = False
+        instance.__class__ = type(cls.__name__, (_Scoring, cls), {"__module__": cls.__module__})
+    instance._scorer_uses_logits = False
     return model
 
 
 def score(
-    model: nn.Module, input_ids: Int[Tensor, "R T"], request: Score, *, shared: SharedRows | None = None
+    model: nn.Module, input_ids: Int[Tensor, "R T"], request: Score, *, layout: PackedLayout | None = None
 ) -> Float[Tensor, " N"]:
     """Log-probabilities of the requested tokens, float32, without a `[R, T, V]` tensor.
 
     Rows are padded on the right, where a causal model's earlier positions cannot look; so no attention mask is needed.
 
     Args:
-        shared: `input_ids` are packed sequences [P, W] of rows that begin alike, and the predictors count in them; the
-            model must have passed `ctpd.train.sharing.can_share_rows`.
+        model: with the scorer installed.
+        input_ids: the rows; packed sequences [P, W] with a ``layout``.
+        request: predictors (flat indices into ``input_ids``) and targets.
+        layout: where the rows of pairs with a common prompt are in packed sequences; the model must have been prepared
+            by `ctpd.train.sharing.enable_prompt_sharing`.
     """
-    logps_N: Tensor = model(input_ids=input_ids, score=request, **row_layout(shared, input_ids))
+    logps_N: Tensor = model(input_ids=input_ids, score=request, **packed_arguments(layout, input_ids))
     return logps_N
 
 
-def row_layout(shared: SharedRows | None, input_ids: Int[Tensor, "R T"]) -> dict[str, Any]:
-    """What a model's `forward` is told of packed sequences; nothing of separate rows."""
-    if shared is None:
+def packed_arguments(layout: PackedLayout | None, input_ids: Int[Tensor, "R T"]) -> dict[str, Any]:
+    """The further arguments of a model's `forward` for packed sequences; none for one sequence a row."""
+    if layout is None:
         return {}
-    # A mask of four dimensions is handed through to attention, which ignores it: each row is plainly causal.
-    nothing = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=input_ids.device)
-    return {"position_ids": shared.positions, "attention_mask": nothing, "shared_rows": shared}
+    # A four-dimensional mask is passed on to attention unchanged, and our attention function ignores it.
+    unused = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=input_ids.device)
+    return {"position_ids": layout.positions, "attention_mask": unused, "packed_layout": layout}
 
 
 def load_tokenizer(folder: str | Path, *, revision: str | None = None) -> PreTrainedTokenizerBase:
-    """Load a fast tokenizer.
+    """Load a fast tokenizer that has a token for padding or for the end of a text.
+
+    Args:
+        folder: a directory with the tokenizer's files, or a hub id.
+        revision: the pinned revision of a hub id.
 
     Raises:
-        UserError: there is none, or only a slow one, which knows no character offsets.
+        UserError: there is none, or only a slow one, which has no character offsets.
     """
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(str(folder), revision=revision)
-    except (OSError, ValueError) as error:
-        raise UserError(f"no tokenizer could be loaded ({_first_line(error)})", where=str(folder)) from error
+    tokenizer = _fast_tokenizer(folder, revision=revision, where=str(folder), fix=None)
     if tokenizer.pad_token_id is None and tokenizer.eos_token_id is None:
         raise UserError("the tokenizer has no end-of-text token", where=str(folder), fix="Set `eos_token` in its files")
     return tokenizer
@@ -166,14 +173,19 @@ def find_tokenizer(location: str) -> PreTrainedTokenizerBase:
             return PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_file(str(path)))
         except Exception as error:  # the tokenizers library raises plain Exceptions
             raise UserError(f"the file is no tokenizer.json ({_first_line(error)})", where=location, fix=fix) from error
-    name, _, revision = (location, "", "") if path.exists() else location.partition("@")
+    name, _, revision = (str(path), "", "") if path.exists() else location.partition("@")
+    return _fast_tokenizer(name, revision=revision or None, where=location, fix=fix)
+
+
+def _fast_tokenizer(
+    folder: str | Path, *, revision: str | None, where: str, fix: str | None
+) -> PreTrainedTokenizerBase:
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(path) if path.exists() else name, revision=revision or None)
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(str(folder), revision=revision)
     except (OSError, ValueError) as error:
-        what = f"no tokenizer could be loaded ({_first_line(error)})"
-        raise UserError(what, where=location, fix=fix) from error
+        raise UserError(f"no tokenizer could be loaded ({_first_line(error)})", where=where, fix=fix) from error
     if not tokenizer.is_fast:
-        raise UserError("the tokenizer is a slow one, which knows no character offsets", where=location, fix=fix)
+        raise UserError("the tokenizer is a slow one, which has no character offsets", where=where, fix=fix)
     return tokenizer
 
 
@@ -212,8 +224,9 @@ def load_model(
     for adapter in adapters:
         with _peft_on_transformers():
             model = PeftModel.from_pretrained(model, str(adapter)).merge_and_unload()
-    if precision != "4bit":  # those are where they belong already, and may not move
-        model.to(device)
+    if precision != "4bit":  # `device_map` has put those on the device, and they cannot be moved
+        move: Any = model.to  # transformers' wrapper hides the signature of `nn.Module.to`
+        move(device)
     model.eval()
     install_scorer(model)
     return model
@@ -266,15 +279,22 @@ def _peft_on_transformers() -> Iterator[None]:
 
 
 def whole_state(model: nn.Module) -> dict[str, Tensor] | None:
-    """The weights of a model whose shares lie in several processes; None if this process has them all anyway.
+    """The full weights of a model that FSDP has sharded; None if it is not sharded.
 
-    Every process must call it; only the first one's result is filled.
+    A collective call: every rank must make it; only rank 0's result is filled.
     """
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return None
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+    from torch.distributed.tensor import DTensor
+
     if not any(isinstance(parameter, DTensor) for parameter in model.parameters()):
         return None
     state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
     own = {name for name, _ in [*model.named_parameters(), *model.named_buffers()]}
-    return {name: value for name, value in state.items() if name in own}  # tied weights once
+    return {
+        name: value for name, value in state.items() if name in own and isinstance(value, Tensor)
+    }  # tied weights once
 
 
 def save_model(model: nn.Module, folder: Path, *, state: dict[str, Tensor] | None = None) -> None:
@@ -293,8 +313,9 @@ def save_model(model: nn.Module, folder: Path, *, state: dict[str, Tensor] | Non
             config["target_modules"].sort()  # PEFT writes a set
         (folder / "adapter_config.json").write_text(json.dumps(config, indent=2, sort_keys=True))
     else:
-        model.config.use_cache = True
-        model.save_pretrained(str(folder), state_dict=state)
+        library_model: Any = model
+        library_model.config.use_cache = True
+        library_model.save_pretrained(str(folder), state_dict=state)
 
 
 def parameter_counts(model: nn.Module) -> tuple[int, int]:

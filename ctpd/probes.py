@@ -1,9 +1,13 @@
-"""Short trials of a loaded model: whether a quicker way to call it gives what the plain way gives."""
+"""Short trials of a loaded model: whether a faster way to call it gives the numbers of the plain way.
+
+Functions that answer a question leave the model and the random state as they were and give the same answer again.
+`configure_scorer` is the one that changes the model.
+"""
 
 import contextlib
 import warnings
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from peft import PeftModel
@@ -11,50 +15,91 @@ from torch import Tensor, nn
 
 from ctpd.models import Score, score
 
-PROBE_TOLERANCES = {torch.float32: (1e-3, 1e-2)}  # of log-probabilities; of gradients, relative to their largest entry
-PROBE_TOLERANCES_16_BITS = (0.1, 0.1)
+
+class Tolerance(NamedTuple):
+    """How far numbers that are computed in two ways may lie apart.
+
+    Attributes:
+        logps: largest absolute difference of log-probabilities, in nats.
+        logits: largest difference of logits, relative to the largest logit.
+        gradients: largest difference of gradients, relative to the largest entry.
+    """
+
+    logps: float
+    logits: float
+    gradients: float
 
 
-@torch.no_grad()
-def _randomised_adapters(model: nn.Module) -> dict[str, Tensor]:
-    saved = {}
-    for name, parameter in model.named_parameters():
-        if "lora_B" in name:
-            saved[name] = parameter.detach().clone()
-            nn.init.normal_(parameter, std=0.02)
-    return saved
+SINGLE_PRECISION = Tolerance(logps=1e-3, logits=1e-4, gradients=1e-2)
+HALF_PRECISION = Tolerance(logps=0.1, logits=4e-2, gradients=0.1)
+
+
+def tolerance_of(dtype: torch.dtype) -> Tolerance:
+    """The tolerance for a model whose weights have this dtype; float32 needs no more than float64."""
+    return SINGLE_PRECISION if dtype in (torch.float32, torch.float64) else HALF_PRECISION
+
+
+def same_logits(expected: Tensor, found: Tensor) -> bool:
+    """Whether logits of one shape, computed in two ways, are equal within the tolerance."""
+    limit = tolerance_of(expected.dtype).logits * float(expected.abs().max())
+    return largest_difference(expected, found) <= limit  # False for NaN
+
+
+def largest_difference(expected: Tensor, found: Tensor) -> float:
+    """The largest absolute difference."""
+    return float((found - expected).abs().max())
 
 
 def same_results(model: nn.Module, expected: Callable[[], Tensor], found: Callable[[], Tensor]) -> bool:
-    """Probe: whether two ways to compute log-probabilities give the same values and gradients, of the first and last parameter.
+    """Whether two ways to compute log-probabilities give equal values and gradients, of the first and last parameter.
 
-    Adapter weights start at zero, where a forgotten adapter would not show: they are randomised meanwhile.
+    LoRA's B matrices start at zero, where a forgotten adapter would not show: they are random during the trial.
     """
     trained = [p for p in model.parameters() if p.requires_grad]
-    saved, was_training = _randomised_adapters(model), model.training
-    model.eval()
     results = []
-    try:
+    with _in_evaluation(model), _random_adapters(model):
         for way in (expected, found):
             with torch.enable_grad():
                 logps_N = way()
                 grads = torch.autograd.grad(logps_N.sum(), [trained[0], trained[-1]]) if trained else ()
             results.append([logps_N.detach().float(), *(g.float() for g in grads)])
-    finally:
-        for name, value in saved.items():
-            model.get_parameter(name).data.copy_(value)
-        model.train(was_training)
-    value, relative = PROBE_TOLERANCES.get(next(model.parameters()).dtype, PROBE_TOLERANCES_16_BITS)
-    (logps_N, *grads), (other_N, *other_grads) = results
-    return bool((logps_N - other_N).abs().max() <= value) and all(
-        bool((grad - other).abs().max() <= relative * grad.abs().max().clamp(min=1e-6))
-        for grad, other in zip(grads, other_grads, strict=True)
+    tolerance = tolerance_of(next(model.parameters()).dtype)
+    (logps_N, *grads_of_expected), (other_N, *grads_of_found) = results
+    return largest_difference(logps_N, other_N) <= tolerance.logps and all(
+        largest_difference(grad, other) <= tolerance.gradients * max(float(grad.abs().max()), 1e-6)
+        for grad, other in zip(grads_of_expected, grads_of_found, strict=True)
     )
 
 
+@contextlib.contextmanager
+def _in_evaluation(model: nn.Module) -> Iterator[None]:
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
+
+
+@contextlib.contextmanager
+def _random_adapters(model: nn.Module) -> Iterator[None]:
+    saved = {name: p.detach().clone() for name, p in model.named_parameters() if "lora_B" in name}
+    try:
+        with torch.no_grad():
+            for name in saved:
+                parameter = model.get_parameter(name)
+                generator = torch.Generator(parameter.device).manual_seed(0)
+                nn.init.normal_(parameter, std=0.02, generator=generator)
+        yield
+    finally:
+        for name, value in saved.items():
+            model.get_parameter(name).data.copy_(value)
+
+
 def other_mixing(model: nn.Module) -> str | None:
-    """What besides full and sliding attention lets a model's positions see each other; None if nothing is known to."""
-    layer_types = getattr(model.config.get_text_config(), "layer_types", None) or ()
+    """What besides full and sliding attention lets positions interact in a model; None if nothing is known to."""
+    config: Any = model.config
+    layer_types = getattr(config.get_text_config(), "layer_types", None) or ()
     if other := set(layer_types) - {"full_attention", "sliding_attention"}:
         return f"layers of kind {', '.join(sorted(other))}"
     if any(isinstance(module, nn.Conv1d) for module in model.modules()):
@@ -64,8 +109,9 @@ def other_mixing(model: nn.Module) -> str | None:
 
 @contextlib.contextmanager
 def short_windows(model: nn.Module, size: int) -> Iterator[None]:
-    """For the time, sliding windows of so few positions that a short trial shows whether attention knows them."""
-    parts: list[Any] = [model.config.get_text_config(), *model.modules()]
+    """Shorten sliding windows for the duration of a trial, so that rows of a few tokens are longer than a window."""
+    config: Any = model.config
+    parts: list[Any] = [config.get_text_config(), *model.modules()]
     windows = [(part, part.sliding_window) for part in parts if isinstance(getattr(part, "sliding_window", None), int)]
     try:
         for part, _ in windows:
@@ -76,15 +122,25 @@ def short_windows(model: nn.Module, size: int) -> Iterator[None]:
             part.sliding_window = window
 
 
-def probe_scorer(model: nn.Module) -> None:
-    """Compare the scorer with full logits, values and gradients, and fall back to full logits if they differ."""
-    base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+def configure_scorer(model: nn.Module) -> None:
+    """Let the scorer use full logits, with a warning, if `scores_without_logits` is False; otherwise the tiled head."""
+    base = _base(model)
+    base._scorer_uses_logits = not scores_without_logits(model)
+    if base._scorer_uses_logits:
+        warnings.warn(
+            f"the scorer without logits does not reproduce {type(base).__name__}; full logits are used, which need more memory",
+            stacklevel=2,
+        )
+
+
+def scores_without_logits(model: nn.Module) -> bool:
+    """Whether the output embedding applied tile by tile gives the values and gradients of the model's own logits."""
+    base = _base(model)
     device = next(model.parameters()).device
     vocabulary = base.config.get_text_config().vocab_size
     ids = torch.arange(24, device=device).reshape(2, 12) * 7919 % vocabulary
-    request = Score(
-        torch.tensor([3, 4, 15, 20], device=device), ids.flatten()[torch.tensor([4, 5, 16, 21], device=device)]
-    )
+    predictors = torch.tensor([3, 4, 15, 20], device=device)
+    request = Score(predictors, ids.flatten()[predictors + 1])
 
     def by(uses_logits: bool) -> Callable[[], Tensor]:
         def way() -> Tensor:
@@ -93,9 +149,12 @@ def probe_scorer(model: nn.Module) -> None:
 
         return way
 
-    if not same_results(model, by(uses_logits=True), by(uses_logits=False)):
-        base._scorer_uses_logits = True
-        warnings.warn(
-            f"the scorer without logits does not reproduce {type(base).__name__}; full logits are used, which need more memory",
-            stacklevel=2,
-        )
+    before = base._scorer_uses_logits
+    try:
+        return same_results(model, by(uses_logits=True), by(uses_logits=False))
+    finally:
+        base._scorer_uses_logits = before
+
+
+def _base(model: nn.Module) -> Any:
+    return model.get_base_model() if isinstance(model, PeftModel) else model

@@ -18,16 +18,17 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from ctpd.core.errors import UserError
-from harness.branching import BranchingModel, Unsupported, choices
-from harness.decoding import end_tokens, generate, plainly_greedy
+from ctpd.decoding import MaskedModel, Unsupported, end_tokens, greedy_tokens, is_plainly_greedy
+from ctpd.probes import same_logits
+from harness.branching import BranchingModel, choices
 from harness.isolation import Progress
 from harness.prefixes import Group, Request, cost, plain_cost, plan
 
 ENCODED_AT_ONCE = 1024
-"""Requests whose texts one call of the tokenizer gets."""
+"""The number of requests whose texts are tokenized in one call."""
 
 WORTHWHILE = 0.9
-"""Requests are computed in branches where that takes at most this share of the tokens."""
+"""Requests are computed as trees if that takes at most this share of the tokens."""
 
 
 def open_vllm(
@@ -38,7 +39,7 @@ def open_vllm(
     revision: str | None = None,
     tokenizer_revision: str | None = None,
 ) -> LM:
-    """A model directory or hub id behind vLLM, which batches by itself.
+    """A model directory or hub id in vLLM, which makes batches by itself.
 
     Scores differ from those of transformers by the noise of other kernels: one table has one backend.
 
@@ -50,10 +51,10 @@ def open_vllm(
     except ImportError as error:
         raise UserError(
             f"`backend: vllm` needs vLLM, which cannot be imported ({error})",
-            fix="Install it beside a GPU, `pip install 'ctpd[vllm]'`, or use `backend: hf`",
+            fix="Install it on a machine with a GPU, `pip install 'ctpd[vllm]'`, or use `backend: hf`",
         ) from error
     if torch.cuda.is_available():
-        torch.cuda.empty_cache()  # vLLM asks for most of the device at its start; a training in this process left blocks
+        torch.cuda.empty_cache()  # vLLM reserves most of the device; a training in this process left cached blocks
     made: LM = module.VLLM(
         pretrained=str(folder), tokenizer=str(tokenizer), dtype=precision, revision=revision,
         tokenizer_revision=tokenizer_revision,
@@ -61,7 +62,7 @@ def open_vllm(
     return made
 
 
-class SharedContextLM(HFLM):
+class SharedContextLM(HFLM):  # type: ignore[misc]  # lm-eval has no types
     """lm-eval's model for transformers, which computes what requests have in common once, and reports progress.
 
     The choices of a document are branches after one context, few-shot examples that documents share are kept as keys and
@@ -137,18 +138,19 @@ class SharedContextLM(HFLM):
             room = self.max_length - options["max_gen_toks"]
             if room <= 0:
                 raise UserError(
-                    f"the model's length of {self.max_length} tokens leaves no room for a prompt beside the "
+                    f"the model's length of {self.max_length} tokens leaves no room for a prompt before the "
                     f"{self.max_length - room} tokens that the task generates",
                     fix="Evaluate a model with a longer context, or lower `max_gen_toks` in the task's file",
                 )
             self.num_truncated += len(self.tok_encode(context)) > room
         own = getattr(self.model, "generation_config", None)
-        if self._branching is None or not plainly_greedy(own) or not all(map(_plain, settings)):
-            return super().generate_until(requests, disable_tqdm=disable_tqdm)
-        return self._generate(self._branching, requests, settings)
+        if self._branching is None or not is_plainly_greedy(own) or not all(map(_plain, settings)):
+            found: list[str] = super().generate_until(requests, disable_tqdm=disable_tqdm)
+            return found
+        return self._generate(self._branching.masked, requests, settings)
 
     def _generate(
-        self, model: BranchingModel, requests: list[Instance], settings: Sequence[Mapping[str, Any]]
+        self, model: MaskedModel, requests: list[Instance], settings: Sequence[Mapping[str, Any]]
     ) -> list[str]:
         """Greedy texts, in lm-eval's batches: requests of the same settings, the longest prompts first."""
         prompts = [self.tok_encode(request.args[0]) for request in requests]
@@ -167,7 +169,8 @@ class SharedContextLM(HFLM):
                 batch = order[start : start + self.batch_size]
                 room = options["max_gen_toks"]
                 cut = [prompts[index][-(self.max_length - room) :] for index in batch]
-                for index, tokens in zip(batch, generate(model, cut, room=room, finished=finished), strict=True):
+                found = greedy_tokens(model, cut, room=[room] * len(batch), finished=finished)
+                for index, tokens in zip(batch, found, strict=True):
                     texts[index] = postprocess_generated_text(self.tok_decode(tokens), until, None)
                     self.cache_hook.add_partial("generate_until", requests[index].args, texts[index])
         return texts
@@ -202,7 +205,10 @@ class SharedContextLM(HFLM):
             groups = plan(wanted)
             if cost(groups) <= WORTHWHILE * plain_cost(wanted):
                 return self._shared(self._branching, groups, wanted, [text for text, _, _ in requests])
-        return super()._loglikelihood_tokens(requests, disable_tqdm=disable_tqdm, override_bs=override_bs)
+        found: list[tuple[float, bool]] = super()._loglikelihood_tokens(
+            requests, disable_tqdm=disable_tqdm, override_bs=override_bs
+        )
+        return found
 
     def _shared(
         self, model: BranchingModel, groups: Sequence[Group], wanted: Sequence[Request], texts: Sequence[Any]
@@ -218,12 +224,14 @@ class SharedContextLM(HFLM):
     def _model_call(self, inps: Tensor, attn_mask: Tensor | None = None, labels: Tensor | None = None) -> Tensor:
         """Logits [B, K, V] of the last K positions; the caller's slice counts from the end, so it fits any K."""
         if not self._keeps_last_logits:
-            return super()._model_call(inps, attn_mask, labels)
-        # lm-eval pads on the right with token 0 and tells nobody the lengths. Trailing zeros are at least the padding.
+            all_logits: Tensor = super()._model_call(inps, attn_mask, labels)
+            return all_logits
+        # lm-eval pads on the right with token 0 and does not pass the lengths on. Trailing zeros are at least the padding.
         padding = int((inps.flip(1) != 0).int().cumsum(1).eq(0).sum(1).max())
         kept = min(inps.shape[1], padding + self._longest_continuation)
         with torch.no_grad():
-            return self.model(inps, logits_to_keep=kept).logits
+            last_logits: Tensor = self.model(inps, logits_to_keep=kept).logits
+        return last_logits
 
     def _probe(self) -> bool:
         """Whether the model takes ``logits_to_keep`` and means by it what we do."""
@@ -233,7 +241,7 @@ class SharedContextLM(HFLM):
                 last = self.model(ids, logits_to_keep=1).logits
             except TypeError:
                 return False
-            return last.shape[1] == 1 and torch.allclose(last[:, -1], self.model(ids).logits[:, -1], atol=1e-2)
+            return last.shape[1] == 1 and same_logits(self.model(ids).logits[:, -1], last[:, -1])
 
     def _report(self, total: int) -> None:
         if self._progress is not None:
@@ -241,8 +249,8 @@ class SharedContextLM(HFLM):
             self.set_cache_hook(_ProgressHook(self._progress, total))
 
 
-class _ProgressHook(CacheHook):
-    """lm-eval calls its response cache once per answered request: the one place that tells how far it is."""
+class _ProgressHook(CacheHook):  # type: ignore[misc]  # lm-eval has no types
+    """lm-eval calls its response cache once per answered request, and has no other hook for progress."""
 
     def __init__(self, progress: Progress, total: int) -> None:
         super().__init__(None)
@@ -254,6 +262,6 @@ class _ProgressHook(CacheHook):
 
 
 def _plain(options: Mapping[str, Any]) -> bool:
-    """Whether a request asks for greedy text and nothing else."""
+    """Whether a request is for greedy text, without any other setting."""
     rest = {name: value for name, value in options.items() if name not in ("until", "max_gen_toks")}
     return not rest.pop("do_sample", False) and not rest.pop("temperature", 0.0) and not rest

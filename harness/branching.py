@@ -1,6 +1,7 @@
-"""A causal language model of transformers under masks, positions and keys and values of our own.
+"""Log-likelihoods of requests from trees of tokens (`harness.prefixes`), after prefixes that are computed once.
 
-Shape legend: B rows of a batch, T tokens of a row, P tokens of a prefix, K kept positions, V vocabulary.
+Shape legend: B rows of a batch, T tokens of a row, P tokens of a prefix, K positions whose logits are computed, V
+vocabulary.
 """
 
 from collections.abc import Iterator, Sequence
@@ -11,8 +12,9 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-from ctpd.probes import other_mixing
-from harness.prefixes import Group, Request, Row, pack
+from ctpd.decoding import MaskedModel, Unsupported
+from ctpd.probes import largest_difference, same_logits
+from harness.prefixes import Group, Request, TokenTree, pack
 
 Past = list[tuple[Tensor, Tensor]]
 """Keys and values [1, heads, P, width] of each layer."""
@@ -22,34 +24,22 @@ ROWS_AT_ONCE = 256
 """Rows of logits in float32 at a time: 128 MiB for a vocabulary of 128k."""
 
 
-class Unsupported(Exception):
-    """The model cannot be called this way; the message says why."""
-
-
 class BranchingModel:
-    """Calls a model on trees of tokens (`Row`), after prefixes that are computed once.
-
-    Layers with a sliding window get a mask of their own and keep all keys; windows count positions, as in transformers.
+    """Calls a model on trees of tokens after a common prefix; all keys are kept, also where a layer has a window.
 
     Raises:
         Unsupported: the model's attention, positions or cache are of another kind, or a trial gives other logits.
     """
 
     def __init__(self, model: nn.Module) -> None:
+        self.masked = MaskedModel(model)
         self._model: Any = model
-        config: Any = model.config
-        text = config.get_text_config()
-        self._kinds = set(getattr(text, "layer_types", None) or ())
-        self._window: int | None = getattr(text, "sliding_window", None)
-        if self._kinds == {"full_attention"} or not getattr(text, "use_sliding_window", True):
-            self._window = None
-        _check_configuration(self._model)
         self._try()
 
     @property
     def device(self) -> torch.device:
-        """Where the inputs belong."""
-        return next(self._model.parameters()).device
+        """The device of the weights."""
+        return self.masked.device
 
     @torch.no_grad()
     def prefix(self, tokens: Sequence[int]) -> Past:
@@ -57,11 +47,12 @@ class BranchingModel:
         cache = DynamicCache()
         ids = torch.tensor([tokens], device=self.device)
         self._model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
-        return [(layer.keys, layer.values) for layer in cache.layers]
+        layers: list[Any] = cache.layers  # the library's base class does not declare keys and values
+        return [(layer.keys, layer.values) for layer in layers]
 
     @torch.no_grad()
-    def logits(self, rows: Sequence[Row], past: Past) -> Tensor:
-        """Logits [B, K, V] of the last K tokens of each row: all that are read. Rows are padded on the left."""
+    def logits(self, rows: Sequence[TokenTree], past: Past) -> Tensor:
+        """Logits [B, K, V] of the last K tokens of each row, from the first that is read. Rows are padded on the left."""
         width, kept = max(len(row.tokens) for row in rows), max(row.kept for row in rows)
         length = past[0][0].shape[2] if past else 0
         ids = torch.zeros(len(rows), width, dtype=torch.long)
@@ -72,68 +63,21 @@ class BranchingModel:
             ids[number, first:] = torch.tensor(row.tokens)
             positions[number, first:] = torch.tensor(row.positions)
             allowed[number, first:, :length] = True
-            _see_ancestors(allowed[number, first:, length + first :], row)
+            _allow_ancestors(allowed[number, first:, length + first :], row)
         of_keys = torch.cat([torch.arange(length).expand(len(rows), -1), positions], dim=1)
         outputs = self._model(
             input_ids=ids.to(self.device),
             position_ids=positions.to(self.device),
-            attention_mask=self.masks(allowed, positions, of_keys),
+            attention_mask=self.masked.masks(allowed, positions, of_keys),
             past_key_values=_cache(past, len(rows)) if past else None,
             use_cache=bool(past),
             logits_to_keep=kept,
         )
-        return outputs.logits
-
-    @torch.no_grad()
-    def prefill(self, ids: Tensor, padding: Sequence[int], cache: Any) -> Tensor:
-        """Logits [B, V] after prompts [B, T] that are padded on the left; fills an empty cache."""
-        width = ids.shape[1]
-        positions = torch.arange(width) - torch.tensor(padding)[:, None]
-        masks = None
-        if any(padding):
-            allowed = torch.ones(width, width, dtype=torch.bool).tril() & (positions >= 0)[:, None]
-            masks = self.masks(allowed, positions, positions)
-        positions = positions.clamp(min=0).to(self.device)
-        return self._model(
-            input_ids=ids, position_ids=positions, attention_mask=masks, past_key_values=cache, use_cache=True,
-            logits_to_keep=1,
-        ).logits[:, -1]  # fmt: skip
-
-    @torch.no_grad()
-    def step(self, ids: Tensor, padding: Sequence[int], cache: Any) -> Tensor:
-        """Logits [B, V] after one more token [B] of each row; ``padding`` as for the prompts."""
-        length = cache.get_seq_length()
-        of_keys = torch.arange(length + 1) - torch.tensor(padding)[:, None]
-        positions = of_keys[:, -1:]
-        masks = self.masks((of_keys >= 0)[:, None], positions, of_keys) if any(padding) else None
-        return self._model(
-            input_ids=ids[:, None], position_ids=positions.to(self.device), attention_mask=masks,
-            past_key_values=cache, use_cache=True, logits_to_keep=1,
-        ).logits[:, -1]  # fmt: skip
-
-    def masks(self, allowed: Tensor, of_queries: Tensor, of_keys: Tensor) -> Any:
-        """What transformers takes as a finished mask: added to the scores, [B, 1, queries, keys], or one a kind of layer.
-
-        Args:
-            allowed: [B, queries, keys], whether a query may see a key, windows aside.
-            of_queries: [B, queries] positions.
-            of_keys: [B, keys] positions.
-        """
-        if self._window is None:
-            return self._added(allowed)
-        near = self._added(allowed & (of_queries[:, :, None] - of_keys[:, None] < self._window))
-        if self._kinds <= {"sliding_attention"}:
-            return near
-        return {"full_attention": self._added(allowed), "sliding_attention": near}
-
-    def _added(self, allowed: Tensor) -> Tensor:
-        dtype = self._model.dtype
-        mask = torch.zeros(allowed.shape, dtype=dtype, device=self.device)
-        # The least number, not -inf: a padding query sees nothing, and its softmax must not be NaN.
-        return mask.masked_fill_(~allowed.to(self.device), torch.finfo(dtype).min)[:, None]
+        logits_BKV: Tensor = outputs.logits
+        return logits_BKV
 
     def _try(self) -> None:
-        """Compare a made-up group with plain passes."""
+        """Compare the logits of a made-up group with those of plain passes."""
         vocabulary = self._model.get_input_embeddings().num_embeddings
         numbers = [i * 7919 % vocabulary for i in range(1, 13)]
         shared, branches = numbers[:5], (numbers[5:8], numbers[8:10], numbers[10:])
@@ -143,7 +87,7 @@ class BranchingModel:
         self._model.eval()
         try:
             plain = [self._plain(requests[index]) for index in requests]
-            # After a prefix, in a batch with padding; then the same again in one row.
+            # After a prefix, in a batch with padding; then without a prefix, in one row.
             for tried, past in ((rows, self.prefix(shared[:2])), ([pack(requests, skip=0)], [])):
                 found = self.logits(tried, past)
                 for number, row in enumerate(tried):
@@ -152,7 +96,7 @@ class BranchingModel:
                         _check_equal(found[number, [last + node for node in nodes]], plain[index])
         except Unsupported:
             raise
-        except Exception as error:  # whatever a model of another kind raises: it is then called plainly
+        except Exception as error:  # a model that takes other arguments or another cache raises whatever it likes
             raise Unsupported(f"{type(error).__name__}: {error}") from error
         finally:
             self._model.train(training)
@@ -160,7 +104,8 @@ class BranchingModel:
     @torch.no_grad()
     def _plain(self, request: Request) -> Tensor:
         ids = torch.tensor([request.tokens[:-1]], device=self.device)
-        return self._model(ids).logits[0, -request.scored :]
+        logits: Tensor = self._model(ids).logits[0, -request.scored :]
+        return logits
 
 
 def choices(
@@ -172,49 +117,34 @@ def choices(
         rows = group.rows[start : start + batch_size]
         logits_BKV = model.logits(rows, past)
         kept = logits_BKV.shape[1]
-        places = [
+        wanted = [
             (number, kept - len(row.tokens) + node, target, index)
             for number, row in enumerate(rows)
             for index, nodes in row.readings
             for node, target in zip(nodes, requests[index].tokens[-requests[index].scored :], strict=True)
         ]
         logps, hits = [], []
-        for part in torch.tensor(places, device=logits_BKV.device).split(ROWS_AT_ONCE):
+        for part in torch.tensor(wanted, device=logits_BKV.device).split(ROWS_AT_ONCE):
             row_N, at_N, target_N, _ = part.unbind(1)
             logits_NV = logits_BKV[row_N, at_N].float()
             logps += (logits_NV.gather(1, target_N[:, None])[:, 0] - logits_NV.logsumexp(-1)).tolist()
             hits += (logits_NV.argmax(-1) == target_N).tolist()
         answers: dict[int, tuple[float, bool]] = {}
-        for (_, _, _, index), logp, hit in zip(places, logps, hits, strict=True):
+        for (_, _, _, index), logp, hit in zip(wanted, logps, hits, strict=True):
             before, greedy = answers.get(index, (0.0, True))
             answers[index] = before + logp, greedy and hit
         for index, (value, greedy) in answers.items():
             yield index, value, greedy
 
 
-def _check_configuration(model: Any) -> None:
-    text = model.config.get_text_config()
-    if getattr(model.config, "is_encoder_decoder", False):
-        raise Unsupported("encoder and decoder")
-    if getattr(text, "_attn_implementation", "eager") not in ("eager", "sdpa"):
-        raise Unsupported(f"attention implementation {text._attn_implementation} takes no mask of ours")
-    if reason := other_mixing(model):
-        raise Unsupported(reason)
-    rope = getattr(text, "rope_parameters", None) or getattr(text, "rope_scaling", None) or {}
-    kinds_of_rope = {rope.get("rope_type"), *(one.get("rope_type") for one in rope.values() if isinstance(one, dict))}
-    if kinds_of_rope & {"dynamic", "longrope"}:
-        raise Unsupported("positions that depend on the length of the whole batch")
-
-
 def _check_equal(found: Tensor, plain: Tensor) -> None:
-    limit = (1e-4 if plain.dtype == torch.float32 else 4e-2) * float(plain.abs().max())
-    worst = float((found - plain).abs().max())
-    if not worst <= limit:
+    if not same_logits(plain, found):
+        worst = largest_difference(plain, found)
         raise Unsupported(f"logits differ by {worst:.1e} from those of a plain pass")
 
 
-def _see_ancestors(allowed: Tensor, row: Row) -> None:
-    """Set [T, T] to who sees whom in a tree; parents come before children."""
+def _allow_ancestors(allowed: Tensor, row: TokenTree) -> None:
+    """Set [T, T], which tokens of a tree attend to which: each to the path that leads to it. Parents come first."""
     for start, end, parent in row.branches:
         if parent >= 0:
             allowed[start:end, : parent + 1] = allowed[parent, : parent + 1]
@@ -222,7 +152,7 @@ def _see_ancestors(allowed: Tensor, row: Row) -> None:
 
 
 def _cache(past: Past, rows: int) -> DynamicCache:
-    """The prefix for every row, without a copy; what the rows add grows elsewhere."""
+    """The prefix for every row, as views; the keys and values that the rows add are new tensors."""
     cache = DynamicCache()
     for keys, values in past:
         layer = DynamicLayer()

@@ -5,7 +5,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from harness.comparability import Record
+from ctpd.core.roles import Role
+from harness.record import Record, TrainingSummary
 
 NOTHING = "–"
 
@@ -24,10 +25,23 @@ def cost_table(runs: Mapping[str, Sequence[Record]]) -> CostTable:
     Args:
         runs: the records of each run, one a seed.
     """
-    header = ("", "Seeds", "Training", "Peak memory", "Weights", "Parameters", "Trained", "Steps",
-              "Teacher passes", "Student passes", "Teacher in memory", "Evaluation")  # fmt: skip
-    return CostTable(header, [_line(run, records) for run, records in runs.items()], NOTES)
+    return CostTable(HEADER, [_line(run, records) for run, records in runs.items()], NOTES)
 
+
+HEADER = (
+    "",
+    "Seeds",
+    "Training",
+    "Peak memory",
+    "Weights",
+    "Parameters",
+    "Trained",
+    "Steps",
+    "Teacher passes",
+    "Student passes",
+    "Teacher in memory",
+    "Evaluation",
+)
 
 NOTES = (
     "Means over the seeds. Training: the run's own, without what all runs share (pretraining, SFT, contrastive models).",
@@ -38,40 +52,33 @@ NOTES = (
 
 
 def _line(run: str, records: Sequence[Record]) -> tuple[str, ...]:
-    trainings = [record["training"] for record in records if record["training"] is not None]
-    seeds = [record["seed"] for record in records if record["seed"] is not None]
+    trainings = [record.training for record in records if record.training is not None]
+    seeds = [record.seed for record in records if record.seed is not None]
 
-    def mean(key: str, form: Callable[[float], str]) -> str:
-        found = [training[key] for training in trainings if training.get(key) is not None]
+    def mean(cost: Callable[[TrainingSummary], float | None], form: Callable[[float], str]) -> str:
+        found = [value for training in trainings if (value := cost(training)) is not None]
         return form(float(np.mean(found))) if found else NOTHING
 
-    evaluation = [sum(result["seconds"] for result in record["evaluation"].values()) for record in records]
+    evaluation = [sum(result.seconds for result in record.evaluation.values()) for record in records]
     return (
         run,
         str(len(seeds)) if seeds else NOTHING,
-        mean("seconds", duration),
-        mean("peak_memory_mib", mebibytes),
-        mean("weights_mib", mebibytes),
-        mean("parameters", count),
-        mean("trainable_parameters", count),
-        mean("steps", count),
-        _signals(records, "teacher"),
-        _signals(records, "student"),
-        _in_memory(records),
+        mean(lambda training: training.seconds, duration),
+        mean(lambda training: training.peak_memory_mib, mebibytes),
+        mean(lambda training: training.weights_mib, mebibytes),
+        mean(lambda training: training.parameters, count),
+        mean(lambda training: training.trainable_parameters, count),
+        mean(lambda training: training.steps, count),
+        _passes(records[0], "teacher"),
+        _passes(records[0], "student"),
+        "yes" if records[0].in_memory else "no",
         duration(float(np.mean(evaluation))),
     )
 
 
-def _signals(records: Sequence[Record], role: str) -> str:
-    """How many stored signals of a role a run read; records of older versions do not say."""
-    found = [record["signals"] for record in records if record.get("signals") is not None]
-    return str(sum(label.startswith(f"{role} ") for label in found[0])) if found else NOTHING
-
-
-def _in_memory(records: Sequence[Record]) -> str:
-    """Whether frozen models stood beside the student while it trained; records of older versions do not say."""
-    found = [record["in_memory"] for record in records if record.get("in_memory") is not None]
-    return ("yes" if found[0] else "no") if found else NOTHING
+def _passes(record: Record, role: Role) -> str:
+    """How many stored passes of a role's models a run needed."""
+    return str(sum(signal.role == role for signal in record.signals))
 
 
 def duration(seconds: float) -> str:

@@ -1,7 +1,9 @@
 """Aligned spans with their weights, graded for a page: how far a weight is above or below one, in five steps."""
 
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from harness.record import WeightedSpan, WeightsSummary
 
 GRADES = (1.05, 1.35, 2.0, 3.0)
 """From these factors on, a weight is of grade 1, 2, 3, 4; what is closer to one is of grade 0."""
@@ -22,16 +24,16 @@ class Example(NamedTuple):
     sides: list[tuple[str, list[Span]]]
 
 
-def examples_of(weights: Mapping[str, Any]) -> list[Example]:
+def examples_of(weights: WeightsSummary) -> list[Example]:
     """The example pairs of a record's weights; none where the weights are not of spans."""
     return [
-        Example(example["prompt"], [(side, _spans(example[side])) for side in ("chosen", "rejected")])
-        for example in weights.get("examples", ())
+        Example(pair.prompt, [("chosen", _spans(pair.chosen)), ("rejected", _spans(pair.rejected))])
+        for pair in weights.examples
     ]
 
 
-def _spans(pairs: Sequence[tuple[str, float]]) -> list[Span]:
-    return [Span(text, f"{weight:.2f}", grade(weight)) for text, weight in pairs]
+def _spans(spans: Sequence[WeightedSpan]) -> list[Span]:
+    return [Span(text, f"{weight:.2f}", grade(weight)) for text, weight in spans]
 
 
 def grade(weight: float) -> str:

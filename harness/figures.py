@@ -1,219 +1,269 @@
-"""Figures as SVG text, from numbers alone. Colours and type are the page's: every mark has a class, none a colour.
+"""Figures drawn by matplotlib: as SVG inside the report, and as SVG, PDF and PNG files for papers and talks.
 
-All figures are as wide as a phone's column, so that their text keeps its size; a page sets several beside each other.
-Each has a title and a description in words, for those who do not see it.
+All figures are as wide as a phone's column, so that their text keeps its size; the report sets several beside each
+other. Lengths are points (1/72 inch), which are the user units of the SVG. Inside the report a figure takes its colours
+and type from the page's style sheet, in light and in dark; a file has the light colours, its title and its legend.
+
+``Figure`` is used without ``pyplot``, which would keep figures and a backend in global state; matplotlib is imported when
+the first figure is drawn, because the import takes half a second.
 """
 
-import html
+import io
 import math
-from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+import re
+import warnings
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, assert_never
+from xml.etree import ElementTree
 
-WIDTH = 360
+from harness.charts import (
+    NUM_STYLES,
+    Bars,
+    Chart,
+    Curve,
+    Curves,
+    Forest,
+    Histograms,
+    Named,
+    describe,
+    is_dashed,
+)
+from harness.drawing import (
+    PALETTE,
+    POINTS_PER_INCH,
+    WIDTH,
+    axes_of,
+    draw_dot,
+    draw_lines,
+    draw_text,
+    label_x,
+    label_y,
+    round_numbers,
+    sheet,
+    shortened,
+)
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+ROW = 38
+"""Height of one line of a forest plot."""
 PANEL = 108
 """Height of one histogram."""
-NUM_STYLES = 8
-"""Classes ``s0`` to ``s7``; from the ninth on, the same colours dashed (``dash``)."""
+LEGEND_ROW = 18
+PNG_DPI = 200
+FORMATS = ("svg", "pdf", "png")
 
-Point = tuple[float, float]
+CLASSES = ("point", "smooth", "mark", "bars", "bound")
+"""Marks that keep their name in the page's SVG, as a CSS class."""
+NUMBER = re.compile(r"-?\d+\.\d+")
 
-
-class Estimate(NamedTuple):
-    """One line of a forest plot; ``text`` says its numbers."""
-
-    label: str
-    value: float
-    low: float
-    high: float
-    text: str
-
-
-class Curve(NamedTuple):
-    """One line of a figure of curves: measured points, smoothed ones, and single marks; ``style`` counts from 0."""
-
-    label: str
-    style: int
-    raw: Sequence[Point]
-    smooth: Sequence[Point]
-    marks: Sequence[Point]
+SETTINGS: Any = {
+    "svg.hashsalt": "ctpd",  # names inside a file repeat from run to run
+    "path.simplify": False,
+    "text.parse_math": False,  # a dollar sign in a name is a dollar sign
+    "font.family": "DejaVu Sans",
+    "font.size": 12,
+}
 
 
-class Bars(NamedTuple):
-    """A histogram: counts between edges, with vertical lines at ``bounds`` and a name that stands in it."""
-
-    label: str
-    style: str
-    counts: Sequence[int]
-    edges: Sequence[float]
-    bounds: Sequence[float]
-
-
-class Scale(NamedTuple):
-    """From a value to a place: ``first`` is shown at ``start`` and ``last`` at ``end``."""
-
-    first: float
-    last: float
-    start: float
-    end: float
-
-    def __call__(self, value: float) -> float:
-        """The place of a value, to a tenth of a unit."""
-        share = (value - self.first) / ((self.last - self.first) or 1.0)
-        return round(self.start + share * (self.end - self.start), 1)
+def inline_svg(chart: Chart) -> str:
+    """The figure as an ``svg`` element for the report: colours and type are the page's, and it refers to nothing."""
+    with _drawing(svg_fonttype="none"):
+        figure = _draw(chart, as_file=False)
+        figure.patch.set_visible(False)
+        root = ElementTree.fromstring(_saved(figure, "svg"))
+    root = _for_page(root)
+    root.attrib |= {"class": "figure", "role": "img", "aria-label": chart.title}
+    words = [_element("title", chart.title), _element("desc", describe(chart))]
+    root[:] = [*words, *root]
+    return ElementTree.tostring(root, encoding="unicode")
 
 
-def style_class(number: int) -> str:
-    """Classes of the line with this number: its colour, and dashes once the colours are used up."""
-    return f"s{number % NUM_STYLES}" + (" dash" if number % (2 * NUM_STYLES) >= NUM_STYLES else "")
+def write_figures(charts: Iterable[Named], folder: Path) -> list[Path]:
+    """Write each chart as SVG, PDF and PNG, the same bytes for the same numbers; returns the files."""
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = []
+    with _drawing(svg_fonttype="path"):
+        for stem, chart in charts:
+            figure = _draw(chart, as_file=True)
+            for suffix in FORMATS:
+                paths.append(folder / f"{stem}.{suffix}")
+                paths[-1].write_bytes(_saved(figure, suffix))
+    return paths
 
 
-def ticks(low: float, high: float, *, about: int = 5) -> list[float]:
-    """Round values inside [low, high], about so many: multiples of 1, 2 or 5 times a power of ten."""
-    span = high - low
-    if not math.isfinite(span) or span <= 0:
-        return [low]
-    power = 10.0 ** math.floor(math.log10(span / about))
-    step = next(power * factor for factor in (1, 2, 5, 10) if span / (power * factor) <= about)
-    first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
-    return [round(number * step, 12) for number in range(first, last + 1)]
+@contextmanager
+def _drawing(*, svg_fonttype: str) -> Iterator[None]:
+    """matplotlib with our settings, and with its own again afterwards."""
+    import matplotlib
+
+    with matplotlib.rc_context({**SETTINGS, "svg.fonttype": svg_fonttype}), warnings.catch_warnings():
+        # DejaVu has no Chinese, say: a browser finds another font for it, and a file shows boxes.
+        warnings.filterwarnings("ignore", message=r"Glyph \d+ .* missing from font")
+        yield
 
 
-def tick_text(value: float) -> str:
-    """A tick as text, with a true minus sign and no needless digits."""
-    return f"{value:.4g}".replace("-", "−")
+def _saved(figure: "Figure", suffix: str) -> bytes:
+    """A file without dates and names of programs in it."""
+    buffer = io.BytesIO()
+    metadata = {"svg": {"Date": None}, "pdf": {"CreationDate": None}, "png": {"Software": None}}[suffix]
+    figure.savefig(buffer, format=suffix, dpi=PNG_DPI if suffix == "png" else POINTS_PER_INCH, metadata=metadata)
+    return buffer.getvalue()
 
 
-def forest(estimates: Sequence[Estimate], *, title: str, unit: str, span: tuple[float, float] | None = None) -> str:
-    """A forest plot: an interval a line, its name and numbers above it, and a line at no difference.
+def _draw(chart: Chart, *, as_file: bool) -> "Figure":
+    match chart:
+        case Forest():
+            return _forest(chart, title=chart.title if as_file else None)
+        case Curves():
+            return _curves(chart, title=chart.title if as_file else None)
+        case Histograms():
+            return _histograms(chart, title=chart.title if as_file else None)
+        case _:
+            assert_never(chart)
 
-    Args:
-        estimates: from top to bottom.
-        unit: what the axis shows.
-        span: the axis, for several plots side by side; by default what the intervals and zero need.
-    """
-    low, high = span if span is not None else reach(estimates)
+
+def _forest(chart: Forest, *, title: str | None) -> "Figure":
+    """An interval a line, its name and numbers above it, and a line at no difference."""
+    low, high = chart.span
     margin = 0.04 * (high - low) or 1.0
-    x = Scale(low - margin, high + margin, 8, WIDTH - 8)
-    bottom = 38 * len(estimates) + 8
-    body = []
-    for number, item in enumerate(estimates):
-        y = 38 * number + 28
-        body += [_vertical(x(tick), y - 8, y + 12, "grid") for tick in ticks(x.first, x.last)]
-        body.append(_vertical(x(0), y - 8, y + 12, "zero"))
-        clear = "clear" if item.low > 0 or item.high < 0 else "open"
-        body += [
-            _text(8, y - 12, _short(item.label, 27), "label"),
-            _text(WIDTH - 8, y - 12, item.text, "number end"),
-            f'<path class="whisker" d="M{x(item.low)} {y - 4}v8M{x(item.high)} {y - 4}v8M{x(item.low)} {y}H{x(item.high)}"/>',
-            f'<circle class="point {clear}" cx="{x(item.value)}" cy="{y}" r="4.5"/>',
-        ]
-    body += _x_axis(x, bottom, unit)
-    words = "; ".join(f"{item.label}: {item.text}" for item in estimates)
-    return _svg(bottom + 36, title, f"{unit}. {words}.", body)
+    bottom = ROW * len(chart.estimates) + 8
+    figure = sheet(bottom + 36, title)
+    axes = axes_of(figure, left=8, right=8, height=bottom, below=36)
+    axes.set(xlim=(low - margin, high + margin), ylim=(bottom, 0))
+    label_x(axes, chart.unit)
+    places = [ROW * number + 28 for number in range(len(chart.estimates))]
+    grid = [[(tick, y - 8), (tick, y + 12)] for y in places for tick in round_numbers(*axes.get_xlim())]
+    draw_lines(axes, grid, "faint")
+    draw_lines(axes, [[(0, y - 8), (0, y + 12)] for y in places], "muted", linestyle=(0, (3, 3)))
+    for item, y in zip(chart.estimates, places, strict=True):
+        draw_text(axes, 0, y - 12, shortened(item.label, 27))
+        draw_text(axes, 1, y - 12, item.text, "muted", size=11, ha="right")
+        ends = [[(end, y - 4), (end, y + 4)] for end in (item.low, item.high)]
+        draw_lines(axes, [[(item.low, y), (item.high, y)], *ends], "ink", width=1.5)
+        clear = item.low > 0 or item.high < 0
+        draw_dot(axes, (item.value, y), "s0", radius=4.5, filled=clear, gid=f"point {'clear' if clear else 'open'}")
+    return figure
 
 
-def reach(estimates: Iterable[Estimate]) -> tuple[float, float]:
-    """The axis that several forest plots need to stand side by side; zero is on it."""
-    ends = [end for item in estimates for end in (item.low, item.high)]
-    return min(0.0, *ends), max(0.0, *ends)
+def _curves(chart: Curves, *, title: str | None) -> "Figure":
+    """Thin as measured, bold as smoothed, circles on the evaluation pairs."""
+    legend = [] if title is None else chart.lines
+    rows = math.ceil(len(legend) / 2)
+    figure = sheet(226 + LEGEND_ROW * rows, title)
+    axes = axes_of(figure, left=44, right=10, height=190, below=36 + LEGEND_ROW * rows, above=8)
+    points = [p for line in chart.lines for p in (*line.raw, *line.smooth, *line.marks) if math.isfinite(p[1])]
+    xs, ys = [x for x, _ in points], [y for _, y in points]
+    margin = 0.05 * (max(ys) - min(ys)) or 0.5
+    axes.set(xlim=(min(xs), max(max(xs), min(xs) + 1)), ylim=(min(ys) - margin, max(ys) + margin))
+    label_x(axes, chart.x_label)
+    label_y(axes)
+    for line in chart.lines:
+        colour, dashes = _style(line)
+        draw_lines(axes, [line.raw], colour, linestyle=dashes, alpha=0.22)
+        draw_lines(axes, [line.smooth], colour, width=2, linestyle=dashes, gid="smooth")
+        for point in line.marks:
+            if math.isfinite(point[1]):
+                draw_dot(axes, point, colour, radius=3.5, filled=False, gid="mark")
+    for number, line in enumerate(legend):
+        _legend_entry(figure, line, column=number % 2, y=LEGEND_ROW * (rows - number // 2) - 8)
+    return figure
 
 
-def curves(lines: Sequence[Curve], *, title: str, x_label: str, y_label: str) -> str:
-    """Curves over the steps of a training: thin as measured, bold as smoothed, circles where evaluated.
-
-    Raises:
-        ValueError: no line has a finite point.
-    """
-    points = [p for line in lines for p in (*line.raw, *line.smooth, *line.marks) if math.isfinite(p[1])]
-    if not points:
-        raise ValueError("there is nothing to draw")
-    ys = [y for _, y in points]
-    low, high = min(ys), max(ys)
-    margin = 0.05 * (high - low) or 0.5
-    x = Scale(min(p[0] for p in points), max(p[0] for p in points), 44, WIDTH - 10)
-    y = Scale(low - margin, high + margin, 190, 8)
-    body = []
-    for tick in ticks(y.first, y.last):
-        body.append(f'<path class="grid" d="M44 {y(tick)}H{WIDTH - 10}"/>')
-        body.append(_text(38, y(tick) + 4, tick_text(tick), "number end"))
-    for line in lines:
-        kind = style_class(line.style)
-        body.append(f'<path class="raw {kind}" d="{_path(line.raw, x, y)}"/>')
-        body.append(f'<path class="line {kind}" d="{_path(line.smooth, x, y)}"/>')
-        body += [
-            f'<circle class="mark {kind}" cx="{x(px)}" cy="{y(py)}" r="3.5"/>'
-            for px, py in line.marks
-            if math.isfinite(py)
-        ]
-    body += _x_axis(x, 190, x_label)
-    ends = "; ".join(f"{line.label}: from {_end(line.smooth, 0)} to {_end(line.smooth, -1)}" for line in lines)
-    return _svg(226, title, f"{y_label} over {x_label}. {ends}.", body)
+def _histograms(chart: Histograms, *, title: str | None) -> "Figure":
+    """One above the other over one axis; the tallest bar of each fills its height."""
+    bottom = PANEL * len(chart.panels) - 4
+    low, high = min(panel.edges[0] for panel in chart.panels), max(panel.edges[-1] for panel in chart.panels)
+    figure = sheet(bottom + 36, title)
+    axes = axes_of(figure, left=12, right=12, height=bottom, below=36)
+    axes.set(xlim=(low, high if high > low else low + 1), ylim=(bottom, 0))
+    label_x(axes, chart.x_label)
+    for number, panel in enumerate(chart.panels):
+        _panel(axes, panel, bottom=PANEL * number + PANEL - 4)
+    return figure
 
 
-def histograms(panels: Sequence[Bars], *, title: str, x_label: str) -> str:
-    """Histograms one above the other over one axis; the tallest bar of each fills its height."""
-    low, high = min(panel.edges[0] for panel in panels), max(panel.edges[-1] for panel in panels)
-    x = Scale(low, high if high > low else low + 1, 12, WIDTH - 12)
-    body = []
-    for number, panel in enumerate(panels):
-        bottom = PANEL * number + PANEL - 4
-        y = Scale(0, max(panel.counts, default=0) or 1, bottom, bottom - 62)
-        outline = "".join(
-            f"M{x(a)} {bottom}V{y(count)}H{x(b)}V{bottom}z"
-            for count, a, b in zip(panel.counts, panel.edges[:-1], panel.edges[1:], strict=True)
-            if count
-        )
-        body += [
-            _text(12, bottom - 88, panel.label, "label"),
-            f'<path class="bars {panel.style}" d="{outline}"/>',
-            f'<path class="axis" d="M12 {bottom}H{WIDTH - 12}"/>',
-        ]
-        for bound in panel.bounds:
-            end = " end" if x(bound) > WIDTH / 2 else ""
-            body.append(_vertical(x(bound), bottom - 66, bottom, "bound"))
-            body.append(_text(x(bound), bottom - 70, f"{bound:.3g}", f"number{end}"))
-    body += _x_axis(x, PANEL * len(panels) - 4, x_label)
-    words = "; ".join(f"{p.label}, {sum(p.counts):,} from {p.edges[0]:.3g} to {p.edges[-1]:.3g}" for p in panels)
-    return _svg(PANEL * len(panels) + 32, title, f"{words}.", body)
+def _panel(axes: "Axes", panel: Bars, *, bottom: float) -> None:
+    from matplotlib.patches import PathPatch, Rectangle
+    from matplotlib.path import Path as Outline
+
+    unit = 62 / (max(panel.counts, default=0) or 1)
+    bars = [
+        Rectangle((left, bottom), right - left, -unit * count)
+        for count, left, right in zip(panel.counts, panel.edges[:-1], panel.edges[1:], strict=True)
+        if count
+    ]
+    if bars:
+        outline = Outline.make_compound_path(*(bar.get_transform().transform_path(bar.get_path()) for bar in bars))
+        colour = PALETTE["s0" if panel.side == "chosen" else "s1"]
+        patch = PathPatch(outline, facecolor=colour, alpha=0.85, linewidth=0, clip_on=False)
+        patch.set_gid("bars")
+        axes.add_patch(patch)
+    draw_text(axes, 0, bottom - 88, panel.label)
+    low, high = axes.get_xlim()
+    draw_lines(axes, [[(low, bottom), (high, bottom)]], "muted")
+    for bound in panel.bounds:
+        draw_lines(axes, [[(bound, bottom - 66), (bound, bottom)]], "ink", linestyle=(0, (2, 3)), gid="bound")
+        share = (bound - low) / (high - low)
+        draw_text(axes, share, bottom - 70, f"{bound:.3g}", "muted", size=11, ha="right" if share > 0.5 else "left")
 
 
-def _svg(height: float, title: str, description: str, body: Sequence[str]) -> str:
-    name = html.escape(title)
-    opening = f'<svg class="figure" viewBox="0 0 {WIDTH} {height:g}" role="img" aria-label="{name}">'
-    return "\n".join([opening, f"<title>{name}</title>", f"<desc>{html.escape(description)}</desc>", *body, "</svg>"])
+def _legend_entry(figure: "Figure", line: Curve, *, column: int, y: float) -> None:
+    """A piece of the line and its label, in one of two columns, ``y`` points above the figure's lower edge."""
+    from matplotlib.lines import Line2D
+
+    height = figure.get_figheight() * POINTS_PER_INCH
+    left = 12 + column * WIDTH / 2
+    colour, dashes = _style(line)
+    ends = [left / WIDTH, (left + 22) / WIDTH], [(y + 4) / height] * 2
+    figure.add_artist(Line2D(*ends, color=PALETTE[colour], linewidth=2.5, linestyle=dashes))
+    figure.text((left + 28) / WIDTH, y / height, shortened(line.label, 22), size=11, color=PALETTE["ink"])
 
 
-def _x_axis(x: Scale, bottom: float, label: str) -> list[str]:
-    marks = ticks(x.first, x.last)
-    lines = [f'<path class="axis" d="M{x.start} {bottom}H{x.end}"/>']
-    lines += [_text(x(tick), bottom + 14, tick_text(tick), "number middle") for tick in marks]
-    return [*lines, _text((x.start + x.end) / 2, bottom + 30, label, "axis-label middle")]
+def _style(line: Curve) -> tuple[str, Any]:
+    """Colour and dashes of a curve."""
+    return f"s{line.style % NUM_STYLES}", (0, (5, 3)) if is_dashed(line.style) else "solid"
 
 
-def _text(x: float, y: float, text: str, kind: str) -> str:
-    return f'<text class="{kind}" x="{x:g}" y="{y:g}">{html.escape(text)}</text>'
+def _for_page(root: ElementTree.Element) -> ElementTree.Element:
+    """matplotlib's SVG for a page with many of them: paths and texts alone, variables for colours, ``gid`` as classes."""
+    page = ElementTree.Element("svg", {"viewBox": root.attrib["viewBox"]})
+    for group in root.iter():
+        classes = group.attrib.get("id", "")
+        for element in group:
+            kind = element.tag.rpartition("}")[2]
+            if kind not in ("path", "text"):
+                continue
+            leaf = ElementTree.SubElement(page, kind)
+            leaf.text = element.text
+            if classes.split(" ")[0] in CLASSES:
+                leaf.set("class", classes)
+            for name in ("d", "x", "y"):
+                if name in element.attrib:
+                    leaf.set(name, _rounded(element.attrib[name]))
+            leaf.set("style", _page_style(element.attrib.get("style", "")))
+    return page
 
 
-def _vertical(x: float, top: float, bottom: float, kind: str) -> str:
-    return f'<path class="{kind}" d="M{x} {top}V{bottom}"/>'
+def _rounded(coordinates: str) -> str:
+    """The same with a tenth of a point at most: a third of the size."""
+    return NUMBER.sub(lambda found: f"{float(found[0]):.1f}".removesuffix(".0"), " ".join(coordinates.split()))
 
 
-def _path(points: Sequence[Point], x: Scale, y: Scale) -> str:
-    """A line through the points; what is not finite interrupts it."""
-    steps, pen = [], "M"
-    for px, py in points:
-        if not math.isfinite(py):
-            pen = "M"
-            continue
-        steps.append(f"{pen}{x(px)} {y(py)}")
-        pen = "L"
-    return "".join(steps)
+def _page_style(style: str) -> str:
+    """A style with the page's font and colours."""
+    kept = [part.strip() for part in style.split(";") if not part.strip().startswith("font-family")]
+    text = "; ".join(f"font-size: {part.split()[1]}" if part.startswith("font:") else part for part in kept)
+    for name, colour in PALETTE.items():
+        text = text.replace(colour, f"var(--{name})")
+    return text
 
 
-def _short(text: str, most: int) -> str:
-    return text if len(text) <= most else text[: most - 1].rstrip() + "…"
-
-
-def _end(points: Sequence[Point], index: int) -> str:
-    finite = [y for _, y in points if math.isfinite(y)]
-    return tick_text(finite[index]) if finite else "nothing"
+def _element(tag: str, text: str) -> ElementTree.Element:
+    element = ElementTree.Element(tag)
+    element.text = text
+    return element

@@ -1,9 +1,8 @@
 """What a table must say below itself: documents, seeds, what is missing or partial, how intervals were made."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
 
-from harness.comparability import Record
+from harness.record import ColumnResult, Record
 from harness.sheet import Row, TableSpec
 from harness.statistics import CONFIDENCE, DRAWS, MIN_SEEDS
 
@@ -11,7 +10,7 @@ PARTIAL_MARK = "†"
 
 
 def footnotes(
-    spec: TableSpec, rows: Sequence[Row], records: Sequence[Record], results: Mapping[str, Mapping[str, Any] | None]
+    spec: TableSpec, rows: Sequence[Row], records: Sequence[Record], results: Mapping[str, ColumnResult]
 ) -> Iterator[str]:
     """Footnotes of one table, one sentence or two each.
 
@@ -19,26 +18,26 @@ def footnotes(
         spec: the table.
         rows: its finished rows.
         records: those that the rows show.
-        results: one evaluation of each column, None where no row has it; comparable records agree on what is said here.
+        results: one evaluation of each column that some row has; comparable records agree on what is said here.
     """
-    measured = {name: result for name, result in results.items() if result is not None}
-    yield from _partial(measured)
+    yield from _partial(results)
     yield from _missing(rows, records)
     yield from _seeds(rows)
     yield _scale(spec, rows)
     yield from _differences(spec, rows)
     yield from _tests(spec, rows)
-    yield from _protocol(measured)
+    yield from _protocol(results)
     yield from _truncated(records)
+    yield from _not_finite(records)
     if spec.note is not None:
         yield spec.note
 
 
-def _partial(results: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
+def _partial(results: Mapping[str, ColumnResult]) -> Iterator[str]:
     parts = [
-        f"{name} {result['num_docs']:,} of {result['num_total']:,}"
-        for name, result in results.items()
-        if result["num_docs"] < result["num_total"]
+        f"{name} {one.protocol.num_docs:,} of {one.protocol.num_total:,}"
+        for name, one in results.items()
+        if one.protocol.num_docs < one.protocol.num_total
     ]
     if parts:
         yield f"{PARTIAL_MARK} Partial: evaluated on a part of the documents ({', '.join(parts)})."
@@ -49,7 +48,7 @@ def _missing(rows: Sequence[Row], records: Sequence[Record]) -> Iterator[str]:
     parts += [f"{row.label} (seed {', '.join(map(str, row.missing_seeds))})" for row in rows if row.missing_seeds]
     parts += [f"{row.label} (some columns)" for row in rows if not row.missing and _incomplete(row)]
     if parts:
-        recipes = {record["recipe"]: None for record in records}
+        recipes = {record.recipe: None for record in records}
         command = f" `ctpd run {next(iter(recipes))}` brings them." if len(recipes) == 1 else ""
         yield f"Missing: {'; '.join(parts)}.{command}"
 
@@ -108,23 +107,33 @@ def _tests(spec: TableSpec, rows: Sequence[Row]) -> Iterator[str]:
         )
 
 
-def _protocol(results: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
+def _protocol(results: Mapping[str, ColumnResult]) -> Iterator[str]:
     parts = [
-        f"{name}: {result['task']} v{result['version']}, {result['num_docs']:,} documents, {result['shots']}-shot, "
-        f"{result['metric']}"
-        for name, result in results.items()
+        f"{name}: {one.task} v{one.version}, {one.num_docs:,} documents, {one.shots}-shot, {one.metric}"
+        for name, one in ((name, result.protocol) for name, result in results.items())
     ]
     if not parts:
         return
-    first = next(iter(results.values()))
-    template = "with" if first["chat_template"] else "without"
+    first = next(iter(results.values())).protocol
+    template = "with" if first.chat_template else "without"
     yield (
         f"{'; '.join(parts)}. Average: unweighted mean of the columns. lm-evaluation-harness "
-        f"{first['lm_eval_version']}, backend {first['backend']}, {first['dtype']}, {template} chat template."
+        f"{first.lm_eval_version}, backend {first.backend}, {first.dtype}, {template} chat template."
     )
 
 
 def _truncated(records: Sequence[Record]) -> Iterator[str]:
-    cut = sum((result.get("truncated") or 0) > 0 for record in records for result in record["evaluation"].values())
+    cut = sum((result.truncated or 0) > 0 for record in records for result in record.evaluation.values())
     if cut:
         yield f"In {cut} evaluations some prompts exceeded the model's length and were cut from the left."
+
+
+def _not_finite(records: Sequence[Record]) -> Iterator[str]:
+    lost = [
+        f"{record.run}{'' if record.seed is None else f' (seed {record.seed})'} on {name}"
+        for record in records
+        for name, result in record.evaluation.items()
+        if result.value is None
+    ]
+    if lost:
+        yield f"Not finite, and so shown as missing: {', '.join(lost)}. Such a model's training has diverged."

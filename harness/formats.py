@@ -9,6 +9,7 @@ from typing import NamedTuple
 import pandas as pd
 
 from harness import html, latex
+from harness.files import file_stem
 from harness.footnotes import PARTIAL_MARK
 from harness.published import Published
 from harness.sheet import AVERAGE, Cell, Row, Table
@@ -68,6 +69,12 @@ def frame(table: Table) -> pd.DataFrame:
     return pd.DataFrame(lines)
 
 
+def json_rows(table: Table) -> list[dict[str, object]]:
+    """The same for JSON, which knows no NaN: null where nothing was measured."""
+    lines = frame(table).to_dict(orient="records")
+    return [{str(name): None if pd.isna(value) else value for name, value in line.items()} for line in lines]
+
+
 def to_csv(table: Table) -> str:
     """Our numbers only, at four decimals: published ones are never merged with ours."""
     return frame(table).to_csv(index=False, float_format="%.4f", lineterminator="\n")
@@ -117,16 +124,19 @@ def to_text(table: Table) -> str:
 
 
 FORMATS: Mapping[str, Callable[[Table], str]] = {
-    "md": to_markdown, "csv": to_csv, "tex": to_latex, "html": to_html,
+    "md": to_markdown,
+    "csv": to_csv,
+    "tex": to_latex,
+    "html": to_html,
     "txt": to_text,
-}  # fmt: skip
+}
 """By the suffix of the file."""
 
 
 def write_table(table: Table, directory: Path, *, formats: Sequence[str] = ("md", "csv", "tex", "html")) -> list[Path]:
-    """Write ``directory/<name>.<format>`` for each format and return the paths."""
+    """Write a file for each format, named by the table (``file_stem``), and return the paths."""
     directory.mkdir(parents=True, exist_ok=True)
-    paths = [directory / f"{table.spec.name}.{suffix}" for suffix in formats]
+    paths = [directory / f"{file_stem(table.spec.name)}.{suffix}" for suffix in formats]
     for suffix, path in zip(formats, paths, strict=True):
         path.write_text(FORMATS[suffix](table), encoding="utf-8", newline="\n")
     return paths

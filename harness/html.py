@@ -5,6 +5,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from harness.charts import Chart, style_class
+
 TEMPLATES = Path(__file__).parent / "templates"
 
 
@@ -25,8 +27,17 @@ def _environment() -> Any:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    environment.filters["code"] = code
+    environment.filters |= {"code": code, "figure": figure, "style_class": style_class}
     return environment
+
+
+def figure(chart: Chart) -> str:
+    """The chart as an ``svg`` element of the page."""
+    from markupsafe import Markup
+
+    from harness.figures import inline_svg
+
+    return Markup(inline_svg(chart))
 
 
 def code(text: str) -> str:

@@ -1,8 +1,8 @@
-"""Which token sequences share which beginnings, and how they become few short rows: planning only, no model.
+"""Which token sequences have common beginnings, and how they become few short trees of tokens: no model is needed here.
 
-Two levels. The requests of one document make one row, a tree: what they have in common stands once, and each token sees
-the tokens before it on its own branch. Rows that begin alike (few-shot examples) make a group, whose common tokens are
-computed once and kept as keys and values.
+Two levels. The requests of one document make one row, a tree: their common beginning occurs once, and each token attends
+to the tokens before it on its own branch. Rows with a common beginning (few-shot examples) form a group, whose common
+tokens are computed once and kept as keys and values.
 """
 
 from collections.abc import Iterator, Sequence
@@ -15,7 +15,7 @@ MAX_ROW = 1024
 """Tokens of a row to which further requests may be added: attention of a row is quadratic, other work is not."""
 
 GRAIN = 32
-"""Common beginnings of rows are cut to multiples of this: shorter ones do not pay."""
+"""Common beginnings of rows are cut to multiples of this: shorter ones save too little."""
 
 GROUP_COST = 512
 """What a group must save, in tokens: its own forward pass, and batches that are not full."""
@@ -40,7 +40,7 @@ class Request:
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
+class TokenTree:
     """A tree of T tokens, parents before children, without the prefix of its group.
 
     Attributes:
@@ -66,7 +66,7 @@ class Group:
     """Rows that follow one prefix, longest first; the prefix may be empty."""
 
     prefix: tuple[int, ...]
-    rows: tuple[Row, ...]
+    rows: tuple[TokenTree, ...]
 
 
 def plan(requests: Sequence[Request]) -> list[Group]:
@@ -100,7 +100,7 @@ def common(first: Sequence[int], second: Sequence[int]) -> int:
     return int(differing.argmax())
 
 
-def pack(requests: dict[int, Request], *, skip: int) -> Row:
+def pack(requests: dict[int, Request], *, skip: int) -> TokenTree:
     """One tree of sequences that have their first ``skip`` tokens in common; these are left out."""
     tokens: list[int] = []
     positions: list[int] = []
@@ -119,7 +119,7 @@ def pack(requests: dict[int, Request], *, skip: int) -> Row:
         positions += range(skip + shared, skip + len(read))
         readings.append((index, tuple(path[-request.scored :])))
         previous = read
-    return Row(tuple(tokens), tuple(positions), tuple(branches), tuple(readings))
+    return TokenTree(tuple(tokens), tuple(positions), tuple(branches), tuple(readings))
 
 
 def _documents(requests: Sequence[Request]) -> Iterator[list[int]]:

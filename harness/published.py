@@ -1,26 +1,25 @@
 """Numbers from papers: shown beside ours, apart and labelled, never merged with ours."""
 
 import csv
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from ctpd.core.config import build, nearest, parse_yaml
+from ctpd.core.config import Config, nearest, parse_yaml, validate
 from ctpd.core.errors import UserError
 
 PUBLISHED = Path(__file__).parent / "published"
 
 
-@dataclass(frozen=True, slots=True)
-class _Entry:
+class _Entry(Config):
     """What ``published/index.yaml`` says about one CSV file."""
 
     caption: str
     notes: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class _Index:
-    tables: dict[str, _Entry]
+class _Index(Config):
+    tables: Mapping[str, _Entry]
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,8 +39,9 @@ def load_published(name: str) -> Published:
         UserError: there is no such table.
     """
     index_file = PUBLISHED / "index.yaml"
-    index = build(_Index, parse_yaml(index_file.read_text(encoding="utf-8"), source=str(index_file)),
-                  source=str(index_file))  # fmt: skip
+    index = validate(
+        _Index, parse_yaml(index_file.read_text(encoding="utf-8"), source=str(index_file)), source=str(index_file)
+    )
     if name not in index.tables:
         raise UserError(
             f"there is no published table '{name}'.{nearest(name, index.tables)}",

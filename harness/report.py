@@ -4,88 +4,43 @@ It is made from finished tables and their records, and is complete in itself: no
 What a record lacks (weights, margins, a training) is left out of the figure that would show it.
 """
 
-import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
 
-import numpy as np
-
-from harness import figures, html
-from harness.comparability import Record
-from harness.costs import CostTable, cost_table
-from harness.examples import Example, examples_of
-from harness.figures import Bars, Curve, Estimate, Point
-from harness.formats import View, p_text, percent_interval, view
-from harness.provenance import Provenance, provenance_of
-from harness.sheet import AVERAGE, Row, Table
-
-CURVES = (
-    ("loss", "Loss", "each method's own, on its own scale"),
-    ("rewards/margins", "Reward margin", "chosen minus rejected, beta included"),
-    ("rewards/accuracies", "Reward accuracy", "share of pairs with a positive margin"),
-)
-"""What is drawn of a training's history: key, title, remark. The same key with ``eval_`` gives the circles."""
+from harness import html
+from harness.contents import Contents, by_run
+from harness.costs import cost_table
+from harness.formats import p_text, percent_interval
+from harness.provenance import provenance_of
+from harness.record import Record
+from harness.sheet import AVERAGE, Table
 
 
-class TableSection(NamedTuple):
-    """A table with what belongs to it. ``forest`` and the others are empty where the records give nothing to show."""
-
-    anchor: str
-    table: View
-    forest: str
-    column_forests: list[str]
-    tests: list[tuple[str, ...]]
-
-
-class CurveSection(NamedTuple):
-    """The training curves of one table's rows: ``legend`` pairs a row's label with the classes of its line, ``figures``
-    are title, remark and figure."""
-
-    caption: str
-    legend: list[tuple[str, str]]
-    figures: list[tuple[str, str, str]]
-
-
-class WeightSection(NamedTuple):
-    """The weights that some runs share, as histograms and as examples."""
-
-    runs: str
-    figure: str
-    facts: list[str]
-    examples: list[Example]
-
-
-def write_report(tables: Sequence[Table], records: Sequence[Record], path: Path, *, title: str, about: str) -> None:
+def write_report(contents: Contents, records: Sequence[Record], path: Path, *, title: str, about: str) -> None:
     """Write the report of a recipe.
 
     Args:
-        tables: finished; the first is the main one.
+        contents: what the finished tables and their records show; the first table is the main one.
         records: those that the tables were made from.
         path: of the file.
         title: of the page, the recipe's name.
         about: the recipe's one sentence.
     """
-    path.write_text(report(tables, records, title=title, about=about), encoding="utf-8", newline="\n")
+    path.write_text(report(contents, records, title=title, about=about), encoding="utf-8", newline="\n")
 
 
-def report(tables: Sequence[Table], records: Sequence[Record], *, title: str, about: str) -> str:
+def report(contents: Contents, records: Sequence[Record], *, title: str, about: str) -> str:
     """The report as HTML; see ``write_report``."""
-    runs: dict[str, list[Record]] = {}
-    for record in records:
-        runs.setdefault(record["run"], []).append(record)
-    costs: CostTable = cost_table(runs)
-    provenance: Provenance = provenance_of(records)
     return html.render(
         "report.html",
         title=title,
         about=about,
-        summary=list(_summary(tables[0])),
-        sections=[_table_section(number, table) for number, table in enumerate(tables)],
-        curves=[section for table in tables if (section := _curve_section(table, runs)).figures],
-        weights=_weight_sections(runs),
-        costs=costs,
-        provenance=provenance,
+        summary=list(_summary(contents.tables[0].table)),
+        sections=contents.tables,
+        curves=contents.curves,
+        weights=contents.weights,
+        costs=cost_table(by_run(records)),
+        provenance=provenance_of(records),
     )
 
 
@@ -110,114 +65,3 @@ def _summary(table: Table) -> Iterator[str]:
 
 def _equals(text: str) -> str:
     return text if text.startswith("<") else f"=\N{NO-BREAK SPACE}{text}"
-
-
-def _table_section(number: int, table: Table) -> TableSection:
-    compared = [row for row in table.rows if row.difference is not None and row.differences is not None]
-    averages = [_estimate(row, AVERAGE) for row in compared]
-    columns = {name: [_estimate(row, name) for row in compared] for name in table.columns}
-    forest, column_forests = "", []
-    if compared:
-        unit = f"difference to {table.base_label}, percentage points"
-        span = figures.reach([item for items in (averages, *columns.values()) for item in items])
-        forest = figures.forest(averages, title=AVERAGE, unit=unit, span=span)
-        column_forests = [figures.forest(items, title=name, unit=unit, span=span) for name, items in columns.items()]
-    return TableSection(f"table-{number}", view(table), forest, column_forests, list(_tests(table)))
-
-
-def _estimate(row: Row, column: str) -> Estimate:
-    assert row.difference is not None
-    assert row.differences is not None
-    interval = row.difference if column == AVERAGE else row.differences[column]
-    value, low, high = (100 * end for end in interval)
-    return Estimate(row.label, value, low, high, percent_interval(interval))
-
-
-def _tests(table: Table) -> Iterator[tuple[str, ...]]:
-    for row in table.rows:
-        for column, seeds in (row.mcnemar or {}).items():
-            for seed, test in seeds.items():
-                shown = "–" if seed is None else str(seed)
-                yield row.label, column, shown, str(test.only_system), str(test.only_base), p_text(test.p_value)
-
-
-def _curve_section(table: Table, runs: Mapping[str, Sequence[Record]]) -> CurveSection:
-    """Rows without a method are anchors: their training is not part of the comparison."""
-    trained = {
-        row.label: [record["training"]["history"] for record in runs.get(row.run, ())]
-        for row in table.rows
-        if any(record["method"] and record["training"] for record in runs.get(row.run, ()))
-    }
-    drawn: dict[str, int] = {}
-    made = []
-    for key, title, remark in CURVES:
-        lines = []
-        for style, (label, histories) in enumerate(trained.items()):
-            raw, marks = _mean_curve(histories, key), _mean_curve(histories, f"eval_{key}")
-            if len(raw) > 1:
-                drawn[label] = style
-                lines.append(Curve(label, style, raw, smoothed(raw), marks))
-        if lines:
-            made.append((title, remark, figures.curves(lines, title=title, x_label="step", y_label=title)))
-    legend = [(label, figures.style_class(style)) for label, style in sorted(drawn.items(), key=lambda item: item[1])]
-    return CurveSection(table.spec.caption.rstrip("."), legend, made)
-
-
-def _mean_curve(histories: Sequence[Sequence[Mapping[str, float]]], key: str) -> list[Point]:
-    """The mean over seeds at every step that all seeds have."""
-    by_seed = [{entry["step"]: entry[key] for entry in history if key in entry} for history in histories]
-    steps = sorted(set.intersection(*(set(values) for values in by_seed)))
-    return [(step, float(np.mean([values[step] for values in by_seed]))) for step in steps]
-
-
-def smoothed(points: Sequence[Point]) -> list[Point]:
-    """The running mean over about a tenth of the points, centred, its window cut at both ends."""
-    half = len(points) // 20
-    return [
-        (x, float(np.mean([y for _, y in points[max(0, i - half) : i + half + 1]]))) for i, (x, _) in enumerate(points)
-    ]
-
-
-def _weight_sections(runs: Mapping[str, Sequence[Record]]) -> list[WeightSection]:
-    """One section for all runs whose first seed has the very same weights."""
-    shared: dict[str, tuple[list[str], Record]] = {}
-    for run, records in runs.items():
-        record = records[0]
-        if record["weights"] is not None:
-            shared.setdefault(json.dumps(record["weights"]), ([], record))[0].append(run)
-    return [_weight_section(names, record) for names, record in shared.values()]
-
-
-def _weight_section(names: Sequence[str], record: Record) -> WeightSection:
-    weights = record["weights"]
-    panels = []
-    for side, sign in (("chosen", 1), ("rejected", -1)):
-        histogram = weights[side]["histogram"]
-        label = f"{side} · mean {weights[side]['mean']:.2f}, sd {weights[side]['std']:.2f}"
-        bounds = _reached(clamp_bounds(record["params"], sign), histogram["edges"])
-        panels.append(Bars(label, side, histogram["counts"], histogram["edges"], bounds))
-    facts = [f"{weights['units']:,} units, mean weight {weights['mean']:.2f}"]
-    facts.append(f"clamped: {weights['clamped_low']:.1%} below, {weights['clamped_high']:.1%} above")
-    areas = {side: area for side, area in weights.get("auroc", {}).items() if area is not None}
-    if areas:
-        facts.append("AUROC against the known truth: " + ", ".join(f"{side} {a:.3f}" for side, a in areas.items()))
-    seed = "" if record["seed"] is None else f", seed {record['seed']}"
-    figure = figures.histograms(panels, title=f"Weights of {', '.join(names)}{seed}", x_label="weight")
-    return WeightSection(" · ".join(names) + seed, figure, facts, examples_of(weights))
-
-
-def clamp_bounds(params: Mapping[str, Any], sign: int) -> list[float]:
-    """The least and the greatest weight that clamping allows: ``k exp(±mu [lower, upper])``, minus in rejected responses.
-
-    None where the parameters are not those of such weights.
-    """
-    if not {"k", "mu", "lower", "upper"} <= set(params):
-        return []
-    ends = [params["k"] * np.exp(sign * params["mu"] * params[end]) for end in ("lower", "upper")]
-    return sorted(map(float, ends))
-
-
-def _reached(bounds: Sequence[float], edges: Sequence[float]) -> list[float]:
-    """The bounds that weights lie at: the ends of a histogram are its least and its greatest value."""
-    slack = 0.01 * (edges[-1] - edges[0])
-    return [bound for bound in bounds if min(abs(bound - edges[0]), abs(bound - edges[-1])) <= slack]

@@ -75,7 +75,7 @@ def difference_per_document(system_SD: Mapping[int | None, Floats], base_SD: Map
         raise ValueError("the two systems have no seed in common")
     mine = [scores for seed, scores in system_SD.items() if seedless or seed in common]
     theirs = [scores for seed, scores in base_SD.items() if seedless or seed in common]
-    return np.mean(mine, axis=0) - np.mean(theirs, axis=0)
+    return np.asarray(np.mean(mine, axis=0) - np.mean(theirs, axis=0), dtype=np.float64)
 
 
 def resampled_means(values_DK: Floats, *, key: str, draws: int = DRAWS) -> Floats:
@@ -159,7 +159,7 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 
 def _mean(by_column: Mapping[str, Floats]) -> Floats:
-    return np.mean(list(by_column.values()), axis=0)
+    return np.asarray(np.mean(list(by_column.values()), axis=0), dtype=np.float64)
 
 
 def _intervals(value_K: Floats, draws_NK: Floats, confidence: float) -> tuple[Interval, ...]:

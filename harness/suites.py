@@ -1,48 +1,58 @@
 """Suites: which lm-eval tasks make the columns of a table, with which shots and metric (METHOD 7)."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Annotated
 
-from ctpd.core.config import build, nearest, parse_yaml
+from annotated_types import Ge
+from pydantic import AfterValidator
+
+from ctpd.core.config import Config, Positive, Text, nearest, parse_yaml, validate
 from ctpd.core.errors import UserError
 
 SUITES = Path(__file__).parent / "suites"
 
 
-@dataclass(frozen=True, slots=True)
-class Column:
-    """One column of a table: an lm-eval task and the metric that is reported for it.
-
-    Attributes:
-        name: the column's heading.
-        task: name of the task or group.
-        metric: key in lm-eval's results, ``metric,filter``; a fraction between 0 and 1, higher is better.
-        version: the version of the task's definition that the suite was written for; any other is refused.
-        shots: few-shot examples; null takes the task's own number.
-        also: further keys that are recorded beside ``metric``.
-        folder: where the definition is, when that is neither this project's ``harness/tasks`` nor the folder of
-            lm-eval's packaged tasks that has the task's name: a folder beside the suite's file, or one of lm-eval's.
-        datasets: the data sets that the task reads, by their names on the hub; their files in a mirror are part of a
-            result's identity. Without them the whole mirror is.
-    """
-
-    name: str
-    task: str
-    metric: str
-    version: float
-    shots: int | None = None
-    also: tuple[str, ...] = ()
-    folder: str | None = None
-    datasets: tuple[str, ...] = ()
+def _names_a_filter(key: str) -> str:
+    if key.count(",") != 1:
+        raise UserError(
+            f"the metric '{key}' names no filter",
+            fix="Write it as lm-eval does, `metric,filter`, for example `acc,none`",
+        )
+    return key
 
 
-@dataclass(frozen=True, slots=True)
-class Suite:
+Metric = Annotated[str, AfterValidator(_names_a_filter)]
+
+
+class Column(Config):
+    """One column of a table: an lm-eval task and the metric that is reported for it."""
+
+    name: Text
+    """The column's heading."""
+    task: Text
+    """Name of the task or group."""
+    metric: Metric
+    """Key in lm-eval's results, `metric,filter`; a fraction between 0 and 1, higher is better."""
+    version: Positive
+    """The version of the task's definition that the suite was written for; any other is refused."""
+    shots: Annotated[int, Ge(0)] | None = None
+    """Few-shot examples; left out, the task's own number."""
+    also: tuple[Metric, ...] = ()
+    """Further keys that are recorded beside `metric`."""
+    folder: Text | None = None
+    """Where the definition is, when that is neither this project's `harness/tasks` nor the folder of lm-eval's packaged tasks that has the task's name: a folder beside the suite's file, or one of lm-eval's."""
+    datasets: tuple[Text, ...] = ()
+    """The data sets that the task reads, by their names on the hub; their files in a mirror are part of a result's identity. Without them the whole mirror is."""
+
+
+class Suite(Config):
     """Columns in the order in which tables show them; their unweighted mean is the Average."""
 
-    name: str
+    name: Text
+    """The suite's name."""
     columns: tuple[Column, ...]
+    """At least one."""
 
 
 def suite_names() -> list[str]:
@@ -57,10 +67,10 @@ def load_suite(name_or_path: str | Path) -> Suite:
         UserError: no such suite, an unknown or missing key, a wrong type, two columns of one name, or no column.
     """
     path = _find(name_or_path)
-    suite = build(Suite, parse_yaml(path.read_text(encoding="utf-8"), source=str(path)), source=str(path))
+    suite = validate(Suite, parse_yaml(path.read_text(encoding="utf-8"), source=str(path)), source=str(path))
     _check(suite.columns, source=str(path))
-    columns = tuple(replace(column, folder=_locate(column.folder, beside=path)) for column in suite.columns)
-    return replace(suite, columns=columns)
+    columns = [column.model_copy(update={"folder": _locate(column.folder, beside=path)}) for column in suite.columns]
+    return suite.model_copy(update={"columns": tuple(columns)})
 
 
 def _find(name_or_path: str | Path) -> Path:
@@ -97,13 +107,3 @@ def _check(columns: Sequence[Column], *, source: str) -> None:
             raise UserError(
                 f"the column name '{name}' is taken", where=source, fix="Give each column a name of its own"
             )
-    for column in columns:
-        if column.shots is not None and column.shots < 0:
-            raise UserError(f"'{column.name}' has {column.shots} shots", where=source, fix="Use 0 or more, or null")
-        for key in (column.metric, *column.also):
-            if key.count(",") != 1:
-                raise UserError(
-                    f"the metric '{key}' of '{column.name}' names no filter",
-                    where=source,
-                    fix="Write it as lm-eval does, `metric,filter`, for example `acc,none`",
-                )

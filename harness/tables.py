@@ -10,9 +10,10 @@ import numpy as np
 
 from ctpd.core.config import nearest
 from ctpd.core.errors import UserError
-from harness.comparability import Record, check_comparable
+from harness.comparability import check_comparable
 from harness.footnotes import footnotes
 from harness.published import load_published
+from harness.record import ColumnResult, Record
 from harness.sheet import Cell, Row, Table, TableSpec
 from harness.statistics import (
     Floats,
@@ -52,12 +53,12 @@ def build_tables(
         raise UserError("there are no records to make tables of", fix="Run the recipe first: `ctpd run RECIPE`")
     check_comparable(records)
     if columns is None:
-        columns = tuple({name: None for record in records for name in record["evaluation"]})
+        columns = tuple({name: None for record in records for name in record.evaluation})
     if seeds is None:
-        seeds = sorted({record["seed"] for record in records} - {None})
+        seeds = sorted({record.seed for record in records if record.seed is not None})
     runs: dict[str, dict[int | None, Record]] = {}
     for record in records:
-        runs.setdefault(record["run"], {})[record["seed"]] = record
+        runs.setdefault(record.run, {})[record.seed] = record
     return [build_table(runs, spec, columns=tuple(columns), seeds=tuple(seeds)) for spec in specs]
 
 
@@ -66,33 +67,36 @@ def build_table(runs: Runs, spec: TableSpec, *, columns: tuple[str, ...], seeds:
     names = [run for _, run in spec.rows]
     for run in (*spec.unranked, *([spec.base] if spec.base is not None else [])):
         if run not in names:
-            raise UserError(f"the run '{run}' is no row.{nearest(run, names)}", where=f"table '{spec.name}'",
-                            fix=f"Name one of its rows: {', '.join(names)}")  # fmt: skip
+            raise UserError(
+                f"the run '{run}' is no row.{nearest(run, names)}",
+                where=f"table '{spec.name}'",
+                fix=f"Name one of its rows: {', '.join(names)}",
+            )
     rows = [_row(label, run, runs.get(run, {}), columns=columns, seeds=seeds) for label, run in spec.rows]
     rows = _with_differences(_with_ranks(rows, spec.unranked), runs, spec.base, columns)
     published = load_published(spec.published) if spec.published is not None else None
     shown = [record for run in names for record in runs.get(run, {}).values()]
-    results = {
-        name: next((record["evaluation"][name] for record in shown if name in record["evaluation"]), None)
-        for name in columns
-    }
+    results = _one_result_each(shown, columns)
     return Table(
         spec=spec,
         columns=columns,
         rows=tuple(rows),
-        partial=tuple(name for name, result in results.items() if result and result["num_docs"] < result["num_total"]),
+        partial=tuple(name for name, one in results.items() if one.protocol.num_docs < one.protocol.num_total),
         footnotes=tuple(footnotes(spec, rows, shown, results)),
         published=published,
     )
 
 
+def _one_result_each(records: Sequence[Record], columns: Sequence[str]) -> dict[str, ColumnResult]:
+    """A result of each column that some record has; comparable ones differ in their scores alone."""
+    found = ((name, [record.evaluation[name] for record in records if name in record.evaluation]) for name in columns)
+    return {name: results[0] for name, results in found if results}
+
+
 def _row(
     label: str, run: str, records: Mapping[int | None, Record], *, columns: tuple[str, ...], seeds: tuple[int, ...]
 ) -> Row:
-    per_column = [
-        [record["evaluation"][name]["value"] for record in records.values() if name in record["evaluation"]]
-        for name in columns
-    ]
+    per_column = [list(_values(records, name).values()) for name in columns]
     complete = list(_averages(records, columns).values())
     measured = tuple(sorted(records, key=lambda seed: (seed is not None, seed)))
     seedless = None in records
@@ -173,11 +177,18 @@ def _seed_difference(
 
 def _averages(records: Mapping[int | None, Record], columns: tuple[str, ...]) -> dict[int | None, float]:
     """The Average of every seed that has all columns."""
+    values = [_values(records, name) for name in columns]
     return {
-        seed: float(np.mean([record["evaluation"][name]["value"] for name in columns]))
-        for seed, record in records.items()
-        if all(name in record["evaluation"] for name in columns)
+        seed: float(np.mean([of_column[seed] for of_column in values]))
+        for seed in records
+        if all(seed in of_column for of_column in values)
     }
+
+
+def _values(records: Mapping[int | None, Record], column: str) -> dict[int | None, float]:
+    """The score of every seed that has one in a column; one that is not finite counts as none."""
+    found = {seed: record.evaluation[column] for seed, record in records.items() if column in record.evaluation}
+    return {seed: result.value for seed, result in found.items() if result.value is not None}
 
 
 def _mcnemar(system: Mapping[int | None, Floats], base: Mapping[int | None, Floats]) -> dict[int | None, McNemar]:
@@ -209,9 +220,8 @@ def _corrected(
 def _scores(records: Mapping[int | None, Record], column: str) -> dict[int | None, Floats]:
     """Per-document scores [D] of one column by seed, for the seeds that have it."""
     return {
-        seed: np.array([score for _, score in record["evaluation"][column]["documents"]], dtype=np.float64)
-        for seed, record in records.items()
-        if column in record["evaluation"]
+        seed: np.array([document.score for document in records[seed].evaluation[column].documents], dtype=np.float64)
+        for seed in _values(records, column)
     }
 
 

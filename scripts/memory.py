@@ -1,4 +1,4 @@
-"""Memory of a training or a sweep, from a model's shape: the table of docs/scale.md (`python scripts/memory.py`).
+"""Memory of a training or a scoring pass, from a model's shape: the table of docs/scale.md (`python scripts/memory.py`).
 
 Only arithmetic: what the formulas leave out is in docs/scale.md. Weights in training are float32, under autocast to
 bfloat16. All sizes are bytes for one GPU until they are printed; 1 GiB is 2**30 bytes.
@@ -123,7 +123,7 @@ def tile_bytes(available: float) -> float:
     return min(max(available / 128, 64 * 2**20), GIB) * (1 + BFLOAT16 / FLOAT32)
 
 
-def sweep_bytes(shape: Shape, *, tokens: int = 32768) -> dict[str, float]:
+def scoring_bytes(shape: Shape, *, tokens: int = 32768) -> dict[str, float]:
     """The parts of a signal's peak: a frozen model in bfloat16, and what one layer has at once."""
     layer = tokens * BFLOAT16 * (4 * shape.hidden + 3 * shape.intermediate + 2 * shape.kv_width)
     return {"weights": BFLOAT16 * shape.weights, "activations": layer, "head": 0}
@@ -168,7 +168,7 @@ def table() -> Iterator[str]:
         available = float(gpus.split()[2]) * 1e9
         for what, name, training in cases:
             tokens = 32768 if training is None else training.tokens
-            parts = sweep_bytes(SHAPES[name]) if training is None else training_bytes(SHAPES[name], training)
+            parts = scoring_bytes(SHAPES[name]) if training is None else training_bytes(SHAPES[name], training)
             parts["head"] += tile_bytes(available)
             total = math.fsum(parts.values())
             cells = [_gib(parts.get(part, 0)) for part in PARTS]

@@ -14,9 +14,10 @@ from ctpd.cli.options import prepare
 
 if TYPE_CHECKING:
     from ctpd.app import Experiment
-    from ctpd.core.recipe import LaunchSpec
     from ctpd.core.store import Store
-    from ctpd.pipeline.graph import PlanLine, Stage
+    from ctpd.pipeline.graph import PlanLine
+    from ctpd.pipeline.stage import Stage
+    from ctpd.recipe import LaunchSpec
 
 RUNNING = (
     "store",
@@ -80,6 +81,7 @@ def execute(targets: "Sequence[Stage]", store: "Store", launch: "LaunchSpec", fl
     """
     from ctpd.cli.launch import helpers, processes_to_start, run_launched
     from ctpd.core.processes import processes
+    from ctpd.pipeline.build import build_missing
     from ctpd.pipeline.graph import Graph
     from ctpd.pipeline.progress import Progress
     from ctpd.pipeline.runtime import Runtime
@@ -102,7 +104,7 @@ def execute(targets: "Sequence[Stage]", store: "Store", launch: "LaunchSpec", fl
             beside = helpers(argv, jobs=flags.jobs, device=device, quiet=flags.quiet)
     runtime = Runtime.of(launch, device=device, report_to=flags.report_to)
     with beside:
-        built = graph.run(store, runtime=runtime, progress=Progress(quiet=flags.quiet), rebuild=rebuild)
+        built = build_missing(graph, store, runtime=runtime, progress=Progress(quiet=flags.quiet), rebuild=rebuild)
     processes().destroy_process_group()
     if not flags.quiet and processes().is_main:
         left = len(graph.stages) - built

@@ -132,7 +132,7 @@ def _weight_keys(recipe: str, store: "Store", *, only: tuple[str, ...], seed: tu
     """Key of a weights artifact -> the runs that use it; runs whose weights are not built yet are named on stderr."""
     from ctpd.core.errors import UserError
     from ctpd.core.printing import printable
-    from ctpd.core.recipe import shipped_recipes
+    from ctpd.recipe import shipped_recipes
 
     if recipe not in shipped_recipes() and not Path(recipe).is_file():
         try:
@@ -148,9 +148,7 @@ def _weight_keys(recipe: str, store: "Store", *, only: tuple[str, ...], seed: tu
         return {artifact.key: [f"weights/{artifact.key[:12]}"]}
     from ctpd.app import Experiment
 
-    stages = [
-        (run.title, run.weights) for run in Experiment(recipe, only=only, seeds=seed).runs if run.weights is not None
-    ]
+    stages = list(Experiment(recipe, only=only, seeds=seed).weights.items())
     keys: dict[str, list[str]] = {}
     missing = []
     for title, stage in stages:

@@ -18,7 +18,7 @@ import click
 from ctpd.cli.options import visible_gpu
 from ctpd.core.errors import CtpdError, UserError
 from ctpd.core.processes import ProcessLost, processes
-from ctpd.core.recipe import LaunchSpec
+from ctpd.recipe import LaunchSpec
 
 ERRORS = "CTPD_ERRORS"  # environment variable in the processes of our launch: the folder to which they write errors
 HELPER = "CTPD_HELPER"  # environment variable in the helpers of `--jobs`

@@ -2,7 +2,7 @@
 
 import json
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,8 +16,9 @@ from ctpd.core.printing import printable
 if TYPE_CHECKING:
     from ctpd.app import Experiment
     from ctpd.core.store import Store
-    from ctpd.pipeline.graph import Stage
     from ctpd.pipeline.runs import PlannedRun
+    from ctpd.pipeline.stage import Stage
+    from harness.record import ColumnResult
 
 _OF_A_MODEL = ("suite", "data_root", "precision", "batch_size", "chat_template")  # options of `eval --model` alone
 
@@ -137,11 +138,17 @@ def compare(recipe: str, *, formats: tuple[str, ...], to: Path | None, **values:
 
 
 @click.command()
+@click.option("--schema", is_flag=True, help="Print the JSON Schema of a recipe, for editors.")
 @execution("json")
-def recipes(*, as_json: bool) -> None:
+def recipes(*, schema: bool, as_json: bool) -> None:
     """List the shipped recipes."""
-    from ctpd.core.recipe import load_recipe, shipped_recipes
+    from ctpd.recipe import load_recipe, shipped_recipes
 
+    if schema:
+        from ctpd.recipe.schema import schema_file
+
+        click.echo(schema_file().read_text(encoding="utf-8"), nl=False)
+        return
     found = {name: load_recipe(name).about for name in shipped_recipes()}
     if as_json:
         click.echo(json.dumps(found))
@@ -175,8 +182,9 @@ def _print_tables(
     to: Path | None = None,
 ) -> None:
     """Write every table and the report, print all tables or the main one; with ``to`` write the records too."""
-    from ctpd import app, comparison
-    from harness.formats import FORMATS, frame
+    from ctpd import app
+    from harness import comparison
+    from harness.formats import FORMATS, json_rows
 
     records = app.read_records(experiment, store)
     for package, versions in comparison.differing_versions(records).items():
@@ -187,14 +195,17 @@ def _print_tables(
     folder = (store.root / "tables" if to is None else to) / experiment.recipe.name
     written = comparison.write_tables(made, folder)
     report = comparison.write_report(experiment.recipe, made, records, folder)
+    if not first_only:  # `run` leaves them to `compare`: they take longer than everything else that it prints
+        comparison.write_figures(made, records, folder)
     if to is not None:
         comparison.write_records(records, folder / "records")
     if as_json:
-        click.echo(json.dumps({t.spec.name: frame(t).to_dict(orient="records") for t in made}, default=float))
+        click.echo(json.dumps({table.spec.name: json_rows(table) for table in made}, allow_nan=False))
         return
     for kind in formats:
         click.echo("\n\n".join(FORMATS[kind](table) for table in (made[:1] if first_only else made)))
-    click.echo(f"\nWritten to {folder}: {', '.join(path.name for path in written)}\nReport: {report}")
+    names = [path.name for path in written] + ([] if first_only else [f"{comparison.FIGURES}/"])
+    click.echo(f"\nWritten to {folder}: {', '.join(names)}\nReport: {report}")
 
 
 def _building(experiment: "Experiment", lost: "PlannedRun", store: "Store") -> str:
@@ -205,15 +216,16 @@ def _building(experiment: "Experiment", lost: "PlannedRun", store: "Store") -> s
     return command(*words, store=store.root)
 
 
-def _print_scores(named: "dict[str, dict[str, Stage]]", store: "Store", *, as_json: bool) -> None:
-    from ctpd.app import RESULT
+def _print_scores(named: "Mapping[str, Mapping[str, Stage]]", store: "Store", *, as_json: bool) -> None:
+    from ctpd.pipeline.stages.evaluate import read_result
 
     scores = {
-        title: {name: json.loads((store.path(s.kind, s.key) / RESULT).read_text()) for name, s in columns.items()}
+        title: {name: read_result(store.path(s.kind, s.key)) for name, s in columns.items()}
         for title, columns in named.items()
     }
     if as_json:
-        click.echo(json.dumps({t: {n: r["value"] for n, r in columns.items()} for t, columns in scores.items()}))
+        values = {title: {name: one.value for name, one in columns.items()} for title, columns in scores.items()}
+        click.echo(json.dumps(values, allow_nan=False))
         return
     from ctpd.cli.terminal import rendered, table
 
@@ -226,20 +238,20 @@ def _print_scores(named: "dict[str, dict[str, Stage]]", store: "Store", *, as_js
     click.echo(rendered(table(heads, rows, right=(2, 3, 4))))
 
 
-def _score(result: dict[str, Any]) -> tuple[str, str, str]:
+def _score(result: "ColumnResult") -> tuple[str, str, str]:
     """Score and standard error in percent, and the documents that they come from."""
-    error = "-" if result["stderr"] is None else f"{100 * result['stderr']:.2f}"
-    documents = f"{result['num_docs']:,}"
-    if result["limit"] is not None:
-        documents += f" of {result['num_total']:,} (partial)"
-    return f"{100 * result['value']:.2f}", error, documents
+    error = "-" if result.stderr is None else f"{100 * result.stderr:.2f}"
+    documents = f"{result.protocol.num_docs:,}"
+    if result.limit is not None:
+        documents += f" of {result.protocol.num_total:,} (partial)"
+    return "not finite" if result.value is None else f"{100 * result.value:.2f}", error, documents
 
 
 def _evaluate_model(model: str, protocol: dict[str, Any], flags: Flags) -> None:
     from ctpd.app import evaluation_stage
-    from ctpd.core.recipe import EvaluationSpec, LaunchSpec
     from ctpd.core.store import Store
-    from ctpd.pipeline.references import ModelRef, external_model
+    from ctpd.pipeline.references import Model, external_model
+    from ctpd.recipe import EvaluationSpec, LaunchSpec
     from harness.suites import load_suite
 
     name, _, revision = model.partition("@")
@@ -253,9 +265,7 @@ def _evaluate_model(model: str, protocol: dict[str, Any], flags: Flags) -> None:
         data_root=None if data_root is None else str(data_root),
     )
     stages = {
-        column.name: evaluation_stage(
-            ModelRef("model", root, root), column, spec, precision=protocol["precision"], title=name, world={}
-        )
+        column.name: evaluation_stage(Model(root, root), column, spec, precision=protocol["precision"], title=name)
         for column in load_suite(spec.suite).columns
     }
     store = Store(flags.store)

@@ -1,15 +1,21 @@
 """The recipe that `ctpd init` writes: complete, commented, with the paper's settings as a start."""
 
+import shlex
 from pathlib import Path
 
+import yaml
+
 from ctpd.core.errors import UserError
+from ctpd.recipe.schema import schema_file
 
 _TEMPLATE = """\
-# {teacher} teaches {student} with the pairs of {data}.
-#   ctpd run {file} --plan     # look at the stages first
-#   ctpd run {file}
+# yaml-language-server: $schema={schema}
+# The line above is for editors: they complete and check this file by the schema of the installed ctpd, which has no public address.
+# {title}
+#   {command} --plan     # look at the stages first
+#   {command}
 name: {name}
-about: "Preference distillation from {teacher} to {student}."
+about: {about}
 shared:
   teacher:
 {teacher_model}
@@ -24,7 +30,7 @@ shared:
     positive: {{learning_rate: 1e-6, beta: 0.1, epochs: 1, pairs_per_step: 16}}  # for TIS-DPO
     negative: {{learning_rate: 1e-6, beta: 0.1, epochs: 1, pairs_per_step: 16}}
   data:
-    train: {{path: "{data}"}}
+    train: {{path: {data}}}
     max_tokens: 512
     max_prompt_tokens: 256
     long_prompt: cut
@@ -32,7 +38,7 @@ shared:
   evaluation: {{suite: card, batch_size: 8}}  # offline: data_root, a folder that mirrors the hub
   precision: bfloat16
   seeds: [0]
-anchors: {{Teacher: teacher, Student: student}}
+untrained: {{Teacher: teacher, Student: student}}
 runs:
   DPO: {{method: dpo, tuned: {{learning_rate: 1e-6, beta: 0.1}}}}
   TIS-DPO: {{method: tis_dpo, tuned: {{learning_rate: 1e-6, beta: 0.1}}}}
@@ -57,19 +63,35 @@ def write_recipe(to: Path, *, teacher: str, student: str, data: Path) -> None:
         raise UserError(f"the file '{to}' exists already", fix="Give another name with --to")
     if not data.is_file():
         raise UserError(f"the data file '{data}' does not exist", fix="Correct --data")
+    if not to.parent.is_dir():
+        raise UserError(f"the folder '{to.parent}' does not exist", fix="Make it, or give another name with --to")
     text = _TEMPLATE.format(
-        name=to.stem,
-        file=to,
-        teacher=teacher,
-        student=student,
-        data=data,
+        schema=_schema(to),
+        title=" ".join(f"{teacher} teaches {student} with the pairs of {data}.".split()),
+        command=" ".join(shlex.join(["ctpd", "run", str(to)]).split()),
+        name=_quoted(to.stem),
+        about=_quoted(f"Preference distillation from {teacher} to {student}."),
+        data=_quoted(str(data)),
         teacher_model=_model(teacher),
         student_model=_model(student),
     )
     to.write_text(text, encoding="utf-8")
 
 
+def _quoted(text: str) -> str:
+    """A text as YAML's quoted form, whatever it holds: `2026` is no number then, and a colon no key."""
+    return yaml.safe_dump(text, default_style='"', allow_unicode=True, width=float("inf")).strip()
+
+
+def _schema(to: Path) -> str:
+    """The installed schema: relative to the recipe where it lies below it (an environment in the project), else as a URI."""
+    schema, folder = schema_file().resolve(), to.parent.resolve()
+    if schema.is_relative_to(folder) and " " not in str(schema):
+        return schema.relative_to(folder).as_posix()
+    return schema.as_uri()
+
+
 def _model(model: str) -> str:
-    name, _, revision = model.partition("@")
-    lines = [f'    model: "{name}"', *([f'    revision: "{revision}"'] if revision else [])]
+    name, _, revision = (model, "", "") if Path(model).expanduser().exists() else model.partition("@")
+    lines = [f"    model: {_quoted(name)}", *([f"    revision: {_quoted(revision)}"] if revision else [])]
     return "\n".join(lines)

@@ -1,5 +1,8 @@
 """The two families of errors: wrong input (exit code 2), and everything else that can be said in one paragraph (1)."""
 
+import difflib
+from collections.abc import Iterable
+
 
 class CtpdError(Exception):
     """Base of every error that the command line prints as one paragraph."""
@@ -23,6 +26,7 @@ class UserError(CtpdError, ValueError):
         if where is not None:
             parts.insert(0, f"{where}:")
         if fix is not None:
+            parts[-1] += "." if parts[-1].endswith("`") else ""
             parts.append(_sentence(fix))
         super().__init__(" ".join(parts))
         self.what, self.where, self.fix = what, where, fix
@@ -35,3 +39,9 @@ class DamagedArtifact(UserError):
 def _sentence(text: str) -> str:
     text = " ".join(text.split())
     return text if text.endswith((".", "!", "?", ":", "`")) else text + "."
+
+
+def nearest(name: str, options: Iterable[str]) -> str:
+    """Return ``" Did you mean 'x'?"`` for the option closest to ``name``, or an empty string."""
+    matches = difflib.get_close_matches(name, list(options), n=1, cutoff=0.5)
+    return f" Did you mean '{matches[0]}'?" if matches else ""

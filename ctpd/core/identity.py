@@ -7,6 +7,7 @@ read it: a test compares all defaults with a recorded list.
 import hashlib
 import json
 from collections.abc import Mapping
+from enum import Enum
 from typing import Any
 
 from pydantic import BaseModel
@@ -26,6 +27,8 @@ def identity(value: Any) -> Any:
         return {str(key): identity(item) for key, item in value.items()}
     if isinstance(value, tuple | list):
         return [identity(item) for item in value]
+    if isinstance(value, Enum):
+        return identity(value.value)
     if value is None or isinstance(value, bool | int | float | str):
         return value
     raise TypeError(f"{type(value).__name__} has no canonical JSON form")

@@ -1,7 +1,6 @@
 """What `ctpd inspect weights` measures: stored importance weights by side, position and span type."""
 
 import json
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,9 +10,11 @@ from safetensors.numpy import load_file
 
 from ctpd.core.errors import UserError
 from ctpd.core.store import MANIFEST, Store
-from ctpd.pipeline.builders import WEIGHTS, load_pairs
-from ctpd.pipeline.references import SUMMARY
+from ctpd.objectives.base import Weighting
+from ctpd.ops.weights import clamp_weights
 from ctpd.pipeline.rows import end_units, units_of
+from ctpd.pipeline.stages.pairs import read_prepared
+from ctpd.pipeline.stages.weights import WEIGHTS, WeightsConfig, read_summary
 from ctpd.text.mismatch import SPAN_TYPES, span_types
 from ctpd.text.prepare import PreparedPairs
 
@@ -39,33 +40,39 @@ def inspect_weights(store: Store, key: str) -> dict[str, Any]:
     """
     folder = store.open("weights", key)
     identity = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["identity"]
-    config, pairs_key = identity["config"], identity["inputs"]["pairs"]
+    config = WeightsConfig.model_validate_json(json.dumps(identity["config"]))
+    pairs_key = identity["pairs"].partition("/")[2]
     if not store.has("pairs", pairs_key):
         raise UserError(
             "the pairs that the weights were made from are not in the store",
             where=str(folder),
             fix="Run the recipe again, which makes them anew",
         )
-    prepared = load_pairs(store.open("pairs", pairs_key))
+    prepared = read_prepared(store.open("pairs", pairs_key))
     values = np.asarray(load_file(folder / WEIGHTS)["weights"], dtype=np.float64)
-    summary = json.loads((folder / SUMMARY).read_text(encoding="utf-8"))
-    _, unit_starts = units_of(prepared, "student", config["granularity"])
+    summary = read_summary(folder)
+    _, unit_starts = units_of(prepared, "student", config.granularity)
     inner = ~end_units(prepared, unit_starts)
     row = np.repeat(np.arange(unit_starts.size - 1), np.diff(unit_starts))
     position = _positions(row, inner, unit_starts)
-    low, high = _at_clamp(values, row % 2, config["weighting"])
+    low, high = _at_clamp(values, row % 2, config.weighting)
     table = _Table(values, row % 2, low, high)
     found: dict[str, Any] = {
         "key": key,
-        "settings": {**config["weighting"], "granularity": config["granularity"], "aggregate": config["aggregate"]},
+        "settings": {
+            "strategy": config.weighting.strategy,
+            **config.weighting.parameters.model_dump(),
+            "granularity": config.granularity,
+            "aggregate": config.aggregate,
+        },
         "units": int(inner.sum()),
-        "clamped_low": summary["clamped_low"],
-        "clamped_high": summary["clamped_high"],
-        "auroc": summary.get("auroc"),
+        "clamped_low": summary.clamped_low,
+        "clamped_high": summary.clamped_high,
+        "auroc": None if summary.auroc is None else summary.auroc.model_dump(),
         "sides": {side: table.distribution(inner & (row % 2 == i)) for i, side in enumerate(_SIDES)},
         "positions": [table.line(inner & (position == p)) for p in range(NUM_POSITIONS)],
     }
-    if config["granularity"] == "spans":
+    if config.granularity == "spans":
         types = _types_of(prepared)
         found["types"] = {name: table.line(inner & (types == i)) for i, name in enumerate(SPAN_TYPES)}
     return found
@@ -118,17 +125,17 @@ class _Table:
 
 
 def _at_clamp(
-    values: NDArray[np.float64], side: NDArray[np.int64], weighting: Mapping[str, Any]
+    values: NDArray[np.float64], side: NDArray[np.int64], weighting: Weighting
 ) -> tuple[NDArray[np.bool_] | None, NDArray[np.bool_] | None]:
-    """``[U]`` whether each weight is the one at the lower and at the upper clamp (METHOD 4)."""
-    mu, lower, upper = (float(weighting[name]) for name in ("mu", "lower", "upper"))
-    if weighting["strategy"] in _NOT_CLAMPED or mu == 0 or lower == upper:
+    """``[U]`` whether each weight is the one at the lower and at the upper clamp."""
+    ends = [clamp_weights(weighting.parameters, is_chosen=is_chosen) for is_chosen in (True, False)]
+    if weighting.strategy in _NOT_CLAMPED or any(low == high for low, high in ends):
         return None, None
-    low, high = (
-        np.isclose(values, weighting["k"] * np.exp(mu * (1 - 2 * side) * bound), rtol=1e-6, atol=0)
-        for bound in (lower, upper)
+    at_low, at_high = np.array(ends).T
+    return (
+        np.isclose(values, at_low[side], rtol=1e-6, atol=0),
+        np.isclose(values, at_high[side], rtol=1e-6, atol=0),
     )
-    return low, high
 
 
 def _types_of(prepared: PreparedPairs) -> NDArray[np.int64]:

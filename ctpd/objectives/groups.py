@@ -1,4 +1,4 @@
-"""Tokens of two models grouped by what they spell: which tokens of the one belong to which of the other.
+"""Tokens of two models grouped by the text that they spell.
 
 Shape legend: N scored tokens of one model, K those of them that are in a group, G groups of a batch.
 """
@@ -13,7 +13,7 @@ from ctpd.objectives.distillation import Tokens
 
 
 class Grouped(NamedTuple):
-    """The tokens of one model that are in a group, in order, by their place among all; and the group of each."""
+    """The tokens of one model that are in a group, in order: the index of each among the N, and its group."""
 
     token: Int[Tensor, " K"]
     group: Int[Tensor, " K"]
@@ -31,7 +31,7 @@ def shared_groups(
         skip_last: the last token of each response is in no group, on either side.
     """
     sides = (student, teacher)
-    units = [tokens.place if by_position else tokens.unit.long() for tokens in sides]
+    units = [tokens.index if by_position else tokens.unit.long() for tokens in sides]
     width = 1 + max(int(unit.max()) for unit in units)
     num_keys = width * (1 + int(student.row.max()))
     kept = [~tokens.is_last if skip_last else torch.ones_like(tokens.row, dtype=torch.bool) for tokens in sides]

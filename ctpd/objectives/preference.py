@@ -3,51 +3,65 @@
 Shape legend: R = 2B rows (B chosen, then B rejected), U units.
 """
 
-from dataclasses import dataclass
-from typing import final
+from typing import Annotated, final
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
+from pydantic import Field, field_validator, model_validator
 from torch import Tensor
 
-from ctpd.core.errors import UserError
-from ctpd.objectives.base import BOTH_SIDES, Anchor, Granularity, Layout, PairObjective, Sums, Units, Weighting
+from ctpd.core.config import Config
+from ctpd.core.roles import Role
+from ctpd.objectives.base import BOTH_SIDES, Granularity, Layout, PairObjective, Sums, Units, Weighting
 from ctpd.ops.spans import Aggregate
-from ctpd.ops.weights import find_strategy
+from ctpd.ops.weights import WeightParameters, find_strategy
 
 
-@dataclass(frozen=True, kw_only=True)
-class PreferenceParams:
-    """A cell of the table; the defaults are CTPD.
+class MarginParams(Config):
+    """What every preference objective has."""
 
-    Args:
-        granularity, aggregate, end_span: what a unit is (``Layout``).
-        weights: a strategy of METHOD 4; `k`, `mu`, `lower`, `upper` and `round_decimals` are its parameters.
-        reference: whose SFT model is the reference.
-        beta: the factor of the margin.
-    """
+    beta: Annotated[float, Field(gt=0)] = 0.1
+    """Factor of the margin inside the sigmoid: the strength of the pull to the reference."""
+
+
+class PreferenceParams(WeightParameters, MarginParams):
+    """A cell of the table; the defaults are CTPD."""
 
     granularity: Granularity = "spans"
+    """What a unit is: an aligned span, or a token of the student."""
     weights: str = "teacher"
-    reference: Anchor = "teacher"
-    beta: float = 0.1
+    """A weight strategy; `k`, `mu`, `lower`, `upper` and `round_decimals` are its parameters."""
+    reference: Role = "teacher"
+    """Whose SFT model is the reference."""
     aggregate: Aggregate = "sum"
+    """How the log-probabilities of a unit's tokens become the unit's."""
     end_span: bool = True
-    k: float = 1.0
-    mu: float = 1.0
-    lower: float = -0.5
-    upper: float = 1.5
-    round_decimals: int | None = None
+    """Whether the end of turn is counted."""
+
+    @model_validator(mode="after")
+    def _exist_for_units(self) -> "PreferenceParams":
+        if self.granularity == "tokens":
+            needs = find_strategy(self.weights).needs
+            teachers = [f"weights: {self.weights}"] if any(need.role == "teacher" for need in needs) else []
+            teachers += ["reference: teacher"] if self.reference == "teacher" else []
+            if teachers:
+                raise ValueError(
+                    f"`granularity: tokens` cannot go with `{'` and `'.join(teachers)}`: the teacher has no "
+                    "log-probabilities of the student's tokens. Use `granularity: spans`, or the student's weights and "
+                    "reference."
+                )
+        return self
+
+    @field_validator("weights")
+    @classmethod
+    def _known(cls, name: str) -> str:
+        return find_strategy(name).name
 
 
 @final
 class Preference(PairObjective):
-    """``-log sigmoid(beta (r_w - r_l))`` with ``r = sum_i w_i (logp_S(p_i) - logp_ref(p_i))``, summed over pairs.
-
-    Raises:
-        UserError: an unknown strategy, or the teacher's signals on units that only the student has.
-    """
+    """``-log sigmoid(beta (r_w - r_l))`` with ``r = sum_i w_i (logp_S(p_i) - logp_ref(p_i))``, summed over pairs."""
 
     params_type = PreferenceParams
     counts = "pairs"
@@ -55,22 +69,14 @@ class Preference(PairObjective):
 
     def __init__(self, params: PreferenceParams) -> None:
         super().__init__()
-        _check(params)
         self.params = params
         # Uniform weights are no weights: nothing has to be computed, stored or loaded for them.
-        weighting = Weighting(
-            strategy=params.weights,
-            k=params.k,
-            mu=params.mu,
-            lower=params.lower,
-            upper=params.upper,
-            round_decimals=params.round_decimals,
-        )
+        weighting = Weighting(strategy=params.weights, parameters=WeightParameters.of(params))
         self.layout = Layout(
             granularity=params.granularity,
             aggregate=params.aggregate,
             end_span=params.end_span,
-            reference=params.reference,
+            reference="teacher" if params.reference == "teacher" else "initial",
             weighting=None if params.weights == "uniform" else weighting,
         )
 
@@ -108,18 +114,3 @@ def preference_sums(units: Units, *, beta: float) -> Sums:
 
 def _masked_sums(values_RU: Float[Tensor, "R U"], units: Units) -> Float[Tensor, " R"]:
     return values_RU.masked_fill(~units.mask, 0.0).sum(1)
-
-
-def _check(params: PreferenceParams) -> None:
-    needs = find_strategy(params.weights).needs
-    if params.granularity == "tokens":
-        teachers = [f"weights: {params.weights}"] if any(need.of_teacher for need in needs) else []
-        teachers += ["reference: teacher"] if params.reference == "teacher" else []
-        if teachers:
-            raise UserError(
-                f"`granularity: tokens` cannot go with `{'` and `'.join(teachers)}`: "
-                "the teacher has no log-probabilities of the student's tokens",
-                fix="Use `granularity: spans`, or the student's weights and reference",
-            )
-    if params.beta <= 0:
-        raise UserError(f"`beta: {params.beta}` is not above 0")

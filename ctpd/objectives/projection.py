@@ -1,7 +1,7 @@
-"""A sparse matrix from one vocabulary to another, made of the spellings of both alone.
+"""A sparse matrix from one vocabulary to another, computed from the spellings of their tokens.
 
 NeMo-RL's tools build theirs from tokenizers, embeddings and a Sinkhorn normalisation; the rules here are those of its
-multi-token step, with a greedy segmentation in place of the teacher's tokenizer.
+multi-token step, with a greedy segmentation instead of the teacher's tokenizer.
 
 Shape legend: V the student's vocabulary, K pieces of a token at most, C shared tokens.
 """
@@ -37,7 +37,7 @@ def projection(student: ModelFacts, teacher: ModelFacts) -> tuple[Int[Tensor, "V
         found = _similar(token, specials) if index in student.special_ids else _pieces(_plain(token), ids)
         pieces[index, : len(found)] = torch.tensor(found, dtype=torch.long)
         if found:
-            decay = torch.tensor([_DECAY**place for place in range(len(found))])
+            decay = torch.tensor([_DECAY**index for index in range(len(found))])
             weights[index, : len(found)] = decay / decay.sum()
     return pieces, weights
 

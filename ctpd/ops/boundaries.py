@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from ctpd.ops.rows import LogitRows
+from ctpd.ops.logit_rows import LogitRows
 
 # Space, newline and tab as byte-level tokenizers spell them, as SentencePiece does, and as they are.
 _STARTS = ("Ġ", "Ċ", "ĉ", "▁", "<0x20>", "<0x0A>", "<0x09>", " ", "\n", "\t")

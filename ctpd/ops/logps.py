@@ -1,14 +1,14 @@
 """Log-probabilities of given tokens without the logits of a whole batch.
 
 The output embedding is applied tile by tile: some rows against some of the vocabulary. A tile is float32 (float64 for
-float64 inputs), is worked on in place, and the next one overwrites it: the extra memory is one tile, and its rounded copy
-with 16-bit inputs, whatever the number of rows and the vocabulary. A row's sum over the vocabulary is carried from tile to tile, scaled to the largest logit so
-far. What is saved for the backward pass depends on what has a gradient:
+float64 inputs), is changed in place, and the next one overwrites it. The extra memory is one tile, and its rounded copy
+with 16-bit inputs, whatever the number of rows and the vocabulary. A row's sum of exponentials is accumulated over its
+tiles, scaled to the largest logit so far. What is saved for the backward pass depends on what has a gradient:
 
 - the embedding is trained: one number per row; the backward pass computes each tile again;
-- the embedding is frozen: the gradient of every log-probability with respect to its hidden state, formed in the
-  forward pass while the tiles are there. The loss is a function of the log-probabilities, so the incoming gradient only
-  scales it, and the backward pass needs no tile at all;
+- the embedding is frozen: the gradient of every log-probability with respect to its hidden state, computed in the
+  forward pass while the tiles are in memory. The loss is a function of the log-probabilities, so the incoming gradient
+  only scales it, and the backward pass needs no tile at all;
 - nothing has a gradient: nothing.
 
 Shape legend: N rows (predicting positions), H hidden size, V vocabulary, R rows and C columns of one tile.
@@ -24,14 +24,14 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
-_CACHED = 4 * 2**20  # bytes of a tile on a CPU: it stays in the cache between the operations on it
+_CACHED = 4 * 2**20  # bytes of a tile on a CPU: it stays in the CPU's cache between the operations on it
 _SMALLEST, _LARGEST = 64 * 2**20, 2**30  # on a GPU, where few large operations are better than many small ones
 _ROWS = 1024  # of a tile that does not hold the whole vocabulary: enough for full speed of the products
 
 
 @functools.cache
 def tile_bytes_for(device: torch.device) -> int:
-    """The size of a tile on a device: the cache's on a CPU, a small part of the memory on a GPU."""
+    """The bytes of a tile on a device: what fits the cache of a CPU, or a small part of a GPU's memory."""
     if device.type != "cuda":
         return _CACHED
     return min(max(torch.cuda.get_device_properties(device).total_memory // 128, _SMALLEST), _LARGEST)
@@ -41,6 +41,27 @@ class _Tile(NamedTuple):
     rows: slice
     columns: slice
     is_last: bool  # of its rows
+
+
+class LogitTransform(NamedTuple):
+    """What a model does to its logits after the output embedding: ``z -> softcap * tanh(scale * z / softcap)``.
+
+    Attributes:
+        scale: factor of the logits (Cohere, Granite).
+        softcap: bound of the logits (Gemma 2); None for none.
+    """
+
+    scale: float = 1.0
+    softcap: float | None = None
+
+    def __call__(self, logits_RV: Float[Tensor, "R V"]) -> Float[Tensor, "R V"]:
+        """The transformed logits, a new tensor unless there is nothing to do."""
+        if self.scale != 1.0:
+            logits_RV = logits_RV * self.scale
+        return logits_RV if self.softcap is None else self.softcap * torch.tanh(logits_RV / self.softcap)
+
+
+NO_TRANSFORM = LogitTransform()
 
 
 class _Head(NamedTuple):
@@ -69,13 +90,12 @@ def token_logps(
     targets_N: Int[Tensor, " N"],
     *,
     bias_V: Float[Tensor, " V"] | None = None,
-    softcap: float | None = None,
-    scale: float = 1.0,
+    transform: LogitTransform = NO_TRANSFORM,
     tile_bytes: int | None = None,
 ) -> Float[Tensor, " N"]:
-    """Log-softmax of ``softcap(scale * (hidden @ weight.T + bias))`` at the target of each row, in nats.
+    """Log-softmax of ``transform(hidden @ weight.T + bias)`` at the target of each row, in nats.
 
-    ``softcap(z)`` is ``softcap * tanh(z / softcap)``. Exact values and gradients for hidden states, weight and bias;
+    Exact values and gradients for hidden states, weight and bias;
     the result is float32, or float64 for float64 inputs. With 16-bit inputs, or under autocast, the matrix products
     are 16-bit, as the model's own logits are; all sums over the vocabulary and over tiles are float32.
     Differentiable once. Leave out rows that are not scored (prompt, padding): every row costs a product with V.
@@ -84,7 +104,7 @@ def token_logps(
         tile_bytes: the size of a tile; None for the device's own, `tile_bytes_for`.
     """
     size = tile_bytes_for(hidden_NH.device) if tile_bytes is None else tile_bytes
-    head = _Head(softcap, scale, *_dtypes(hidden_NH, weight_VH), size)
+    head = _Head(transform.softcap, transform.scale, *_dtypes(hidden_NH, weight_VH), size)
     needs_grad = [t is not None and t.requires_grad for t in (hidden_NH, weight_VH, bias_V)]
     logps_N: Tensor
     if not (torch.is_grad_enabled() and any(needs_grad)):
@@ -101,8 +121,7 @@ def token_logps_module(
     head: Callable[[Tensor], Tensor],
     targets_N: Int[Tensor, " N"],
     *,
-    softcap: float | None = None,
-    scale: float = 1.0,
+    transform: LogitTransform = NO_TRANSFORM,
     tile_rows: int = 256,
 ) -> Float[Tensor, " N"]:
     """The same for an output embedding that is only known as a module: with an adapter, quantised, replaced.
@@ -113,9 +132,7 @@ def token_logps_module(
 
     def tile_logps(hidden_RH: Tensor, targets_R: Tensor) -> Tensor:
         logits_RV = head(hidden_RH)
-        logits_RV = logits_RV.to(torch.promote_types(logits_RV.dtype, torch.float32)) * scale
-        if softcap is not None:
-            logits_RV = softcap * torch.tanh(logits_RV / softcap)
+        logits_RV = transform(logits_RV.to(torch.promote_types(logits_RV.dtype, torch.float32)))
         return logits_RV.log_softmax(-1).gather(-1, targets_R.long().unsqueeze(-1)).squeeze(-1)
 
     tiles = list(zip(torch.split(hidden_NH, tile_rows), torch.split(targets_N, tile_rows), strict=True))
@@ -192,7 +209,7 @@ class _Targets(NamedTuple):
 
 
 class _Sums:
-    """What is carried of some rows from tile to tile. All sums are in units of exp(``largest``).
+    """What is accumulated of some rows over their tiles. All sums are in units of exp(``largest``).
 
     Attributes:
         target_R1, slope_R1: the target's logit, and d softcap(z) / dz there.
@@ -208,7 +225,7 @@ class _Sums:
         self.towards_RH = torch.zeros_like(hidden_RH, dtype=head.tile) if forms_gradient else None
 
     def add(self, tile_RC: Tensor, slopes_RC: Tensor | None, targets: _Targets, weight_CH: Tensor) -> None:
-        """Take in one tile; it is overwritten."""
+        """Add one tile; it is overwritten."""
         self.target_R1 = targets.taken(tile_RC, self.target_R1)
         largest_R1 = torch.maximum(self.largest_R1, tile_RC.amax(1, keepdim=True))
         tile_RC.sub_(largest_R1).exp_()
@@ -257,7 +274,7 @@ def _forward(
     forms_gradient: bool = False,
 ) -> _Forward:
     """Log-probabilities and log-sum-exp of each row, and d logp / d hidden where asked for."""
-    made = _Forward(
+    result = _Forward(
         torch.empty(len(hidden_NH), dtype=head.tile, device=hidden_NH.device),
         torch.empty(len(hidden_NH), dtype=head.tile, device=hidden_NH.device),
         torch.empty_like(hidden_NH, dtype=head.product) if forms_gradient else None,
@@ -272,14 +289,14 @@ def _forward(
             tile_RC, slopes_RC = weights.logits(left_NH[rows], columns, head=head)
             sums.add(tile_RC, slopes_RC, _Targets.of(targets_N[rows], columns), weights.weight_VH[columns])
             if is_last:
-                made.log_sums[rows] = sums.log_sum_R1.squeeze(1)
-                made.logps[rows] = sums.target_R1.squeeze(1) - made.log_sums[rows]
-                if made.gradients_NH is not None:
-                    made.gradients_NH[rows] = sums.gradient(weights.weight_VH[targets_N[rows]], head=head).to(
+                result.log_sums[rows] = sums.log_sum_R1.squeeze(1)
+                result.logps[rows] = sums.target_R1.squeeze(1) - result.log_sums[rows]
+                if result.gradients_NH is not None:
+                    result.gradients_NH[rows] = sums.gradient(weights.weight_VH[targets_N[rows]], head=head).to(
                         head.product
                     )
                 sums = None
-    return made
+    return result
 
 
 class _FrozenHead(torch.autograd.Function):
@@ -289,10 +306,10 @@ class _FrozenHead(torch.autograd.Function):
     def forward(
         ctx: Any, hidden_NH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, targets_N: Tensor, head: _Head
     ) -> Tensor:
-        made = _forward(hidden_NH, weight_VH, bias_V, targets_N, head=head, forms_gradient=True)
-        ctx.save_for_backward(made.gradients_NH)
+        result = _forward(hidden_NH, weight_VH, bias_V, targets_N, head=head, forms_gradient=True)
+        ctx.save_for_backward(result.gradients_NH)
         ctx.hidden_dtype = hidden_NH.dtype
-        return made.logps
+        return result.logps
 
     @staticmethod
     @once_differentiable
@@ -308,10 +325,10 @@ class _TrainedHead(torch.autograd.Function):
     def forward(
         ctx: Any, hidden_NH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, targets_N: Tensor, head: _Head
     ) -> Tensor:
-        made = _forward(hidden_NH, weight_VH, bias_V, targets_N, head=head)
-        ctx.save_for_backward(hidden_NH, weight_VH, bias_V, targets_N, made.log_sums)
+        result = _forward(hidden_NH, weight_VH, bias_V, targets_N, head=head)
+        ctx.save_for_backward(hidden_NH, weight_VH, bias_V, targets_N, result.log_sums)
         ctx.head = head
-        return made.logps
+        return result.logps
 
     @staticmethod
     @once_differentiable

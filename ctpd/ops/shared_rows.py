@@ -1,9 +1,9 @@
-"""Rows that begin alike, computed once: a pair's prompt is one stretch of a sequence that both responses continue.
+"""Pairs whose prompt is computed once: a sequence holds the prompt and, after it, both responses.
 
 Two rows `prompt + chosen` and `prompt + rejected` are packed into the sequence `[prompt, chosen, rejected]`. Everything
-in a decoder that treats positions one by one (embeddings, projections, norms, MLPs) sees each prompt token once. Only
-attention looks at several positions: the first row is the beginning of the sequence as it stands, the second one is put
-together for it, and neither needs a mask but the causal one.
+in a decoder that treats positions independently (embeddings, projections, norms, MLPs) processes each prompt token
+once. Only attention looks at several positions: there the first row is the beginning of the sequence as it is, the
+second row is gathered from it, and neither needs a mask but the causal one.
 
 Shape legend: P sequences, W packed tokens, R = 2 P rows (all first rows, then all second rows), T tokens of the longest
 row, U of the longest second row, N of the longest second row's own part, S of the longest common beginning, L of the
@@ -22,20 +22,20 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 MOST_OF_SEPARATE = 0.9
-"""Packing must leave at most this share of the positions: the taking apart costs something too."""
+"""Pairs are packed only if that leaves at most this share of the positions: splitting for attention costs time too."""
 
 
-class SharedRows(NamedTuple):
-    """Where the tokens of R rows stand in P packed sequences, and back. Places are indices into flattened arrays.
+class PackedLayout(NamedTuple):
+    """Maps between the tokens of R rows and those of P packed sequences. Indices are into flattened arrays.
 
     Attributes:
-        positions: position of each packed token in its row: what rotary embeddings are told.
-        unpack: packed place of each token of each row; padding points at a token that is there.
-        second: packed place of each token of the second rows, padding likewise.
-        is_own: which of these are the second row's alone.
-        own: packed place of each token that is the second row's alone, padding likewise.
-        is_common: which of the first S packed tokens both rows have.
-        tail: for the packed tokens from L on the place among those of ``second``; -1 for a token of the first row.
+        positions: position of each packed token in its row, for the rotary embeddings.
+        unpack: packed index of each token of each row; of padding, the index of some token of the sequence.
+        second: packed index of each token of the second rows, padding likewise.
+        is_own: which of these belong to the second row alone.
+        own: packed index of each token that belongs to the second row alone, padding likewise.
+        is_common: which of the first S packed tokens belong to both rows.
+        tail: for the packed tokens from L on, the index among those of ``second``; -1 for a token of the first row.
         own_tail: the same among those of ``own``.
     """
 
@@ -49,11 +49,17 @@ class SharedRows(NamedTuple):
     own_tail: Int[Tensor, "P W-L"]
 
 
-def share_rows(ids_RT: NDArray[np.int64], lengths_R: NDArray[np.int64]) -> tuple[NDArray[np.int64], SharedRows] | None:
-    """Pack the rows of pairs, padded on the right; None where it would save too little.
+def pack_pairs(
+    ids_RT: NDArray[np.int64], lengths_R: NDArray[np.int64]
+) -> tuple[NDArray[np.int64], PackedLayout] | None:
+    """Pack the rows of pairs, padded on the right; None where it would save too little (`MOST_OF_SEPARATE`).
+
+    Args:
+        ids_RT: the first rows of all pairs, then the second rows.
+        lengths_R: tokens of each row.
 
     Returns:
-        The packed ids [P, W] and where everything stands.
+        The packed ids [P, W] and their layout.
     """
     num_pairs, width = len(ids_RT) // 2, ids_RT.shape[1]
     first_P1, second_P1 = lengths_R[:num_pairs, None], lengths_R[num_pairs:, None]
@@ -76,9 +82,9 @@ def share_rows(ids_RT: NDArray[np.int64], lengths_R: NDArray[np.int64]) -> tuple
     own_column, row_P1 = column - first_P1, np.arange(num_pairs)[:, None]
     packed_ids, positions = np.zeros(num_pairs * packed, dtype=np.int64), np.zeros(num_pairs * packed, dtype=np.int64)
     for part in (slice(num_pairs, None), slice(num_pairs)):
-        place = unpack_RT[part][is_token_RT[part]]
-        packed_ids[place] = ids_RT[part][is_token_RT[part]]
-        positions[place] = np.broadcast_to(column_T, ids_RT[part].shape)[is_token_RT[part]]
+        index = unpack_RT[part][is_token_RT[part]]
+        packed_ids[index] = ids_RT[part][is_token_RT[part]]
+        positions[index] = np.broadcast_to(column_T, ids_RT[part].shape)[is_token_RT[part]]
     arrays = (
         positions.reshape(num_pairs, packed),
         unpack_RT,
@@ -89,112 +95,111 @@ def share_rows(ids_RT: NDArray[np.int64], lengths_R: NDArray[np.int64]) -> tuple
         np.where(is_second, row_P1 * longest + own_column + common_P1, -1),
         np.where(is_second, row_P1 * num_own + own_column, -1),
     )
-    shared = SharedRows(*(torch.from_numpy(np.ascontiguousarray(array)) for array in arrays))
-    return packed_ids.reshape(num_pairs, packed), shared
+    layout = PackedLayout(*(torch.from_numpy(np.ascontiguousarray(array)) for array in arrays))
+    return packed_ids.reshape(num_pairs, packed), layout
 
 
-def attend_apart(
+def packed_attention(
     attention: Callable[..., tuple[Tensor, Any]],
-    module: torch.nn.Module,
     query_PAWD: Float[Tensor, "P A W D"],
     key_PBWD: Float[Tensor, "P B W D"],
     value_PBWD: Float[Tensor, "P B W E"],
     *,
-    shared: SharedRows,
+    layout: PackedLayout,
     sliding_window: int | None = None,
     **options: Any,
 ) -> tuple[Float[Tensor, "P W A E"], None]:
     """Causal attention within each row of packed sequences, by a function in the form of `transformers`.
 
     Args:
-        attention: `(module, query, key, value, attention_mask, ...) -> (output [rows, T, A, E], weights)`; without a
-            mask it is causal.
-        sliding_window: a token sees so many tokens, itself included; None for all before it.
+        attention: `(query, key, value, attention_mask, ...) -> (output [rows, T, A, E], weights)`; without a mask it is
+            causal.
+        sliding_window: how many tokens a token attends to, itself included; None for all before it.
     """
     # A prompt token's result is the first row's. So the second row needs queries for its own tokens only, against all
-    # its keys; a mask then costs the causal half of them, which is worth it where they are fewer than half.
-    only_own = 2 * shared.own.shape[1] <= shared.second.shape[1]
-    keys, values = _split(key_PBWD, shared, only_own=False), _split(value_PBWD, shared, only_own=False)
-    queries = _split(query_PAWD, shared, only_own=only_own)
+    # its keys; with a mask, attention computes them all and not the causal half, which pays if they are fewer than half.
+    only_own = 2 * layout.own.shape[1] <= layout.second.shape[1]
+    keys, values = _split(key_PBWD, layout, only_own=False), _split(value_PBWD, layout, only_own=False)
+    queries = _split(query_PAWD, layout, only_own=only_own)
     outputs = []
     for query, key, value in zip(queries, keys, values, strict=True):
         mask: Tensor | None = None
         if query.shape[2] < key.shape[2]:
-            mask = _seen(shared, sliding_window)
+            mask = _seen(layout, sliding_window)
         elif sliding_window is not None and sliding_window < key.shape[2]:
             mask = _near(key.shape[2], sliding_window, key.device)
-        output, _ = attention(module, query, key, value, mask, sliding_window=sliding_window, **options)
+        output, _ = attention(query, key, value, mask, sliding_window=sliding_window, **options)
         outputs.append(output.flatten(2))
-    packed: Tensor = _Join.apply(*outputs, shared, only_own)
-    return packed.view(*shared.positions.shape, query_PAWD.shape[1], -1), None
+    packed: Tensor = _Merge.apply(*outputs, layout, only_own)
+    return packed.view(*layout.positions.shape, query_PAWD.shape[1], -1), None
 
 
-def _seen(shared: SharedRows, window: int | None) -> Tensor:
-    """[P, 1, N, U] which tokens of its row a second row's own token sees."""
-    query_PN1 = shared.positions.flatten()[shared.own].unsqueeze(2)
-    distance_PNU = query_PN1 - torch.arange(shared.second.shape[1], device=query_PN1.device)
+def _seen(layout: PackedLayout, window: int | None) -> Tensor:
+    """[P, 1, N, U] which tokens of its row a second row's own token attends to."""
+    query_PN1 = layout.positions.flatten()[layout.own].unsqueeze(2)
+    distance_PNU = query_PN1 - torch.arange(layout.second.shape[1], device=query_PN1.device)
     seen = distance_PNU >= 0
     return (seen if window is None else seen & (distance_PNU < window)).unsqueeze(1)
 
 
 @functools.lru_cache(maxsize=2)
 def _near(width: int, window: int, device: torch.device) -> Tensor:
-    """[1, 1, T, T] the tokens that a token sees through a sliding window: the same for all layers."""
+    """[1, 1, T, T] which tokens a token attends to with a sliding window: the same for all layers."""
     distance = torch.arange(width, device=device)
     distance = distance[:, None] - distance[None, :]
     return ((distance >= 0) & (distance < window))[None, None]
 
 
-def _split(states_PAWD: Tensor, shared: SharedRows, *, only_own: bool) -> tuple[Tensor, Tensor]:
-    """The states [P, A, T, D] of the first rows and [P, A, U, D] of the second, or [P, A, N, D] of what is theirs alone."""
+def _split(states_PAWD: Tensor, layout: PackedLayout, *, only_own: bool) -> tuple[Tensor, Tensor]:
+    """The states [P, A, T, D] of the first rows and [P, A, U, D] of the second, or [P, A, N, D] of their own tokens."""
     heads = states_PAWD.shape[1]
-    first, second = _Split.apply(states_PAWD.transpose(1, 2).flatten(2), shared, only_own)
+    first, second = _Split.apply(states_PAWD.transpose(1, 2).flatten(2), layout, only_own)
     return tuple(part.unflatten(2, (heads, -1)).transpose(1, 2) for part in (first, second))
 
 
-def _picked(values_KF: Tensor, place: Tensor) -> Tensor:
-    """The values at these places, zeros at -1."""
-    picked = values_KF.index_select(0, place.clamp(min=0).flatten()).view(*place.shape, -1)
-    return picked.mul_((place >= 0).unsqueeze(-1))
+def _picked(values_KF: Tensor, index: Tensor) -> Tensor:
+    """The values at these indices, zeros at -1."""
+    picked = values_KF.index_select(0, index.clamp(min=0).flatten()).view(*index.shape, -1)
+    return picked.mul_((index >= 0).unsqueeze(-1))
 
 
 class _Split(torch.autograd.Function):
-    """Packed tokens to those of first and second rows. The backward pass gathers: no place has more than two sources."""
+    """Packed tokens to those of first and second rows. The backward pass gathers: no token has more than two copies."""
 
     @staticmethod
-    def forward(ctx: Any, packed_PWF: Tensor, shared: SharedRows, only_own: bool) -> tuple[Tensor, Tensor]:
-        ctx.shared, ctx.only_own = shared, only_own
-        places = shared.own if only_own else shared.second
-        second = packed_PWF.flatten(0, 1).index_select(0, places.flatten()).view(*places.shape, -1)
-        # Behind a first row that is shorter than others stand tokens of the second; causal attention never sees them.
-        return packed_PWF[:, : shared.unpack.shape[1]], second
+    def forward(ctx: Any, packed_PWF: Tensor, layout: PackedLayout, only_own: bool) -> tuple[Tensor, Tensor]:
+        ctx.layout, ctx.only_own = layout, only_own
+        index = layout.own if only_own else layout.second
+        second = packed_PWF.flatten(0, 1).index_select(0, index.flatten()).view(*index.shape, -1)
+        # After a first row that is shorter than others come tokens of the second, which causal attention does not read.
+        return packed_PWF[:, : layout.unpack.shape[1]], second
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_PTF: Tensor, grad_second: Tensor) -> tuple[Tensor, None, None]:
-        shared: SharedRows = ctx.shared
-        num_pairs, width = shared.positions.shape
+        layout: PackedLayout = ctx.layout
+        num_pairs, width = layout.positions.shape
         grad = grad_PTF.new_zeros(num_pairs, width, grad_PTF.shape[2])
         grad[:, : grad_PTF.shape[1]] = grad_PTF
         if not ctx.only_own:
-            common_PS1 = shared.is_common.unsqueeze(2).to(grad.dtype)
+            common_PS1 = layout.is_common.unsqueeze(2).to(grad.dtype)
             longest = common_PS1.shape[1]
             grad[:, :longest].addcmul_(grad_second[:, :longest], common_PS1)
-        tail = shared.own_tail if ctx.only_own else shared.tail
+        tail = layout.own_tail if ctx.only_own else layout.tail
         grad[:, width - tail.shape[1] :] += _picked(grad_second.flatten(0, 1), tail)
         return grad, None, None
 
 
-class _Join(torch.autograd.Function):
-    """Results of first and second rows to packed ones; a shared token's is the first row's, which is the second's too."""
+class _Merge(torch.autograd.Function):
+    """Results of first and second rows to packed ones; a common token's is the first row's, which is the second's too."""
 
     @staticmethod
-    def forward(ctx: Any, first_PTF: Tensor, second: Tensor, shared: SharedRows, only_own: bool) -> Tensor:
-        ctx.shared, ctx.only_own = shared, only_own
-        num_pairs, width = shared.positions.shape
+    def forward(ctx: Any, first_PTF: Tensor, second: Tensor, layout: PackedLayout, only_own: bool) -> Tensor:
+        ctx.layout, ctx.only_own = layout, only_own
+        num_pairs, width = layout.positions.shape
         packed = first_PTF.new_zeros(num_pairs, width, first_PTF.shape[2])
         packed[:, : first_PTF.shape[1]] = first_PTF
-        tail = shared.own_tail if only_own else shared.tail
+        tail = layout.own_tail if only_own else layout.tail
         behind = packed[:, width - tail.shape[1] :]
         behind.mul_((tail < 0).unsqueeze(2)).add_(_picked(second.flatten(0, 1), tail))
         return packed
@@ -202,20 +207,20 @@ class _Join(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_PWF: Tensor) -> tuple[Tensor, Tensor, None, None]:
-        shared: SharedRows = ctx.shared
-        width, num_tail = grad_PWF.shape[1], shared.tail.shape[1]
-        first = grad_PWF[:, : shared.unpack.shape[1]].clone()
+        layout: PackedLayout = ctx.layout
+        width, num_tail = grad_PWF.shape[1], layout.tail.shape[1]
+        first = grad_PWF[:, : layout.unpack.shape[1]].clone()
         behind = first[:, width - num_tail :]
-        behind.mul_((shared.tail[:, : behind.shape[1]] < 0).unsqueeze(2))
-        places = shared.own if ctx.only_own else shared.second
-        second = grad_PWF.flatten(0, 1).index_select(0, places.flatten()).view(*places.shape, -1)
-        # Padding of `own` repeats a token, and its result is nobody's.
-        counts = _counts(shared.own) if ctx.only_own else shared.is_own
+        behind.mul_((layout.tail[:, : behind.shape[1]] < 0).unsqueeze(2))
+        index = layout.own if ctx.only_own else layout.second
+        second = grad_PWF.flatten(0, 1).index_select(0, index.flatten()).view(*index.shape, -1)
+        # Padding of `own` repeats a token; its result is not used, so it gets no gradient.
+        counts = _counts(layout.own) if ctx.only_own else layout.is_own
         return first, second.mul_(counts.unsqueeze(2)), None, None
 
 
 def _counts(own_PN: Tensor) -> Tensor:
-    """Which entries are no padding: padding repeats the last place of its row, and the first of equals counts."""
+    """Which entries are no padding: padding repeats the last index of its row, and the first of equal ones counts."""
     repeats = torch.zeros_like(own_PN, dtype=torch.bool)
     repeats[:, 1:] = own_PN[:, 1:] == own_PN[:, :-1]
     return ~repeats

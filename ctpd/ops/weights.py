@@ -7,31 +7,100 @@ Shape legend: R rows, U units of all rows one after another, `starts` is R + 1, 
 
 from collections.abc import Callable, Iterator, Mapping
 from enum import StrEnum
-from typing import NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
+from pydantic import Field, model_validator
 from torch import Tensor
 
-from ctpd.core.config import nearest
+from ctpd.core.config import Config, nearest
 from ctpd.core.errors import UserError
+from ctpd.core.roles import Role
+
+Phase = Literal["reference", "positive", "negative"]
 
 
 class Signal(StrEnum):
-    """What a strategy reads, per unit: log-probabilities under a frozen model, or the data's marks."""
+    """A frozen model whose log-probabilities of the responses' tokens a strategy or an objective reads.
 
-    TEACHER_POSITIVE = "teacher_positive"
-    TEACHER_NEGATIVE = "teacher_negative"
-    TEACHER_REFERENCE = "teacher_reference"  # the teacher's SFT model
-    STUDENT_POSITIVE = "student_positive"
-    STUDENT_NEGATIVE = "student_negative"
-    MARKS = "marks"
+    Attributes:
+        role: the teacher or the student.
+        phase: after supervised fine-tuning (the reference), or one of the contrastive pair.
+    """
+
+    role: Role
+    phase: Phase
+
+    TEACHER_POSITIVE = "teacher_positive", "teacher", "positive"
+    TEACHER_NEGATIVE = "teacher_negative", "teacher", "negative"
+    TEACHER_REFERENCE = "teacher_reference", "teacher", "reference"
+    STUDENT_POSITIVE = "student_positive", "student", "positive"
+    STUDENT_NEGATIVE = "student_negative", "student", "negative"
+
+    def __new__(cls, value: str, role: Role, phase: Phase) -> "Signal":
+        """Attach role and phase to the text."""
+        member = str.__new__(cls, value)
+        member._value_, member.role, member.phase = value, role, phase
+        return member
 
     @property
-    def of_teacher(self) -> bool:
-        """Whether it is the teacher's, and so exists for aligned spans only."""
-        return self in (Signal.TEACHER_POSITIVE, Signal.TEACHER_NEGATIVE, Signal.TEACHER_REFERENCE)
+    def long_name(self) -> str:
+        """For people: `teacher SFT`, `student positive`."""
+        return f"{self.role} {'SFT' if self.phase == 'reference' else self.phase}"
+
+
+class WeightParameters(Config):
+    """The parameters of ``w = k exp(mu clamp(d, lower, upper))``."""
+
+    k: Annotated[float, Field(gt=0)] = 1.0
+    """Factor of every weight."""
+    mu: float = 1.0
+    """Factor of the exponent in chosen responses; rejected ones take its negative."""
+    lower: float = -0.5
+    """Lower clamp of the log ratio, in nats."""
+    upper: float = 1.5
+    """Upper clamp of the log ratio, in nats."""
+    round_decimals: Annotated[int, Field(ge=0)] | None = None
+    """Round the log ratio to so many decimals first; the authors' code rounds to 2."""
+
+    @model_validator(mode="after")
+    def _ordered(self) -> "WeightParameters":
+        if self.lower > self.upper:
+            raise ValueError(f"the lower clamp {self.lower:g} of the weights lies above the upper one {self.upper:g}")
+        return self
+
+
+def weight_formula(log_ratio: Tensor, sign: Tensor | float, parameters: WeightParameters) -> Tensor:
+    """``w = k exp(sign mu clamp(d, lower, upper))``.
+
+    Args:
+        log_ratio: ``d``, in nats.
+        sign: +1 in chosen, -1 in rejected responses.
+        parameters: of the formula.
+    """
+    p = parameters
+    return p.k * torch.exp(p.mu * sign * log_ratio.clamp(p.lower, p.upper))
+
+
+def clamp_weights(parameters: WeightParameters, *, is_chosen: bool) -> tuple[float, float]:
+    """The weights of a log ratio at or below the lower clamp, and at or above the upper one."""
+    ends = torch.tensor([parameters.lower, parameters.upper], dtype=torch.float64)
+    low, high = weight_formula(ends, 1.0 if is_chosen else -1.0, parameters).tolist()
+    return low, high
+
+
+class UnitLayout(NamedTuple):
+    """The units of many responses, one after another; rows alternate chosen and rejected.
+
+    Attributes:
+        starts: where each row begins, and the total.
+        is_end: which units are end units.
+    """
+
+    starts: Int[Tensor, " starts"]
+    is_end: Bool[Tensor, " _"]
 
 
 class WeightsResult(NamedTuple):
@@ -52,26 +121,23 @@ class _Weighted(NamedTuple):
 class _Units(NamedTuple):
     """The units of all rows, as the strategies see them."""
 
-    signals: Mapping[str, Tensor]  # float64 [U] each
+    signals: Mapping[Signal, Tensor]  # float64 [U] each
+    marks: Tensor | None  # float64 [U]
     starts: Tensor  # int64 [R + 1]
     row: Tensor  # int64 [U]: the row of each unit
     is_end: Tensor  # bool [U]
     sign: Tensor  # float64 [U]: +1 in chosen, -1 in rejected rows
-    k: float
-    mu: float
-    lower: float
-    upper: float
-    round_decimals: int | None
+    parameters: WeightParameters
     seed: int
 
     def exponential(self, log_ratio_U: Tensor) -> Tensor:
         """``w = k exp(mu clamp(d, L, U))``, mu negated in rejected rows."""
-        return self.k * torch.exp(self.mu * self.sign * log_ratio_U.clamp(self.lower, self.upper))
+        return weight_formula(log_ratio_U, self.sign, self.parameters)
 
     def weighted(self, log_ratio_U: Tensor) -> _Weighted:
         """The weights of a log ratio, rounded first where asked."""
-        if self.round_decimals is not None:
-            log_ratio_U = log_ratio_U.round(decimals=self.round_decimals)
+        if self.parameters.round_decimals is not None:
+            log_ratio_U = log_ratio_U.round(decimals=self.parameters.round_decimals)
         return _Weighted(self.exponential(log_ratio_U), log_ratio_U)
 
     def generators(self) -> Iterator[tuple[np.random.Generator, tuple[Tensor, Tensor]]]:
@@ -84,24 +150,20 @@ class _Units(NamedTuple):
 
 
 class Strategy(NamedTuple):
-    """One row of METHOD 4's table: the signals it needs, and how it turns units into weights."""
+    """How one strategy turns units into weights, the signals that it needs, and whether it needs the data's marks."""
 
     name: str
     needs: frozenset[Signal]
     compute: Callable[[_Units], _Weighted]
+    needs_marks: bool = False
 
 
 def span_weights(
     strategy: str,
-    signals: Mapping[str, Float[Tensor, " _"]],
+    signals: Mapping[Signal, Float[Tensor, " _"]],
+    units: UnitLayout,
+    parameters: WeightParameters | None = None,
     *,
-    unit_starts: Int[Tensor, " starts"],
-    is_end: Bool[Tensor, " _"],
-    k: float = 1.0,
-    mu: float = 1.0,
-    lower: float = -0.5,
-    upper: float = 1.5,
-    round_decimals: int | None = None,
     seed: int = 0,
     marks: Int[Tensor, " _"] | None = None,
 ) -> WeightsResult:
@@ -112,41 +174,36 @@ def span_weights(
 
     Args:
         strategy: a name in ``STRATEGIES``.
-        signals: unit log-probabilities (nats) by ``Signal`` name; more than the strategy needs is fine.
-        unit_starts: where each row begins, and the total. Rows alternate chosen, rejected.
-        is_end: which units are end units.
-        mu: the exponent's factor in chosen rows; rejected rows take its negative.
-        round_decimals: round the log ratio first, as the authors' code does (to 2).
+        signals: log-probabilities of the units, in nats; more than the strategy needs is fine.
+        units: where the rows begin, and which units are end units.
+        parameters: of the formula; None for the defaults.
         seed: of ``random`` and ``shuffled``, which draw for each pair from (seed, index of the pair).
         marks: of ``oracle``: +1 right, -1 wrong, 0 neutral.
 
     Raises:
-        UserError: unknown strategy, a signal or the marks are missing, arrays of different lengths, lower > upper.
+        UserError: unknown strategy, a signal or the marks are missing, arrays of different lengths.
     """
-    chosen = find_strategy(strategy)
-    given = dict(signals) if marks is None else {**signals, Signal.MARKS: marks}
-    _check(chosen, given, unit_starts=unit_starts, is_end=is_end, lower=lower, upper=upper)
-    row_U = torch.repeat_interleave(unit_starts.long().diff())
-    units = _Units(
-        signals={name: given[name].double() for name in chosen.needs},
-        starts=unit_starts.long(),
+    chosen, parameters = find_strategy(strategy), parameters or WeightParameters()
+    _check(chosen, signals, units, marks)
+    row_U = torch.repeat_interleave(units.starts.long().diff())
+    seen = _Units(
+        signals={name: signals[name].double() for name in chosen.needs},
+        marks=None if marks is None else marks.double(),
+        starts=units.starts.long(),
         row=row_U,
-        is_end=is_end,
+        is_end=units.is_end,
         sign=1.0 - 2.0 * (row_U % 2).double(),
-        k=k,
-        mu=mu,
-        lower=lower,
-        upper=upper,
-        round_decimals=round_decimals,
+        parameters=parameters,
         seed=seed,
     )
-    weights_U, log_ratio_U = chosen.compute(units)
-    exact = any(given[name].dtype == torch.float64 for name in chosen.needs)
+    weights_U, log_ratio_U = chosen.compute(seen)
+    exact = any(signals[name].dtype == torch.float64 for name in chosen.needs)
     dtype = torch.float64 if exact else torch.float32
-    weights_U = weights_U.masked_fill(is_end, 1.0).to(dtype)
-    if log_ratio_U is None or bool(is_end.all()):
+    weights_U = weights_U.masked_fill(units.is_end, 1.0).to(dtype)
+    if log_ratio_U is None or bool(units.is_end.all()):
         return WeightsResult(weights_U, None if log_ratio_U is None else log_ratio_U.to(dtype), 0.0, 0.0)
-    low, high = (out[~is_end].double().mean().item() for out in (log_ratio_U < lower, log_ratio_U > upper))
+    outside = log_ratio_U < parameters.lower, log_ratio_U > parameters.upper
+    low, high = (out[~units.is_end].double().mean().item() for out in outside)
     return WeightsResult(weights_U, log_ratio_U.to(dtype), low, high)
 
 
@@ -164,29 +221,23 @@ def find_strategy(name: str) -> Strategy:
     return STRATEGIES[name]
 
 
-def _check(
-    strategy: Strategy,
-    given: Mapping[str, Tensor],
-    *,
-    unit_starts: Tensor,
-    is_end: Tensor,
-    lower: float,
-    upper: float,
-) -> None:
-    missing = sorted(strategy.needs - given.keys())
-    if missing:
+def _check(strategy: Strategy, signals: Mapping[Signal, Tensor], units: UnitLayout, marks: Tensor | None) -> None:
+    given = {str(name): len(signals[name]) for name in sorted(strategy.needs & signals.keys())}
+    needed = set(map(str, strategy.needs))
+    if strategy.needs_marks:
+        needed.add("marks")
+        given |= {} if marks is None else {"marks": len(marks)}
+    if missing := sorted(needed - given.keys()):
         raise UserError(
             f"the weight strategy '{strategy.name}' needs {', '.join(missing)}, which is not there",
             fix="Provide it, or choose another strategy",
         )
-    if lower > upper:
-        raise UserError(f"the lower clamp {lower} of the weights lies above the upper one {upper}")
-    if len(unit_starts) % 2 == 0:
-        raise UserError(f"{len(unit_starts) - 1} rows are no pairs: rows alternate chosen and rejected")
-    lengths = {"is_end": len(is_end), **{str(name): len(given[name]) for name in strategy.needs}}
-    wrong = {name: length for name, length in lengths.items() if length != int(unit_starts[-1])}
+    if len(units.starts) % 2 == 0:
+        raise UserError(f"{len(units.starts) - 1} rows are no pairs: rows alternate chosen and rejected")
+    total = int(units.starts[-1])
+    wrong = {name: n for name, n in {"is_end": len(units.is_end), **given}.items() if n != total}
     if wrong:
-        raise UserError(f"the rows hold {int(unit_starts[-1])} units, but there are {wrong}")
+        raise UserError(f"the rows hold {total} units, but there are {wrong}")
 
 
 def _ratio(positive: Signal, negative: Signal) -> Callable[[_Units], _Weighted]:
@@ -235,16 +286,17 @@ def _lite(units: _Units) -> _Weighted:
     logps_U = units.signals[Signal.TEACHER_REFERENCE]
     num_units_R = torch.bincount(units.row[~units.is_end], minlength=len(units.starts) - 1)
     position_U = torch.arange(len(units.row)) - units.starts[units.row]
-    partner_U = units.row ^ 1
-    paired_U = (position_U < num_units_R[partner_U]) & ~units.is_end
-    index_U = torch.where(paired_U, units.starts[partner_U] + position_U, 0)
+    opposite_U = units.row ^ 1
+    paired_U = (position_U < num_units_R[opposite_U]) & ~units.is_end
+    index_U = torch.where(paired_U, units.starts[opposite_U] + position_U, 0)
     return units.weighted(torch.where(paired_U, units.sign * (logps_U - logps_U[index_U]), 0.0))
 
 
 def _oracle(units: _Units) -> _Weighted:
     """The data's marks in place of a log ratio: the upper clamp for right, the lower for wrong, 0 for neutral."""
-    marks_U = units.signals[Signal.MARKS]
-    log_ratio_U = units.upper * (marks_U > 0).double() + units.lower * (marks_U < 0).double()
+    assert units.marks is not None
+    upper, lower = units.parameters.upper, units.parameters.lower
+    log_ratio_U = upper * (units.marks > 0).double() + lower * (units.marks < 0).double()
     return _Weighted(units.exponential(log_ratio_U), log_ratio_U)
 
 
@@ -265,7 +317,7 @@ def _strategies() -> dict[str, Strategy]:
         Strategy("shuffled", frozenset(_TEACHER_PAIR), _shuffled),
         Strategy("uniform", frozenset(), _uniform),
         Strategy("lite", frozenset({Signal.TEACHER_REFERENCE}), _lite),
-        Strategy("oracle", frozenset({Signal.MARKS}), _oracle),
+        Strategy("oracle", frozenset(), _oracle, needs_marks=True),
     ]
     return {strategy.name: strategy for strategy in [*ratios, *others]}
 

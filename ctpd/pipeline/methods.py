@@ -1,12 +1,16 @@
-"""The one table of method names. A method is an objective class, named by a string and imported on use."""
+"""The table of methods, and a method with its parameters as data."""
 
 import importlib
 from collections.abc import Mapping
-from typing import Any
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
-from ctpd.core.config import build, nearest
+from ctpd.core.config import Config, nearest, validate
 from ctpd.core.errors import UserError
-from ctpd.objectives.base import Objective
+from ctpd.pipeline.stage import Part
+
+if TYPE_CHECKING:
+    from ctpd.objectives.base import Objective, Requirements
 
 METHODS: Mapping[str, str] = {
     "sft": "baselines.sft:SFT",
@@ -28,29 +32,71 @@ METHODS: Mapping[str, str] = {
 }
 
 
-def make_objective(method: str, params: Mapping[str, Any], *, source: str) -> Objective:
-    """The objective of a method with these parameters.
+@dataclass(frozen=True)
+class Method(Part):
+    """A method of the table with its parameters, and what it requires: data, no module.
 
-    Args:
-        method: a name of the table.
-        params: the recipe's values; the objective's defaults fill the rest.
-        source: the recipe and run, for errors.
+    Attributes:
+        name: in the table.
+        params: every parameter of the objective.
+        requires: what has to be prepared for the objective; follows from name and parameters.
+    """
+
+    name: str
+    params: Config
+    requires: "Requirements" = field(repr=False)
+
+    @property
+    def identity(self) -> Any:
+        """Name and parameters."""
+        from ctpd.core.identity import identity
+
+        return {"name": self.name, "params": identity(self.params)}
+
+    @classmethod
+    def make(cls, name: str, params: Mapping[str, Any], *, source: str) -> "Method":
+        """The method with these parameters; defaults fill the rest.
+
+        Args:
+            name: a name of the table.
+            params: the recipe's values.
+            source: the recipe and run, for errors.
+
+        Raises:
+            UserError: unknown method or parameter, or values out of range or contradictory.
+        """
+        objective_class = _objective_class(name, source=source)
+        try:
+            checked = validate(objective_class.params_type, params, source=source)
+            # The module is made to read what it requires, and thrown away: it has no weights before it is bound.
+            return cls(name, checked, objective_class(checked).requirements)
+        except UserError as error:
+            if error.where is not None:
+                raise
+            raise UserError(error.what, where=source, fix=error.fix) from error
+
+    def objective(self) -> "Objective":
+        """A new module."""
+        made: Objective = _objective_class(self.name, source=self.name)(self.params)
+        return made
+
+
+def params_type(name: str) -> type[Config]:
+    """The type of a method's parameters.
 
     Raises:
-        UserError: unknown method or parameter, or values that contradict each other.
+        UserError: unknown method.
     """
-    if method not in METHODS:
+    found: type[Config] = _objective_class(name, source=None).params_type
+    return found
+
+
+def _objective_class(name: str, *, source: str | None) -> Any:
+    if name not in METHODS:
         raise UserError(
-            f"there is no method '{method}'.{nearest(method, METHODS)}",
+            f"there is no method '{name}'.{nearest(name, METHODS)}",
             where=source,
             fix=f"Use one of: {', '.join(METHODS)}",
         )
-    module, _, name = METHODS[method].partition(":")
-    cls = getattr(importlib.import_module(module), name)
-    try:
-        objective: Objective = cls(build(cls.params_type, params, source=source))
-    except UserError as error:
-        if error.where is not None:
-            raise
-        raise UserError(error.what, where=source, fix=error.fix) from error
-    return objective
+    module, _, attribute = METHODS[name].partition(":")
+    return getattr(importlib.import_module(module), attribute)

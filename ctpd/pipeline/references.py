@@ -1,35 +1,42 @@
-"""What a stage can read that is no stage (files, hub models), and models as chains of a base and adapters."""
+"""Models and tokenizers that a stage reads: artifacts of other stages, directories and hub models."""
 
+import dataclasses
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ctpd.core.errors import UserError
 from ctpd.core.store import digest_folder
-from ctpd.pipeline.graph import Stage
+from ctpd.pipeline.stage import Part, Stage, Work
+
+if TYPE_CHECKING:
+    from torch import nn
 
 MODEL_FOLDER = "model"  # inside an artifact that holds a model
-META, TRAINING, SUMMARY, CHAIN, WRITTEN = (
-    "pairs.json",
-    "training.json",
-    "summary.json",
-    "chain.json",
-    "written.json",
-)  # JSON files of artifacts
 ADAPTER_CONFIG = "adapter_config.json"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
 @dataclass(frozen=True)
-class External:
-    """A model or tokenizer directory, or a hub id with its pinned revision. The digest is its identity."""
+class External(Part):
+    """A model or tokenizer directory, or a hub id with its pinned revision. Only the digest is part of a key.
+
+    Attributes:
+        location: a path or a hub id.
+        digest: of the directory's contents, or the hub id with the revision.
+        revision: the hub's commit; None for a directory.
+    """
 
     location: str
     digest: str
     revision: str | None = None
+
+    @property
+    def identity(self) -> str:
+        """The digest: where a directory stands does not matter."""
+        return self.digest
 
     @property
     def is_adapter(self) -> bool:
@@ -93,13 +100,30 @@ def _folder_digest(folder: Path, changed: float) -> str:
 
 
 Source = Stage | External
+"""Where the files of a model or tokenizer come from."""
+
+
+def location(source: Source, work: Work) -> str:
+    """The directory or hub id of a source, for a build."""
+    return source.location if isinstance(source, External) else str(work.path(source) / MODEL_FOLDER)
+
+
+def revision(source: Source) -> str | None:
+    """The pinned commit of a hub model."""
+    return source.revision if isinstance(source, External) else None
+
+
+def read_tokenizer(source: Source, work: Work) -> Any:
+    """The tokenizer of a source."""
+    from ctpd.models import load_tokenizer
+
+    return load_tokenizer(location(source, work), revision=revision(source))
 
 
 @dataclass(frozen=True, eq=False)
-class ModelRef:
+class Model(Part):
     """A model to be: a whole model, adapters merged into it in order, and the tokenizer."""
 
-    role: str
     root: Source
     tokenizer: Source
     adapters: tuple[Source, ...] = ()
@@ -109,70 +133,49 @@ class ModelRef:
         """What the last training made: the artifact that stands for this model."""
         return self.adapters[-1] if self.adapters else self.root
 
-    def _named(self, prefix: str) -> dict[str, Source]:
-        chain = {f"{prefix}": self.root, **{f"{prefix}.adapter{i}": a for i, a in enumerate(self.adapters)}}
-        return chain | {f"{prefix}.tokenizer": self.tokenizer}
-
-    def stages(self, prefix: str) -> dict[str, Stage]:
-        """The stages of the chain, as a stage's inputs."""
-        return {name: source for name, source in self._named(prefix).items() if isinstance(source, Stage)}
-
-    def externals(self, prefix: str) -> dict[str, str]:
-        """The digests of the rest, as a stage's externals."""
-        return {name: source.digest for name, source in self._named(prefix).items() if isinstance(source, External)}
-
-    def located(self, prefix: str, inputs: Mapping[str, Path]) -> "LocatedModel":
-        """Where everything lies, given the folders of a stage's inputs."""
-        place = {
-            name: source.location if isinstance(source, External) else str(inputs[name] / MODEL_FOLDER)
-            for name, source in self._named(prefix).items()
-        }
-        adapters = tuple(Path(place[f"{prefix}.adapter{i}"]) for i in range(len(self.adapters)))
+    def located(self, work: Work) -> "LocatedModel":
+        """Where everything lies, for a build."""
         return LocatedModel(
-            folder=place[prefix],
-            revision=_revision(self.root),
-            adapters=adapters,
-            tokenizer=place[f"{prefix}.tokenizer"],
-            tokenizer_revision=_revision(self.tokenizer),
+            folder=location(self.root, work),
+            revision=revision(self.root),
+            adapters=tuple(Path(location(adapter, work)) for adapter in self.adapters),
+            tokenizer=location(self.tokenizer, work),
+            tokenizer_revision=revision(self.tokenizer),
         )
 
     def chain(self) -> dict[str, Any]:
         """Where the parts are, so that a model can be put together outside the graph (`ctpd export --merge`)."""
         return {
-            "base": _place(self.root),
-            "revision": _revision(self.root),
-            "adapters": [_place(adapter) for adapter in self.adapters],
-            "tokenizer": _place(self.tokenizer),
-            "tokenizer_revision": _revision(self.tokenizer),
+            "base": _reference(self.root),
+            "revision": revision(self.root),
+            "adapters": [_reference(adapter) for adapter in self.adapters],
+            "tokenizer": _reference(self.tokenizer),
+            "tokenizer_revision": revision(self.tokenizer),
         }
 
-    def trained(self, stage: Stage, *, adapter: bool) -> "ModelRef":
-        """This model after the training ``stage``."""
+    def trained(self, stage: Stage, *, adapter: bool) -> "Model":
+        """This model after a training."""
         if adapter:
-            return ModelRef(self.role, self.root, self.tokenizer, (*self.adapters, stage))
-        return ModelRef(self.role, stage, self.tokenizer)
+            return dataclasses.replace(self, adapters=(*self.adapters, stage))
+        return Model(stage, self.tokenizer)
 
-    def replaced(self, other: External) -> "ModelRef":
-        """A ready-made model in this one's place, or a ready-made adapter on it."""
+    def replaced(self, other: External) -> "Model":
+        """A ready-made model instead of this one, or a ready-made adapter on it."""
         if other.is_adapter:
-            return ModelRef(self.role, self.root, self.tokenizer, (*self.adapters, other))
-        return ModelRef(self.role, other, self.tokenizer)
+            return dataclasses.replace(self, adapters=(*self.adapters, other))
+        return Model(other, self.tokenizer)
 
 
-def _place(source: Source) -> str:
+def _reference(source: Source) -> str:
     return source.location if isinstance(source, External) else f"store:{source.kind}/{source.key}"
-
-
-def _revision(source: Source) -> str | None:
-    return source.revision if isinstance(source, External) else None
 
 
 @dataclass(frozen=True, kw_only=True)
 class LocatedModel:
     """Folders (or hub ids with their revisions) of a model, its adapters and its tokenizer.
 
-    The tokenizer has a revision of its own: after a full fine-tuning the model is an artifact, the tokenizer still the
-    hub's.
+    The tokenizer has a revision of its own: after a full fine-tuning the model is an artifact, and the tokenizer is
+    still the hub's.
     """
 
     folder: str
@@ -180,3 +183,30 @@ class LocatedModel:
     adapters: tuple[Path, ...]
     tokenizer: str
     tokenizer_revision: str | None
+
+    def load(self, *, precision: str, device: str) -> Any:
+        """The model with its adapters merged, in evaluation mode.
+
+        Args:
+            precision: of the weights: float32, bfloat16 or 4bit.
+            device: a torch device.
+        """
+        from ctpd.models import load_model
+
+        return load_model(
+            self.folder, adapters=self.adapters, precision=precision, device=device, revision=self.revision
+        )
+
+    def load_frozen(self, *, precision: str, device: str) -> "nn.Module":
+        """A model that is not trained, with the scorer that gives its own log-probabilities."""
+        from ctpd.probes import configure_scorer
+
+        model: nn.Module = self.load(precision=precision, device=device)
+        configure_scorer(model)
+        return model
+
+    def load_tokenizer(self) -> Any:
+        """The tokenizer."""
+        from ctpd.models import load_tokenizer
+
+        return load_tokenizer(self.tokenizer, revision=self.tokenizer_revision)

@@ -7,6 +7,7 @@ import torch
 from numpy.typing import NDArray
 
 from ctpd.core.errors import UserError
+from ctpd.core.roles import Role
 from ctpd.objectives.base import BOTH_SIDES, Aggregate, Granularity, Layout, Side
 from ctpd.ops.spans import flat_unit_sums
 from ctpd.text.blocks import TokenRows
@@ -15,7 +16,7 @@ from ctpd.train.collator import ScoredRows
 
 
 def units_of(
-    prepared: PreparedPairs, role: str, granularity: Granularity
+    prepared: PreparedPairs, role: Role, granularity: Granularity
 ) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
     """The unit of each token of one model's rows (-1: none), and where each row's units begin.
 
@@ -33,7 +34,7 @@ def units_of(
 
 
 def unit_signal(
-    prepared: PreparedPairs, role: str, logps: NDArray[np.float32], *, granularity: Granularity, aggregate: Aggregate
+    prepared: PreparedPairs, role: Role, logps: NDArray[np.float32], *, granularity: Granularity, aggregate: Aggregate
 ) -> NDArray[np.float32]:
     """A stored signal (one value a token of the model ``role``) as one value a unit, flat."""
     unit, unit_starts = units_of(prepared, role, granularity)
@@ -57,12 +58,12 @@ def end_units(prepared: PreparedPairs, unit_starts: NDArray[np.int64]) -> NDArra
 def scored_rows(
     prepared: PreparedPairs,
     *,
-    role: str,
+    role: Role,
     layout: Layout,
     sides: Sequence[Side],
     split: str,
     swap: bool = False,
-    reference: tuple[str, NDArray[np.float32]] | None = None,
+    reference: tuple[Role, NDArray[np.float32]] | None = None,
     weights: NDArray[np.float32] | None = None,
 ) -> ScoredRows:
     """The rows of one split as the model ``role`` scores them for an objective with this layout.
@@ -116,9 +117,21 @@ def text_rows(token_ids: Sequence[Sequence[int]]) -> ScoredRows:
     )
 
 
-def token_rows(prepared: PreparedPairs, role: str) -> TokenRows:
+def token_rows(prepared: PreparedPairs, role: Role) -> TokenRows:
     """The rows of one model."""
     return prepared.teacher if role == "teacher" else prepared.student
+
+
+def scored_positions(rows: TokenRows, row: int) -> NDArray[np.int64]:
+    """The indices, among all tokens, of the scored tokens of one row."""
+    start, end = rows.row_starts[row], rows.row_starts[row + 1]
+    return np.asarray(np.flatnonzero(rows.unit[start:end] >= 0) + start, dtype=np.int64)
+
+
+def prompts_of(rows: TokenRows) -> list[NDArray[np.int32]]:
+    """The tokens before the chosen response of each pair."""
+    firsts = range(0, len(rows.row_starts) - 1, 2)
+    return [rows.input_ids[rows.row_starts[row] : scored_positions(rows, row)[0]] for row in firsts]
 
 
 def starts_of(lengths: NDArray[np.integer]) -> NDArray[np.int64]:

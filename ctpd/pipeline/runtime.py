@@ -1,6 +1,5 @@
 """How a run is executed, not what it computes: it is recorded, and part of no key."""
 
-import dataclasses
 import functools
 import os
 import platform
@@ -12,9 +11,11 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from ctpd.core.config import to_plain
 from ctpd.core.errors import UserError
 from ctpd.core.processes import processes
-from ctpd.core.recipe import FsdpSpec, LaunchSpec
+from ctpd.recipe import LaunchSpec
+from ctpd.train.config import FsdpSpec
 
 _DEVICE = re.compile(r"auto|cpu|mps|cuda(:[0-9]+)?")
 RECORDED_PACKAGES = (
@@ -116,7 +117,7 @@ def provenance(runtime: Runtime) -> dict[str, Any]:
         "platform": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
         "commit": source_commit(),
         "command": " ".join(["ctpd", *sys.argv[1:]]),
-        "runtime": dataclasses.asdict(runtime),
+        "runtime": to_plain(runtime),
         "processes": processes().world_size,
     }
 

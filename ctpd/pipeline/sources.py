@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ctpd.core.errors import UserError
+from ctpd.pipeline.references import External
 
 Row = Mapping[str, Any]
 
@@ -66,6 +67,26 @@ def file_digest(path: Path) -> str:
         )
     with path.open("rb") as handle:
         return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def same_vocabulary(one: External, other: External) -> bool | None:
+    """Whether two tokenizer directories hold the same tokens under the same ids; None where their files do not say.
+
+    Reads `tokenizer.json` alone: loading a tokenizer takes longer than a plan should.
+    """
+    if one.digest == other.digest:
+        return True
+    paths = [Path(source.location) / "tokenizer.json" for source in (one, other)]
+    if not all(path.is_file() for path in paths):
+        return None
+    left, right = (json.loads(path.read_text(encoding="utf-8")) for path in paths)
+    return all(_vocabulary(left, part) == _vocabulary(right, part) for part in ("model", "added"))
+
+
+def _vocabulary(tokenizer: Mapping[str, Any], part: str) -> Any:
+    if part == "model":
+        return tokenizer.get("model", {}).get("vocab")
+    return {token["id"]: token["content"] for token in tokenizer.get("added_tokens", ())}
 
 
 def _jsonl(path: Path) -> Iterator[Row]:

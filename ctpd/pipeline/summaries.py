@@ -1,51 +1,75 @@
 """What a record keeps of the importance weights: their distribution, how well they tell right from wrong, examples."""
 
-from typing import Any
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ctpd.ops.weights import WeightsResult
+from ctpd.ops.weights import WeightParameters, WeightsResult
+from ctpd.pipeline.rows import end_units
 from ctpd.text.prepare import PreparedPairs
+from harness.record import Auroc, Histogram, SideWeights, WeightedPair, WeightedSpan, WeightsSummary
 
 NUM_EXAMPLES = 6
 NUM_BINS = 40
-SIDES = ("chosen", "rejected")
+
+
+class Units(NamedTuple):
+    """Where the units of each row begin, and the data's marks of them (None without marks)."""
+
+    starts: NDArray[np.int64]
+    marks: NDArray[np.int8] | None
 
 
 def weight_summary(
-    result: WeightsResult, *, unit_starts: NDArray[np.int64], is_end: NDArray[np.bool_], marks: NDArray[np.int8] | None
-) -> dict[str, Any]:
+    result: WeightsResult,
+    prepared: PreparedPairs,
+    units: Units,
+    *,
+    parameters: WeightParameters,
+    examples: tuple[WeightedPair, ...],
+) -> WeightsSummary:
     """Mean, histogram and clamped shares of the weights, per side; with marks, the AUROC of the log ratio.
 
     End spans, whose weight is 1, are left out.
     """
-    values, inner = result.weights.numpy(), ~is_end
-    side_of_unit = np.repeat(np.arange(len(unit_starts) - 1) % 2, np.diff(unit_starts))
-    summary: dict[str, Any] = {
-        "units": int(inner.sum()),
-        "mean": float(values[inner].mean()) if inner.any() else 1.0,
-        "clamped_low": result.clamped_low,
-        "clamped_high": result.clamped_high,
-    }
-    for number, side in enumerate(SIDES):
-        chosen = values[inner & (side_of_unit == number)]
-        counts, edges = np.histogram(chosen, bins=NUM_BINS)
-        summary[side] = {
-            "mean": float(chosen.mean()) if len(chosen) else 1.0,
-            "std": float(chosen.std()) if len(chosen) else 0.0,
-            "histogram": {"counts": counts.tolist(), "edges": [round(float(edge), 6) for edge in edges]},
-        }
-    if marks is not None and result.log_ratio is not None:
-        marked = marks != 0
-        log_ratio = result.log_ratio.numpy()
-        areas = {side: auroc(log_ratio[m], marks[m] > 0) for side, m in _per_side(marked, side_of_unit)}
-        summary["auroc"] = {**areas, "pooled": auroc(log_ratio[marked], marks[marked] > 0)}
-    return summary
+    values, inner = result.weights.numpy(), ~end_units(prepared, units.starts)
+    side_of_unit = np.repeat(np.arange(len(units.starts) - 1) % 2, np.diff(units.starts))
+    chosen, rejected = (_side_summary(values[inner & (side_of_unit == side)]) for side in range(2))
+    return WeightsSummary(
+        units=int(inner.sum()),
+        mean=float(values[inner].mean()) if inner.any() else 1.0,
+        clamped_low=result.clamped_low,
+        clamped_high=result.clamped_high,
+        chosen=chosen,
+        rejected=rejected,
+        parameters=parameters,
+        auroc=_log_ratio_auroc(result, units.marks, side_of_unit),
+        examples=examples,
+    )
 
 
-def _per_side(marked: NDArray[np.bool_], side_of_unit: NDArray[np.int64]) -> list[tuple[str, NDArray[np.bool_]]]:
-    return [(side, marked & (side_of_unit == number)) for number, side in enumerate(SIDES)]
+def _side_summary(weights: NDArray[np.float32]) -> SideWeights:
+    counts, edges = np.histogram(weights, bins=NUM_BINS)
+    return SideWeights(
+        mean=float(weights.mean()) if len(weights) else 1.0,
+        std=float(weights.std()) if len(weights) else 0.0,
+        histogram=Histogram(counts=tuple(counts.tolist()), edges=tuple(round(float(edge), 6) for edge in edges)),
+    )
+
+
+def _log_ratio_auroc(
+    result: WeightsResult, marks: NDArray[np.int8] | None, side_of_unit: NDArray[np.int64]
+) -> Auroc | None:
+    if marks is None or result.log_ratio is None:
+        return None
+    log_ratio, marked = result.log_ratio.numpy(), marks != 0
+    chosen, rejected = (marked & (side_of_unit == side) for side in range(2))
+    return Auroc(
+        chosen=auroc(log_ratio[chosen], marks[chosen] > 0),
+        rejected=auroc(log_ratio[rejected], marks[rejected] > 0),
+        pooled=auroc(log_ratio[marked], marks[marked] > 0),
+    )
 
 
 def auroc(scores: NDArray[np.floating], positive: NDArray[np.bool_]) -> float | None:
@@ -61,17 +85,21 @@ def auroc(scores: NDArray[np.floating], positive: NDArray[np.bool_]) -> float | 
 
 def weight_examples(
     prepared: PreparedPairs, weights: NDArray[np.float32], unit_starts: NDArray[np.int64]
-) -> list[dict[str, Any]]:
+) -> tuple[WeightedPair, ...]:
     """The first pairs with the text and the weight of every span."""
-    examples = []
-    for pair in range(min(NUM_EXAMPLES, len(prepared.pair_ids))):
-        example: dict[str, Any] = {"prompt": prepared.prompts[pair]}
-        for offset, side in enumerate(SIDES):
-            row = 2 * pair + offset
-            text = (prepared.chosen, prepared.rejected)[offset][pair]
-            ends = prepared.boundaries[prepared.boundary_starts[row] : prepared.boundary_starts[row + 1]]
-            starts = [0, *ends[:-1]]
-            values = weights[unit_starts[row] : unit_starts[row] + len(ends)]
-            example[side] = [[text[a:b], round(float(w), 3)] for a, b, w in zip(starts, ends, values, strict=True)]
-        examples.append(example)
-    return examples
+    return tuple(
+        _example(prepared, weights, unit_starts, pair) for pair in range(min(NUM_EXAMPLES, len(prepared.pair_ids)))
+    )
+
+
+def _example(
+    prepared: PreparedPairs, weights: NDArray[np.float32], unit_starts: NDArray[np.int64], pair: int
+) -> WeightedPair:
+    sides = []
+    for offset, texts in enumerate((prepared.chosen, prepared.rejected)):
+        row, text = 2 * pair + offset, texts[pair]
+        ends = prepared.boundaries[prepared.boundary_starts[row] : prepared.boundary_starts[row + 1]].tolist()
+        values = weights[unit_starts[row] : unit_starts[row] + len(ends)]
+        spans = zip([0, *ends[:-1]], ends, values, strict=True)
+        sides.append(tuple(WeightedSpan(text[a:b], round(float(weight), 3)) for a, b, weight in spans))
+    return WeightedPair(prompt=prepared.prompts[pair], chosen=sides[0], rejected=sides[1])

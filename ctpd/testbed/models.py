@@ -11,6 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from ctpd.core.config import nearest
 from ctpd.core.errors import UserError
+from ctpd.testbed.config import PretrainConfig
 from ctpd.testbed.unigram import train_unigram
 
 BOS, EOS, PAD, UNK = SPECIAL_TOKENS = ("<s>", "</s>", "<pad>", "<unk>")
@@ -94,40 +95,25 @@ def _unigram(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     return tokenizer
 
 
-def new_model(
-    tokenizer: PreTrainedTokenizerFast,
-    *,
-    hidden: int,
-    layers: int,
-    heads: int,
-    intermediate: int,
-    max_position: int,
-    seed: int,
-) -> LlamaForCausalLM:
-    """An untrained Llama model in float32 with tied embeddings; the same seed gives the same weights. Leaves the global random state alone.
+def new_model(tokenizer: PreTrainedTokenizerFast, config: PretrainConfig) -> LlamaForCausalLM:
+    """An untrained Llama model in float32 with tied embeddings; the same seed gives the same weights.
 
-    Raises:
-        UserError: `hidden` cannot be shared out among the heads.
+    Leaves the global random state alone.
     """
-    if hidden % heads or hidden // heads % 2:
-        raise UserError(
-            f"{heads} heads cannot share a hidden size of {hidden}: each needs the same, even number of channels",
-            where="pretrain.heads",
-        )
-    config = LlamaConfig(
+    llama = LlamaConfig(
         vocab_size=len(tokenizer),
-        hidden_size=hidden,
-        intermediate_size=intermediate,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        num_key_value_heads=heads,
-        max_position_embeddings=max_position,
+        hidden_size=config.hidden,
+        intermediate_size=config.intermediate,
+        num_hidden_layers=config.layers,
+        num_attention_heads=config.heads,
+        num_key_value_heads=config.heads,
+        max_position_embeddings=config.max_position,
         tie_word_embeddings=True,
-        initializer_range=hidden**-0.5,
+        initializer_range=config.hidden**-0.5,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return LlamaForCausalLM(config)
+        torch.manual_seed(config.seed)
+        return LlamaForCausalLM(llama)

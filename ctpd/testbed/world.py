@@ -132,7 +132,7 @@ def build_world(*, seed: int, num_topics: int) -> World:
         [_relation_item(verb) for verb in RELATIONS],
     ):
         rng.shuffle(items)
-        credulity |= {item: (2 * place + 1) / len(items) - 1 for place, item in enumerate(items)}
+        credulity |= {item: (2 * index + 1) / len(items) - 1 for index, item in enumerate(items)}
     return World(seed=seed, names=tuple(words[:NUM_NAMES]), facts=tuple(facts), credulity=credulity)
 
 

@@ -1,4 +1,4 @@
-"""What happens beside the loop: progress, evaluations, resume states."""
+"""Callbacks of the Trainer: progress, evaluations, resume states."""
 
 import time
 from collections.abc import Callable
@@ -10,7 +10,7 @@ from ctpd.core.processes import processes
 
 
 class ReportProgress(TrainerCallback):
-    """Tells the pipeline's bar how far the training is."""
+    """Reports the step number to the pipeline's progress bar."""
 
     def __init__(self, report: Callable[[int, int], None]) -> None:
         self._report = report
@@ -21,28 +21,28 @@ class ReportProgress(TrainerCallback):
 
 
 class EvaluateOften(TrainerCallback):
-    """Asks for an evaluation at equal distances, ``total`` times, the last one at the last step."""
+    """Asks for ``total`` evaluations at equal distances, the last one after the last step."""
 
     def __init__(self, total: int) -> None:
         self._total = total
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Ask at the steps that complete another share of the training."""
+        """Ask after each step that completes another of ``total`` equal parts of the training."""
         before, after = ((step * self._total) // state.max_steps for step in (state.global_step - 1, state.global_step))
         control.should_evaluate = control.should_evaluate or before != after
 
 
 class SaveByTime(TrainerCallback):
-    """Asks for a resume state whenever ``seconds`` have passed since the last one, by the first process's clock.
+    """Asks for a resume state whenever ``seconds`` have passed since the last one, by the clock of rank 0.
 
-    Metrics are logged at the same step, so that none is on the way while the state is written.
+    Metrics are logged at the same step: those accumulated since the last logging are not part of a resume state.
     """
 
     def __init__(self, seconds: float) -> None:
         self._seconds, self._last = seconds, time.monotonic()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Ask when the time has come; the last step saves the result itself."""
+        """Ask when the time has passed, but not after the last step: the result itself is saved then."""
         is_due = state.global_step < state.max_steps and time.monotonic() - self._last >= self._seconds
         if processes().broadcast(int(is_due)):
             control.should_save = control.should_log = True

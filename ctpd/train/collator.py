@@ -1,4 +1,4 @@
-"""Rows that a model scores, their order, and their batches.
+"""Training rows, the order of the items, and how items become a batch.
 
 Shape legend: R rows of a batch, T tokens of the longest row, U units of the longest row, N scored tokens.
 """
@@ -6,18 +6,48 @@ Shape legend: R rows of a batch, T tokens of the longest row, U units of the lon
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, Dataset
 
 from ctpd.core.errors import UserError
-from ctpd.ops.shared_rows import SharedRows, share_rows
+from ctpd.ops.shared_rows import pack_pairs
+from ctpd.text.blocks import TokenRows
+from ctpd.train.batches import Batch, TokenBatch, UnitBatch
 
-Batch = dict[str, Tensor]
-SHARED = "shared."
+B_co = TypeVar("B_co", bound=Batch, covariant=True)
+
+
+class TrainingRows(Protocol[B_co]):
+    """What the Trainer needs of its data: `ScoredRows` and `DistillRows` have it. An item is a pair, or one response."""
+
+    @property
+    def item_lengths(self) -> NDArray[np.int64]:
+        """Tokens of each item's longest row."""
+        ...
+
+    @property
+    def items(self) -> NDArray[np.int64]:
+        """[items, rows of an item] the rows of each item."""
+        ...
+
+    @property
+    def shares_prompts(self) -> bool:
+        """Whether the rows of an item may share a sequence."""
+        ...
+
+    def __len__(self) -> int: ...
+
+    def collate(self, items: list[int]) -> B_co:
+        """A batch of these items."""
+        ...
+
+    def check(self) -> None:
+        """Refuse rows that cannot be scored."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -30,11 +60,11 @@ class ScoredRows:
         unit: int32, the unit of each token inside its row; -1 for a token that is not scored.
         unit_starts: int64 [rows + 1], first unit of each row in the flat unit arrays.
         counted: bool, flat units: whether a unit enters the sums (`end_span: false` leaves the end span out).
+        items: int64 [items, rows of an item]: (chosen, rejected) rows of a pair, or one row.
         reference: float32, flat units: the reference's log-probabilities, or None.
         weights: float32, flat units, or None.
-        items: int64 [items, rows of an item]: (chosen, rejected) rows of a pair, or one row.
-        shares_prompts: whether the rows of a pair may share a sequence: a model must have passed
-            `ctpd.train.sharing.can_share_rows`. It moves no number beyond rounding.
+        shares_prompts: whether the rows of a pair may share a sequence, which moves no number beyond rounding. The
+            model must have been prepared by `ctpd.train.sharing.enable_prompt_sharing`.
     """
 
     input_ids: NDArray[np.int32]
@@ -53,46 +83,43 @@ class ScoredRows:
         lengths = np.diff(self.row_starts)
         return np.asarray(lengths[self.items].max(axis=1), dtype=np.int64)
 
+    @property
+    def tokens(self) -> TokenRows:
+        """The rows alone, as a scoring pass takes them."""
+        return TokenRows(self.input_ids, self.row_starts, self.unit)
+
     def __len__(self) -> int:
         return len(self.items)
 
-    def collate(self, items: list[int]) -> Batch:
-        """Pad the rows of ``items`` on the right; all first rows come first, then all second rows.
+    def collate(self, items: list[int]) -> UnitBatch:
+        """The rows of ``items``, padded on the right: all first rows (chosen), then all second rows (rejected).
 
-        With `shares_prompts`, and where it saves enough, `input_ids` are packed sequences [P, W], one a pair;
-        `predictors` count in them, and `shared.*` tell where the rows are.
+        With `shares_prompts`, and where it saves enough, `input_ids` are packed sequences [P, W], one a pair.
         """
         rows = self.items[items].T.reshape(-1)
-        token_starts, token_ends = self.row_starts[rows], self.row_starts[rows + 1]
-        unit_starts, unit_ends = self.unit_starts[rows], self.unit_starts[rows + 1]
-        width, units = int((token_ends - token_starts).max()), int((unit_ends - unit_starts).max())
-        input_ids_RT = np.zeros((len(rows), width), dtype=np.int64)
-        unit_RT = np.full((len(rows), width), -1, dtype=np.int64)
-        padded = {name: np.zeros((len(rows), units), dtype=a.dtype) for name, a in self._unit_arrays.items()}
-        for r, (t0, t1, u0, u1) in enumerate(zip(token_starts, token_ends, unit_starts, unit_ends, strict=True)):
-            input_ids_RT[r, : t1 - t0] = self.input_ids[t0:t1]
-            unit_RT[r, : t1 - t0] = self.unit[t0:t1]
-            for name, values in self._unit_arrays.items():
-                padded[name][r, : u1 - u0] = values[u0:u1]
-        scored_N = np.flatnonzero(unit_RT >= 0)
-        batch = {
-            "input_ids": torch.from_numpy(input_ids_RT),
-            "unit": torch.from_numpy(unit_RT),
-            "predictors": torch.from_numpy(scored_N - 1),
-            "targets": torch.from_numpy(input_ids_RT.reshape(-1)[scored_N]),
-        }
-        batch |= {name: torch.from_numpy(values) for name, values in padded.items()}
-        packed = share_rows(input_ids_RT, token_ends - token_starts) if self.shares_prompts else None
-        if packed is not None:
-            batch["input_ids"] = torch.from_numpy(packed[0])
-            batch["predictors"] = packed[1].unpack.flatten()[batch["predictors"]]
-            batch |= {f"{SHARED}{name}": part for name, part in packed[1]._asdict().items()}
-        return batch
+        starts, ends = self.unit_starts[rows], self.unit_starts[rows + 1]
+        return UnitBatch(
+            tokens=self.token_batch(rows),
+            mask=torch.from_numpy(padded(self.counted, starts, ends)),
+            reference=None if self.reference is None else torch.from_numpy(padded(self.reference, starts, ends)),
+            weights=None if self.weights is None else torch.from_numpy(padded(self.weights, starts, ends)),
+            num_pairs=len(items),
+        )
 
-    @cached_property
-    def _unit_arrays(self) -> dict[str, np.ndarray]:
-        arrays = {"mask": self.counted, "reference": self.reference, "weights": self.weights}
-        return {name: values for name, values in arrays.items() if values is not None}
+    def token_batch(self, rows: NDArray[np.int64]) -> TokenBatch:
+        """The tokens of these rows, padded on the right."""
+        starts, ends = self.row_starts[rows], self.row_starts[rows + 1]
+        input_ids_RT = padded(self.input_ids, starts, ends).astype(np.int64)
+        unit_RT = padded(self.unit, starts, ends, fill=-1).astype(np.int64)
+        scored_N = np.flatnonzero(unit_RT >= 0)
+        predictors_N = torch.from_numpy(scored_N - 1)
+        targets_N = torch.from_numpy(input_ids_RT.reshape(-1)[scored_N])
+        packed = pack_pairs(input_ids_RT, ends - starts) if self.shares_prompts else None
+        if packed is None:
+            return TokenBatch(torch.from_numpy(input_ids_RT), torch.from_numpy(unit_RT), predictors_N, targets_N)
+        packed_ids_PW, layout = packed
+        predictors_N = layout.unpack.flatten()[predictors_N]
+        return TokenBatch(torch.from_numpy(packed_ids_PW), torch.from_numpy(unit_RT), predictors_N, targets_N, layout)
 
     def check(self) -> None:
         """Refuse rows whose first token is scored: nothing predicts it."""
@@ -103,15 +130,18 @@ class ScoredRows:
             )
 
 
-def shared_rows(batch: Batch) -> SharedRows | None:
-    """Where the rows of a batch stand, if they share sequences."""
-    if f"{SHARED}unpack" not in batch:
-        return None
-    return SharedRows(*(batch[f"{SHARED}{name}"] for name in SharedRows._fields))
+def padded(
+    values: NDArray[Any], starts_R: NDArray[np.int64], ends_R: NDArray[np.int64], *, fill: int = 0
+) -> NDArray[Any]:
+    """The stretches of a flat array, one a row of the result, filled up on the right."""
+    result = np.full((len(starts_R), int((ends_R - starts_R).max())), fill, dtype=values.dtype)
+    for row, (start, end) in enumerate(zip(starts_R, ends_R, strict=True)):
+        result[row, : end - start] = values[start:end]
+    return result
 
 
 class Items(Dataset[int]):
-    """The item numbers 0..n-1; the collator looks the items up in flat arrays."""
+    """The item numbers 0 to n - 1: the collate function reads the items from flat arrays."""
 
     def __init__(self, num_items: int) -> None:
         self._num_items = num_items
@@ -126,8 +156,8 @@ class Items(Dataset[int]):
 class StepSampler(BatchSampler):
     """Micro-batches of one process, in an order that depends on (seed, epoch) alone.
 
-    One permutation an epoch is cut into optimizer steps, the incomplete last one dropped; inside a step the items are
-    sorted by length, cut into micro-batches and dealt to the processes.
+    Each epoch's permutation is cut into optimizer steps, and an incomplete last step is dropped. Inside a step the items
+    are sorted by length, longest first, cut into micro-batches, and dealt to the ranks in turn.
     """
 
     def __init__(
@@ -166,7 +196,7 @@ class StepSampler(BatchSampler):
 
 
 class StepLoader(DataLoader[int]):
-    """A DataLoader that forwards the epoch to its sampler, as the library's loop expects."""
+    """A DataLoader that forwards the epoch to its sampler: transformers' loop calls `set_epoch` on the DataLoader."""
 
     def set_epoch(self, epoch: int) -> None:
         """Forward the epoch."""
@@ -176,12 +206,18 @@ class StepLoader(DataLoader[int]):
 def micro_batch_size(
     lengths: NDArray[np.int64], *, rows: int, per_step: int, world_size: int, max_tokens: int, fixed: int | None = None
 ) -> int:
-    """Items of one forward pass: the largest divisor of a process's share of a step whose padded rows fit.
+    """Items of one forward pass: the largest divisor of a rank's items of a step whose padded rows fit the limit.
 
-    With ``fixed`` that many: the objective's loss depends on which items go together.
+    Args:
+        lengths: tokens of each item's longest row.
+        rows: rows of an item.
+        per_step: items of an optimizer step, over all ranks.
+        world_size: the number of ranks.
+        max_tokens: tokens of one forward pass, padding included.
+        fixed: use this size, for an objective whose loss depends on which items are in a micro-batch.
 
     Raises:
-        UserError: the step cannot be dealt evenly to the processes, or not in micro-batches of the fixed size.
+        UserError: a step's items cannot be dealt evenly to the ranks, or not in micro-batches of the fixed size.
     """
     if per_step % world_size:
         raise UserError(

@@ -1,4 +1,4 @@
-"""Peak memory of a piece of work, in MiB: allocated on a GPU, resident on a CPU."""
+"""Peak memory in MiB: allocated memory on a GPU, the resident set of the process on a CPU."""
 
 from pathlib import Path
 
@@ -11,7 +11,7 @@ _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
 def reset_peak(device: str) -> None:
-    """Start a new measurement of what is in use on a device."""
+    """Reset the peak of a device's memory to what is in use now."""
     if device.startswith("cuda"):
         torch.cuda.reset_peak_memory_stats()
     elif _CLEAR.exists():
@@ -19,7 +19,7 @@ def reset_peak(device: str) -> None:
 
 
 def peak_mebibytes(device: str) -> float | None:
-    """The peak since `reset_peak`, the largest among a launch's processes; None where the platform does not tell."""
+    """The peak since `reset_peak`, the largest of all ranks; None where the platform does not report it."""
     ranks = processes()
     peaks = np.zeros(ranks.world_size)
     own = _own_peak(device)

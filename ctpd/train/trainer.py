@@ -1,20 +1,19 @@
 """The one Trainer: a thin subclass of `transformers.Trainer`.
 
 The library brings the loop, resume, distribution, PEFT, mixed precision and loggers. What is ours: the order of the
-items, the forward pass through the scorer, the objective, and *sums, then one division*: the loss of a step is the
-objective's sum over all micro-batches and processes divided by the step's count of its unit, once.
+items, the forward pass through the scorer, the objective, and *sums, then one division*: the loss of an optimizer step
+is the objective's sum over all micro-batches and ranks, divided once by the step's count of pairs, tokens or units.
 
 Shape legend: R rows of a batch, T tokens, U units, N scored tokens.
 """
 
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Generic, TypeVar
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
@@ -22,61 +21,55 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from ctpd.models import Score, score
 from ctpd.objectives.base import Objective, Sums, Units
 from ctpd.ops.spans import unit_logps
-from ctpd.train.collator import Batch, Items, StepLoader, StepSampler, shared_rows
+from ctpd.train.batches import Batch, UnitBatch, count_units, to_device
+from ctpd.train.collator import Items, StepLoader, StepSampler, TrainingRows
 
 OBJECTIVE = "ctpd_objective"  # the name under which an objective with parameters is a part of the model
 OBJECTIVE_FILE = "objective.safetensors"
 
-
-ForwardPass = Callable[[nn.Module, Batch], Sums]
-
-
-class Rows(Protocol):
-    """What the Trainer asks of its training items; see `ScoredRows`."""
-
-    @property
-    def item_lengths(self) -> NDArray[np.int64]:
-        """Tokens of each item's longest row."""
-        ...
-
-    @property
-    def items(self) -> NDArray[np.int64]:
-        """The rows of each item."""
-        ...
-
-    @property
-    def shares_prompts(self) -> bool:
-        """Whether rows of an item may share a sequence."""
-        ...
-
-    def __len__(self) -> int: ...
-
-    def collate(self, items: list[int]) -> Batch:
-        """A batch of these items."""
-        ...
-
-    def check(self) -> None:
-        """Refuse rows that cannot be scored."""
-        ...
+B = TypeVar("B", bound=Batch)
+ForwardPass = Callable[[nn.Module, B], Sums]
+"""From the model and a batch to the objective's sums: `UnitPass`, `DistillPass`."""
 
 
-class PairPass:
+class UnitPass:
     """The forward pass of an objective of the log-probabilities of units."""
 
     def __init__(self, objective: Objective) -> None:
         self._objective = objective
 
-    def __call__(self, model: nn.Module, batch: Batch) -> Sums:
+    def __call__(self, model: nn.Module, batch: UnitBatch) -> Sums:
         """One micro-batch."""
-        unit_RT, mask_RU = batch["unit"], batch["mask"]
-        request = Score(batch["predictors"], batch["targets"])
-        logps_N = score(model, batch["input_ids"], request, shared=shared_rows(batch))
+        tokens, unit_RT = batch.tokens, batch.tokens.unit
+        request = Score(tokens.predictors, tokens.targets)
+        logps_N = score(model, tokens.input_ids, request, layout=tokens.layout)
         logps_RT = logps_N.new_zeros(unit_RT.shape).masked_scatter(unit_RT >= 0, logps_N)
         aggregate = self._objective.layout.aggregate
-        policy_RU = unit_logps(logps_RT, unit_RT, num_units=mask_RU.shape[1], aggregate=aggregate)
-        units = Units(policy=policy_RU, mask=mask_RU, reference=batch.get("reference"), weights=batch.get("weights"))
+        policy_RU = unit_logps(logps_RT, unit_RT, num_units=batch.mask.shape[1], aggregate=aggregate)
+        units = Units(policy=policy_RU, mask=batch.mask, reference=batch.reference, weights=batch.weights)
         sums: Sums = self._objective(units)
         return sums
+
+
+@dataclass(frozen=True, kw_only=True)
+class Training(Generic[B]):
+    """What is trained, for what, and on what.
+
+    Attributes:
+        model: with the scorer installed (`ctpd.models.load_model`), or a PEFT model around one.
+        objective: its own parameters, if any, are a part of the model while it is trained.
+        rows: the training items.
+        forward_pass: from the model and a batch of these items to the objective's sums.
+        eval_rows: items for evaluation during the training; None for no evaluation.
+        constants: metrics that do not change (rates of clamped weights), logged with the others.
+    """
+
+    model: nn.Module
+    objective: Objective
+    rows: TrainingRows[B]
+    forward_pass: ForwardPass[B]
+    eval_rows: TrainingRows[B] | None = None
+    constants: Mapping[str, float] = field(default_factory=dict)
 
 
 def save_objective(objective: nn.Module, folder: Path) -> None:
@@ -93,51 +86,39 @@ def load_objective(objective: nn.Module, folder: Path) -> None:
 
 
 class PreferenceTrainer(Trainer):
-    """Trains a model on scored rows with an objective.
+    """Trains a model on rows with an objective.
 
     Args:
-        model: a model with the scorer installed (`ctpd.models.load_model`), or a PEFT model around one.
-        objective: what is trained for. Its own parameters, if any, become a part of the model for the training's time.
-        rows: the training items.
-        args: `per_device_train_batch_size` is the micro-batch, in items; micro-batches times processes times
-            accumulation is the step.
-        eval_rows: items for evaluation during the training.
-        constants: metrics that do not change (shares of clamped weights), logged with the others.
-        forward_pass: from the model and a batch to the objective's sums; None for log-probabilities of units.
+        training: model, objective, data and forward pass.
+        args: `per_device_train_batch_size` is the micro-batch, in items; micro-batches times ranks times accumulation
+            is the optimizer step.
         callbacks: as in the library.
     """
 
+    training: Training[Any]
+    objective: Objective
     loss_is_scaled_for_ga = True
     _has_own_group = False
 
     def __init__(
-        self,
-        model: nn.Module,
-        objective: Objective,
-        rows: Rows,
-        *,
-        args: TrainingArguments,
-        eval_rows: Rows | None = None,
-        constants: Mapping[str, float] | None = None,
-        forward_pass: ForwardPass | None = None,
-        callbacks: list[TrainerCallback] | None = None,
+        self, training: Training[Any], *, args: TrainingArguments, callbacks: list[TrainerCallback] | None = None
     ) -> None:
-        rows.check()
-        self.objective, self.rows, self.eval_rows = objective, rows, eval_rows
-        self._constants = dict(constants or {})
+        training.rows.check()
+        model, objective = training.model, training.objective
+        self.training, self.objective = training, objective
         self._running: dict[str, tuple[Tensor, float]] = {}  # name -> (sum, on the device; count)
-        self._sums = forward_pass if forward_pass is not None else PairPass(objective)
         if any(True for _ in objective.parameters()):
             model.add_module(OBJECTIVE, objective)
-        super().__init__(model=model, args=args, train_dataset=Items(len(rows)), callbacks=callbacks)
+        super().__init__(model=model, args=args, train_dataset=Items(len(training.rows)), callbacks=callbacks)
         objective.to(self.args.device)
         if self.is_fsdp_enabled and self.args.bf16:
-            # accelerate puts this around every other model's forward. Without the cache: it would keep all weights.
+            # accelerate wraps every other model's forward in autocast. Without autocast's cache, which would keep a
+            # rounded copy of all gathered weights.
             autocast = torch.autocast(self.args.device.type, torch.bfloat16, cache_enabled=False)
             model.forward = autocast(model.forward)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """The library's, with the objective's parameters in a group of their own where they have a step size."""
+        """The library's; the objective's parameters are a group of their own if they have a learning rate of their own."""
         optimizer = super().create_optimizer(model)
         own = {id(p): p for p in self.objective.parameters()}
         if own and self.objective.objective_learning_rate is not None and not self._has_own_group:
@@ -154,10 +135,11 @@ class PreferenceTrainer(Trainer):
         return optimizer
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """With the objective's parameters, which an adapter's checkpoint would leave out."""
-        if (
-            self.args.should_save
-        ):  # first: what the library writes last makes the state complete, and it drops the older one
+        """Also the objective's parameters, which an adapter's checkpoint would leave out.
+
+        They are written first: the file that the library writes last marks the checkpoint as complete.
+        """
+        if self.args.should_save:
             folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
             folder.mkdir(parents=True, exist_ok=True)
             save_objective(self.objective, folder)
@@ -168,93 +150,91 @@ class PreferenceTrainer(Trainer):
         load_objective(self.objective, Path(resume_from_checkpoint))
 
     def get_train_dataloader(self) -> StepLoader:
-        """Micro-batches in the order of (seed, epoch), dealt to this process."""
+        """This rank's micro-batches, in an order that depends on (seed, epoch) alone."""
         args = self.args
         sampler = StepSampler(
-            self.rows.item_lengths,
+            self.training.rows.item_lengths,
             per_step=args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size,
             micro_batch=args.per_device_train_batch_size,
             seed=args.seed,
             rank=args.process_index,
             world_size=args.world_size,
         )
-        return StepLoader(Items(len(self.rows)), batch_sampler=sampler, collate_fn=self.rows.collate)  # type: ignore[arg-type]
+        rows = self.training.rows
+        return StepLoader(Items(len(rows)), batch_sampler=sampler, collate_fn=rows.collate)
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Batch], num_batches: int, device: torch.device
     ) -> tuple[list[Batch], Tensor]:
-        """The micro-batches of a step, and the step's count of the objective's unit over all processes."""
+        """The micro-batches of a step, and the number that the step's loss is divided by, over all ranks."""
         batches = list(islice(epoch_iterator, num_batches))
-        told = torch.tensor(sum(self._count(batch) for batch in batches))
-        count = (told.pin_memory() if self.args.dataloader_pin_memory else told).to(device, non_blocking=True)
+        total: int = sum(count_units(batch, self.objective.counts) for batch in batches)
+        own = torch.tensor(total)
+        count = (own.pin_memory() if self.args.dataloader_pin_memory else own).to(device, non_blocking=True)
         return batches, self.accelerator.gather(count).sum() if self.args.world_size > 1 else count
 
     def _prepare_input(self, data: Any) -> Any:
-        """Without waiting for the device: a batch lies in pinned memory where there is a GPU."""
-        if isinstance(data, Tensor):
-            return data.to(self.args.device, non_blocking=True)
-        return super()._prepare_input(data)
+        """The batch on the device, without waiting for the copy: with a GPU, batches are in pinned memory."""
+        return to_device(data, self.args.device)
 
     def compute_loss(
-        self, model: nn.Module, inputs: Batch, return_outputs: bool = False, num_items_in_batch: Tensor | None = None
+        self,
+        model: nn.Module,
+        inputs: Any,
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor:
-        """This micro-batch's share of the step's loss; gradients are averaged over processes, hence the factor."""
+        """This micro-batch's part of the step's loss, times the world size: gradients are averaged over the ranks."""
         assert num_items_in_batch is not None
         assert not return_outputs
-        sums = self._sums(model, inputs)
-        self._accumulate("", sums, inputs)
-        return sums.loss * (self.args.world_size / num_items_in_batch)
+        sums = self.training.forward_pass(model, inputs)
+        self._accumulate("", sums, inputs.num_pairs)
+        loss: Tensor = sums.loss * (self.args.world_size / num_items_in_batch)
+        return loss
 
     def evaluate(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> dict[str, float]:
-        """The objective's loss and metrics over `eval_rows`, shared by the processes, logged with the prefix `eval_`."""
-        if self.eval_rows is None:
+        """The objective's loss and metrics over `eval_rows`, divided among the ranks, logged with the prefix `eval_`."""
+        rows = self.training.eval_rows
+        if rows is None:
             return {}
-        self.model.eval()
+        prefix = f"{metric_key_prefix}_"
+        model = self.model
+        assert model is not None
+        model.eval()
         size, world_size, rank = self.args.per_device_eval_batch_size, self.args.world_size, self.args.process_index
-        order = torch.from_numpy(self.eval_rows.item_lengths).argsort(descending=True, stable=True).tolist()
+        order = torch.from_numpy(rows.item_lengths).argsort(descending=True, stable=True).tolist()
         with torch.no_grad(), self.compute_loss_context_manager():
             for first in range(0, len(order), size * world_size):
                 own = order[first + rank * size : first + (rank + 1) * size]
-                # One with nothing left takes part all the same: weights may lie in all processes. It adds nothing.
-                batch = self._prepare_inputs(self.eval_rows.collate(own or order[:size]))
-                sums = self._sums(self.model, batch)
-                counts = bool(own)
-                self._accumulate(f"{metric_key_prefix}_", sums, batch, counts=counts)
-                self._add(f"{metric_key_prefix}_loss", sums.loss, float(sums.count), counts=counts)
-        self.model.train()
-        metrics = self._drain(f"{metric_key_prefix}_")
+                # Idle ranks still run the forward pass, because FSDP's collectives need them; they add nothing.
+                batch = rows.collate(own or order[:size])
+                count = count_units(batch, self.objective.counts)
+                sums = self.training.forward_pass(model, self._prepare_inputs(batch))
+                self._accumulate(prefix, sums, batch.num_pairs, counts=bool(own))
+                self._add(f"{prefix}loss", sums.loss, count, counts=bool(own))
+        model.train()
+        metrics = self._drain(prefix)
         self.log(metrics)
-        # Without it the request stands until the next step, and the library evaluates again where an epoch ends.
+        # This resets `control.should_evaluate`; otherwise the library evaluates again at the end of the epoch.
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add the metrics gathered since the last call; the only place where the device is waited for."""
+        """Add the metrics accumulated since the last call; the only place that waits for the device."""
         if "loss" in logs:
-            logs |= self._drain("") | self._constants
+            logs |= self._drain("") | dict(self.training.constants)
         super().log(logs, start_time)
 
-    def floating_point_ops(self, inputs: Batch) -> int:
+    def floating_point_ops(self, inputs: Any) -> int:
         """Not counted: the library's estimate assumes a head over every position."""
         return 0
 
-    def _count(self, batch: Batch) -> int:
-        num_pairs = len(batch["unit"]) // len(self.objective.sides)
-        unit_RT = batch["unit"][:num_pairs]
-        counts = {
-            "pairs": lambda: num_pairs,
-            "tokens": lambda: int((unit_RT >= 0).sum()),
-            "units": lambda: int((unit_RT.amax(1) + 1).sum()),
-        }
-        return counts[self.objective.counts]()
-
-    def _accumulate(self, prefix: str, sums: Sums, batch: Batch, *, counts: bool = True) -> None:
-        num_items = len(batch["unit"]) // len(self.objective.sides)
+    def _accumulate(self, prefix: str, sums: Sums, num_pairs: int, *, counts: bool = True) -> None:
         for name, value in sums.metrics.items():
-            self._add(f"{prefix}{name}", value, num_items, counts=counts)
+            self._add(f"{prefix}{name}", value, num_pairs, counts=counts)
 
     def _add(self, name: str, value: Tensor, count: float, *, counts: bool) -> None:
-        """Add without waiting for the device; with ``counts`` off, only make the name known."""
+        """Add without waiting for the device; with ``counts`` off add nothing, so that all ranks know the same names."""
         total, number = self._running.get(name, (0.0, 0.0))
         own = value.detach().double() if counts else torch.zeros_like(value, dtype=torch.float64)
         self._running[name] = (own + total, number + count * counts)

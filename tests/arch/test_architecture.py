@@ -13,9 +13,10 @@ from importlinter.cli import EXIT_STATUS_SUCCESS, lint_imports
 
 import ctpd
 from ctpd.cli.main import COMMANDS, SUMMARIES, cli
-from ctpd.core.recipe import Schedule, load_recipe, shipped_recipes
 from ctpd.objectives.base import Objective
 from ctpd.pipeline.methods import METHODS
+from ctpd.recipe import load_recipe, shipped_recipes
+from ctpd.train.config import Schedule
 
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = sorted(
@@ -35,7 +36,7 @@ OPTIONS = {
     "train": RUNNING - {"--limit"},
     "eval": RUNNING | {"--model", "--suite", "--data-root", "--precision", "--batch-size", "--chat-template"},
     "compare": {"--store", "--only", "--seed", "--limit", "--json", "--debug", "--format", "--to"},
-    "recipes": {"--json", "--debug"},
+    "recipes": {"--json", "--schema", "--debug"},
     "init": {"--teacher", "--student", "--data", "--to", "--debug"},
     "inspect spans": {"--data", "--text", "--limit", "--show", "--html", "--offline", "--json", "--debug"},
     "inspect tokenizers": {"--data", "--text", "--limit", "--offline", "--json", "--debug"},
@@ -71,7 +72,7 @@ def options(command: click.Command, name: str = "") -> Iterator[tuple[str, set[s
 def test_command_line_has_these_options_and_no_hyperparameter() -> None:
     assert dict(options(cli)) == OPTIONS
     given = {opt.lstrip("-").replace("-", "_") for opts in OPTIONS.values() for opt in opts}
-    assert not given & {*Schedule.__dataclass_fields__, "learning_rate", "beta"}
+    assert not given & {*Schedule.model_fields, "learning_rate", "beta"}
 
 
 def test_every_option_is_explained_and_every_command_summarised() -> None:
@@ -153,7 +154,7 @@ HEAVY = ("torch", "transformers", "lm_eval", "datasets", "peft", "pandas", "scip
     "code",
     [
         "import ctpd, ctpd.cli.main",
-        "import ctpd.core.recipe, ctpd.core.store, ctpd.text.prepare, ctpd.text.render",
+        "import ctpd.recipe, ctpd.testbed.config, ctpd.train.config, ctpd.core.store, ctpd.text.prepare, ctpd.text.render",
         "from ctpd.cli.main import main\ntry: main(['--help'])\nexcept SystemExit: pass",
         "from ctpd.cli.main import main\nmain(['recipes'])",
     ],

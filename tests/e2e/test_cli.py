@@ -12,9 +12,10 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from ctpd.core.recipe import load_recipe, shipped_recipes
 from ctpd.core.store import Store
 from ctpd.models import load_model
+from ctpd.recipe import load_recipe, shipped_recipes
+from harness.record import Record
 from tests.conftest import Cli, SmokeRun
 
 TABLES = ("main", "weights", "reference")
@@ -65,7 +66,9 @@ def test_compare_writes_every_table_in_every_format(cli: Cli, smoke: SmokeRun) -
     outcome = cli("compare", "testbed-smoke", "--store", smoke.store, "--format", "md", "--format", "tex")
     assert outcome.code == 0, outcome.err
     tables = {f"{t}.{e}" for t in TABLES for e in ("md", "csv", "tex", "html")}
-    assert {path.name for path in folder.iterdir()} == {*tables, "report.html"}
+    assert {path.name for path in folder.iterdir()} == {*tables, "report.html", "figures"}
+    figures = {path.name for path in (folder / "figures").iterdir()}
+    assert {f"difference--main.{suffix}" for suffix in ("svg", "pdf", "png")} <= figures
     assert (folder / "main.md").read_text().strip() in outcome.out
     assert r"\toprule" in (folder / "main.tex").read_text()
 
@@ -76,9 +79,9 @@ def test_compare_prints_every_table_and_keeps_tables_and_records_where_asked(
     outcome = cli("compare", "testbed-smoke", "--store", smoke.store, "--to", tmp_path)
     for caption in ("Main results", "Weight ablation", "Reference ablation"):
         assert caption in outcome.out
-    records = [json.loads(path.read_text()) for path in (tmp_path / "testbed-smoke" / "records").glob("*.json")]
+    records = [Record.read(path) for path in (tmp_path / "testbed-smoke" / "records").glob("*.json")]
     recipe = load_recipe("testbed-smoke")
-    assert {r["run"] for r in records} > set(recipe.runs) | set(recipe.anchors)
+    assert {record.run for record in records} > set(recipe.runs) | set(recipe.untrained)
     assert len(records) == 10
 
 
@@ -102,7 +105,7 @@ def test_limit_evaluates_anew_but_trains_nothing(cli: Cli, smoke: SmokeRun) -> N
 def test_train_names_one_model_per_run_and_trains_shared_runs_once(cli: Cli, smoke: SmokeRun) -> None:
     keys = trained_keys(cli, smoke.store)
     recipe = load_recipe("testbed-smoke")
-    assert set(recipe.runs) | set(recipe.anchors) <= set(keys)
+    assert set(recipe.runs) | set(recipe.untrained) <= set(keys)
     assert keys["CTPD"] == keys["weights: Origin"] == keys["reference: Teacher"]
     assert len({keys[name] for name in ("DPO", "TIS-DPO", "CTPD")}) == 3
 

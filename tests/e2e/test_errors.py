@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from ctpd.core.recipe import shipped_recipes
+from ctpd.recipe import shipped_recipes
 from tests.conftest import Cli, Outcome, SmokeRun
 
 SMOKE = shipped_recipes()["testbed-smoke"].read_text(encoding="utf-8")

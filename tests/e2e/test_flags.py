@@ -97,7 +97,7 @@ def test_rm_and_gc_leave_what_another_process_works_on(cli: Cli, smoke: SmokeRun
 def test_tables_are_plain_without_a_terminal_and_names_are_literal(
     cli: Cli, smoke: SmokeRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from ctpd.core.recipe import shipped_recipes
+    from ctpd.recipe import shipped_recipes
 
     monkeypatch.delenv("COLUMNS", raising=False)
     text = shipped_recipes()["testbed-smoke"].read_text(encoding="utf-8")

@@ -10,8 +10,8 @@ import pytest
 from rich.cells import cell_len
 
 from ctpd.cli import draw
-from ctpd.core.recipe import load_recipe
 from ctpd.core.store import Store
+from ctpd.recipe import load_recipe
 from tests.conftest import Cli, SmokeRun
 from tests.fixtures.tokenizers import tokenizer
 
@@ -68,7 +68,7 @@ def test_spans_as_a_page_is_one_safe_file_for_light_and_dark(
     html = page.read_text(encoding="utf-8")
     assert not re.search(r"https?://|src=|<script|<link|@import|url\(", html)
     assert "prefers-color-scheme: dark" in html
-    assert "<b>fine" not in html.replace("<b>fine</b></div>", "")  # the text's own tags are escaped
+    assert "<b>fine" not in html.replace("<b>fine</b></span>", "")  # the text's own tags are escaped
     tokens = re.findall(r"<b>(.*?)</b>", html)
     assert any("&lt;" in token for token in tokens)
     assert (

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from ctpd.app import Experiment
-from ctpd.core.recipe import load_recipe
+from ctpd.recipe import load_recipe
 from tests.conftest import Cli, Outcome, SmokeRun
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -110,21 +110,21 @@ def test_compare_names_the_command_that_brings_a_missing_record_and_it_does(
     assert not re.search(r"^Random +missing", again.out, re.MULTILINE)
 
 
-def test_a_missing_anchor_is_brought_without_a_seed(cli: Cli, smoke: SmokeRun) -> None:
+def test_a_missing_untrained_row_is_brought_without_a_seed(cli: Cli, smoke: SmokeRun) -> None:
     experiment = Experiment("testbed-smoke")
-    anchor = experiment.records[0]
+    untrained = experiment.records[0]
     moved = smoke.store / "moved"
-    (smoke.store / anchor.kind / anchor.key).rename(moved)
+    (smoke.store / untrained.kind / untrained.key).rename(moved)
     try:
         outcome = cli("compare", "testbed-smoke", "--store", smoke.store)
     finally:
-        moved.rename(smoke.store / anchor.kind / anchor.key)
+        moved.rename(smoke.store / untrained.kind / untrained.key)
     command = f"ctpd run testbed-smoke --only Teacher --store {shlex.quote(str(smoke.store))}"
     assert f"Missing: Teacher. To build it: {command}\n" in outcome.err
 
 
 def test_a_table_may_not_take_the_reports_name(cli: Cli, tmp_path: Path) -> None:
-    from ctpd.core.recipe import shipped_recipes
+    from ctpd.recipe import shipped_recipes
 
     text = (
         shipped_recipes()["testbed-smoke"].read_text(encoding="utf-8").replace("  main: {caption", "  report: {caption")

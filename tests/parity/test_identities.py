@@ -13,7 +13,7 @@ from ctpd.objectives.base import Units
 from ctpd.objectives.preference import Preference, PreferenceParams
 from ctpd.ops.logps import token_logps
 from ctpd.ops.spans import flat_unit_sums, unit_logps
-from ctpd.ops.weights import span_weights
+from ctpd.ops.weights import Signal, UnitLayout, span_weights
 
 NUM_PAIRS, V, H, BETA = 3, 19, 6, 0.3
 NUM_TOKENS = 9
@@ -74,14 +74,14 @@ def units(w: World, unit: Tensor, *, end_span: bool, strategy: str | None) -> Un
             torch.cat([torch.zeros(1, dtype=torch.int64), interleaved(x).cumsum(0)]) for x in (counts, w.num_tokens)
         )
         signals = {
-            f"{strategy}_{name}": flat_unit_sums(
+            Signal(f"{strategy}_{name}"): flat_unit_sums(
                 interleaved(logps)[real], interleaved(unit)[real], token_starts=token_starts, unit_starts=unit_starts
             )
             for name, logps in (("positive", w.positive), ("negative", w.negative))
         }
         is_end = torch.zeros(int(unit_starts[-1]), dtype=torch.bool)
         is_end[unit_starts[1:] - 1] = True
-        flat = span_weights(strategy, signals, unit_starts=unit_starts, is_end=is_end).weights
+        flat = span_weights(strategy, signals, UnitLayout(unit_starts, is_end)).weights
         rows = flat.split(unit_starts.diff().tolist())
         weights = blocks(torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True))
         weights = F.pad(weights, (0, width - weights.shape[1]))

@@ -1,7 +1,6 @@
 """The official tasks, offline from a mirror of the hub: the official documents, prompts and targets."""
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -10,7 +9,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from ctpd.core.errors import UserError
-from harness.evaluate import check_column, datasets_of, evaluate_column, score
+from harness.evaluate import Documents, Scores, check_column, evaluate_column, score
+from harness.loading import datasets_of
 from harness.suites import Column, load_suite
 
 COLUMNS = {column.name: column for column in load_suite("paper").columns}
@@ -27,7 +27,7 @@ TOTALS = {"ARC": 1172, "MMLU": 14042, "TruthfulQA": 817, "Winogrande": 1267, "GS
 
 
 @pytest.fixture(scope="module")
-def results() -> dict[str, dict[str, Any]]:
+def results() -> dict[str, Scores]:
     """Results so far, by column: what two tests need is made once."""
     return {}
 
@@ -38,9 +38,9 @@ def hub(shared_dir: Path) -> Path:
     return shared_dir / "data" / "hub"
 
 
-def dummy(name: str, hub: Path, results: dict[str, dict[str, Any]]) -> dict[str, Any]:
+def dummy(name: str, hub: Path, results: dict[str, Scores]) -> Scores:
     if name not in results:
-        results[name] = score(DummyLM(), COLUMNS[name], data_root=hub, limit=2)
+        results[name] = score(DummyLM(), COLUMNS[name], Documents(hub, limit=2))
     return results[name]
 
 
@@ -51,24 +51,24 @@ def test_a_suite_names_the_data_sets_that_its_tasks_read(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", TASK_HASHES)
-def test_documents_and_prompts_are_those_recorded(name: str, hub: Path, results: dict[str, dict[str, Any]]) -> None:
+def test_documents_and_prompts_are_those_recorded(name: str, hub: Path, results: dict[str, Scores]) -> None:
     """The hash of documents, prompts and targets is stable, so that scores of two machines may be compared."""
     result = dummy(name, hub, results)
-    assert result["task_hash"].startswith(TASK_HASHES[name])
-    assert result["num_total"] == TOTALS[name]
-    assert result["shots"] == COLUMNS[name].shots
-    assert result["num_docs"] == len(result["documents"]) == (2 * 57 if name == "MMLU" else 2)
+    assert result.task_hash.startswith(TASK_HASHES[name])
+    assert result.num_total == TOTALS[name]
+    assert result.shots == COLUMNS[name].shots
+    assert result.num_docs == len(result.scored) == (2 * 57 if name == "MMLU" else 2)
 
 
-def test_the_first_gsm8k_document_is_the_one_of_public_logs(hub: Path, results: dict[str, dict[str, Any]]) -> None:
+def test_the_first_gsm8k_document_is_the_one_of_public_logs(hub: Path, results: dict[str, Scores]) -> None:
     """Public lm-eval logs of GSM8K begin with this hash (EVALUATION 1)."""
-    assert dummy("GSM8K", hub, results)["documents"][0][0].startswith("986c19252f3c7f6e")
+    assert dummy("GSM8K", hub, results).scored[0][0].startswith("986c19252f3c7f6e")
 
 
-def test_a_groups_score_is_the_mean_over_all_its_documents(hub: Path, results: dict[str, dict[str, Any]]) -> None:
+def test_a_groups_score_is_the_mean_over_all_its_documents(hub: Path, results: dict[str, Scores]) -> None:
     """MMLU weights its subjects by size, so the mean of the recorded per-document scores is its value."""
     result = dummy("MMLU", hub, results)
-    assert sum(value for _, value in result["documents"]) / result["num_docs"] == pytest.approx(result["value"])
+    assert sum(value for _, value in result.scored) / result.num_docs == pytest.approx(result.value)
 
 
 def test_hellaswag_which_the_mirror_lacks_is_reported_with_the_way_to_get_it(hub: Path) -> None:
@@ -96,8 +96,8 @@ def byte_model() -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast]:
 def test_a_transformers_model_runs_the_card_suite(column: Column, hub: Path) -> None:
     """Two documents of each task by a tiny model: the same documents as the dummy's, nothing truncated."""
     model, tokenizer = byte_model()
-    result = evaluate_column(model, tokenizer, column, data_root=hub, batch_size=4, limit=2)
-    assert result["task_hash"].startswith(TASK_HASHES[column.name])
-    assert (result["num_docs"], result["num_total"]) == (2, TOTALS[column.name])
-    assert 0 <= result["value"] <= 1
-    assert result["truncated"] == 0
+    result = evaluate_column(model, tokenizer, column, Documents(hub, limit=2), batch_size=4)
+    assert result.protocol.task_hash.startswith(TASK_HASHES[column.name])
+    assert (result.protocol.num_docs, result.protocol.num_total) == (2, TOTALS[column.name])
+    assert 0 <= result.value <= 1
+    assert result.truncated == 0

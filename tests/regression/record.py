@@ -10,9 +10,12 @@ import platform
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from harness.record import LogEntry
 
 RECIPE = "testbed-smoke"
 REFERENCE = Path(__file__).with_name(f"{RECIPE}.json")
@@ -28,12 +31,12 @@ def measured(store: Path) -> dict[str, Any]:
 
     records = read_records(Experiment(RECIPE), Store(store))
     return {
-        "losses": {r["run"]: _losses(r["training"]["history"]) for r in records if r["training"] is not None},
+        "losses": {r.run: _losses(r.training.history) for r in records if r.training is not None},
         "evaluation_losses": {
-            r["run"]: _losses(r["training"]["history"], "eval_loss") for r in records if r["training"]
+            r.run: _losses(r.training.history, "eval_loss") for r in records if r.training is not None
         },
-        "scores": {r["run"]: {name: _round(c["value"]) for name, c in r["evaluation"].items()} for r in records},
-        "weights": {r["run"]: _round(r["weights"]["mean"]) for r in records if r["weights"] is not None},
+        "scores": {r.run: {name: _round(c.value) for name, c in r.evaluation.items()} for r in records},
+        "weights": {r.run: _round(r.weights.mean) for r in records if r.weights is not None},
     }
 
 
@@ -49,11 +52,12 @@ def environment() -> dict[str, Any]:
     }
 
 
-def _losses(history: list[Mapping[str, float]], name: str = "loss") -> list[float]:
-    return [_round(entry[name]) for entry in history if name in entry]
+def _losses(history: "Iterable[LogEntry]", name: str = "loss") -> list[float]:
+    return [_round(entry.metrics[name]) for entry in history if name in entry.metrics]
 
 
-def _round(value: float) -> float:
+def _round(value: float | None) -> float:
+    assert value is not None, "not finite"
     return float(f"{value:.{DIGITS}g}")
 
 

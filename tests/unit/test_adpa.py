@@ -1,12 +1,14 @@
 """ADPA against golden numbers of the public code, with its clamp and without."""
 
+from dataclasses import replace
+
 import pytest
 import torch
+from pydantic import ValidationError
 
 from baselines.adpa import ADPA, ADPAParams, advantages
-from ctpd.core.errors import UserError
 from ctpd.objectives.base import Generation
-from ctpd.ops.rows import Top
+from ctpd.ops.logit_rows import Top
 from ctpd.ops.weights import Signal
 from tests.fixtures.distillation import VECTORS, batch_of, leaf, single, stored, tokens, total
 
@@ -25,7 +27,7 @@ def golden_batch(*, num_pairs=0, tile_rows=2):
         for who in ("dpo", "ref")
     ]  # fmt: skip
     batch = batch_of(tokens(student, labels, tile_rows=tile_rows), *teachers)
-    return student, batch._replace(num_pairs=num_pairs)
+    return student, replace(batch, num_pairs=num_pairs)
 
 
 def test_advantages_equal_the_public_code():
@@ -77,7 +79,7 @@ def test_a_batch_is_the_sum_of_its_responses():
     parts = []
     for row in range(2):
         one = single(batch, row)
-        parts.append(total(objective(one._replace(num_pairs=0))))
+        parts.append(total(objective(replace(one, num_pairs=0))))
     assert sum(parts) == pytest.approx(total(objective(batch)), abs=1e-12)
 
 
@@ -89,8 +91,8 @@ def test_the_size_of_a_tile_changes_nothing():
 def test_a_token_that_the_student_has_no_column_for_has_no_advantage():
     _, batch = golden_batch()
     tuned = batch.teachers[0].rows
-    strange = batch.teachers[0]._replace(rows=type(tuned)(tuned.ids + 7, tuned.logps))
-    assert total(ADPA(ADPAParams(**GAIN_ONLY))(batch._replace(teachers=(strange, batch.teachers[1])))) == 0.0
+    strange = replace(batch.teachers[0], rows=type(tuned)(tuned.ids + 7, tuned.logps))
+    assert total(ADPA(ADPAParams(**GAIN_ONLY))(replace(batch, teachers=(strange, batch.teachers[1])))) == 0.0
 
 
 def test_a_token_that_the_reference_lacks_has_at_least_the_least_probability():
@@ -105,11 +107,11 @@ def test_it_asks_for_both_teachers_and_for_the_students_answers():
     assert objective.teacher is not None
     assert objective.teacher.models == (Signal.TEACHER_POSITIVE, Signal.TEACHER_REFERENCE)
     assert (objective.teacher.top_k, objective.teacher.same_tokenizer) == (50, True)
-    assert objective.generation == Generation(writer="student", side="rejected")
+    assert objective.generation == Generation(role="student", side="rejected")
 
 
 @pytest.mark.parametrize("wrong", [{"top_k": 0}, {"advantage_weight": -1.0}, {"sft_weight": -0.1}])
 def test_bad_parameters_are_refused(wrong):
     (name,) = wrong
-    with pytest.raises(UserError, match=name):
+    with pytest.raises(ValidationError, match=name):
         ADPA(ADPAParams(**wrong))

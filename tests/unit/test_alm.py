@@ -3,14 +3,15 @@
 import numpy as np
 import pytest
 import torch
+from pydantic import ValidationError
 
 from baselines.alm import ALM, ALMParams, Chunks, chunk_losses
-from ctpd.core.errors import UserError
-from ctpd.objectives.distillation import ModelFacts
+from ctpd.objectives.distillation import BoundaryTokens, ModelFacts
 from ctpd.ops.boundaries import boundary_ids, boundary_logps
 from ctpd.ops.likelihoods import DISTANCES
 from ctpd.text.align import align_spans
 from tests.fixtures.distillation import IGNORED, VECTORS, batch_of, leaf, single, tokens, total
+from tests.fixtures.distillation import facts as tokens_facts
 
 LOSSES = [name for name in VECTORS if name.startswith("alm.") and name not in ("alm.align", "alm.notebook")]
 PLAIN = VECTORS["alm.binary_ce.T100.plain"]
@@ -72,9 +73,9 @@ def golden_batch(inputs, *, tile_rows=2):
     teacher = made["teacher"]
     space = torch.tensor(inputs["space_mask_teacher"]).nonzero()[:, 0]
     boundary = boundary_logps(teacher.every.select(teacher.position), space)
-    columns = torch.stack([teacher.rows.logps(teacher.targets), boundary], dim=1)
-    teacher = teacher._replace(rows=None, every=None, columns=columns, embed=None, input_ids=None, position=None)
-    return student, batch_of(made["student"], teacher, partner=torch.full_like(made["student"].row, -1))
+    logps = teacher.rows.logps(teacher.targets)
+    kept = BoundaryTokens(**tokens_facts(teacher), logps=logps, boundary_logps=boundary)
+    return student, batch_of(made["student"], kept, aligned=torch.full_like(made["student"].row, -1))
 
 
 def bound(params, inputs):
@@ -97,7 +98,7 @@ def test_loss_and_gradient_equal_the_public_code(name):
     chunks = chunks_of(vector["inputs"], student)
     loss_R, weight_R = chunk_losses(chunks, params_of(vector))
     # The public code takes the mean of booleans in float32, whatever the rest of it is in.
-    places = chunks.count.numel()
+    places = chunks.num_tokens.numel()
     share = (weight_R.sum().to(torch.float32) / places).double() if vector["params"]["numerator"] == "chunk_count" else (
         weight_R.sum().double() / places
     )  # fmt: skip
@@ -145,7 +146,7 @@ def test_the_notebook_s_numbers():
     inputs, expected = vector["inputs"], vector["expected"]
     chunks = chunks_of(inputs, leaf(inputs["student_logits"]).detach())
     valid = torch.tensor(expected["chunk_mask"], dtype=torch.bool)
-    assert torch.equal(chunks.count > 0, valid)
+    assert torch.equal(chunks.num_tokens > 0, valid)
     for side in ("teacher", "student"):
         theirs = torch.tensor(expected[f"{side}_chunk_logp"], dtype=torch.float64)
         torch.testing.assert_close(getattr(chunks, side)[valid], theirs[valid], atol=1e-9, rtol=0)
@@ -217,8 +218,9 @@ def test_cross_entropy_is_a_mean_over_the_tokens_of_each_response():
 def test_responses_of_one_token_have_a_finite_loss_and_gradient_in_float32():
     logits = torch.zeros(1, 2, 5, requires_grad=True)
     student = tokens(logits, torch.tensor([[3, IGNORED]]), input_ids=torch.tensor([[1, 3]]))
-    teacher = student._replace(rows=None, every=None, columns=torch.zeros(1, 2))  # the teacher is certain
-    batch = batch_of(student, teacher, partner=torch.tensor([-1]))
+    certain = torch.zeros(1)
+    teacher = BoundaryTokens(**tokens_facts(student), logps=certain, boundary_logps=certain)
+    batch = batch_of(student, teacher, aligned=torch.tensor([-1]))
     objective = ALM(ALMParams())
     facts = ModelFacts(tokens=["Ġ", "a", "b", "c", "</s>"], special_ids=frozenset({4}), vocab_size=5, hidden_size=1)
     objective.bind(facts, facts)
@@ -240,5 +242,5 @@ def test_responses_of_one_token_have_a_finite_loss_and_gradient_in_float32():
     ],
 )
 def test_bad_parameters_are_refused(bad, named):
-    with pytest.raises(UserError, match=named):
+    with pytest.raises(ValidationError, match=named):
         ALM(ALMParams(**bad))

@@ -11,10 +11,10 @@ from torch import Tensor
 from baselines.dpo import DPO, DPOParams
 from baselines.sft import SFT, SFTParams
 from baselines.tis_dpo import TISDPO, TISDPOParams
-from ctpd.objectives.base import Layout, Needs, Units, Weighting
+from ctpd.objectives.base import Layout, Units, Weighting
 from ctpd.ops.logps import token_logps
 from ctpd.ops.spans import unit_logps
-from ctpd.ops.weights import span_weights
+from ctpd.ops.weights import Signal, UnitLayout, WeightParameters, span_weights
 
 VECTORS = {
     vector["id"]: vector
@@ -104,10 +104,9 @@ def test_golden_tis_dpo_weight_estimation() -> None:
     starts = torch.tensor([0, *(len(response) for response in inputs["responses"])]).cumsum(0)
     result = span_weights(
         "student",
-        {name: torch.cat(rows) for name, rows in signals.items()},
-        unit_starts=starts,
-        is_end=torch.zeros(int(starts[-1]), dtype=torch.bool),
-        round_decimals=2,
+        {Signal(name): torch.cat(rows) for name, rows in signals.items()},
+        UnitLayout(starts, torch.zeros(int(starts[-1]), dtype=torch.bool)),
+        WeightParameters(round_decimals=2),
     )
     close(-result.log_ratio, [x for row in expected for x in row], vector=name)
 
@@ -146,13 +145,12 @@ def test_sft_gradient_is_minus_one_on_counted_units() -> None:
 
 
 @pytest.mark.parametrize(
-    ("objective", "layout", "needs", "counts", "sides"),
+    ("objective", "layout", "counts", "sides"),
     [
-        (SFT(SFTParams()), Layout(granularity="tokens"), set(), "tokens", ("chosen",)),
+        (SFT(SFTParams()), Layout(granularity="tokens"), "tokens", ("chosen",)),
         (
             DPO(DPOParams()),
-            Layout(granularity="spans", reference="student"),
-            {Needs.REFERENCE},
+            Layout(granularity="spans", reference="initial"),
             "pairs",
             ("chosen", "rejected"),
         ),
@@ -161,10 +159,12 @@ def test_sft_gradient_is_minus_one_on_counted_units() -> None:
             Layout(
                 granularity="tokens",
                 end_span=False,
-                reference="student",
-                weighting=Weighting(strategy="student", k=2.0, mu=0.5, lower=-1.0, upper=1.0, round_decimals=2),
+                reference="initial",
+                weighting=Weighting(
+                    strategy="student",
+                    parameters=WeightParameters(k=2.0, mu=0.5, lower=-1.0, upper=1.0, round_decimals=2),
+                ),
             ),
-            {Needs.REFERENCE, Needs.WEIGHTS},
             "pairs",
             ("chosen", "rejected"),
         ),
@@ -172,8 +172,8 @@ def test_sft_gradient_is_minus_one_on_counted_units() -> None:
     ids=["sft", "dpo", "tis_dpo"],
 )
 def test_baselines_are_the_cells_of_the_method(
-    objective: Any, layout: Layout, needs: set[Needs], counts: str, sides: tuple[str, ...]
+    objective: Any, layout: Layout, counts: str, sides: tuple[str, ...]
 ) -> None:
     """What each baseline asks of the pipeline is METHOD 5's row."""
-    assert (objective.layout, objective.needs, objective.counts, objective.sides) == (layout, needs, counts, sides)
+    assert (objective.layout, objective.counts, objective.sides) == (layout, counts, sides)
     assert isinstance(objective.params, objective.params_type)

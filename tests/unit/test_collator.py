@@ -82,35 +82,39 @@ def test_batch_holds_chosen_rows_then_rejected_rows_padded_on_the_right() -> Non
     rows = tiny_rows(6)
     items = [4, 1, 3]
     batch = rows.collate(items)
+    tokens = batch.tokens
     order = [2 * i for i in items] + [2 * i + 1 for i in items]
     lengths, units = np.diff(rows.row_starts), np.diff(rows.unit_starts)
-    assert batch["input_ids"].shape == (6, max(lengths[order]))
-    assert batch["mask"].shape == (6, max(units[order]))
+    assert tokens.input_ids.shape == (6, max(lengths[order]))
+    assert batch.mask.shape == (6, max(units[order]))
     assert rows.reference is not None
     for r, row in enumerate(order):
-        tokens = slice(rows.row_starts[row], rows.row_starts[row + 1])
-        assert batch["input_ids"][r, : lengths[row]].tolist() == rows.input_ids[tokens].tolist()
-        assert batch["unit"][r, : lengths[row]].tolist() == rows.unit[tokens].tolist()
-        assert (batch["input_ids"][r, lengths[row] :] == 0).all()
-        assert (batch["unit"][r, lengths[row] :] == -1).all()
-        assert batch["mask"][r].tolist() == [True] * units[row] + [False] * (batch["mask"].shape[1] - units[row])
+        of_tokens = slice(rows.row_starts[row], rows.row_starts[row + 1])
+        assert tokens.input_ids[r, : lengths[row]].tolist() == rows.input_ids[of_tokens].tolist()
+        assert tokens.unit[r, : lengths[row]].tolist() == rows.unit[of_tokens].tolist()
+        assert (tokens.input_ids[r, lengths[row] :] == 0).all()
+        assert (tokens.unit[r, lengths[row] :] == -1).all()
+        assert batch.mask[r].tolist() == [True] * units[row] + [False] * (batch.mask.shape[1] - units[row])
         of_row = slice(rows.unit_starts[row], rows.unit_starts[row + 1])
-        np.testing.assert_array_equal(batch["reference"][r, : units[row]], rows.reference[of_row])
-        assert (batch["weights"][r, units[row] :] == 0).all()
+        assert batch.reference is not None
+        assert batch.weights is not None
+        np.testing.assert_array_equal(batch.reference[r, : units[row]], rows.reference[of_row])
+        assert (batch.weights[r, units[row] :] == 0).all()
 
 
 def test_each_scored_token_is_predicted_from_the_position_before_it() -> None:
-    batch = tiny_rows(3).collate([0, 1, 2])
-    flat, width = batch["input_ids"].flatten(), batch["input_ids"].shape[1]
-    assert torch.equal(flat[batch["predictors"] + 1], batch["targets"])
-    assert torch.equal(batch["predictors"] + 1, torch.nonzero(batch["unit"].flatten() >= 0)[:, 0])
-    assert (batch["predictors"] % width != width - 1).all()
+    batch = tiny_rows(3).collate([0, 1, 2]).tokens
+    flat, width = batch.input_ids.flatten(), batch.input_ids.shape[1]
+    assert torch.equal(flat[batch.predictors + 1], batch.targets)
+    assert torch.equal(batch.predictors + 1, torch.nonzero(batch.unit.flatten() >= 0)[:, 0])
+    assert (batch.predictors % width != width - 1).all()
 
 
 def test_only_what_an_objective_needs_is_in_the_batch() -> None:
     rows = dataclasses.replace(tiny_rows(2, sides=1), reference=None, weights=None)
-    assert set(rows.collate([0, 1])) == {"input_ids", "unit", "predictors", "targets", "mask"}
-    assert rows.collate([1])["input_ids"].shape[0] == 1
+    batch = rows.collate([0, 1])
+    assert (batch.reference, batch.weights, batch.tokens.layout) == (None, None, None)
+    assert rows.collate([1]).tokens.input_ids.shape[0] == 1
 
 
 @pytest.mark.parametrize(

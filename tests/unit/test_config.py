@@ -2,39 +2,70 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 import pytest
 import yaml
+from annotated_types import MinLen
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import AfterValidator, Field, ValidationError, model_validator
 
-from ctpd.core.config import build, canonical, digest, nearest, parse_yaml, to_plain
+from ctpd.core.config import (
+    Config,
+    NonNegative,
+    Number,
+    Positive,
+    PositiveInt,
+    Share,
+    nearest,
+    parse_yaml,
+    to_plain,
+    validate,
+)
 from ctpd.core.errors import UserError
-from ctpd.core.recipe import Recipe, load_recipe, shipped_recipes
+from ctpd.core.identity import canonical, digest, identity
+from ctpd.recipe import Recipe, load_recipe, shipped_recipes
 
 
-@dataclass(frozen=True, kw_only=True)
-class Inner:
+def _is_even(number: int) -> int:
+    if number % 2:
+        raise ValueError(f"{number} is odd")
+    return number
+
+
+class Inner(Config):
     rate: float
     name: str = "x"
 
 
-@dataclass(frozen=True, kw_only=True)
-class Outer:
+class Outer(Config):
     inner: Inner
     count: int = 1
     on: bool = False
     kind: Literal["first", "second"] = "first"
     numbers: tuple[int, ...] = ()
     either: Inner | str | None = None
-    table: Mapping[str, float] = field(default_factory=dict)
+    table: Mapping[str, float] = Field(default_factory=dict)
+    steps: PositiveInt = 1
+    beta: Positive | None = None
+    weight: NonNegative = 0.0
+    share: Share = 0.5
+    names: Annotated[tuple[str, ...], MinLen(1)] = ("a",)
+    word: Literal["all"] | Annotated[tuple[str, ...], MinLen(1)] = "all"
+    even: Annotated[int, AfterValidator(_is_even)] = 0
+    number: Number = 0
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.count > 100 and not self.on:
+            raise UserError("a `count` above 100 needs `on`", fix="Write `on: true`")
+        return self
 
 
 def read(text: str) -> Outer:
-    return build(Outer, parse_yaml(text, source="a.yaml"), source="a.yaml")
+    return validate(Outer, parse_yaml(text, source="a.yaml"), source="a.yaml")
 
 
 def refusal(text: str) -> str:
@@ -55,12 +86,22 @@ def refusal(text: str) -> str:
         ("no", "no"),
         ("yes", "yes"),
         ("on", "on"),
-        ("True", "True"),
+        ("True", True),
+        ("FALSE", False),
+        ("tRUE", "tRUE"),
         ("true", True),
         ("null", None),
         ("~", None),
         ("1_000", "1_000"),
-        ("0o17", "0o17"),
+        ("010", 10),
+        ("09", 9),
+        ("-007", -7),
+        ("+5", 5),
+        ("0o17", 15),
+        ("0x1F", 31),
+        ("0b11", "0b11"),
+        ("010.5", 10.5),
+        (".inf", math.inf),
         ("12:30", "12:30"),
         ("2024-01-01", "2024-01-01"),
         ("'12'", "12"),
@@ -92,6 +133,28 @@ REFUSED = {
     "inner: {name: a}": ("'inner.rate' is missing", "line 1"),
     "inner: {rate: 1}\ncount: 3.0": ("line 2", "'count'", "whole number", "3.0"),
     "inner: {rate: 1}\ncount: true": ("'count'", "whole number", "True"),
+    "inner: {rate: .nan}": ("'inner.rate'", "a number", "nan"),
+    "inner: {rate: 1}\nsteps: 0": ("line 2: 'steps' must be a whole number of at least 1, and is 0.",),
+    "inner: {rate: 1}\nsteps: 1.5": ("line 2: 'steps' must be a whole number of at least 1, and is 1.5.",),
+    "inner: {rate: 1}\nbeta: 0": ("line 2: 'beta' must be a number above 0, and is 0.",),
+    "inner: {rate: 1}\nbeta: no": ("line 2: 'beta' must be a number above 0, and is 'no'.",),
+    "inner: {rate: 1}\nweight: -1": ("'weight' must be a number of at least 0, and is -1",),
+    "inner: {rate: 1}\nshare: 7": ("'share' must be a number from 0 to 1, and is 7",),
+    "inner: {rate: 1}\nnames: []": ("'names' must be a list that is not empty, and is []",),
+    "inner: {rate: 1}\nword: al": ("'word' is 'al'. Did you mean 'all'? Use one of: `all`, a list that is not empty",),
+    "inner: {rate: 1}\nword: [a, 1]": ("'word[1]' must be a text, and is 1",),
+    "inner: {rate: 1}\nword: []": ("'word' must be", "a list that is not empty"),
+    "inner: {rate: 1}\nword: 3": ("'word' must be one of `all` or a list that is not empty, and is 3",),
+    "inner: {rate: 1}\neither: 3": ("'either' must be a mapping or a text, and is 3",),
+    "inner: {rate: 1}\neither: {rate: x}": ("line 2: 'either.rate' must be a number, and is 'x'",),
+    "inner: {rate: 1}\neither: {name: x}": ("line 2: the key 'either.rate' is missing",),
+    "inner: {rate: 1}\nnumber: x": ("line 2: 'number' must be a number, and is 'x'.",),
+    "inner: {rate: 1}\nnumber: true": ("line 2: 'number' must be a number, and is True.",),
+    "inner: {rate: 1}\neven: 3": ("line 2: 'even': 3 is odd.",),
+    "inner: {rate: 1}\ncount: 101": ("a `count` above 100 needs `on`. Write `on: true`",),
+    "? [1, 2]\n: 3": ("not valid YAML", "a key is no text"),
+    "count: " + "9" * 5000: ("not valid YAML", "a.yaml, line 1"),
+    "a: \x00": ("not valid YAML",),
     "inner: {rate: true}": ("'inner.rate'", "a number"),
     "inner: {rate: '1'}": ("'inner.rate'", "a number", "'1'"),
     "inner: {rate: 1}\non: no": ("'on'", "true or false", "'no'"),
@@ -120,6 +183,9 @@ def test_refused_with_place_and_remedy(text: str) -> None:
 
 def test_anchors_and_merge_keys_work_without_counting_as_duplicates() -> None:
     assert read("inner: &i {rate: 1, name: b}\neither: {<<: *i}").either == Inner(rate=1.0, name="b")
+    assert read("inner: &i {rate: 1, name: b}\neither: {<<: *i, name: c}").either == Inner(rate=1.0, name="c")
+    assert read("inner: &i {rate: 1, name: b}\neither: {name: c, <<: *i}").either == Inner(rate=1.0, name="c")
+    assert "stands twice" in refusal("inner: &i {rate: 1, name: b}\neither: {<<: *i, name: c, name: d}")
 
 
 def test_nearest_is_silent_when_nothing_is_near() -> None:
@@ -141,14 +207,14 @@ JSON = st.recursive(
 @given(st.dictionaries(st.text(), JSON, max_size=4))
 def test_canonical_form_ignores_the_order_of_keys(value: dict[str, Any]) -> None:
     turned = dict(reversed(list(value.items())))
-    assert canonical(value) == canonical(turned)
-    assert digest(value) == digest(turned)
+    assert canonical(identity(value)) == canonical(identity(turned))
+    assert digest(identity(value)) == digest(identity(turned))
 
 
 def test_canonical_form_is_pinned() -> None:
     """Keys in the store outlive versions of the program: this text and this digest may never change."""
     value = {"b": (1, 2.5, None, True), "a": {"é": "x"}, "i": Inner(rate=5e-7)}
-    assert canonical(value) == '{"a":{"é":"x"},"b":[1,2.5,null,true],"i":{"name":"x","rate":5e-07}}'
+    assert canonical(identity(value)) == '{"a":{"é":"x"},"b":[1,2.5,null,true],"i":{"rate":5e-07}}'
     assert digest({"a": 1}) == "015abd7f5cc57a2dd94b7590f04ad8084273905ee33ec5cebeae62276a97f862"
 
 
@@ -156,6 +222,8 @@ def test_canonical_form_is_pinned() -> None:
 def test_a_value_without_a_canonical_form_is_an_error_and_no_guess(value: object) -> None:
     with pytest.raises(TypeError, match="no canonical JSON form"):
         to_plain({"a": [value]})
+    with pytest.raises(TypeError, match="no canonical JSON form"):
+        identity({"a": [value]})
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
@@ -199,7 +267,7 @@ def test_hub_model_without_a_revision_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"grid": {"learning_rate": []}}, "has no values"),
+        ({"grid": {"learning_rate": []}}, "'grid.learning_rate' must be a list that is not empty"),
         ({"grid": {"learning_rate": [1e-3], "beta": [0.1]}}, "fixes `beta`, which the grid varies"),
         ({"base": "DPO"}, "which the grid makes several rows of"),
     ],
@@ -223,3 +291,11 @@ def test_a_grid_gives_every_run_every_point() -> None:
     expanded = expand(recipe)
     assert len(expanded) == len(recipe.runs) * len(recipe.grid["learning_rate"])
     assert expanded["DPO: learning_rate 0.003"].tuned == {"beta": 0.1, "learning_rate": 0.003}
+
+
+def test_construction_in_code_is_as_strict() -> None:
+    for wrong in ({"rate": math.nan}, {"rate": "1"}, {"rate": 1.0, "nam": "a"}, {}):
+        with pytest.raises(ValidationError):
+            Inner(**wrong)  # type: ignore[arg-type]
+    with pytest.raises(ValidationError, match="frozen"):
+        Inner(rate=1.0).rate = 2.0  # type: ignore[misc]

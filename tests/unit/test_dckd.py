@@ -1,10 +1,12 @@
 """DCKD against golden numbers of the public code, and what each weight acts on."""
 
+from dataclasses import replace
+
 import pytest
 import torch
+from pydantic import ValidationError
 
 from baselines.dckd import DCKD, DCKDParams
-from ctpd.core.errors import UserError
 from ctpd.ops.weights import Signal
 from tests.fixtures.distillation import VECTORS, batch_of, leaf, single, stored, tokens, total
 
@@ -76,7 +78,7 @@ def test_the_size_of_a_tile_changes_nothing():
 
 def test_a_token_without_a_partner_has_no_divergence():
     _, batch = golden_batch(num_pairs=2)
-    loss = total(DCKD(DCKDParams(**KD_ONLY))(batch._replace(partner=torch.full_like(batch.partner, -1))))
+    loss = total(DCKD(DCKDParams(**KD_ONLY))(replace(batch, aligned=torch.full_like(batch.aligned, -1))))
     assert loss == 0.0
 
 
@@ -94,5 +96,5 @@ def test_the_teacher_is_the_preference_tuned_one_and_stored():
 @pytest.mark.parametrize("wrong", [{"top_k": 0}, {"rejected_weight": -1.0}, {"sft_weight": -0.1}])
 def test_bad_parameters_are_refused(wrong):
     (name,) = wrong
-    with pytest.raises(UserError, match=name):
+    with pytest.raises(ValidationError, match=name):
         DCKD(DCKDParams(**wrong))

@@ -8,21 +8,29 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from baselines.uld import ULD, ULDParams
-from ctpd.core.recipe import Schedule
 from ctpd.models import add_lora
 from ctpd.objectives.base import Sums, TeacherView
-from ctpd.objectives.distillation import DistillationObjective, DistillBatch, ModelFacts, mixed
-from ctpd.pipeline.distillation import dropped_mass, facts_of
+from ctpd.objectives.distillation import DistillationObjective, DistillBatch, LogitTokens, ModelFacts, mixed
 from ctpd.pipeline.references import LocatedModel
+from ctpd.pipeline.vocabularies import dropped_mass, model_facts
 from ctpd.text.blocks import TokenRows
 from ctpd.train.collator import ScoredRows
-from ctpd.train.distill import DistillPass, DistillRows
-from ctpd.train.fit import Fit, FitSettings, fit
-from ctpd.train.sweep import sweep, top, with_boundary
-from ctpd.train.trainer import OBJECTIVE_FILE, save_objective
+from ctpd.train.config import Schedule
+from ctpd.train.distillation import DistillPass, DistillRows
+from ctpd.train.fit import Fit, FitSettings, Optimization, fit
+from ctpd.train.scoring import (
+    BOUNDARY_LOGPS,
+    TOKEN_LOGPS,
+    TOP_LOGPS,
+    ScoringSettings,
+    logps_with_boundary,
+    scoring_pass,
+    top_k,
+)
+from ctpd.train.trainer import OBJECTIVE_FILE, Training, save_objective
 from tests.fixtures.tiny import VOCABULARY, tiny_model, tiny_rows
 from tests.fixtures.tokenizers import tokenizer
 
@@ -62,7 +70,7 @@ class ProjectedParams:
     """Nothing to choose."""
 
 
-class Projected(DistillationObjective):
+class Projected(DistillationObjective[LogitTokens]):
     """Cross-entropy, and the distance of the student's states to projected ones of the teacher: has parameters."""
 
     params_type = ProjectedParams
@@ -78,16 +86,16 @@ class Projected(DistillationObjective):
     def bind(self, student: ModelFacts, teacher: ModelFacts) -> None:
         self.project = nn.Linear(teacher.hidden_size, student.hidden_size)
 
-    def forward(self, batch: DistillBatch) -> Sums:
+    def forward(self, batch: DistillBatch[LogitTokens]) -> Sums:
         student, teacher = batch.student.rows, batch.teachers[0].rows
-        nll = -student.logps(batch.student.targets).sum()  # type: ignore[union-attr]
-        theirs = self.project(teacher.select(batch.partner.clamp(min=0)).hidden)  # type: ignore[union-attr]
-        kd = ((student.hidden - theirs) ** 2).mean(-1).masked_fill(batch.partner < 0, 0.0).sum()  # type: ignore[union-attr]
+        nll = -student.logps(batch.student.targets).sum()
+        theirs = self.project(teacher.select(batch.aligned.clamp(min=0)).hidden)
+        kd = ((student.hidden - theirs) ** 2).mean(-1).masked_fill(batch.aligned < 0, 0.0).sum()
         return mixed(nll, kd, kd_rate=0.5, batch=batch)
 
 
 def train(
-    model: nn.Module, objective: DistillationObjective, folder: Path, *, rows: DistillRows | None = None,
+    model: nn.Module, objective: DistillationObjective[Any], folder: Path, *, rows: DistillRows | None = None,
     micro_batch_tokens: int = 10**6, checkpoint_seconds: float = 1e9,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Fit:  # fmt: skip
@@ -99,28 +107,27 @@ def train(
         device="cpu", micro_batch_tokens=micro_batch_tokens, checkpoint_seconds=checkpoint_seconds, report_to=(),
         progress=progress,
     )  # fmt: skip
-    return fit(
-        model, objective, rows, schedule=SCHEDULE, learning_rate=1e-3, seed=3, precision="float32", folder=folder,
-        settings=settings, forward_pass=DistillPass(objective, teachers),
-    )  # fmt: skip
+    training = Training(model=model, objective=objective, rows=rows, forward_pass=DistillPass(objective, teachers))
+    optimization = Optimization(schedule=SCHEDULE, learning_rate=1e-3, seed=3, precision="float32")
+    return fit(training, optimization, folder=folder, settings=settings)
 
 
 def losses(done: Fit) -> list[float]:
     return [entry["loss"] for entry in done.history if "loss" in entry]
 
 
-def test_a_batch_says_which_token_of_the_teacher_is_the_partner() -> None:
+def test_a_batch_says_which_token_of_the_teacher_is_aligned() -> None:
     rows = both_rows()
     items = [3, 0, 7]
     batch = rows.collate(items)
-    student_row = batch["predictors"] // batch["input_ids"].shape[1]
-    teacher_row = batch["teacher.predictors"] // batch["teacher.input_ids"].shape[1]
+    student_row = batch.student.predictors // batch.student.input_ids.shape[1]
+    teacher_row = batch.teacher.predictors // batch.teacher.input_ids.shape[1]
     for place, item in enumerate(items):
         mine, theirs = (student_row == place).nonzero()[:, 0], (teacher_row == place).nonzero()[:, 0]
         expected = [int(theirs[k]) if k < len(theirs) else -1 for k in range(len(mine))]
-        assert batch["partner"][mine].tolist() == expected
-        assert batch["targets"][mine].tolist() == rows.student.input_ids[scored(rows.student, item)].tolist()
-        assert batch["teacher.targets"][theirs].tolist() == rows.teacher.input_ids[scored(rows.teacher, item)].tolist()
+        assert batch.aligned[mine].tolist() == expected
+        assert batch.student.targets[mine].tolist() == rows.student.input_ids[scored(rows.student, item)].tolist()
+        assert batch.teacher.targets[theirs].tolist() == rows.teacher.input_ids[scored(rows.teacher, item)].tolist()
 
 
 @pytest.mark.parametrize(
@@ -134,16 +141,13 @@ def test_one_micro_batch_of_four_equals_four_of_one(make: Callable[[], Any], tmp
 
 
 def kept(measure: Any) -> dict[str, np.ndarray]:
-    rows = both_rows().teacher
-    return sweep(
-        teacher_model(), rows.input_ids, rows.row_starts, rows.unit >= 0, measure=measure, max_tokens=40,
-        progress=lambda done, total: None,
-    )  # fmt: skip
+    settings = ScoringSettings(max_tokens=40, progress=lambda done, total: None)
+    return scoring_pass(teacher_model(), both_rows().teacher.tokens, measure=measure, settings=settings)
 
 
 def test_all_of_a_stored_distribution_is_the_teacher_in_memory(tmp_path: Path) -> None:
     online = train(tiny_model(), ULD(ULDParams()), tmp_path / "a")
-    stored = both_rows(stored=(kept(top(VOCABULARY, 1.0)),))
+    stored = both_rows(stored=(kept(top_k(VOCABULARY, 1.0)),))
     offline = train(tiny_model(), ULD(ULDParams(top_k=VOCABULARY)), tmp_path / "b", rows=stored)
     assert losses(offline) == pytest.approx(losses(online), abs=2e-6)
 
@@ -153,8 +157,10 @@ def test_dropped_mass_is_that_of_the_rows_that_are_trained_on() -> None:
         np.arange(7, dtype=np.int32), np.array([0, 3, 7]), np.array([-1, 0, 1, -1, 0, 0, 1], dtype=np.int32)
     )
     logps = np.log(np.array([[0.5, 0.25], [0.5, 0.5], [0.1, 0.1], [0.2, 0.1], [0.3, 0.1]], dtype=np.float32))
-    assert dropped_mass(teacher, logps, np.array([[0]])) == pytest.approx((0.25 + 0.0) / 2)
-    assert dropped_mass(teacher, logps, np.array([[0, 1]])) == pytest.approx((0.25 + 0.0 + 0.8 + 0.7 + 0.6) / 5)
+    assert dropped_mass(teacher, {TOP_LOGPS: logps}, np.array([[0]])) == pytest.approx((0.25 + 0.0) / 2)
+    assert dropped_mass(teacher, {TOP_LOGPS: logps}, np.array([[0, 1]])) == pytest.approx(
+        (0.25 + 0.0 + 0.8 + 0.7 + 0.6) / 5
+    )
 
 
 def test_an_id_without_a_logit_is_no_part_of_a_models_vocabulary(tmp_path: Path) -> None:
@@ -169,14 +175,15 @@ def test_an_id_without_a_logit_is_no_part_of_a_models_vocabulary(tmp_path: Path)
     located = LocatedModel(
         folder=str(tmp_path), revision=None, adapters=(), tokenizer=str(tmp_path), tokenizer_revision=None
     )
-    facts = facts_of(located)
+    facts = model_facts(located)
     assert len(facts.tokens) == facts.vocab_size == fewer
     assert max(facts.special_ids) < fewer
 
 
 def test_a_stored_boundary_is_the_probability_of_the_boundary_after_each_token() -> None:
     rows, ids = both_rows().teacher, [3, 5, 60]
-    columns = kept(with_boundary(ids))["columns"]
+    found = kept(logps_with_boundary(ids))
+    columns = np.stack([found[TOKEN_LOGPS], found[BOUNDARY_LOGPS]], axis=1)
     with torch.no_grad():
         for row in (0, 4):
             tokens = rows.input_ids[rows.row_starts[row] : rows.row_starts[row + 1]].astype(np.int64)
@@ -188,7 +195,7 @@ def test_a_stored_boundary_is_the_probability_of_the_boundary_after_each_token()
             torch.testing.assert_close(mine[:, 1], logps[places][:, ids].logsumexp(-1), atol=1e-5, rtol=0)
 
 
-def test_parameters_of_an_objective_train_at_their_own_step_size_and_stay_out_of_the_model(tmp_path: Path) -> None:
+def test_parameters_of_an_objective_train_at_their_own_learning_rate_and_stay_out_of_the_model(tmp_path: Path) -> None:
     model, objective = tiny_model(), Projected(ProjectedParams())
     torch.manual_seed(5)
     start = nn.Linear(16, 16).weight.detach()
@@ -233,7 +240,7 @@ def test_resume_restores_the_parameters_of_the_objective(lora: bool, tmp_path: P
 def test_a_teacher_gets_no_gradient_and_does_not_change(tmp_path: Path) -> None:
     objective, teacher = ULD(ULDParams()), tiny_model("llama_tied", seed=9)
     before = {name: value.clone() for name, value in teacher.state_dict().items()}
-    batch: dict[str, Tensor] = both_rows().collate([0, 1])
+    batch = both_rows().collate([0, 1])
     DistillPass(objective, [teacher])(tiny_model(), batch).loss.backward()
     assert all(parameter.grad is None for parameter in teacher.parameters())
     for name, value in teacher.state_dict().items():

@@ -11,8 +11,10 @@ from accelerate.utils import DistributedType
 from safetensors.torch import load_file
 
 from ctpd.core.errors import UserError
-from ctpd.core.recipe import FsdpSpec
 from ctpd.models import load_model
+from ctpd.text.blocks import TokenRows
+from ctpd.train.config import FsdpSpec
+from ctpd.train.scoring import ScoringSettings, scoring_pass, token_logps
 from tests.fixtures import data_parallel, fsdp
 from tests.fixtures.launch_processes import launch
 from tests.fixtures.tiny import tiny_model
@@ -35,9 +37,9 @@ def launched(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def found(launched: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Found]:
-    """The sweeps and trainings of the launch, and of this process."""
+    """The scoring passes and trainings of the launch, and of this process."""
     result = {}
-    for name in ("sweeps", "trainings"):
+    for name in ("scoring_passes", "trainings"):
         alone = tmp_path_factory.mktemp(name)
         getattr(data_parallel, name)(alone)
         first, second = (torch.load(launched / name / f"{rank}.pt", weights_only=False) for rank in (0, 1))
@@ -49,8 +51,8 @@ def found(launched: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
 @pytest.mark.parametrize("signal", ["logps", "top"])
 def test_a_signal_does_not_depend_on_the_number_of_processes(found: dict[str, Found], rows: str, signal: str) -> None:
     """Bit for bit, integers too, in each process, and where one of them has no batch at all."""
-    expected = found["sweeps"].alone[f"{rows}, {signal}"]
-    for of_rank in found["sweeps"].ranks:
+    expected = found["scoring_passes"].alone[f"{rows}, {signal}"]
+    for of_rank in found["scoring_passes"].ranks:
         values = of_rank[f"{rows}, {signal}"]
         assert values.keys() == expected.keys()
         for name in expected:
@@ -60,18 +62,16 @@ def test_a_signal_does_not_depend_on_the_number_of_processes(found: dict[str, Fo
 
 def test_a_signal_of_no_rows_is_empty() -> None:
     empty = np.zeros(0, dtype=np.int32)
-    made = data_parallel.sweep(
-        tiny_model(), empty, np.zeros(1, dtype=np.int64), empty > 0, measure=data_parallel.log_probabilities, max_tokens=8,
-        progress=lambda done, total: None,
-    )  # fmt: skip
-    assert made == {}
+    rows = TokenRows(empty, np.zeros(1, dtype=np.int64), empty)
+    settings = ScoringSettings(max_tokens=8, progress=lambda done, total: None)
+    assert scoring_pass(tiny_model(), rows, measure=token_logps, settings=settings) == {}
 
 
-def test_the_progress_of_a_sweep_counts_the_rows_of_all_processes(found: dict[str, Found]) -> None:
-    many = found["sweeps"].ranks[0]["many, progress"]
+def test_the_progress_of_a_scoring_pass_counts_the_rows_of_all_processes(found: dict[str, Found]) -> None:
+    many = found["scoring_passes"].ranks[0]["many, progress"]
     assert many == sorted(many[: len(many) // 2]) * 2
     assert many[-1] == (18, 18)
-    assert found["sweeps"].ranks[0]["one batch, progress"] == [(2, 2)] * 2
+    assert found["scoring_passes"].ranks[0]["one batch, progress"] == [(2, 2)] * 2
 
 
 @pytest.mark.parametrize("name", ["full", "lora", "shared prompts", "dskd_cma"])

@@ -6,7 +6,6 @@ import random
 import sys
 import types
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from ctpd.core.errors import UserError
 from harness.backends import SharedContextLM, open_vllm
-from harness.evaluate import check_column, evaluate_column
+from harness.evaluate import Documents, check_column, evaluate_column
+from harness.record import ColumnResult
 from harness.suites import Column
 
 NUM_DOCS = 12
@@ -112,9 +112,8 @@ def choice(tmp_path: Path) -> Column:
 
 @pytest.fixture
 def words(choice: Column) -> Column:
-    return replace(
-        choice, name="Words", task="colour_words", metric="exact_match,whole", also=("exact_match,letter",), shots=0
-    )
+    changes = {"metric": "exact_match,whole", "also": ("exact_match,letter",), "shots": 0}
+    return choice.model_copy(update={"name": "Words", "task": "colour_words", **changes})
 
 
 def stock(model: LlamaForCausalLM, tokenizer: Any, column: Column, data_root: Path, **options: Any) -> Any:
@@ -137,15 +136,15 @@ def test_multiple_choice_scores_are_those_of_lm_evals_own_model(
     model: LlamaForCausalLM, tokenizer: Any, choice: Column, data_root: Path
 ) -> None:
     """Logits of the last positions only, the same requests: same metrics, log-probabilities to float noise."""
-    ours = evaluate_column(model, tokenizer, choice, data_root=data_root, batch_size=5)
+    ours = evaluate_column(model, tokenizer, choice, Documents(data_root), batch_size=5)
     theirs = stock(model, tokenizer, choice, data_root)
-    assert ours["value"] == theirs["results"]["colour_choice"]["acc_norm,none"]
-    assert ours["stderr"] == pytest.approx(theirs["results"]["colour_choice"]["acc_norm_stderr,none"])
-    assert ours["also"] == {"acc,none": theirs["results"]["colour_choice"]["acc,none"]}
+    assert ours.value == theirs["results"]["colour_choice"]["acc_norm,none"]
+    assert ours.stderr == pytest.approx(theirs["results"]["colour_choice"]["acc_norm_stderr,none"])
+    assert ours.also == {"acc,none": theirs["results"]["colour_choice"]["acc,none"]}
     samples = theirs["samples"]["colour_choice"]
-    assert ours["documents"] == [[sample["doc_hash"], sample["acc_norm"]] for sample in samples]
-    assert 0 < ours["value"] < 1
-    assert ours["value"] == pytest.approx(np.mean([score for _, score in ours["documents"]]))
+    assert ours.documents == tuple((sample["doc_hash"], sample["acc_norm"]) for sample in samples)
+    assert 0 < ours.value < 1
+    assert ours.value == pytest.approx(np.mean([score for _, score in ours.documents]))
 
 
 def test_log_probabilities_are_those_of_full_logits(model: LlamaForCausalLM, tokenizer: Any) -> None:
@@ -204,22 +203,22 @@ def test_an_adapter_on_a_model_is_evaluated_as_the_merged_model_is(
     adapted = get_peft_model(copy.deepcopy(model), LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
     adapted.eval()
     assert SharedContextLM(adapted, tokenizer, batch_size=2, progress=None)._keeps_last_logits
-    ours = evaluate_column(adapted, tokenizer, choice, data_root=data_root, batch_size=5)
+    ours = evaluate_column(adapted, tokenizer, choice, Documents(data_root), batch_size=5)
     theirs = stock(adapted.merge_and_unload(), tokenizer, choice, data_root)
-    assert ours["documents"] == [
-        [sample["doc_hash"], sample["acc_norm"]] for sample in theirs["samples"]["colour_choice"]
-    ]
+    assert ours.documents == tuple(
+        (sample["doc_hash"], sample["acc_norm"]) for sample in theirs["samples"]["colour_choice"]
+    )
 
 
 def test_generation_scores_are_those_of_lm_evals_own_model(
     model: LlamaForCausalLM, tokenizer: Any, words: Column, data_root: Path
 ) -> None:
-    ours = evaluate_column(model, tokenizer, words, data_root=data_root, batch_size=5)
+    ours = evaluate_column(model, tokenizer, words, Documents(data_root), batch_size=5)
     theirs = stock(model, tokenizer, words, data_root)
-    assert ours["value"] == theirs["results"]["colour_words"]["exact_match,whole"]
-    assert ours["also"] == {"exact_match,letter": theirs["results"]["colour_words"]["exact_match,letter"]}
+    assert ours.value == theirs["results"]["colour_words"]["exact_match,whole"]
+    assert ours.also == {"exact_match,letter": theirs["results"]["colour_words"]["exact_match,letter"]}
     whole = [sample for sample in theirs["samples"]["colour_words"] if sample["filter"] == "whole"]
-    assert ours["documents"] == [[sample["doc_hash"], sample["exact_match"]] for sample in whole]
+    assert ours.documents == tuple((sample["doc_hash"], sample["exact_match"]) for sample in whole)
 
 
 def test_the_task_hash_is_the_one_that_lm_evals_tracker_reports(
@@ -229,8 +228,8 @@ def test_the_task_hash_is_the_one_that_lm_evals_tracker_reports(
 
     results = stock(model, tokenizer, words, data_root, limit=3)
     EvaluationTracker(output_path=str(tmp_path / "out")).save_results_aggregated(results, results["samples"])
-    ours = evaluate_column(model, tokenizer, words, data_root=data_root, batch_size=5, limit=3)
-    assert ours["task_hash"] == results["task_hashes"]["colour_words"]
+    ours = evaluate_column(model, tokenizer, words, Documents(data_root, limit=3), batch_size=5)
+    assert ours.protocol.task_hash == results["task_hashes"]["colour_words"]
 
 
 @pytest.mark.usefixtures("evaluation_mode")
@@ -242,7 +241,7 @@ def test_model_tokenizer_and_random_states_are_left_as_they_were(
     modes = [module.training for module in model.modules()]
     weights = {name: value.clone() for name, value in model.state_dict().items()}
     states = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state()
-    evaluate_column(model, tokenizer, choice, data_root=data_root, batch_size=5, limit=2)
+    evaluate_column(model, tokenizer, choice, Documents(data_root, limit=2), batch_size=5)
     assert [module.training for module in model.modules()] == modes
     assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
     assert tokenizer.pad_token is None
@@ -256,30 +255,34 @@ def test_the_mode_is_restored_after_an_error_too(
 ) -> None:
     model.train()
     with pytest.raises(UserError):
-        evaluate_column(model, tokenizer, choice, data_root=tmp_path, batch_size=5)
+        evaluate_column(model, tokenizer, choice, Documents(tmp_path), batch_size=5)
     assert model.training
 
 
 def test_a_limit_takes_the_first_documents_and_is_recorded(
     model: LlamaForCausalLM, tokenizer: Any, choice: Column, data_root: Path
 ) -> None:
-    whole = evaluate_column(model, tokenizer, choice, data_root=data_root, batch_size=5)
-    part = evaluate_column(model, tokenizer, choice, data_root=data_root, batch_size=5, limit=4)
-    assert (whole["limit"], whole["num_docs"], whole["num_total"]) == (None, NUM_DOCS, NUM_DOCS)
-    assert (part["limit"], part["num_docs"], part["num_total"]) == (4, 4, NUM_DOCS)
-    assert part["documents"] == whole["documents"][:4]
-    assert part["task_hash"] != whole["task_hash"]
+    whole = evaluate_column(model, tokenizer, choice, Documents(data_root), batch_size=5)
+    part = evaluate_column(model, tokenizer, choice, Documents(data_root, limit=4), batch_size=5)
+    assert (whole.limit, whole.protocol.num_docs, whole.protocol.num_total) == (None, NUM_DOCS, NUM_DOCS)
+    assert (part.limit, part.protocol.num_docs, part.protocol.num_total) == (4, 4, NUM_DOCS)
+    assert part.documents == whole.documents[:4]
+    assert part.protocol.task_hash != whole.protocol.task_hash
 
 
-def test_a_result_is_plain_json_and_repeats_itself(
+def timeless(result: ColumnResult) -> ColumnResult:
+    return result.model_copy(update={"seconds": 0.0})
+
+
+def test_a_result_can_be_written_and_read_and_repeats_itself(
     model: LlamaForCausalLM, tokenizer: Any, words: Column, data_root: Path
 ) -> None:
-    first, second = (evaluate_column(model, tokenizer, words, data_root=data_root, batch_size=5) for _ in range(2))
-    assert json.loads(json.dumps(first)) == first
-    assert {**first, "seconds": 0} == {**second, "seconds": 0}
-    assert first["dtype"] == "float32"
-    assert first["max_length"] == 160
-    assert first["shots"] == 0
+    first, second = (evaluate_column(model, tokenizer, words, Documents(data_root), batch_size=5) for _ in range(2))
+    assert ColumnResult.model_validate_json(first.model_dump_json()) == first
+    assert timeless(first) == timeless(second)
+    assert first.protocol.dtype == "float32"
+    assert first.max_length == 160
+    assert first.protocol.shots == 0
 
 
 def test_two_mirrors_with_one_data_set_name_are_not_mixed_up(
@@ -287,11 +290,11 @@ def test_two_mirrors_with_one_data_set_name_are_not_mixed_up(
 ) -> None:
     """`datasets` caches both under one key; a second world must not be evaluated on the documents of the first."""
     other = write_data(tmp_path / "other", answers="one two three")
-    results = [evaluate_column(model, tokenizer, choice, data_root=root, batch_size=5) for root in (data_root, other)]
-    assert results[0]["task_hash"] != results[1]["task_hash"]
+    results = [evaluate_column(model, tokenizer, choice, Documents(root), batch_size=5) for root in (data_root, other)]
+    assert results[0].protocol.task_hash != results[1].protocol.task_hash
     (other / "someone/colours/test.jsonl").write_text((data_root / "someone/colours/test.jsonl").read_text())
-    mended = evaluate_column(model, tokenizer, choice, data_root=other, batch_size=5)
-    assert mended["task_hash"] == results[0]["task_hash"]
+    mended = evaluate_column(model, tokenizer, choice, Documents(other), batch_size=5)
+    assert mended.protocol.task_hash == results[0].protocol.task_hash
 
 
 def test_progress_counts_every_request_and_may_print_to_the_terminal(
@@ -305,7 +308,7 @@ def test_progress_counts_every_request_and_may_print_to_the_terminal(
         seen.append((done, total))
         print("bar", file=sys.stderr)
 
-    evaluate_column(model, tokenizer, choice, data_root=data_root, batch_size=5, limit=4, progress=report)
+    evaluate_column(model, tokenizer, choice, Documents(data_root, limit=4), batch_size=5, progress=report)
     assert seen == [(done, 12) for done in range(13)]
     assert capsys.readouterr().err.split() == ["bar"] * 13
 
@@ -319,7 +322,7 @@ def test_missing_data_names_the_data_set_and_how_to_get_it(
     model: LlamaForCausalLM, tokenizer: Any, choice: Column, tmp_path: Path
 ) -> None:
     with pytest.raises(UserError) as error:
-        evaluate_column(model, tokenizer, choice, data_root=tmp_path, batch_size=5)
+        evaluate_column(model, tokenizer, choice, Documents(tmp_path), batch_size=5)
     with pytest.raises(UserError, match="someone/colours"):
         check_column(choice, data_root=tmp_path)
     text = one_paragraph(error)
@@ -332,7 +335,7 @@ def test_a_missing_file_of_a_mirror_is_one_paragraph_too(
 ) -> None:
     (data_root / "someone/colours/test.jsonl").unlink()
     with pytest.raises(UserError, match=r"test\.jsonl") as error:
-        evaluate_column(model, tokenizer, choice, data_root=data_root, batch_size=5)
+        evaluate_column(model, tokenizer, choice, Documents(data_root), batch_size=5)
     one_paragraph(error)
 
 
@@ -351,35 +354,39 @@ def test_what_the_suite_gets_wrong_is_refused(
     model: LlamaForCausalLM, tokenizer: Any, choice: Column, data_root: Path, changes: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(UserError, match=message) as error:
-        evaluate_column(model, tokenizer, replace(choice, **changes), data_root=data_root, batch_size=5, limit=2)
+        evaluate_column(
+            model, tokenizer, choice.model_copy(update=changes), Documents(data_root, limit=2), batch_size=5
+        )
     one_paragraph(error)
 
 
 def test_prompts_longer_than_the_model_are_counted_and_no_room_to_generate_is_refused(
     model: LlamaForCausalLM, tokenizer: Any, choice: Column, words: Column, data_root: Path
 ) -> None:
-    cut = evaluate_column(model, tokenizer, replace(choice, shots=5), data_root=data_root, batch_size=5, limit=2)
-    assert cut["truncated"] == 6
+    cut = evaluate_column(
+        model, tokenizer, choice.model_copy(update={"shots": 5}), Documents(data_root, limit=2), batch_size=5
+    )
+    assert cut.truncated == 6
     short = LlamaForCausalLM(LlamaConfig(**(model.config.to_dict() | {"max_position_embeddings": 6})))
     with pytest.raises(UserError, match="leaves no room for a prompt"):
-        evaluate_column(short, tokenizer, words, data_root=data_root, batch_size=5, limit=2)
+        evaluate_column(short, tokenizer, words, Documents(data_root, limit=2), batch_size=5)
 
 
 def test_a_chat_template_is_used_where_there_is_one_and_asked_for_in_vain_refused(
     model: LlamaForCausalLM, tokenizer: Any, choice: Column, data_root: Path
 ) -> None:
-    options: dict[str, Any] = {"data_root": data_root, "batch_size": 5, "limit": 2, "chat_template": True}
+    chat = Documents(data_root, limit=2, chat_template=True)
     with pytest.raises(UserError, match="no chat template"):
-        evaluate_column(model, tokenizer, choice, **options)
+        evaluate_column(model, tokenizer, choice, chat, batch_size=5)
     chatty = copy.deepcopy(tokenizer)
     chatty.chat_template = (
         "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}{% if add_generation_prompt %}[a]{% endif %}"
     )
-    with_template = evaluate_column(model, chatty, choice, **options)
-    without = evaluate_column(model, chatty, choice, **options | {"chat_template": False})
-    assert with_template["chat_template"]
-    assert not without["chat_template"]
-    assert with_template["task_hash"] != without["task_hash"]
+    with_template = evaluate_column(model, chatty, choice, chat, batch_size=5)
+    without = evaluate_column(model, chatty, choice, Documents(data_root, limit=2), batch_size=5)
+    assert with_template.protocol.chat_template
+    assert not without.protocol.chat_template
+    assert with_template.protocol.task_hash != without.protocol.task_hash
 
 
 def test_vllm_that_is_not_installed_is_refused_with_the_way_to_get_it() -> None:
@@ -416,34 +423,34 @@ def test_prompts_are_built_once_for_many_models_and_anew_for_another_limit_or_a_
     monkeypatch.setattr(ConfigurableTask, "fewshot_context", counted)
     other = copy.deepcopy(model)
     other.lm_head.weight.data.neg_()
-    options: dict[str, Any] = {"data_root": data_root, "batch_size": 5}
-    first = evaluate_column(model, tokenizer, choice, **options, limit=4)
-    second = evaluate_column(other, tokenizer, choice, **options, limit=4)
+    everything, four = Documents(data_root), Documents(data_root, limit=4)
+    first = evaluate_column(model, tokenizer, choice, four, batch_size=5)
+    second = evaluate_column(other, tokenizer, choice, four, batch_size=5)
     assert len(built) == 4
-    assert second["task_hash"] == first["task_hash"]
-    assert second["documents"] != first["documents"]
-    whole = evaluate_column(model, tokenizer, choice, **options)
+    assert second.protocol.task_hash == first.protocol.task_hash
+    assert second.documents != first.documents
+    whole = evaluate_column(model, tokenizer, choice, everything, batch_size=5)
     assert len(built) == 4 + NUM_DOCS
     chatty = copy.deepcopy(tokenizer)
     chatty.chat_template = "{% for m in messages %}[{{ m.content }}]{% endfor %}"
-    evaluate_column(model, chatty, choice, **options, chat_template=True)
-    again = evaluate_column(model, tokenizer, choice, **options)
+    evaluate_column(model, chatty, choice, Documents(data_root, chat_template=True), batch_size=5)
+    again = evaluate_column(model, tokenizer, choice, everything, batch_size=5)
     assert len(built) == 4 + 3 * NUM_DOCS
-    assert {**again, "seconds": 0} == {**whole, "seconds": 0}
+    assert timeless(again) == timeless(whole)
     monkeypatch.setattr("harness.evaluate._KEPT", {})
-    fresh = evaluate_column(other, tokenizer, choice, **options, limit=4)
-    assert {**fresh, "seconds": 0} == {**second, "seconds": 0}
+    fresh = evaluate_column(other, tokenizer, choice, four, batch_size=5)
+    assert timeless(fresh) == timeless(second)
 
 
 def test_a_result_says_whether_contexts_were_shared(
     model: LlamaForCausalLM, tokenizer: Any, choice: Column, data_root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """And one that could not share them has the same scores."""
-    shared = evaluate_column(model, tokenizer, choice, data_root=data_root, batch_size=5)
+    shared = evaluate_column(model, tokenizer, choice, Documents(data_root), batch_size=5)
     monkeypatch.setattr(model.config, "is_encoder_decoder", True)
-    plain = evaluate_column(model, tokenizer, choice, data_root=data_root, batch_size=5)
-    assert (shared["unshared"], plain["unshared"]) == (None, "encoder and decoder")
-    assert plain["documents"] == shared["documents"]
+    plain = evaluate_column(model, tokenizer, choice, Documents(data_root), batch_size=5)
+    assert (shared.unshared, plain.unshared) == (None, "encoder and decoder")
+    assert plain.documents == shared.documents
 
 
 def test_templates_compiled_once_are_forgotten_afterwards() -> None:

@@ -1,109 +1,168 @@
 """Figures from numbers: marks stand where the numbers are, words say the same, and nothing breaks on odd numbers."""
 
 import re
+import subprocess
+import sys
+from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
 
-from harness.figures import (
+from harness.charts import (
     Bars,
+    Chart,
     Curve,
+    Curves,
     Estimate,
-    Scale,
-    curves,
-    forest,
-    histograms,
+    Forest,
+    Histograms,
+    Named,
+    number_text,
     reach,
     style_class,
-    tick_text,
-    ticks,
 )
+from harness.drawing import PALETTE
+from harness.figures import inline_svg, write_figures
+from harness.html import TEMPLATES
+
+ROOT = Path(__file__).parents[2]
+ITEMS = [
+    Estimate("A & <B> $x$", 2.0, 1.0, 3.0, "+2"),
+    Estimate("C", -0.5, -2.0, 1.0, "−0.5"),
+    Estimate("D", -4, -5, -3, "−4"),
+]
+CHARTS: dict[str, Chart] = {
+    "forest": Forest("F & G", "points", reach(ITEMS), ITEMS),
+    "curves": Curves("F & G", "step", [Curve("A<b>", 0, [(1, 3.0)], [(1, 3.0), (2, 5.0)], [])]),
+    "histograms": Histograms("F & G", "weight", [Bars("A<b>", "chosen", [1, 2], [0, 1, 2], [])]),
+}
 
 
-def parsed(svg: str) -> ElementTree.Element:
-    return ElementTree.fromstring(svg)
+def parsed(chart: Chart) -> ElementTree.Element:
+    return ElementTree.fromstring(inline_svg(chart))
 
 
-def places(svg: str, kind: str) -> list[float]:
-    return [float(mark.attrib["cx"]) for mark in parsed(svg).iter("circle") if kind in mark.attrib["class"].split()]
+def paths(chart: Chart, kind: str) -> list[list[tuple[float, float]]]:
+    """The corners of the paths of a class."""
+    found = [one.attrib["d"] for one in parsed(chart).iter("path") if kind in one.attrib.get("class", "").split()]
+    pairs = [re.findall(r"(-?[\d.]+) (-?[\d.]+)", path) for path in found]
+    return [[(float(x), float(y)) for x, y in path] for path in pairs]
+
+
+def centres(chart: Chart, kind: str) -> list[float]:
+    return [(min(x for x, _ in path) + max(x for x, _ in path)) / 2 for path in paths(chart, kind)]
+
+
+def test_numbers_have_a_true_minus_sign() -> None:
+    assert [number_text(value) for value in (-0.5, 0.0, 1e-7)] == ["−0.5", "0", "1e−07"]
 
 
 @pytest.mark.parametrize(
     ("low", "high", "expected"),
-    [(0, 1, [0, 0.2, 0.4, 0.6, 0.8, 1]), (-20, 48, [-20, 0, 20, 40]), (3, 3, [3]), (0, 92, [0, 20, 40, 60, 80])],
-)
-def test_ticks_are_round_and_inside(low: float, high: float, expected: list[float]) -> None:
-    assert ticks(low, high) == pytest.approx(expected)
-
-
-def test_ticks_have_a_true_minus_sign() -> None:
-    assert [tick_text(value) for value in (-0.5, 0.0, 1e-7)] == ["−0.5", "0", "1e−07"]
-
-
-def test_a_scale_is_linear_and_one_without_extent_does_not_divide_by_zero() -> None:
-    scale = Scale(-1, 1, 0, 100)
-    assert [scale(-1), scale(0), scale(1)] == [0, 50, 100]
-    assert Scale(2, 2, 5, 9)(2) == 5
+    [(0, 1, ["0", "0.2", "0.4", "0.6", "0.8", "1"]), (-20, 48, ["−20", "0", "20", "40"]), (3, 3, ["3", "3.2", "3.4", "3.6", "3.8", "4"])],
+)  # fmt: skip
+def test_an_axis_has_round_numbers(low: float, high: float, expected: list[str]) -> None:
+    chart = Histograms("t", "weight", [Bars("", "chosen", [1], [low, high], [])])
+    assert [text.text for text in parsed(chart).iter("text") if text.text][: len(expected)] == expected
 
 
 def test_a_forest_plot_sets_points_in_order_and_tells_intervals_that_leave_out_zero() -> None:
-    items = [
-        Estimate("A & B", 2.0, 1.0, 3.0, "+2"),
-        Estimate("C", -0.5, -2.0, 1.0, "−0.5"),
-        Estimate("D", -4, -5, -3, "−4"),
-    ]
-    svg = forest(items, title="Average", unit="points")
-    assert len(places(svg, "clear")) == 2
-    assert len(places(svg, "open")) == 1
-    a, c, d = places(svg, "point")
+    assert len(paths(CHARTS["forest"], "clear")) == 2
+    assert len(paths(CHARTS["forest"], "open")) == 1
+    a, c, d = centres(CHARTS["forest"], "point")
     assert d < c < a
-    zero = next(float(re.match(r"M([\d.]+)", p.attrib["d"])[1]) for p in parsed(svg).iter("path") if p.attrib["class"] == "zero")  # type: ignore[index]  # fmt: skip
+    left, right = 8, 352  # -5 and 3, with a margin of 4 % at each end
+    zero = left + (right - left) * (5 + 0.32) / (8 + 0.64)
     assert c < zero < a
+    assert a - zero == pytest.approx(-4 * (c - zero), abs=0.5)
 
 
-def test_forest_plots_of_one_span_put_equal_values_at_equal_places() -> None:
+def test_forest_plots_of_one_span_put_equal_values_at_equal_positions() -> None:
     first, second = [Estimate("A", 1.0, 0.5, 1.5, "")], [Estimate("A", 1.0, -9.0, 9.0, "")]
     span = reach([*first, *second])
     assert span == (-9.0, 9.0)
-    assert places(forest(first, title="t", unit="u", span=span), "point") == places(
-        forest(second, title="t", unit="u", span=span), "point"
-    )
+    positions = [centres(Forest("t", "u", span, items), "point") for items in (first, second)]
+    assert positions[0] == positions[1]
     assert reach(first) == (0.0, 1.5)
 
 
 def test_every_figure_has_a_title_and_says_its_numbers_in_words() -> None:
-    figures = {
-        "forest": forest([Estimate("A<b>", 1, 0, 2, "+1 [0, 2]")], title="F & G", unit="points"),
-        "curves": curves([Curve("A<b>", 0, [(1, 3.0)], [(1, 3.0), (2, 5.0)], [])], title="F & G", x_label="step", y_label="Loss"),
-        "histograms": histograms([Bars("A<b>", "chosen", [1, 2], [0, 1, 2], [])], title="F & G", x_label="weight"),
-    }  # fmt: skip
-    said = {"forest": "A<b>: +1 [0, 2]", "curves": "A<b>: from 3 to 5", "histograms": "A<b>, 3 from 0 to 2"}
-    for kind, svg in figures.items():
-        root = parsed(svg)
+    said = {"forest": "A & <B> $x$: +2", "curves": "A<b>: from 3 to 5", "histograms": "A<b>, 3 from 0 to 2"}
+    for kind, chart in CHARTS.items():
+        root = parsed(chart)
         assert root.attrib["role"] == "img"
         assert root.findtext("title") == root.attrib["aria-label"] == "F & G"
         assert said[kind] in str(root.findtext("desc"))
 
 
+@pytest.mark.parametrize("kind", sorted(CHARTS))
+def test_a_figure_of_the_page_takes_its_colours_and_type_from_the_page_and_refers_to_nothing(kind: str) -> None:
+    text = inline_svg(CHARTS[kind])
+    assert not re.search(r"#[0-9a-fA-F]{3}|font-family|<style|<use|<defs| id=|url\(|http", text)
+    assert "A &amp; &lt;B&gt; $x$" in text or kind != "forest"
+
+
+def test_the_palette_is_the_light_one_of_the_style_sheet() -> None:
+    light = (TEMPLATES / "style.css").read_text(encoding="utf-8").partition("@media")[0]
+    variables = dict(re.findall(r"--([\w-]+): (#[0-9a-f]{6});", light))
+    assert {name: variables[name] for name in PALETTE} == PALETTE
+    assert len(set(PALETTE.values())) == len(PALETTE)
+
+
 def test_curves_are_interrupted_where_a_value_is_not_finite() -> None:
     points = [(1.0, 1.0), (2.0, float("nan")), (3.0, 2.0), (4.0, 3.0)]
-    svg = curves([Curve("A", 0, points, points, [(4, float("inf")), (2, 2.0)])], title="t", x_label="x", y_label="y")
-    line = next(path.attrib["d"] for path in parsed(svg).iter("path") if "line" in path.attrib["class"].split())
-    assert (line.count("M"), line.count("L")) == (2, 1)
-    assert "nan" not in svg
-    assert len(places(svg, "mark")) == 1
-    with pytest.raises(ValueError, match="nothing to draw"):
-        curves([Curve("A", 0, [(1, float("nan"))], [], [])], title="t", x_label="x", y_label="y")
+    curve = Curve("A", 0, points, points, [(4, float("inf")), (2, 2.0)])
+    chart = Curves("t", "x", [curve])
+    (drawn,) = (path.attrib["d"] for path in parsed(chart).iter("path") if path.attrib.get("class") == "smooth")
+    assert drawn.count("L") == 1  # from 2.0 to 3.0 alone
+    assert "nan" not in inline_svg(chart)
+    assert len(paths(chart, "mark")) == 1
+    assert curve.is_drawable
+    assert not Curve("A", 0, [(1, float("nan"))], [], []).is_drawable
 
 
 def test_bars_are_as_high_as_their_counts_and_the_bounds_are_drawn() -> None:
-    svg = histograms([Bars("A", "chosen", [10, 0, 5], [0, 1, 2, 3], [0.5, 3.0])], title="t", x_label="weight")
-    (bars,) = (path.attrib["d"] for path in parsed(svg).iter("path") if "bars" in path.attrib["class"])
-    (bottom, high), (_, half) = re.findall(r"M[\d.]+ ([\d.]+)V([\d.]+)H", bars)
-    assert float(bottom) - float(high) == pytest.approx(2 * (float(bottom) - float(half)))
-    assert sum(path.attrib["class"] == "bound" for path in parsed(svg).iter("path")) == 2
-    assert histograms([Bars("A", "chosen", [0], [1, 1], [])], title="t", x_label="w")
+    chart = Histograms("t", "weight", [Bars("A", "chosen", [10, 0, 5], [0, 1, 2, 3], [0.5, 3.0])])
+    ((*corners,),) = paths(chart, "bars")
+    bottom = max(y for _, y in corners)
+    first = [y for x, y in corners if x < 130]
+    last = [y for x, y in corners if x > 230]
+    assert bottom - min(first) == pytest.approx(2 * (bottom - min(last)), abs=0.2)
+    assert len(paths(chart, "bound")) == 2
+    assert inline_svg(Histograms("t", "w", [Bars("A", "chosen", [0], [1, 1], [])]))
 
 
 def test_lines_beyond_the_colours_are_dashed() -> None:
     assert [style_class(number) for number in (0, 7, 8, 16)] == ["s0", "s7", "s0 dash", "s0"]
+
+
+def test_files_of_a_figure_repeat_byte_by_byte_and_hold_title_and_legend(tmp_path: Path) -> None:
+    charts = [Named(kind, chart) for kind, chart in CHARTS.items()]
+    first, second = (write_figures(charts, tmp_path / name) for name in ("first", "second"))
+    assert [path.name for path in first[:3]] == ["forest.svg", "forest.pdf", "forest.png"]
+    assert len(first) == 9
+    for one, other in zip(first, second, strict=True):
+        assert one.read_bytes() == other.read_bytes()
+    starts = {".pdf": b"%PDF-", ".png": b"\x89PNG"}
+    assert all(path.read_bytes().startswith(starts[path.suffix]) for path in first if path.suffix in starts)
+    alone = [inline_svg(chart).count("<path") for chart in CHARTS.values()]
+    as_file = [path.read_text(encoding="utf-8").count("<path") for path in first if path.suffix == ".svg"]
+    assert all(more > fewer for more, fewer in zip(as_file, alone, strict=True))
+
+
+def test_a_name_in_any_script_is_drawn_without_a_warning(tmp_path: Path) -> None:
+    items = [Estimate("学生 β ½", 1.0, 0.5, 1.5, "+1")]
+    chart = Forest("学生", "points", reach(items), items)
+    assert "学生 β ½" in inline_svg(chart)
+    assert write_figures([Named("a", chart)], tmp_path)
+
+
+def test_matplotlib_is_imported_when_a_figure_is_drawn_and_never_with_pyplot() -> None:
+    code = (
+        "import sys, harness.comparison; before = 'matplotlib' in sys.modules\n"
+        "from harness.charts import *; from harness.figures import inline_svg\n"
+        "inline_svg(Histograms('t', 'w', [Bars('A', 'chosen', [1], [0, 1], [])]))\n"
+        "print(before, 'matplotlib.pyplot' in sys.modules)"
+    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert found.stdout.split() == ["False", "False"]

@@ -1,13 +1,16 @@
 """GOLD against golden numbers of TRL: groups, merged distributions, and the losses with their gradients."""
 
+from dataclasses import replace
+
 import pytest
 import torch
+from pydantic import ValidationError
 from torch import nn
 
 from baselines.gold import GOLD, GOLDParams, Members, log_factors
 from ctpd.core.errors import UserError
 from ctpd.objectives.distillation import ModelFacts
-from ctpd.ops.rows import Head, LogitRows
+from ctpd.ops.logit_rows import Head, LogitRows
 from ctpd.text.align import align_spans
 from tests.fixtures.distillation import IGNORED, VECTORS, batch_of, leaf, single, tokens, total
 
@@ -65,7 +68,7 @@ def golden_batch(vector, *, tile_rows=2, dtype=torch.float64):
             logits_RTV.to(dtype), shifted_RT, unit=torch.tensor(units[side]),
             input_ids=torch.tensor(inputs[f"{side}_input_ids"]), tile_rows=tile_rows,
         )  # fmt: skip
-    return student, batch_of(made["student"], made["teacher"], partner=torch.full_like(made["student"].row, -1))
+    return student, batch_of(made["student"], made["teacher"], aligned=torch.full_like(made["student"].row, -1))
 
 
 def facts_of(vocab, width):
@@ -176,7 +179,7 @@ def test_both_ends_of_beta_are_the_two_divergences():
     """The middle formula tends to 0 at both ends; the switch is TRL's."""
     vector = VECTORS["gold.bayesian_hybrid"]
     _, batch = golden_batch(vector)
-    one = single(batch, 1)._replace(teachers=(single(batch, 1).student,))
+    one = replace(single(batch, 1), teachers=(single(batch, 1).student,))
     facts = facts_of(vector["inputs"]["student_vocab"], 6)
     for beta in (0.0, 0.5, 1.0):
         objective = GOLD(params_of(vector, beta=beta))
@@ -230,7 +233,7 @@ def test_a_span_that_loses_its_last_token_on_one_side_is_dropped():
     ],
 )
 def test_bad_parameters_are_refused(bad, named):
-    with pytest.raises(UserError, match=named):
+    with pytest.raises(ValidationError, match=named):
         GOLD(GOLDParams(**bad))
 
 

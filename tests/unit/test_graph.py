@@ -1,5 +1,6 @@
 """The graph: what a key depends on, what is built, and what happens to damage."""
 
+import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -9,9 +10,13 @@ import pytest
 from ctpd.app import Experiment
 from ctpd.core.errors import DamagedArtifact
 from ctpd.core.store import Store
-from ctpd.pipeline.graph import Graph, Stage, Work
+from ctpd.pipeline.build import build_missing
+from ctpd.pipeline.graph import Graph
 from ctpd.pipeline.progress import Progress
+from ctpd.pipeline.references import External
 from ctpd.pipeline.runtime import Runtime
+from ctpd.pipeline.stage import Stage, Work
+from tests.fixtures.stages import SmallStage, small_stage
 
 
 class Recorder:
@@ -24,18 +29,17 @@ class Recorder:
         self,
         name: str,
         *inputs: Stage,
-        config: Any = None,
-        external: Mapping[str, str] | None = None,
+        config: Mapping[str, Any] | None = None,
+        external: tuple[External, ...] = (),
         version: int = 1,
         label: str | None = None,
     ) -> Stage:
-        def build(work: Work) -> None:
+        def build(stage: Stage, work: Work) -> None:
             self.built.append(name)
-            parts = [(folder / "text").read_text() for folder in work.inputs.values()]
+            parts = [(work.path(source) / "text").read_text() for source in inputs]
             (work.folder / "text").write_text(name + "(" + ",".join(parts) + ")")
 
-        sources = {f"input{i}": stage for i, stage in enumerate(inputs)}
-        return Stage(name, version, config, build, label or name, sources, external or {})
+        return small_stage(name, build, *inputs, config=config or {}, external=external, version=version, label=label)
 
 
 @pytest.fixture
@@ -49,7 +53,9 @@ def store(tmp_path: Path) -> Store:
 
 
 def run(store: Store, *targets: Stage, rebuild: bool = False) -> int:
-    return Graph(targets).run(store, runtime=Runtime(device="cpu"), progress=Progress(quiet=True), rebuild=rebuild)
+    return build_missing(
+        Graph(targets), store, runtime=Runtime(device="cpu"), progress=Progress(quiet=True), rebuild=rebuild
+    )
 
 
 def test_key_changes_with_everything_that_decides_the_result(recorder: Recorder) -> None:
@@ -59,7 +65,7 @@ def test_key_changes_with_everything_that_decides_the_result(recorder: Recorder)
         recorder.stage("a", base, config={"x": 1}),
         recorder.stage("a", base, config={"x": 1.5}),
         recorder.stage("a", base, version=2),
-        recorder.stage("a", base, external={"data": "1"}),
+        recorder.stage("a", base, external=(External("data", "1"),)),
         recorder.stage("a", other),
         recorder.stage("a"),
         recorder.stage("b", base),
@@ -71,6 +77,45 @@ def test_key_ignores_the_label_and_the_order_of_settings(recorder: Recorder) -> 
     first = recorder.stage("a", config={"x": 1, "y": 2}, label="one")
     assert first.key == recorder.stage("a", config={"y": 2, "x": 1}, label="two").key
     assert len(first.key) == 32
+
+
+def test_key_ignores_where_an_outside_file_stands(recorder: Recorder) -> None:
+    first, second = (recorder.stage("a", external=(External(place, "1"),)) for place in ("here", "there"))
+    assert first.key == second.key
+
+
+def test_a_field_at_its_default_is_left_out_of_the_key() -> None:
+    """So a new field moves no key."""
+
+    @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
+    class Grown(SmallStage):
+        added: int = 3
+
+    plain = SmallStage(label="")
+    assert Grown(label="").key == plain.key
+    assert Grown(label="", added=4).key != plain.key
+
+
+def test_a_build_that_reads_what_is_not_in_the_key_fails(recorder: Recorder, store: Store) -> None:
+    """The label, and a stage that is no input."""
+    stranger = recorder.stage("stranger")
+
+    def reads_label(stage: Stage, work: Work) -> None:
+        (work.folder / "text").write_text(stage.label)
+
+    def reads_stranger(stage: Stage, work: Work) -> None:
+        work.path(stranger)
+
+    with pytest.raises(AttributeError, match="label"):
+        run(store, small_stage("a", reads_label))
+    with pytest.raises(LookupError, match="not part of the key"):
+        run(store, stranger, small_stage("b", reads_stranger))
+    assert [artifact.stage for artifact in store.artifacts()] == ["stranger"]
+
+
+def test_a_field_without_a_canonical_form_has_no_key() -> None:
+    with pytest.raises(TypeError, match="cannot be part of a key"):
+        _ = small_stage("a", lambda stage, work: None, config={"x": object()}).key
 
 
 def test_each_stage_is_built_once_after_its_inputs(recorder: Recorder, store: Store) -> None:
@@ -101,12 +146,12 @@ def test_input_of_a_hit_is_not_needed(recorder: Recorder, store: Store) -> None:
 
 
 def test_failed_stage_keeps_what_is_finished(recorder: Recorder, store: Store) -> None:
-    def fail(work: Work) -> None:
+    def fail(stage: Stage, work: Work) -> None:
         raise RuntimeError("no")
 
     base = recorder.stage("base")
     with pytest.raises(RuntimeError):
-        run(store, Stage("top", 1, None, fail, "top", {"base": base}))
+        run(store, small_stage("top", fail, base))
     assert store.has("base", base.key)
     assert run(store, recorder.stage("top", base)) == 1
 
@@ -150,7 +195,7 @@ SMOKE = "testbed-smoke"
 
 
 def edited(tmp_path: Path, old: str, new: str) -> Experiment:
-    from ctpd.core.recipe import shipped_recipes
+    from ctpd.recipe import shipped_recipes
 
     text = shipped_recipes()[SMOKE].read_text()
     assert old in text

@@ -11,9 +11,10 @@ from ctpd.cli import launch
 from ctpd.cli.launch import LaunchError, processes_to_start, run_launched
 from ctpd.core.errors import UserError
 from ctpd.core.processes import processes
-from ctpd.core.recipe import FsdpSpec, LaunchSpec, load_recipe, shipped_recipes
 from ctpd.pipeline.graph import Graph
 from ctpd.pipeline.runtime import Runtime
+from ctpd.recipe import LaunchSpec, load_recipe, shipped_recipes
+from ctpd.train.config import FsdpSpec
 
 EIGHT = LaunchSpec(num_processes=8)
 

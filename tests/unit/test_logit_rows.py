@@ -1,32 +1,36 @@
 """Rows of logits formed tile by tile: the same numbers and gradients as the whole matrix, and nothing of its size kept."""
 
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from ctpd.ops.rows import Head, LogitRows, Top, TopRows
+from ctpd.ops.logit_rows import Head, LogitRows, Top, TopRows
+from ctpd.ops.logps import NO_TRANSFORM, LogitTransform
 
 N, H, V = 11, 6, 40
-HEADS: dict[str, Callable[[], tuple[nn.Module, dict[str, Any]]]] = {
-    "linear": lambda: (nn.Linear(H, V, bias=False), {}),
-    "bias, soft cap and scale": lambda: (nn.Linear(H, V), {"softcap": 2.0, "scale": 0.5}),
-    "module": lambda: (nn.Sequential(nn.Linear(H, 8), nn.Tanh(), nn.Linear(8, V)), {"softcap": 3.0, "scale": 2.0}),
+HEADS: dict[str, Callable[[], tuple[nn.Module, LogitTransform]]] = {
+    "linear": lambda: (nn.Linear(H, V, bias=False), NO_TRANSFORM),
+    "bias, soft cap and scale": lambda: (nn.Linear(H, V), LogitTransform(scale=0.5, softcap=2.0)),
+    "module": lambda: (
+        nn.Sequential(nn.Linear(H, 8), nn.Tanh(), nn.Linear(8, V)),
+        LogitTransform(scale=2.0, softcap=3.0),
+    ),
 }
 
 
 def rows_of(name: str, *, tile_rows: int) -> LogitRows:
     torch.manual_seed(0)
-    module, chain = HEADS[name]()
+    module, transform = HEADS[name]()
     hidden = torch.randn(N, H, dtype=torch.float64, requires_grad=True)
-    return LogitRows(hidden, Head(module.double(), V, **chain), tile_bytes=tile_rows * V * 8)
+    return LogitRows(hidden, Head(module.double(), V, transform), tile_bytes=tile_rows * V * 8)
 
 
 def whole(rows: LogitRows) -> Tensor:
-    logits = rows.head.module(rows.hidden) * rows.head.scale
-    return logits if rows.head.softcap is None else rows.head.softcap * torch.tanh(logits / rows.head.softcap)
+    scale, softcap = rows.head.transform
+    logits = rows.head.module(rows.hidden) * scale
+    return logits if softcap is None else softcap * torch.tanh(logits / softcap)
 
 
 def entropy(logits: Tensor, factor: Tensor) -> Tensor:

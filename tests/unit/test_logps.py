@@ -7,16 +7,16 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ctpd.ops.logps import token_logps, token_logps_module
+from ctpd.ops.logps import NO_TRANSFORM, LogitTransform, token_logps, token_logps_module
 
 N, H, V = 23, 12, 57
 ONE_ROW = 1  # bytes: every tile is a single row
 SEVEN_ROWS = 7 * V * 8  # bytes: uneven tiles
 VARIANTS = {
     "plain": {},
-    "softcap": {"softcap": 2.5},
-    "scale": {"scale": 0.37},
-    "softcap and scale": {"softcap": 3.0, "scale": 1.7},
+    "softcap": {"transform": LogitTransform(softcap=2.5)},
+    "scale": {"transform": LogitTransform(scale=0.37)},
+    "softcap and scale": {"transform": LogitTransform(softcap=3.0, scale=1.7)},
 }
 
 
@@ -26,13 +26,12 @@ def full_logps(
     targets: Tensor,
     *,
     bias_V: Tensor | None = None,
-    softcap: float | None = None,
-    scale: float = 1.0,
+    transform: LogitTransform = NO_TRANSFORM,
 ) -> Tensor:
     """The definition, with all logits at once."""
-    logits = nn.functional.linear(hidden, weight, bias_V) * scale
-    if softcap is not None:
-        logits = softcap * torch.tanh(logits / softcap)
+    logits = nn.functional.linear(hidden, weight, bias_V) * transform.scale
+    if transform.softcap is not None:
+        logits = transform.softcap * torch.tanh(logits / transform.softcap)
     return logits.log_softmax(-1).gather(-1, targets.unsqueeze(-1)).squeeze(-1)
 
 
@@ -194,7 +193,7 @@ def test_no_tensor_is_larger_than_a_tile_or_the_weight(trained: bool, softcap: f
     targets = torch.randint(num_vocabulary, (num_rows,))
     tile_bytes = 64 * num_vocabulary * 4
     with Recorder() as recorder:
-        logps = token_logps(hidden, weight, targets, softcap=softcap, tile_bytes=tile_bytes)
+        logps = token_logps(hidden, weight, targets, transform=LogitTransform(softcap=softcap), tile_bytes=tile_bytes)
         logps.sum().backward()
     assert recorder.largest <= max(tile_bytes // 4, num_rows * num_hidden)
 

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
+from pydantic import ValidationError
 
 from baselines.mined import MinED, MinEDParams, teacher_to_student
-from ctpd.core.errors import UserError
 from ctpd.objectives.distillation import ModelFacts
 from ctpd.text.edit_distance import edit_distance_pairing
 from tests.fixtures.distillation import VECTORS, batch_of, leaf, single, tokens, total
@@ -34,7 +34,7 @@ def golden(*, copies=1, tile_rows=2, dtype=torch.float64):
     for row in range(copies):
         found = edit_distance_pairing(spelled("student", ours)[:num_ours], spelled("teacher", theirs)[:num_theirs])
         partner += [index + row * num_theirs if index >= 0 else -1 for index in found]
-    return student, batch_of(ours, theirs, partner=torch.tensor(partner))
+    return student, batch_of(ours, theirs, aligned=torch.tensor(partner))
 
 
 def mined(**params):
@@ -64,9 +64,9 @@ def test_targets_equal_the_public_code():
     objective, wanted = mined(), torch.tensor(VECTOR["expected"]["aligned_teacher_logits"][0], dtype=torch.float64)
     teacher = batch.teachers[0]
     # Row 2, "Ġcats", has two partners: its target is its own token.
-    assert batch.partner.tolist() == [0, 1, -1, 4]
+    assert batch.aligned.tolist() == [0, 1, -1, 4]
     for row in (0, 1, 3):
-        logits = teacher.rows[0 : len(teacher.rows)][batch.partner[row]]
+        logits = teacher.rows[0 : len(teacher.rows)][batch.aligned[row]]
         torch.testing.assert_close(logits[objective.first], wanted[row, objective.reached])
 
 
@@ -134,5 +134,5 @@ def test_bound_map_is_that_of_the_nearest_spellings_and_stays_out_of_checkpoints
 
 @pytest.mark.parametrize(("name", "value"), [("kd_rate", -0.1), ("temperature", 0.0)])
 def test_bad_parameters_are_refused(name, value):
-    with pytest.raises(UserError, match=name):
+    with pytest.raises(ValidationError, match=name):
         MinED(MinEDParams(**{name: value}))

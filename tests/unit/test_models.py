@@ -8,11 +8,21 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, ByT5Tokenizer, LlamaConfig, LlamaForCausalLM
 
 from ctpd.core.errors import UserError
-from ctpd.models import Score, add_lora, install_scorer, load_model, load_tokenizer, parameter_counts, save_model, score
-from ctpd.probes import probe_scorer
+from ctpd.models import (
+    Score,
+    add_lora,
+    find_tokenizer,
+    install_scorer,
+    load_model,
+    load_tokenizer,
+    parameter_counts,
+    save_model,
+    score,
+)
+from ctpd.probes import configure_scorer, same_logits, scores_without_logits
 from tests.fixtures.tiny import CONFIGS, VOCABULARY, tiny_model
 
 IDS = torch.randint(1, VOCABULARY, (3, 10), generator=torch.Generator().manual_seed(1))
@@ -74,7 +84,7 @@ def test_probe_accepts_the_scorer_and_changes_nothing(name: str, lora: bool) -> 
         model = add_lora(model, r=2, alpha=4, targets="all-linear", seed=0)
     model.train()
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    probe_scorer(model)
+    configure_scorer(model)
     base = model.get_base_model() if lora else model
     assert base._scorer_uses_logits is False
     assert model.training
@@ -96,7 +106,7 @@ def test_probe_falls_back_to_full_logits_when_the_head_is_changed_behind_its_bac
     torch.manual_seed(0)
     model = install_scorer(Doubled(CONFIGS["llama"]()).eval())
     with pytest.warns(UserWarning, match="does not reproduce Doubled; full logits are used"):
-        probe_scorer(model)
+        configure_scorer(model)
     assert_same_as_full_logits(model)
 
 
@@ -227,3 +237,37 @@ def test_four_bit_weights_train_adapters_and_keep_their_count(tmp_path: Path) ->
     with torch.autocast("cpu", dtype=torch.bfloat16):
         logps = score(model, IDS, REQUEST)
     assert all(gradient.abs().max() > 0 for gradient in gradients(model, logps).values())
+
+
+def test_a_slow_tokenizer_is_refused(tmp_path: Path) -> None:
+    """Only fast ones have character offsets; ByT5 has a tokenizer in Python alone."""
+    ByT5Tokenizer().save_pretrained(str(tmp_path))
+    for load in (load_tokenizer, find_tokenizer):
+        with pytest.raises(UserError, match="a slow one"):
+            load(str(tmp_path))
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_a_probe_answers_the_same_again_and_changes_nothing(lora: bool) -> None:
+    """Neither weights, nor the mode, nor the random state, nor how the model is scored."""
+    model: Any = tiny_model()
+    base = model
+    if lora:
+        model = add_lora(model, r=2, alpha=4, targets="all-linear", seed=0)
+    model.train()
+    before, state = {n: p.detach().clone() for n, p in model.named_parameters()}, torch.get_rng_state()
+    assert [scores_without_logits(model) for _ in range(2)] == [True, True]
+    assert torch.equal(torch.get_rng_state(), state)
+    assert model.training
+    assert base._scorer_uses_logits is False
+    assert all(torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_logits_are_compared_by_the_precision_of_their_model() -> None:
+    logits = torch.tensor([[1.0, -10.0, 3.0]])
+    assert same_logits(logits, logits + 5e-4)
+    assert not same_logits(logits, logits + 5e-3)
+    assert same_logits(logits.bfloat16(), logits.bfloat16() + 0.25)
+    assert not same_logits(logits.bfloat16(), logits.bfloat16() + 1.0)
+    assert not same_logits(logits, logits * torch.nan)

@@ -1,10 +1,12 @@
 """Multi-level OT against golden numbers of the public code and of CTPD's port, and what its batch does to it."""
 
+from dataclasses import replace
+
 import pytest
 import torch
+from pydantic import ValidationError
 
 from baselines.multi_level_ot import MultiLevelOT, MultiLevelOTParams
-from ctpd.core.errors import UserError
 from tests.fixtures.distillation import VECTORS, batch_of, leaf, single, stored, tokens, total
 
 
@@ -22,7 +24,7 @@ def without_last(batch):
     """The trainer's partners under `skip_last`."""
     row = batch.student.row
     is_last = torch.cat([row[1:] != row[:-1], torch.tensor([True])])
-    return batch._replace(partner=batch.partner.masked_fill(is_last, -1))
+    return replace(batch, aligned=batch.aligned.masked_fill(is_last, -1))
 
 
 def golden_batch(vector, *, tile_rows=2):
@@ -106,7 +108,7 @@ def test_stored_rows_give_the_ports_distances_over_the_responses():
     student = leaf(inputs["student_logits"])
     teacher = tokens(float64(inputs["teacher_logits"])[..., :6], labels)
     online = batch_of(tokens(student, labels), teacher)
-    kept = online._replace(teachers=(stored(teacher, top_k=6),))
+    kept = replace(online, teachers=(stored(teacher, top_k=6),))
     params = {"ce_weight": 0.0, "distillation_weight": 1.0, "skip_student_eos": False}
     port = MultiLevelOT(MultiLevelOTParams(**params, ctpd_variant=True))(online)
     bounded = MultiLevelOT(MultiLevelOTParams(**params, top_k=6))(kept)
@@ -117,7 +119,7 @@ def test_stored_rows_give_the_ports_distances_over_the_responses():
 
 def test_the_kept_columns_of_stored_rows_are_the_students_likeliest_too():
     _, batch = golden_batch(VECTORS["mlot.f1"])
-    kept = batch._replace(teachers=(stored(batch.teachers[0], top_k=2),))
+    kept = replace(batch, teachers=(stored(batch.teachers[0], top_k=2),))
     weights = {"ce_weight": 0.0, "distillation_weight": 1.0, "sequence_weight": 0.0, "sinkhorn_weight": 0.0}
     sums = MultiLevelOT(MultiLevelOTParams(**weights, top_k=2))(kept)
     student = batch.student.rows[0:8].detach().softmax(-1).sort(-1, descending=True).values[:, :2]
@@ -153,10 +155,10 @@ def test_one_token_responses_give_finite_numbers(top_k):
 )
 def test_bad_parameters_are_refused(wrong):
     (name,) = wrong
-    with pytest.raises(UserError, match=name):
+    with pytest.raises(ValidationError, match=name):
         MultiLevelOT(MultiLevelOTParams(**wrong))
 
 
 def test_the_port_refuses_stored_responses():
-    with pytest.raises(UserError, match=r"ctpd_variant: true.*top_k: 50"):
+    with pytest.raises(ValidationError, match=r"ctpd_variant: true.*top_k: 50"):
         MultiLevelOT(MultiLevelOTParams(ctpd_variant=True, top_k=50))

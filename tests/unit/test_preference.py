@@ -7,14 +7,14 @@ from typing import Any
 
 import pytest
 import torch
+from pydantic import ValidationError
 from torch import Tensor
 
-from ctpd.core.errors import UserError
-from ctpd.objectives.base import Layout, Needs, Units, Weighting
+from ctpd.objectives.base import Layout, Units, Weighting
 from ctpd.objectives.preference import Preference, PreferenceParams, preference_sums
 from ctpd.ops.logps import token_logps
 from ctpd.ops.spans import flat_unit_sums, unit_logps
-from ctpd.ops.weights import span_weights
+from ctpd.ops.weights import Signal, UnitLayout, WeightParameters, span_weights
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "fixtures" / "ctpd_loss.json").read_text())
 SIDES = ("chosen", "rejected")
@@ -44,14 +44,14 @@ def golden_signal(model: str, side: str) -> Tensor:
 
 def golden_weights() -> list[Tensor]:
     signals = {
-        f"teacher_{name}": torch.cat([golden_signal(name, side) for side in SIDES]) for name in ("positive", "negative")
+        Signal(f"teacher_{name}"): torch.cat([golden_signal(name, side) for side in SIDES])
+        for name in ("positive", "negative")
     }
     counts = [len(GOLDEN["sides"][side]["weights"]) for side in SIDES]
-    weighting = {"k": GOLDEN["k"], "lower": GOLDEN["L"], "upper": GOLDEN["U"]}
+    parameters = WeightParameters(k=GOLDEN["k"], lower=GOLDEN["L"], upper=GOLDEN["U"])
     is_end = torch.zeros(sum(counts), dtype=torch.bool)
-    result = span_weights(
-        "teacher", signals, unit_starts=torch.tensor([0, *counts]).cumsum(0), is_end=is_end, **weighting
-    )
+    units = UnitLayout(torch.tensor([0, *counts]).cumsum(0), is_end)
+    result = span_weights("teacher", signals, units, parameters)
     return list(result.weights.split(counts))
 
 
@@ -95,7 +95,7 @@ def test_golden_losses_and_gradients(cell: str, trained: bool) -> None:
         policy=policy,
         mask=torch.arange(max(counts)) < torch.tensor(counts).unsqueeze(1),
         reference=pad([golden_signal(anchor, side) for side in SIDES], 99.0),
-        weights=pad(golden_weights(), 99.0) if Needs.WEIGHTS in objective.needs else None,
+        weights=pad(golden_weights(), 99.0) if objective.layout.weighting is not None else None,
     )
     sums = objective(units)
     close(sums.loss, expected["loss"])
@@ -193,9 +193,11 @@ def test_defaults_are_ctpd() -> None:
         aggregate="sum",
         end_span=True,
         reference="teacher",
-        weighting=Weighting(strategy="teacher", k=1.0, mu=1.0, lower=-0.5, upper=1.5, round_decimals=None),
+        weighting=Weighting(
+            strategy="teacher",
+            parameters=WeightParameters(k=1.0, mu=1.0, lower=-0.5, upper=1.5, round_decimals=None),
+        ),
     )
-    assert objective.needs == {Needs.REFERENCE, Needs.WEIGHTS}
     assert objective.sides == SIDES
     assert objective.counts == "pairs"
     assert not list(objective.parameters())
@@ -204,7 +206,7 @@ def test_defaults_are_ctpd() -> None:
 def test_uniform_weights_need_nothing() -> None:
     """`uniform` is the absence of weights: no signal is asked for, and the loss is that of weight 1."""
     objective = Preference(PreferenceParams(weights="uniform"))
-    assert objective.needs == {Needs.REFERENCE}
+    assert objective.layout.weighting is None
     units = random_units()
     ones = units._replace(weights=torch.ones_like(units.policy))
     close(objective(units._replace(weights=None)).loss, objective(ones).loss)
@@ -217,10 +219,10 @@ def test_uniform_weights_need_nothing() -> None:
         ({"granularity": "tokens"}, "cannot go with `weights: teacher` and `reference: teacher`"),
         ({"granularity": "tokens", "weights": "student"}, "cannot go with `reference: teacher`"),
         ({"granularity": "tokens", "weights": "lite", "reference": "student"}, "cannot go with `weights: lite`"),
-        ({"beta": 0.0}, "is not above 0"),
+        ({"beta": 0.0}, "greater than 0"),
     ],
 )
 def test_bad_cells_are_refused(params: dict[str, Any], message: str) -> None:
     """Unknown strategies and cells that have no meaning are the user's error, with the way out."""
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(ValidationError, match=message):
         Preference(PreferenceParams(**params))

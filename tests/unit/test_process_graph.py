@@ -11,10 +11,13 @@ from pathlib import Path
 import pytest
 
 from ctpd.core.store import Store
-from ctpd.pipeline.graph import Graph, Stage, Work
+from ctpd.pipeline.build import build_missing
+from ctpd.pipeline.graph import Graph
 from ctpd.pipeline.progress import Progress
 from ctpd.pipeline.runtime import Runtime
+from ctpd.pipeline.stage import Stage, Work
 from tests.fixtures.process_graph import NUM_SINGLE, process_graph
+from tests.fixtures.stages import small_stage
 
 ROOT = Path(__file__).resolve().parents[2]
 MINUTES = 60.0
@@ -27,7 +30,7 @@ def store(tmp_path: Path) -> Store:
 
 
 def run(store: Store, graph: Graph, progress: Progress | None = None) -> int:
-    return graph.run(store, runtime=Runtime(device="cpu"), progress=progress or Progress(quiet=True))
+    return build_missing(graph, store, runtime=Runtime(device="cpu"), progress=progress or Progress(quiet=True))
 
 
 def until(happened: "object", seconds: float = MINUTES) -> None:
@@ -39,12 +42,12 @@ def until(happened: "object", seconds: float = MINUTES) -> None:
 
 
 def sleepy(name: str, built: list[tuple[str, int]], *inputs: Stage) -> Stage:
-    def build(work: Work) -> None:
+    def build(stage: Stage, work: Work) -> None:
         built.append((name, threading.get_ident()))
         time.sleep(0.2)
         (work.folder / "text").write_text(name)
 
-    return Stage(name, 1, None, build, name, {f"input{i}": stage for i, stage in enumerate(inputs)})
+    return small_stage(name, build, *inputs)
 
 
 def test_two_workers_share_the_stages_and_build_none_twice(store: Store) -> None:
@@ -115,7 +118,7 @@ def launched(store: Store, *mode: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_processes_of_a_launch_build_together_what_is_built_together_and_deal_out_the_rest(store: Store) -> None:
+def test_processes_of_a_launch_build_collective_stages_together_and_one_each_of_the_rest(store: Store) -> None:
     done = launched(store)
     assert done.returncode == 0, done.stderr
     graph = process_graph()
@@ -124,7 +127,9 @@ def test_processes_of_a_launch_build_together_what_is_built_together_and_deal_ou
     found = Counter(name for name, _ in lines)
     assert found == {"base": 2, "single": NUM_SINGLE, "top": 2}
     assert {rank for name, rank in lines if name == "single"} == {"0", "1"}
-    assert (next(store.root.glob("base/*")) / "text").read_text() == "3"  # the sum of what both computed
+    assert (
+        store.path("base", next(s.key for s in graph.stages if s.kind == "base")) / "text"
+    ).read_text() == "3"  # the sum of what both computed
     assert "[1/6] base" in done.stderr
     assert done.stderr.count("base") == 1  # one process shows progress
     assert not store.partials()

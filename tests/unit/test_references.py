@@ -5,27 +5,30 @@ from pathlib import Path
 import pytest
 
 from ctpd.core.errors import UserError
-from ctpd.pipeline.graph import Stage, Work
-from ctpd.pipeline.references import External, ModelRef, external_model
+from ctpd.pipeline.references import External, Model, external_model
+from ctpd.pipeline.runtime import Runtime
+from ctpd.pipeline.stage import Stage, Work
+from tests.fixtures.stages import small_stage
 
 HUB = External("org/name", "hub:org/name@abc", "abc")
 
 
-def build(work: Work) -> None:
+def build(stage: Stage, work: Work) -> None:
     raise AssertionError("a plan builds nothing")
 
 
 def test_a_fine_tuned_hub_model_keeps_the_pinned_revision_of_its_tokenizer() -> None:
     """The model is an artifact then; the tokenizer still comes from the hub, at the commit of the recipe."""
-    trained = ModelRef("student", HUB, HUB).trained(Stage("train", 1, {}, build, "t"), adapter=False)
-    located = trained.located("model", {"model": Path("store")})
+    stage = small_stage("train", build)
+    work = Work(Path(), Runtime(), lambda done, total: None, folders={stage.key: Path("store")})
+    located = Model(HUB, HUB).trained(stage, adapter=False).located(work)
     assert (located.folder, located.revision) == (str(Path("store") / "model"), None)
     assert (located.tokenizer, located.tokenizer_revision) == ("org/name", "abc")
 
 
 def test_an_adapter_stands_on_the_pinned_base() -> None:
-    stage = Stage("train", 1, {}, build, "t")
-    chain = ModelRef("student", HUB, HUB).trained(stage, adapter=True).chain()
+    stage = small_stage("train", build)
+    chain = Model(HUB, HUB).trained(stage, adapter=True).chain()
     assert chain["base"] == "org/name"
     assert chain["revision"] == chain["tokenizer_revision"] == "abc"
     assert chain["adapters"] == [f"store:train/{stage.key}"]
@@ -33,7 +36,7 @@ def test_an_adapter_stands_on_the_pinned_base() -> None:
 
 def test_an_evaluation_from_a_mirror_is_keyed_by_the_documents_it_reads(tmp_path: Path) -> None:
     from ctpd.app import evaluation_stage
-    from ctpd.core.recipe import EvaluationSpec
+    from ctpd.recipe import EvaluationSpec
     from harness.suites import load_suite
 
     model = tmp_path / "model"
@@ -48,9 +51,7 @@ def test_an_evaluation_from_a_mirror_is_keyed_by_the_documents_it_reads(tmp_path
 
     def key(data_root: Path | None) -> str:
         spec = EvaluationSpec(suite="card", data_root=None if data_root is None else str(data_root))
-        return evaluation_stage(
-            ModelRef("model", root, root), column, spec, precision="float32", title="x", world={}
-        ).key
+        return evaluation_stage(Model(root, root), column, spec, precision="float32", title="x").key
 
     before = key(mirror)
     (mirror / "allenai/winogrande/test.jsonl").write_text("2")
@@ -92,5 +93,5 @@ def test_a_hub_id_without_a_revision_is_recognised_and_the_message_fits_its_orig
 
 def test_a_chain_names_a_local_base_by_its_absolute_path(model: Path, tmp_path: Path) -> None:
     base = external_model("org/name", revision=None, role="student")
-    chain = ModelRef("student", base, base).trained(Stage("train", 1, {}, build, "t"), adapter=True).chain()
+    chain = Model(base, base).trained(small_stage("train", build), adapter=True).chain()
     assert chain["base"] == chain["tokenizer"] == str(tmp_path / "org" / "name")

@@ -1,23 +1,22 @@
 """The report: complete in itself, well formed, the same numbers as the tables, and for runs that lack things too."""
 
-import copy
-import json
 import re
+from collections.abc import Sequence
 from html.parser import HTMLParser
-from pathlib import Path
-from typing import Any
 
 import pytest
 
+from ctpd.ops.weights import WeightParameters, clamp_weights
+from harness.contents import contents, smoothed
 from harness.costs import cost_table, count, duration, mebibytes
 from harness.examples import grade
 from harness.formats import to_html
-from harness.report import clamp_bounds, report, smoothed
+from harness.record import LogEntry, Record, WeightedPair, WeightedSpan
+from harness.report import report
 from harness.sheet import TableSpec
 from harness.tables import build_tables
+from tests.fixtures.records import changed, demo
 
-Record = dict[str, Any]
-RESULTS = Path(__file__).parents[2] / "results"
 NAMES = ("Teacher", "Student", "DPO", "TIS-DPO", "CTPD")
 SPEC = TableSpec("main", "Main results", tuple((name, name) for name in NAMES), base="DPO", unranked=("Teacher",),
                  published="table1_qwen14b_llama8b")  # fmt: skip
@@ -54,20 +53,13 @@ class Page(HTMLParser):
         return sum(seen == tag for seen, _ in self.seen)
 
 
-def demo() -> list[Record]:
-    """The records of a real run, in the order of the table."""
-    folder = RESULTS / "testbed-demo" / "records"
-    found = {record["run"]: record for record in (json.loads(path.read_text()) for path in folder.glob("*.json"))}
-    return [found[name] for name in NAMES]
-
-
 def made(records: list[Record], spec: TableSpec = SPEC) -> str:
-    return report(build_tables(records, [spec]), records, title="testbed-demo", about="About <it>.")
+    return report(contents(build_tables(records, [spec]), records), records, title="testbed-demo", about="About <it>.")
 
 
 @pytest.fixture(scope="module")
 def page() -> str:
-    return made(demo())
+    return made(demo(NAMES))
 
 
 def test_the_report_needs_no_script_no_network_and_no_other_file(page: str) -> None:
@@ -103,7 +95,7 @@ def test_the_report_is_accessible(page: str) -> None:
 def test_the_report_shows_the_tables_numbers_and_published_ones_apart(page: str) -> None:
     for cell in ('<td class="best">84.50</td>', "<td>+20.01 [+16.83, +23.06]</td>"):
         assert cell in page
-        assert cell in to_html(build_tables(demo(), [SPEC])[0])
+        assert cell in to_html(build_tables(demo(NAMES), [SPEC])[0])
     ours, _, theirs = page.partition('<div class="published">')
     assert "67.42" in theirs
     assert "67.42" not in ours
@@ -121,13 +113,12 @@ def test_the_summary_names_the_best_row_and_its_difference(page: str) -> None:
 
 
 def test_text_of_the_user_is_escaped() -> None:
-    records = demo()
-    records[4]["weights"]["examples"][0] = {
-        "prompt": "<script>",
-        "chosen": [["a<b", 2.5]],
-        "rejected": [["&amp;", 0.2]],
-    }
-    text = made(records)
+    *records, ctpd = demo(NAMES)
+    assert ctpd.weights is not None
+    example = WeightedPair(
+        prompt="<script>", chosen=(WeightedSpan("a<b", 2.5),), rejected=(WeightedSpan("&amp;", 0.2),)
+    )
+    text = made([*records, changed(ctpd, weights=changed(ctpd.weights, examples=(example,)))])
     assert "About &lt;it&gt;." in text
     assert '<span class="span up3" title="2.50">a&lt;b</span>' in text
     assert '<span class="span down4" title="0.20">&amp;amp;</span>' in text
@@ -135,11 +126,13 @@ def test_text_of_the_user_is_escaped() -> None:
 
 
 def test_a_run_without_margins_or_weights_is_left_out_of_those_figures_alone() -> None:
-    records = demo()
-    for entry in records[4]["training"]["history"]:
-        for key in [key for key in entry if "rewards/" in key]:
-            del entry[key]
-    records[4]["weights"] = None
+    *records, ctpd = demo(NAMES)
+    assert ctpd.training is not None
+    history = [
+        changed(entry, metrics={name: value for name, value in entry.metrics.items() if "rewards/" not in name})
+        for entry in ctpd.training.history
+    ]
+    records.append(changed(ctpd, training=changed(ctpd.training, history=history), weights=None))
     lines = dict(zip(("Loss", "Reward margin", "Reward accuracy"), re.findall(r"<desc>(\w.* over step\..*?)</desc>", made(records)), strict=True))  # fmt: skip
     assert "CTPD: from" in lines["Loss"]
     assert all("CTPD: from" not in lines[title] and "TIS-DPO: from" in lines[title] for title in list(lines)[1:])
@@ -148,9 +141,7 @@ def test_a_run_without_margins_or_weights_is_left_out_of_those_figures_alone() -
 
 
 def test_a_report_of_untrained_models_alone_has_no_training_and_no_weights() -> None:
-    records = demo()[:2]
-    for record in records:
-        record["training"] = None
+    records = [changed(record, training=None) for record in demo(NAMES)[:2]]
     spec = TableSpec("main", "Main", (("Teacher", "Teacher"), ("Student", "Student"), ("DPO", "DPO")), base="DPO")
     read = Page(made(records, spec))
     assert read.text["h2"] == ["Results", "Cost", "Provenance"]
@@ -159,14 +150,24 @@ def test_a_report_of_untrained_models_alone_has_no_training_and_no_weights() -> 
 
 
 def test_curves_are_means_over_the_steps_that_all_seeds_have() -> None:
-    records = demo()
-    second = copy.deepcopy(records[2])
-    second["seed"] = 1
-    records[2]["training"]["history"] = [{"step": s, "loss": 1.0} for s in range(1, 93)]
-    second["training"]["history"] = [{"step": s, "loss": 3.0} for s in range(1, 51)]
+    records = demo(NAMES)
+    records[2], second = logged(records[2], 0, [1.0] * 92), logged(records[2], 1, [3.0] * 50)
     described = re.search(r"Loss over step\. DPO: from (\S+) to (\S+);", made([*records, second]))
     assert described
     assert described.groups() == ("2", "2")
+
+
+def test_a_loss_that_is_not_finite_interrupts_its_curve() -> None:
+    records = demo(NAMES)
+    records[2] = logged(records[2], 0, [1.0, 2.0, None, 4.0])
+    assert re.search(r"Loss over step\. DPO: from 1 to 4;", made(records))
+
+
+def logged(record: Record, seed: int, losses: Sequence[float | None]) -> Record:
+    """The record with another seed and other losses."""
+    assert record.training is not None
+    history = tuple(LogEntry(step=step, metrics={"loss": loss}) for step, loss in enumerate(losses, start=1))
+    return changed(record, seed=seed, training=changed(record.training, history=history))
 
 
 def test_smoothing_keeps_the_number_of_points_and_a_constant() -> None:
@@ -175,16 +176,19 @@ def test_smoothing_keeps_the_number_of_points_and_a_constant() -> None:
 
 
 def test_clamp_bounds_are_those_that_the_weights_of_a_real_run_reach() -> None:
-    record = demo()[4]
-    for side, sign in (("chosen", 1), ("rejected", -1)):
-        edges = record["weights"][side]["histogram"]["edges"]
-        assert clamp_bounds(record["params"], sign) == pytest.approx([edges[0], edges[-1]], abs=1e-5)
-    assert clamp_bounds({"beta": 0.1}, 1) == []
+    weights = demo(NAMES)[4].weights
+    assert weights is not None
+    for side, found in (("chosen", weights.chosen), ("rejected", weights.rejected)):
+        edges = found.histogram.edges
+        assert sorted(clamp_weights(weights.parameters, is_chosen=side == "chosen")) == pytest.approx(
+            [edges[0], edges[-1]], abs=1e-5
+        )
+    assert clamp_weights(WeightParameters(k=2.0, mu=0.0, lower=-1.0, upper=1.0), is_chosen=True) == (2.0, 2.0)
 
 
 def test_runs_with_the_very_same_weights_share_a_histogram() -> None:
-    records = demo()
-    twin = copy.deepcopy(records[4]) | {"run": "CTPD twice"}
+    records = demo(NAMES)
+    twin = changed(records[4], run="CTPD twice")
     text = made([*records, twin])
     assert text.count("<title>Weights of ") == 2
     assert "Weights of CTPD, CTPD twice, seed 0" in text
@@ -199,14 +203,12 @@ def test_spans_are_graded_by_the_factor_from_one(weight: float, style: str) -> N
 
 
 def test_the_cost_table_shows_any_run_and_invents_nothing() -> None:
-    records = demo()
-    records[0]["training"] = None
-    records[4]["signals"] = ["teacher SFT", "teacher negative", "teacher positive", "student SFT"]
-    rows = {row[0]: row[1:] for row in cost_table({record["run"]: [record] for record in records}).rows}
+    records = demo(NAMES)
+    records[0] = changed(records[0], training=None)
+    rows = {row[0]: row[1:] for row in cost_table({record.run: [record] for record in records}).rows}
     assert rows["Teacher"][1:7] == ("–",) * 6
     assert rows["DPO"][:7] == ("1", "7.1 s", "684 MiB", "1.5 MiB", "393,888", "393,888", "92")
-    assert rows["DPO"][7:9] == ("–", "–")  # records of before do not say
-    assert rows["CTPD"][7:9] == ("3", "1")
+    assert [rows[name][7:9] for name in NAMES] == [("0", "0"), ("0", "0"), ("0", "1"), ("0", "3"), ("3", "0")]
 
 
 def test_times_memory_and_counts_are_written_in_the_unit_that_fits() -> None:
@@ -216,9 +218,11 @@ def test_times_memory_and_counts_are_written_in_the_unit_that_fits() -> None:
 
 
 def test_provenance_names_every_version_and_where_records_differ() -> None:
-    records = demo()
-    records[1]["provenance"]["versions"]["torch"] = "2.99"
+    records = demo(NAMES)
+    made_with = records[1].provenance
+    versions = {**made_with.versions, "torch": "2.99"}
+    records[1] = changed(records[1], provenance=changed(made_with, versions=versions))
     text = made(records)
     assert "torch 2.13.0+cpu and 2.99" in text
-    assert records[0]["shared_hash"] in text
+    assert records[0].shared.digest in text
     assert "<code>teacher.sft.learning_rate</code> 0.001" in text

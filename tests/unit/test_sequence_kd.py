@@ -26,5 +26,4 @@ def test_the_loss_equals_the_public_cross_entropy_and_that_of_sft():
 
 def test_it_asks_for_the_teachers_answers():
     objective = SequenceKD(SequenceKDParams())
-    assert objective.generation == Generation(writer="teacher", side="chosen")
-    assert objective.needs == frozenset()
+    assert objective.generation == Generation(role="teacher", side="chosen")

@@ -25,9 +25,9 @@ from transformers import (
     PreTrainedModel,
 )
 
+from ctpd.decoding import MaskedModel, Unsupported, greedy_tokens, is_plainly_greedy
 from harness.backends import SharedContextLM
-from harness.branching import BranchingModel, Unsupported
-from harness.decoding import generate, plainly_greedy
+from harness.branching import BranchingModel
 from harness.prefixes import GROUP_COST, Request, common, cost, pack, plain_cost, plan
 from tests.fixtures.tokenizers import tokenizer, with_bos
 
@@ -245,14 +245,14 @@ def test_prompts_that_do_not_fit_are_cut_as_lm_eval_cuts_them() -> None:
 
 
 def test_finished_rows_leave_the_batch() -> None:
-    model = BranchingModel(made("llama"))
+    model = MaskedModel(made("llama"))
     rows: list[int] = []
-    model._model.get_input_embeddings().register_forward_hook(lambda _, inputs, __: rows.append(inputs[0].shape[0]))
+    model.model.get_input_embeddings().register_forward_hook(lambda _, inputs, __: rows.append(inputs[0].shape[0]))
     given = [[5, 6, 7], [8, 9], [10, 11, 12, 13], [14]]
-    whole = generate(model, given, room=6, finished=lambda tokens: False)
+    whole = greedy_tokens(model, given, room=[6] * 4, finished=lambda tokens: False)
     rows.clear()
     last = {tokens[1] for tokens in whole[:3]} - {whole[3][1]}
-    short = generate(model, given, room=6, finished=lambda tokens: len(tokens) == 2 and tokens[1] in last)
+    short = greedy_tokens(model, given, room=[6] * 4, finished=lambda tokens: len(tokens) == 2 and tokens[1] in last)
     assert [len(tokens) for tokens in short].count(2) >= 2
     assert rows[0] == 4
     assert rows[-1] < 4
@@ -262,9 +262,9 @@ def test_finished_rows_leave_the_batch() -> None:
 
 def test_settings_that_move_the_choice_of_tokens_are_left_to_transformers() -> None:
     model, tok = made("llama"), tokenizer("byte_bpe")
-    assert plainly_greedy(model.generation_config)
+    assert is_plainly_greedy(model.generation_config)
     model.generation_config.repetition_penalty = 1.5
-    assert not plainly_greedy(model.generation_config)
+    assert not is_plainly_greedy(model.generation_config)
     requests = requests_of(prompts(4), ["\n\n"])
     ours = SharedContextLM(model, tok, batch_size=4, progress=None).generate_until(requests)
     assert ours == stock(model, tok).generate_until(requests, disable_tqdm=True)

@@ -13,25 +13,35 @@ from transformers import FalconH1Config, Lfm2Config
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from baselines.dpo import DPO, DPOParams
-from ctpd.core.recipe import Schedule
 from ctpd.models import Score, add_lora, install_scorer, score
-from ctpd.ops.shared_rows import MOST_OF_SEPARATE, SharedRows, attend_apart, share_rows
+from ctpd.ops.shared_rows import MOST_OF_SEPARATE, PackedLayout, pack_pairs, packed_attention
 from ctpd.probes import other_mixing, same_results
-from ctpd.train.collator import ScoredRows, shared_rows
-from ctpd.train.fit import Fit, FitSettings, fit
-from ctpd.train.sharing import SHARING, can_share_rows
-from ctpd.train.sweep import Measure, _planned, log_probabilities, sweep, top, with_boundary
-from ctpd.train.trainer import PairPass
+from ctpd.text.blocks import TokenRows
+from ctpd.train.batches import UnitBatch, to_device
+from ctpd.train.collator import ScoredRows
+from ctpd.train.config import Schedule
+from ctpd.train.fit import Fit, FitSettings, Optimization, fit
+from ctpd.train.scoring import (
+    Measure,
+    ScoringSettings,
+    _batches_of,
+    logps_with_boundary,
+    scoring_pass,
+    token_logps,
+    top_k,
+)
+from ctpd.train.sharing import SHARING, can_share_prompts, enable_prompt_sharing
+from ctpd.train.trainer import Training, UnitPass
 from tests.fixtures.tiny import CONFIGS, VOCABULARY, pairs_with_prompts, tiny_model
 
 SHARING_FAMILIES = [name for name in CONFIGS if name != "gemma2_softcap"]
 
 
-def both_ways(rows: ScoredRows, items: list[int]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+def both_ways(rows: ScoredRows, items: list[int]) -> tuple[UnitBatch, UnitBatch]:
     separate = rows.collate(items)
     shared = dataclasses.replace(rows, shares_prompts=True).collate(items)
-    assert shared_rows(separate) is None
-    assert shared_rows(shared) is not None
+    assert separate.tokens.layout is None
+    assert shared.tokens.layout is not None
     return separate, shared
 
 
@@ -46,7 +56,7 @@ def test_every_token_of_every_row_is_found_in_the_packed_sequences() -> None:
         lengths = rng.integers(2, width + 1, 2 * num_pairs)
         lengths[0] = width
         ids[np.arange(width) >= lengths[:, None]] = 0
-        packed = share_rows(ids, lengths)
+        packed = pack_pairs(ids, lengths)
         if packed is None:
             continue
         sequences, shared = packed
@@ -64,11 +74,11 @@ def test_every_token_of_every_row_is_found_in_the_packed_sequences() -> None:
 
 def test_rows_without_a_common_beginning_are_left_apart() -> None:
     ids = np.arange(1, 25).reshape(2, 12)
-    assert share_rows(ids, np.array([12, 12])) is None
+    assert pack_pairs(ids, np.array([12, 12])) is None
 
 
 def naive_attention(
-    _module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **_options: Any
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **_options: Any
 ) -> tuple[Tensor, None]:
     size = query.shape[2]
     causal = torch.ones(size, size, dtype=torch.bool).tril() if mask is None else mask
@@ -86,7 +96,7 @@ def test_attention_of_packed_rows_and_its_gradients_are_those_of_one_masked_sequ
     ids = np.arange(1, 37).reshape(4, 9)
     ids[2:, :common] = ids[:2, :common]
     ids[np.arange(9) >= lengths[:, None]] = 0
-    packed = share_rows(ids, lengths)
+    packed = pack_pairs(ids, lengths)
     assert packed is not None
     shared = packed[1]
     generator = torch.Generator().manual_seed(0)
@@ -102,8 +112,8 @@ def test_attention_of_packed_rows_and_its_gradients_are_those_of_one_masked_sequ
             together[row % 2, place[i], place[first : i + 1]] = True
     is_token = torch.from_numpy(packed[0] > 0)
     together[~is_token] = True  # padding attends to anything; it is not looked at
-    expected, _ = naive_attention(nn.Identity(), *states, together[:, None])
-    found, _ = attend_apart(naive_attention, nn.Identity(), *states, shared=shared, sliding_window=window)
+    expected, _ = naive_attention(*states, together[:, None])
+    found, _ = packed_attention(naive_attention, *states, layout=shared, sliding_window=window)
     torch.testing.assert_close(found[is_token], expected[is_token])
     weights = torch.randn(found[is_token].shape, dtype=torch.float64, generator=generator)
     for one, other in zip(
@@ -123,8 +133,8 @@ def test_shared_prompts_give_the_values_and_gradients_of_separate_rows(name: str
         for parameter_name, parameter in model.named_parameters():
             if "lora_B" in parameter_name:
                 nn.init.normal_(parameter, std=0.3)
-    assert can_share_rows(model)
-    forward_pass = PairPass(DPO(DPOParams()))
+    assert enable_prompt_sharing(model)
+    forward_pass = UnitPass(DPO(DPOParams()))
     found = []
     for batch in both_ways(pairs_with_prompts(5), [4, 0, 2, 1]):
         model.zero_grad()
@@ -142,7 +152,7 @@ def test_shared_prompts_give_the_values_and_gradients_of_separate_rows(name: str
 
 def test_separate_rows_of_a_prepared_model_are_scored_as_before() -> None:
     prepared, plain = tiny_model("gemma3"), tiny_model("gemma3")
-    assert can_share_rows(prepared)
+    assert enable_prompt_sharing(prepared)
     ids = torch.randint(1, VOCABULARY, (3, 10), generator=torch.Generator().manual_seed(1))
     request = Score(torch.tensor([1, 8, 15, 28]), torch.tensor([5, 6, 7, 8]))
     assert torch.equal(score(prepared, ids, request), score(plain, ids, request))
@@ -155,7 +165,7 @@ def test_separate_rows_of_a_prepared_model_are_scored_as_before() -> None:
 
 def test_a_model_with_attention_of_its_own_keeps_it_and_separate_rows() -> None:
     model = tiny_model("gemma2_softcap")
-    assert not can_share_rows(model)
+    assert not enable_prompt_sharing(model)
     assert model.config._attn_implementation == "eager"
 
 
@@ -165,11 +175,15 @@ def test_a_model_whose_shared_rows_differ_is_refused_and_left_as_it_was(monkeypa
     told = rotary.forward
     counted = lambda self, x, position_ids: told(self, x, torch.arange(x.shape[1])[None])  # noqa: E731
     monkeypatch.setattr(rotary, "forward", counted)  # positions are counted, not told
-    assert not can_share_rows(model)
+    assert not enable_prompt_sharing(model)
     assert model.config._attn_implementation == "sdpa"
     monkeypatch.undo()
-    assert can_share_rows(model)
-    assert model.config._attn_implementation == SHARING
+    assert can_share_prompts(model)
+    assert model.config._attn_implementation == "sdpa", "a question changes nothing"
+    for _ in range(2):
+        assert enable_prompt_sharing(model)
+        assert model.config._attn_implementation == SHARING
+        assert can_share_prompts(model)
 
 
 HYBRIDS: dict[str, Any] = {
@@ -191,7 +205,7 @@ def test_a_model_that_mixes_positions_otherwise_is_refused_however_little_it_doe
     config = HYBRIDS[name]()
     model = install_scorer(MODEL_FOR_CAUSAL_LM_MAPPING[type(config)](config))
     assert other_mixing(model) is not None
-    assert not can_share_rows(model)
+    assert not enable_prompt_sharing(model)
     assert model.config._attn_implementation == "sdpa"
 
 
@@ -201,10 +215,10 @@ def test_a_window_that_attention_is_not_told_of_is_noticed(monkeypatch: pytest.M
     model.config.sliding_window = 512
     for layer in model.model.layers:
         layer.self_attn.sliding_window = None  # only the mask knows
-    assert not can_share_rows(model)
+    assert not enable_prompt_sharing(model)
     assert model.config.sliding_window == 512
     told = tiny_model("gemma3")
-    assert can_share_rows(told)
+    assert enable_prompt_sharing(told)
     assert told.config.sliding_window == told.model.layers[0].self_attn.sliding_window == 4
 
 
@@ -214,8 +228,8 @@ def test_any_error_of_the_probe_leaves_the_model_as_it_was(monkeypatch: pytest.M
     def fails(*_args: Any, **_kwargs: Any) -> None:
         raise IndexError("a mask of another shape")
 
-    monkeypatch.setattr("ctpd.train.sharing.attend_apart", fails)
-    assert not can_share_rows(model)
+    monkeypatch.setattr("ctpd.train.sharing.packed_attention", fails)
+    assert not enable_prompt_sharing(model)
     assert model.config._attn_implementation == "sdpa"
 
 
@@ -239,17 +253,16 @@ def test_in_16_bits_a_missing_gradient_is_noticed() -> None:
 
 def trained(folder: Path, rows: ScoredRows, *, micro_batch_tokens: int = 10**6) -> tuple[Fit, nn.Module]:
     model = tiny_model()
-    assert can_share_rows(model)
+    assert enable_prompt_sharing(model)
     settings = FitSettings(
         device="cpu", micro_batch_tokens=micro_batch_tokens, checkpoint_seconds=1e9, report_to=(),
         progress=lambda done, total: None,
     )  # fmt: skip
     schedule = Schedule(epochs=2, pairs_per_step=8, activation_checkpointing=True)
-    done = fit(
-        model, DPO(DPOParams()), rows, schedule=schedule, learning_rate=1e-3, seed=3, precision="float32",
-        folder=folder, settings=settings,
-    )  # fmt: skip
-    return done, model
+    objective = DPO(DPOParams())
+    training = Training(model=model, objective=objective, rows=rows, forward_pass=UnitPass(objective))
+    optimization = Optimization(schedule=schedule, learning_rate=1e-3, seed=3, precision="float32")
+    return fit(training, optimization, folder=folder, settings=settings), model
 
 
 def test_a_training_is_the_same_with_and_without_sharing_however_a_step_is_cut(tmp_path: Path) -> None:
@@ -267,31 +280,31 @@ def test_a_training_is_the_same_with_and_without_sharing_however_a_step_is_cut(t
 
 def test_layout_is_moved_like_the_rest_of_a_batch() -> None:
     _, batch = both_ways(pairs_with_prompts(3), [0, 1, 2])
-    moved = {name: part.to("meta") for name, part in batch.items()}
-    layout = shared_rows(moved)
-    assert isinstance(layout, SharedRows)
+    moved = to_device(batch, torch.device("meta"))
+    assert isinstance(moved, UnitBatch)
+    assert moved.num_pairs == 3
+    layout = moved.tokens.layout
+    assert isinstance(layout, PackedLayout)
     assert all(part.is_meta for part in layout)
 
 
 MEASURES: dict[str, Measure] = {
-    "log-probabilities": log_probabilities, "top": top(3, 2.0), "with boundary": with_boundary([1, 5, 9]),
+    "log-probabilities": token_logps, "top": top_k(3, 2.0), "with boundary": logps_with_boundary([1, 5, 9]),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("name", MEASURES)
-def test_a_sweep_over_pairs_that_share_prompts_keeps_what_one_over_rows_keeps(name: str) -> None:
+def test_a_scoring_pass_over_packed_pairs_keeps_what_one_over_rows_keeps(name: str) -> None:
     model = tiny_model("gemma3")
-    assert can_share_rows(model)
+    assert enable_prompt_sharing(model)
     rows = pairs_with_prompts(7, prompt=(9, 14))
     read: list[int] = []
     hook = model.get_input_embeddings().register_forward_hook(lambda _module, ids, _out: read.append(ids[0].numel()))
     found = []
     for shares in (False, True):
         read.clear()
-        kept = sweep(
-            model, rows.input_ids, rows.row_starts, rows.unit >= 0, measure=MEASURES[name], max_tokens=70,
-            progress=lambda done, total: None, shares_prompts=shares,
-        )  # fmt: skip
+        settings = ScoringSettings(max_tokens=70, progress=lambda done, total: None, shares_prompts=shares)
+        kept = scoring_pass(model, rows.tokens, measure=MEASURES[name], settings=settings)
         found.append((kept, sum(read)))
     hook.remove()
     (separate, num_separate), (shared, num_shared) = found
@@ -301,12 +314,13 @@ def test_a_sweep_over_pairs_that_share_prompts_keeps_what_one_over_rows_keeps(na
         np.testing.assert_allclose(shared[key], values, rtol=1e-4, atol=1e-5, err_msg=key)
 
 
-def test_a_sweep_leaves_rows_apart_where_sharing_would_compute_more() -> None:
+def test_a_scoring_pass_packs_no_pairs_where_that_would_compute_more() -> None:
     """A long and a short response: sorted alone they are padded less than as pairs of one prompt token."""
     lengths = np.tile([4, 40], 8)
     starts = np.concatenate([[0], np.cumsum(lengths)])
-    scored = np.ones(starts[-1], dtype=bool)
-    scored[starts[:-1]] = False
-    batches, shares = _planned(starts, scored, max_tokens=80, shares_prompts=True)
-    assert not shares
+    unit = np.zeros(starts[-1], dtype=np.int32)
+    unit[starts[:-1]] = -1
+    settings = ScoringSettings(max_tokens=80, progress=lambda done, total: None, shares_prompts=True)
+    batches, packed = _batches_of(TokenRows(np.zeros_like(unit), starts, unit), settings)
+    assert not packed
     assert sorted(np.concatenate(batches).tolist()) == list(range(16))

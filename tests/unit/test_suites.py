@@ -21,6 +21,10 @@ def test_suites_are_strict_and_may_bring_their_own_tasks(tmp_path: Path) -> None
         (f"name: own\ncolumns:\n  - {column}\n  - {column}\n", "'A' is taken"),
         (f"name: own\ncolumns:\n  - {column.replace('acc,none', 'acc')}\n", "names no filter"),
         (f"name: own\ncolumns:\n  - {column.replace('version', 'verson')}\n", "Did you mean 'version'"),
+        (
+            f"name: own\ncolumns:\n  - {column[:-1]}, shots: -1}}\n",
+            r"line 3: 'columns\[0\]\.shots' must be a whole number of at least 0",
+        ),
     ]:
         file.write_text(text)
         with pytest.raises(UserError, match=message):

@@ -14,14 +14,15 @@ from torch import Tensor, nn
 from baselines.dpo import DPO, DPOParams
 from baselines.sft import SFT, SFTParams
 from ctpd.core.errors import UserError
-from ctpd.core.recipe import Schedule
 from ctpd.models import add_lora
 from ctpd.objectives.base import PairObjective
 from ctpd.objectives.preference import Preference, PreferenceParams
 from ctpd.ops.spans import flat_unit_sums
 from ctpd.train.collator import ScoredRows
-from ctpd.train.fit import Fit, FitSettings, fit
-from ctpd.train.sweep import log_probabilities, sweep
+from ctpd.train.config import Schedule
+from ctpd.train.fit import Fit, FitSettings, Optimization, fit
+from ctpd.train.scoring import TOKEN_LOGPS, ScoringSettings, scoring_pass, token_logps
+from ctpd.train.trainer import Training, UnitPass
 from tests.fixtures.tiny import tiny_model, tiny_rows
 
 OBJECTIVES: dict[str, Callable[[], PairObjective]] = {
@@ -34,7 +35,8 @@ SCHEDULE = Schedule(epochs=2, pairs_per_step=8, evaluations_per_epoch=1)
 
 def rows_for(objective: PairObjective, num_items: int, *, seed: int = 0) -> ScoredRows:
     rows = tiny_rows(num_items, sides=len(objective.sides), seed=seed)
-    unused = [name for name in ("reference", "weights") if name not in objective.needs]
+    layout = objective.layout
+    unused = [name for name, kept in (("reference", layout.reference), ("weights", layout.weighting)) if kept is None]
     return dataclasses.replace(rows, **dict.fromkeys(unused))
 
 
@@ -55,11 +57,12 @@ def train(
         device="cpu", micro_batch_tokens=micro_batch_tokens, checkpoint_seconds=checkpoint_seconds, report_to=(),
         progress=progress,
     )  # fmt: skip
-    return fit(
-        model, objective, rows if rows is not None else rows_for(objective, 35), schedule=schedule, learning_rate=1e-3,
-        seed=3, precision="float32", folder=folder, settings=settings, eval_rows=eval_rows,
-        constants={"weights/mean": 1.5},
+    training = Training(
+        model=model, objective=objective, rows=rows if rows is not None else rows_for(objective, 35),
+        forward_pass=UnitPass(objective), eval_rows=eval_rows, constants={"weights/mean": 1.5},
     )  # fmt: skip
+    optimization = Optimization(schedule=schedule, learning_rate=1e-3, seed=3, precision="float32")
+    return fit(training, optimization, folder=folder, settings=settings)
 
 
 def weights(model: nn.Module) -> dict[str, Tensor]:
@@ -142,10 +145,8 @@ def test_a_loss_that_is_no_number_is_not_hidden(tmp_path: Path) -> None:
 def own_reference(model: Any, rows: ScoredRows) -> ScoredRows:
     """The model's own unit log-probabilities as its reference."""
     logps = np.zeros(len(rows.input_ids), dtype=np.float32)
-    logps[rows.unit >= 0] = sweep(
-        model, rows.input_ids, rows.row_starts, rows.unit >= 0, measure=log_probabilities, max_tokens=64,
-        progress=lambda done, total: None,
-    )["logps"]  # fmt: skip
+    settings = ScoringSettings(max_tokens=64, progress=lambda done, total: None)
+    logps[rows.unit >= 0] = scoring_pass(model, rows.tokens, measure=token_logps, settings=settings)[TOKEN_LOGPS]
     sums = flat_unit_sums(
         torch.from_numpy(logps), torch.from_numpy(rows.unit), token_starts=torch.from_numpy(rows.row_starts),
         unit_starts=torch.from_numpy(rows.unit_starts),
@@ -197,7 +198,7 @@ def test_evaluation_comes_at_equal_distances_with_the_metrics_of_all_pairs(tmp_p
     """Micro-batches of an evaluation are of unequal size; the loss is still the mean over all pairs."""
     objective = OBJECTIVES["ctpd"]()
     eval_rows = rows_for(objective, 7, seed=9)
-    schedule = dataclasses.replace(SCHEDULE, evaluations_per_epoch=2)
+    schedule = SCHEDULE.model_copy(update={"evaluations_per_epoch": 2})
     whole, cut = (
         train(tiny_model(), tmp_path / str(size), eval_rows=eval_rows, schedule=schedule, micro_batch_tokens=size)
         for size in (10**6, 50)
@@ -223,7 +224,9 @@ def test_lora_trains_the_adapters_and_nothing_else(tmp_path: Path) -> None:
 
 def test_activation_checkpointing_changes_no_number(tmp_path: Path) -> None:
     plain, saving = (
-        train(fresh(lora=True), tmp_path / str(on), schedule=dataclasses.replace(SCHEDULE, activation_checkpointing=on))
+        train(
+            fresh(lora=True), tmp_path / str(on), schedule=SCHEDULE.model_copy(update={"activation_checkpointing": on})
+        )
         for on in (False, True)
     )
     for a, b in zip(steps_of(plain), steps_of(saving), strict=True):

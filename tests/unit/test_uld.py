@@ -1,5 +1,7 @@
 """ULD against golden numbers of the public implementations, and its bound for stored distributions."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -50,8 +52,8 @@ def test_stored_distributions_are_wrong_by_at_most_the_dropped_mass(top_k):
     _, batch = golden_batch(VECTORS["uld.dskd"])
     kept = stored(batch.teachers[0], top_k=top_k)
     exact = total(ULD(ULDParams(kd_rate=1.0))(batch))
-    bounded = total(ULD(ULDParams(kd_rate=1.0, top_k=top_k))(batch._replace(teachers=(kept,))))
-    used = batch.partner[batch.partner >= 0]
+    bounded = total(ULD(ULDParams(kd_rate=1.0, top_k=top_k))(replace(batch, teachers=(kept,))))
+    used = batch.aligned[batch.aligned >= 0]
     dropped = float(kept.rows[0 : len(kept.rows)].rest[used].sum())
     assert abs(exact - bounded) <= dropped + 1e-12
 
@@ -70,13 +72,13 @@ def test_the_pairing_without_the_students_end_equals_the_original_code():
     batch = batch_of(tokens(student, preshifted("student")), tokens(teacher, preshifted("teacher")))
     is_last = torch.ones_like(batch.student.row, dtype=torch.bool)
     is_last[:-1] = batch.student.row[1:] != batch.student.row[:-1]
-    batch = batch._replace(partner=batch.partner.masked_fill(is_last, -1))
+    batch = replace(batch, aligned=batch.aligned.masked_fill(is_last, -1))
     objective = ULD(ULDParams(kd_rate=1.0, skip_student_eos=True))
     assert objective.teacher.skip_last
     parts = []
     for row in range(batch.num_rows):
         one = single(batch, row)
-        parts.append(objective(one).loss / int((one.partner >= 0).sum()))
+        parts.append(objective(one).loss / int((one.aligned >= 0).sum()))
     distance = vector["params"]["distillation_weight"] * torch.stack(parts).mean()
     assert float(distance.detach()) == pytest.approx(expected["distill"], abs=vector["tol"])
     (grad,) = torch.autograd.grad(distance, student)

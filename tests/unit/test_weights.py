@@ -7,30 +7,30 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from pydantic import ValidationError
 from torch import Tensor
 
 from ctpd.core.errors import UserError
-from ctpd.ops.weights import STRATEGIES, Signal, WeightsResult, span_weights
+from ctpd.ops.weights import STRATEGIES, Signal, UnitLayout, WeightParameters, WeightsResult, span_weights
 
 # Units of each row, and whether the last is the end unit. The last pair has one row that is nothing but its end.
 LENGTHS = [4, 6, 5, 3, 3, 3, 1, 2]
 HAS_END = [True, True, False, True, False, False, True, True]
 K, MU, LOWER, UPPER = 1.3, 0.8, -0.4, 0.9
-PARAMETERS = {"k": K, "mu": MU, "lower": LOWER, "upper": UPPER}
+PARAMETERS = WeightParameters(k=K, mu=MU, lower=LOWER, upper=UPPER)
 Row = list[float]
 
 
-def arrays() -> dict[str, Tensor]:
+def layout() -> UnitLayout:
     starts = torch.tensor([0, *LENGTHS]).cumsum(0)
     is_end = torch.zeros(int(starts[-1]), dtype=torch.bool)
     is_end[starts[1:][torch.tensor(HAS_END)] - 1] = True
-    return {"unit_starts": starts, "is_end": is_end}
+    return UnitLayout(starts, is_end)
 
 
-def signals(dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:
+def signals(dtype: torch.dtype = torch.float64) -> dict[Signal, Tensor]:
     generator = torch.Generator().manual_seed(3)
-    names = [signal for signal in Signal if signal != Signal.MARKS]
-    return {str(name): -torch.rand(sum(LENGTHS), generator=generator, dtype=dtype) * 3 for name in names}
+    return {name: -torch.rand(sum(LENGTHS), generator=generator, dtype=dtype) * 3 for name in Signal}
 
 
 def marks() -> Tensor:
@@ -102,8 +102,9 @@ NAIVE: dict[str, Callable[[], list[Row]]] = {
 
 
 def compute(strategy: str, **changes: Any) -> WeightsResult:
-    arguments = {"signals": signals(), "marks": marks(), "seed": 5, **arrays(), **PARAMETERS, **changes}
-    return span_weights(strategy, **arguments)
+    parameters = {name: changes.pop(name) for name in list(changes) if name in WeightParameters.model_fields}
+    given = {"signals": signals(), "units": layout(), "marks": marks(), "seed": 5, **changes}
+    return span_weights(strategy, parameters=PARAMETERS.model_copy(update=parameters), **given)
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
@@ -111,11 +112,11 @@ def test_equals_the_naive_loop(strategy: str) -> None:
     """Weights of every strategy are METHOD 4's formula, and exactly 1 on end units."""
     result = compute(strategy)
     expected = torch.tensor([w for row in NAIVE[strategy]() for w in row], dtype=torch.float64)
-    expected[arrays()["is_end"]] = 1.0
+    expected[layout().is_end] = 1.0
     torch.testing.assert_close(
         result.weights.double(), expected, rtol=1e-6 if strategy in ("random", "uniform", "oracle") else 1e-12, atol=0
     )
-    assert (result.weights[arrays()["is_end"]] == 1.0).all()
+    assert (result.weights[layout().is_end] == 1.0).all()
 
 
 def test_every_strategy_of_the_method_is_there() -> None:
@@ -131,8 +132,9 @@ def test_every_strategy_of_the_method_is_there() -> None:
         "uniform": set(),
         "lite": {"teacher_reference"},
         "positive_only": {"teacher_positive", "teacher_reference"},
-        "oracle": {"marks"},
+        "oracle": set(),
     }
+    assert [name for name, strategy in STRATEGIES.items() if strategy.needs_marks] == ["oracle"]
 
 
 @pytest.mark.parametrize("strategy", [name for name in STRATEGIES if name not in ("random", "uniform", "oracle")])
@@ -150,7 +152,7 @@ def test_float32_signals_give_float32_results(strategy: str) -> None:
 def test_clamped_fractions_leave_out_end_units() -> None:
     """Fractions of the units whose log ratio lies outside the clamp, and the ratio itself unclamped."""
     result = compute("teacher")
-    given, is_end = signals(), arrays()["is_end"]
+    given, is_end = signals(), layout().is_end
     ratio = given["teacher_positive"] - given["teacher_negative"]
     assert torch.equal(result.log_ratio, ratio)
     assert result.clamped_low == pytest.approx(float((ratio[~is_end] < LOWER).double().mean()))
@@ -173,14 +175,13 @@ def test_draws_depend_on_seed_and_pair_alone(strategy: str) -> None:
     full = compute(strategy).weights
     assert torch.equal(full, compute(strategy).weights)
     assert not torch.equal(full, compute(strategy, seed=6).weights)
-    starts = arrays()["unit_starts"][:5]
+    starts = layout().starts[:5]
     end = int(starts[-1])
     cut = compute(
         strategy,
         signals={name: signal[:end] for name, signal in signals().items()},
         marks=marks()[:end],
-        unit_starts=starts,
-        is_end=arrays()["is_end"][:end],
+        units=UnitLayout(starts, layout().is_end[:end]),
     )
     assert torch.equal(cut.weights, full[:end])
 
@@ -190,7 +191,7 @@ def test_rounding_comes_before_the_clamp() -> None:
     given = signals()
     ratios = rows(given["teacher_positive"] - given["teacher_negative"])
     expected = [1.0 if e else w for e, w in zip(
-        arrays()["is_end"].tolist(),
+        layout().is_end.tolist(),
         [weight(ratio, i, decimals=1) for i, row in enumerate(ratios) for ratio in row],
         strict=True,
     )]  # fmt: skip
@@ -204,12 +205,19 @@ def test_rounding_comes_before_the_clamp() -> None:
         ("techer", {}, "Did you mean 'teacher'"),
         ("teacher", {"signals": {}}, "needs teacher_negative, teacher_positive"),
         ("oracle", {"marks": None}, "needs marks"),
-        ("teacher", {"lower": 1.0}, "lies above"),
         ("oracle", {"marks": torch.zeros(3, dtype=torch.int8)}, "'marks': 3"),
-        ("uniform", {"unit_starts": torch.tensor([0, 27])}, "1 rows are no pairs"),
+        ("uniform", {"units": layout()._replace(starts=torch.tensor([0, 27]))}, "1 rows are no pairs"),
     ],
 )
 def test_bad_input_is_refused(strategy: str, changes: dict[str, Any], message: str) -> None:
     """The error says what is wrong and offers the nearest name."""
     with pytest.raises(UserError, match=message):
         compute(strategy, **changes)
+
+
+@pytest.mark.parametrize(
+    "values", [{"lower": 1.0, "upper": 0.5}, {"k": 0.0}, {"k": -1.0}, {"mu": math.nan}, {"round_decimals": -1}]
+)
+def test_parameters_out_of_range_are_refused(values: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError):
+        WeightParameters(**values)

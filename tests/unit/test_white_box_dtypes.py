@@ -1,5 +1,7 @@
 """Every objective over one teacher's distributions, as trained: half precision, stored in half precision too."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -8,7 +10,7 @@ from baselines.dckd import DCKD, DCKDParams
 from baselines.divergences import DIVERGENCES
 from baselines.multi_level_ot import MultiLevelOT, MultiLevelOTParams
 from baselines.token_kd import TokenKD, TokenKDParams
-from ctpd.ops.rows import TopRows
+from ctpd.ops.logit_rows import TopRows
 from tests.fixtures.distillation import batch_of, stored, tokens, total
 
 LABELS = torch.tensor([[-100, 3, 1, 4, 2], [5, 2, -100, -100, -100]])
@@ -36,7 +38,7 @@ def batch_in(dtype, *, top_k=None):
     teachers = [tokens(logits(seed).to(dtype), LABELS) for seed in (1, 2)]
     if top_k is not None:
         teachers = [stored(tokens(logits(seed), LABELS), top_k=top_k) for seed in (1, 2)]
-        teachers = [t._replace(rows=TopRows(t.rows.ids, t.rows.logps.to(dtype))) for t in teachers]
+        teachers = [replace(t, rows=TopRows(t.rows.ids, t.rows.logps.to(dtype))) for t in teachers]
     return student, batch_of(tokens(student, LABELS), *teachers, num_pairs=1)
 
 

@@ -1,11 +1,13 @@
 """X-Token against golden numbers of NeMo-RL, and the matrix between two vocabularies."""
 
+from dataclasses import replace
+
 import pytest
 import torch
+from pydantic import ValidationError
 
 import baselines.x_token
 from baselines.x_token import XToken, XTokenParams
-from ctpd.core.errors import UserError
 from ctpd.objectives.distillation import ModelFacts
 from ctpd.objectives.projection import projection, shared_tokens
 from tests.fixtures.distillation import IGNORED, VECTORS, batch_of, leaf, single, tokens, total
@@ -39,7 +41,7 @@ def golden_batch(vector, *, copies=1):
         labels_RT = torch.where(chunk_RT >= 0, 0, IGNORED).repeat(copies, 1)
         rolled = torch.cat([logits_RTV.roll(shift, dims=-1) for shift in range(copies)])
         made.append(tokens(rolled, labels_RT, unit=chunk_RT[chunk_RT >= 0].repeat(copies)))
-    return student, batch_of(*made, partner=torch.full_like(made[0].row, -1))
+    return student, batch_of(*made, aligned=torch.full_like(made[0].row, -1))
 
 
 def bound(params, vector):
@@ -149,7 +151,7 @@ def test_bind_builds_the_matrix_and_leaves_columns_without_a_token_out():
         padded = batch.teachers[0].rows.hidden.clone()
         padded[:, 3:] += 100.0
         moved = batch.teachers[0].rows.__class__(padded, batch.teachers[0].rows.head)
-        other = objective(batch._replace(teachers=(batch.teachers[0]._replace(rows=moved),)))
+        other = objective(replace(batch, teachers=(replace(batch.teachers[0], rows=moved),)))
         (grad,) = torch.autograd.grad(sums.loss, logits, retain_graph=True)
         assert sums.loss.dtype == torch.float32
         assert sums.count == 2
@@ -162,5 +164,5 @@ def test_bind_builds_the_matrix_and_leaves_columns_without_a_token_out():
     [({"temperature": 0.0}, "temperature"), ({"ce_weight": -1.0}, "ce_weight"), ({"top_k": 0}, "top_k")],
 )
 def test_bad_parameters_are_refused(bad, named):
-    with pytest.raises(UserError, match=named):
+    with pytest.raises(ValidationError, match=named):
         XToken(XTokenParams(**bad))

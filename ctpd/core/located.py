@@ -1,0 +1,94 @@
+"""YAML mappings that know their lines, by YAML 1.2's core schema; duplicate keys are refused."""
+
+import re
+from typing import Any
+
+import yaml
+
+from ctpd.core.errors import UserError
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """SafeLoader by YAML 1.2's core schema: `5e-7` is a number, `no` a string, `010` ten; duplicate keys are refused."""
+
+    yaml_implicit_resolvers: dict[str, list[Any]] = {}  # noqa: RUF012 (declared so by the library)
+
+
+# fmt: off
+for _tag, _pattern, _first in (
+    ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
+    ("bool", r"true|True|TRUE|false|False|FALSE", list("tTfF")),
+    ("int", r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+", list("-+0123456789")),
+    ("float", r"[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)", list("-+.0123456789")),
+    ("merge", r"<<", ["<"]),
+):
+    _StrictLoader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(rf"^(?:{_pattern})$"), _first)
+# fmt: on
+
+
+class Located(dict[str, Any]):
+    """A mapping that remembers the line on which it, and each of its keys, stands."""
+
+    lines: dict[str, int]
+
+
+def _construct_mapping(loader: _StrictLoader, node: yaml.MappingNode) -> Located:
+    written = {id(key_node) for key_node, _ in node.value}
+    loader.flatten_mapping(node)  # what `<<` merges comes first, and gives way to what is written here
+    result, own = Located(), set()
+    result.lines = {}
+    for key_node, value_node in node.value:
+        if not isinstance(key_node, yaml.ScalarNode):
+            raise yaml.constructor.ConstructorError(None, None, "a key is no text", key_node.start_mark)
+        key = key_node.value  # as it is written: a key `2026` or `true` is a name
+        line = key_node.start_mark.line + 1
+        if key in own:
+            raise UserError(
+                f"the key '{key}' stands twice, on lines {result.lines[key]} and {line}",
+                where=f"{key_node.start_mark.name}, line {line}",
+                fix="Remove one of the two",
+            )
+        if id(key_node) in written:
+            own.add(key)
+        result[key] = loader.construct_object(value_node, deep=True)
+        result.lines[key] = line
+    return result
+
+
+def _construct_sequence(loader: _StrictLoader, node: yaml.SequenceNode) -> tuple[Any, ...]:
+    return tuple(loader.construct_sequence(node, deep=True))
+
+
+def _construct_int(loader: _StrictLoader, node: yaml.ScalarNode) -> int:
+    """Decimal whatever it begins with; `0o` and `0x` name another base."""
+    text = node.value
+    try:
+        return int(text, {"0o": 8, "0x": 16}.get(text[:2], 10))
+    except ValueError as error:  # `!!int x`, or more digits than Python converts
+        raise yaml.constructor.ConstructorError(None, None, f"no whole number: {error}", node.start_mark) from error
+
+
+_StrictLoader.add_constructor("tag:yaml.org,2002:map", _construct_mapping)
+_StrictLoader.add_constructor("tag:yaml.org,2002:seq", _construct_sequence)
+_StrictLoader.add_constructor("tag:yaml.org,2002:int", _construct_int)
+
+
+def parse_yaml(text: str, *, source: str) -> Located:
+    """Parse one YAML mapping; ``source`` names the file in errors.
+
+    Raises:
+        UserError: the text is no YAML, no mapping, or repeats a key.
+    """
+    try:
+        loader = _StrictLoader(text)
+        loader.name = source
+        data = loader.get_single_data()
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark
+        where = f"{source}, line {mark.line + 1}" if mark else source
+        raise UserError(f"not valid YAML ({error.problem})", where=where, fix="Correct the syntax") from error
+    except yaml.YAMLError as error:  # a character that no YAML file may hold
+        raise UserError(f"not valid YAML ({error})", where=source, fix="Correct the syntax") from error
+    if not isinstance(data, Located):
+        raise UserError("the file holds no mapping", where=source, fix="Start it with `key: value` lines")
+    return data

@@ -1,0 +1,168 @@
+"""Building the missing stages of a graph, with any number of other processes on the same store."""
+
+import contextlib
+import gc
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+from ctpd.core.processes import processes
+from ctpd.core.store import Store
+from ctpd.pipeline.graph import Graph, ready
+from ctpd.pipeline.progress import Bar, Progress
+from ctpd.pipeline.runtime import Runtime, provenance
+from ctpd.pipeline.stage import Stage, Work
+
+POLL_SECONDS = 0.5  # how often a process that waits for others looks again
+FULL_COLLECTION_SECONDS = 30.0  # how often the garbage collector looks at all objects, imported modules included
+NOTHING_MISSING, ONE_EACH = -1, -2  # broadcast by rank 0 instead of the index of a stage
+
+_last_full_collection = 0.0
+
+
+def build_missing(graph: Graph, store: Store, *, runtime: Runtime, progress: Progress, rebuild: bool = False) -> int:
+    """Build what is missing and check what is there; return the number of stages that were missing.
+
+    Any number of processes may do this on one store: each stage is built by one of them, or, a collective one, by all
+    processes of a launch, which must call this with the same targets.
+    With ``rebuild``, artifacts that are found damaged are removed and built anew.
+
+    Raises:
+        DamagedArtifact: a target, or an input of a missing stage, is damaged and ``rebuild`` is off.
+    """
+    ranks = processes()
+    ranks.init_process_group(runtime.torch_device() if ranks.world_size > 1 else "cpu")
+    if ranks.is_main:
+        graph.check(store, rebuild=rebuild)
+    ranks.barrier()
+    total = len(graph.missing(store))
+    ranks.barrier()
+    builder = _Builder(graph, store, runtime, progress if ranks.is_main else Progress(quiet=True), total)
+    try:
+        if ranks.world_size == 1:
+            builder.run()
+        else:
+            builder.run_collectively()
+    finally:
+        gc.unfreeze()
+    return total
+
+
+@dataclass(frozen=True)
+class _Builder:
+    """One process that builds a graph's missing stages."""
+
+    graph: Graph
+    store: Store
+    runtime: Runtime
+    progress: Progress
+    total: int
+    announced: set[str] = field(default_factory=set)  # keys of stages that another process builds
+
+    def run(self) -> None:
+        """Build one by one what no other process is building, until nothing is missing."""
+        while missing := self.graph.missing(self.store):
+            candidates = ready(missing)
+            if not self._build_one(candidates):
+                self._pause(candidates)
+
+    def run_collectively(self) -> None:
+        """The same by all processes of a launch: a collective stage comes first, the others are built one each."""
+        ranks = processes()
+        index = ONE_EACH
+        while index != NOTHING_MISSING:
+            with contextlib.ExitStack() as locks:
+                index = ranks.broadcast(self._choice(locks) if ranks.is_main else 0)
+                if index >= 0:
+                    self._build_collective(self.graph.stages[index])
+            if index == ONE_EACH:
+                self._build_one_each()
+            _collect_garbage()
+
+    def _choice(self, locks: contextlib.ExitStack) -> int:
+        """The index of a collective stage, whose lock is then held, or what there is to do instead."""
+        missing = self.graph.missing(self.store)
+        for stage in ready(missing):
+            if not stage.collective or not locks.enter_context(self.store.try_lock(stage.kind, stage.key)):
+                continue
+            if not self.store.has(stage.kind, stage.key):
+                return [known.key for known in self.graph.stages].index(stage.key)
+        return ONE_EACH if missing else NOTHING_MISSING
+
+    def _build_collective(self, stage: Stage) -> None:
+        ranks = processes()
+        with contextlib.ExitStack() as stack:
+            bar = stack.enter_context(self._bar(stage))
+            if ranks.is_main:
+                stack.enter_context(_artifact(stage, self.store, self.runtime))
+            ranks.barrier()  # the folder is there
+            stage.unlabelled().build(self._work(stage, bar, writes=ranks.is_main))
+            ranks.barrier()  # rank 0 may finish before another
+        ranks.barrier()  # the artifact is there
+
+    def _build_one_each(self) -> None:
+        """A round in which each process builds what it can lock of the stages that are ready now."""
+        candidates = ready(self.graph.missing(self.store))
+        single = [stage for stage in candidates if not stage.collective]
+        built = 0
+        while self._build_one(single):
+            built += 1
+        if processes().is_main and not built:
+            self._pause(candidates)
+        processes().barrier()
+
+    def _build_one(self, candidates: Sequence[Stage]) -> bool:
+        """Build the first stage that is neither there nor locked; says whether there was one."""
+        for stage in candidates:
+            with self.store.try_lock(stage.kind, stage.key) as locked:
+                if not locked or self.store.has(stage.kind, stage.key):
+                    continue
+                with self._bar(stage) as bar, _artifact(stage, self.store, self.runtime):
+                    stage.unlabelled().build(self._work(stage, bar))
+            _collect_garbage()
+            return True
+        return False
+
+    def _bar(self, stage: Stage) -> contextlib.AbstractContextManager[Bar]:
+        done = self.total - len(self.graph.missing(self.store))
+        return self.progress.stage(stage.label, index=done + 1, total=self.total)
+
+    def _work(self, stage: Stage, bar: Bar, *, writes: bool = True) -> Work:
+        folders = {source.key: self.store.path(source.kind, source.key) for source in stage.inputs.values()}
+        folder = self.store.partial(stage.kind, stage.key)
+        return Work(folder, self.runtime, bar.update, writes, folders)
+
+    def _pause(self, candidates: Sequence[Stage]) -> None:
+        """Wait a little for the processes that build these; say once what is waited for."""
+        waiting = [stage for stage in candidates if not self.store.has(stage.kind, stage.key)]
+        if waiting and not self.announced & {stage.key for stage in waiting}:
+            self.progress.note(f"Another process builds: {waiting[0].label}")
+            self.announced.add(waiting[0].key)
+        time.sleep(POLL_SECONDS)
+
+
+def _collect_garbage() -> None:
+    """Collect garbage between stages: models hold reference cycles, and their memory would be freed late.
+
+    Objects that survive, mostly imported modules, are frozen and looked at again only now and then: a full collection
+    takes longer than small stages.
+    """
+    global _last_full_collection
+    if time.monotonic() - _last_full_collection > FULL_COLLECTION_SECONDS:
+        gc.unfreeze()
+        _last_full_collection = time.monotonic()
+    gc.collect()
+    gc.freeze()
+
+
+@contextlib.contextmanager
+def _artifact(stage: Stage, store: Store, runtime: Runtime) -> Iterator[None]:
+    """Prepare a stage's folder; finish the artifact when the block ends without an error."""
+    details = dict(provenance(runtime))
+    with store.build(stage.kind, stage.key, identity=stage.identity, provenance=details):
+        start = time.time()
+        yield
+        details |= {
+            "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(start)),
+            "seconds": round(time.time() - start, 3),
+        }

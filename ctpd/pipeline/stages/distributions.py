@@ -1,0 +1,78 @@
+"""What an objective needs of a frozen model's distributions, stored for every scored token."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from ctpd.core.config import Config
+from ctpd.core.roles import Role
+from ctpd.pipeline.references import Model
+from ctpd.pipeline.stage import Stage, Work
+from ctpd.pipeline.stages.pairs import PairsStage
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+DISTRIBUTIONS = "distributions.safetensors"
+
+
+class DistributionsConfig(Config):
+    """What is kept of each distribution: the likeliest tokens, or two numbers."""
+
+    role: Role
+    """Whose tokens."""
+    precision: str
+    """Of the model."""
+    top_k: int | None = None
+    """The K likeliest tokens with their log-probabilities."""
+    temperature: float = 1.0
+    """Of these log-probabilities."""
+    boundary: bool = False
+    """Instead of them the log-probability of the token, and that of a boundary after it."""
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class DistributionsStage(Stage):
+    """One scoring pass of a frozen model over all pairs."""
+
+    kind = "distributions"
+    version = 2
+    collective = True
+
+    config: DistributionsConfig
+    pairs: PairsStage
+    model: Model
+
+    def build(self, work: Work) -> None:
+        """Score every response token."""
+        from safetensors.numpy import save_file
+
+        from ctpd.pipeline.rows import token_rows
+        from ctpd.pipeline.training import scored
+
+        rows = token_rows(self.pairs.read(work), self.config.role)
+        model = self.model.located(work).load_frozen(
+            precision=self.config.precision, device=work.runtime.torch_device()
+        )
+        kept = scored(work, model, rows, self._measure(work))
+        if work.writes:
+            save_file(kept, work.folder / DISTRIBUTIONS)
+
+    def arrays(self, work: Work) -> "Mapping[str, NDArray[np.generic]]":
+        """The kept numbers by name, one entry per scored token."""
+        from safetensors.numpy import load_file
+
+        found: Mapping[str, NDArray[np.generic]] = load_file(work.path(self) / DISTRIBUTIONS)
+        return found
+
+    def _measure(self, work: Work) -> Any:
+        from ctpd.ops.boundaries import boundary_ids
+        from ctpd.pipeline.vocabularies import model_facts
+        from ctpd.train.scoring import logps_with_boundary, top_k
+
+        if self.config.boundary:
+            facts = model_facts(self.model.located(work))
+            return logps_with_boundary(boundary_ids(facts.tokens, facts.special_ids))
+        assert self.config.top_k is not None
+        return top_k(self.config.top_k, self.config.temperature)

@@ -1,0 +1,146 @@
+"""lm-evaluation-harness: one model on one column of a suite."""
+
+import contextlib
+import tempfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from ctpd.core.config import Config
+from ctpd.core.errors import UserError
+from ctpd.core.processes import processes
+from ctpd.pipeline.references import LocatedModel, Model, cached_digest
+from ctpd.pipeline.stage import Part, Stage, Work
+from ctpd.pipeline.stages.world import WorldStage
+from harness.record import ColumnResult
+from harness.suites import Column
+
+RESULT = "result.json"
+_NOT_OF_THE_RESULT = ("name", "folder", "datasets")  # fields of a column that do not change its score
+
+
+class Protocol(Config):
+    """How a column is evaluated."""
+
+    limit: int | None = None
+    """The first so many documents of each task; None takes all."""
+    batch_size: int
+    """Rows of one forward pass."""
+    chat_template: bool = False
+    """Whether prompts are rendered with the chat template."""
+    precision: str
+    """Of the model."""
+    backend: Literal["hf", "vllm"] = "hf"
+    """What computes the scores."""
+    lm_eval: str
+    """The version of lm-eval."""
+
+
+@dataclass(frozen=True)
+class ColumnTask(Part):
+    """A column of a suite; its name and where its files lie are not part of the key."""
+
+    column: Column
+
+    @property
+    def identity(self) -> Any:
+        """Task, metric, version, shots and further metrics."""
+        from ctpd.core.config import to_plain
+
+        return {name: value for name, value in to_plain(self.column).items() if name not in _NOT_OF_THE_RESULT}
+
+
+@dataclass(frozen=True)
+class Mirror(Part):
+    """A folder that mirrors the hub; what it holds for the column is part of the key, where it stands is not.
+
+    Attributes:
+        root: the folder.
+        digests: of the folders of the column's data sets.
+    """
+
+    root: str
+    digests: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def identity(self) -> Any:
+        """The digests."""
+        return dict(self.digests)
+
+    @classmethod
+    def of(cls, root: str, column: Column) -> "Mirror":
+        """The mirror, with the digests of what a column reads; without named data sets, of all of it."""
+        folder = Path(root).expanduser()
+        folders = {name: folder / name for name in column.datasets} or {"all": folder}
+        return cls(str(folder), {name: cached_digest(part) for name, part in folders.items() if part.is_dir()})
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class EvaluateStage(Stage):
+    """The score of a model on a column, with the score of every document."""
+
+    kind = "evaluate"
+    version = 3
+
+    protocol: Protocol
+    task: ColumnTask
+    model: Model
+    documents: WorldStage | Mirror | None = None
+
+    def build(self, work: Work) -> None:
+        """Evaluate."""
+        (work.folder / RESULT).write_text(self._evaluate(work).model_dump_json(), encoding="utf-8")
+
+    def result(self, work: Work) -> ColumnResult:
+        """What `build` has written."""
+        return read_result(work.path(self))
+
+    def _root(self, work: Work) -> Path | None:
+        """The folder that tasks read their data from; None for the hub."""
+        if isinstance(self.documents, WorldStage):
+            return self.documents.documents(work)
+        return None if self.documents is None else Path(self.documents.root)
+
+    def _evaluate(self, work: Work) -> ColumnResult:
+        from harness.evaluate import Documents, Pinned, evaluate_column, evaluate_with_vllm
+
+        protocol, located, column = self.protocol, self.model.located(work), self.task.column
+        documents = Documents(self._root(work), limit=protocol.limit, chat_template=protocol.chat_template)
+        tokenizer = located.load_tokenizer()
+        if protocol.backend == "vllm":
+            if processes().world_size > 1:
+                raise UserError(
+                    "vLLM in a launch of several processes is not supported", fix="Evaluate with one process"
+                )
+            with _one_folder(located, precision=protocol.precision) as (folder, revision):
+                return evaluate_with_vllm(
+                    Pinned(folder, revision),
+                    Pinned(located.tokenizer, located.tokenizer_revision),
+                    tokenizer,
+                    column,
+                    documents,
+                    precision=protocol.precision,
+                )
+        model = located.load(precision=protocol.precision, device=work.runtime.torch_device())
+        return evaluate_column(
+            model, tokenizer, column, documents, batch_size=protocol.batch_size, progress=work.progress
+        )
+
+
+def read_result(folder: Path) -> ColumnResult:
+    """The result of an artifact."""
+    return ColumnResult.model_validate_json((folder / RESULT).read_bytes())
+
+
+@contextlib.contextmanager
+def _one_folder(located: LocatedModel, *, precision: str) -> Iterator[tuple[str, str | None]]:
+    """A model as one directory (or hub id) and its revision; adapters are merged into a temporary one."""
+    if not located.adapters:
+        yield located.folder, located.revision
+        return
+    from ctpd.models import save_model
+
+    with tempfile.TemporaryDirectory() as temporary:
+        save_model(located.load(precision=precision, device="cpu"), Path(temporary))
+        yield temporary, None

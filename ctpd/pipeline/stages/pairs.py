@@ -1,0 +1,171 @@
+"""The one data step of a comparison: pairs are rendered, tokenized by both models and aligned."""
+
+import json
+from abc import abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from ctpd.core.config import Config
+from ctpd.pipeline.references import Source, read_tokenizer
+from ctpd.pipeline.sources import read_hub, read_rows
+from ctpd.pipeline.stage import Part, Stage, Work
+from ctpd.pipeline.stages.world import WorldStage
+from ctpd.recipe import PlainSpec
+
+if TYPE_CHECKING:
+    from ctpd.text.pairs import Pair
+    from ctpd.text.prepare import PreparedPairs
+    from ctpd.text.render import TemplatedTokenizer
+
+PAIRS, META = "pairs.safetensors", "pairs.json"
+
+
+class PairSource(Part):
+    """Where the pairs of one split come from."""
+
+    @abstractmethod
+    def read(self, work: Work) -> "list[Pair]":
+        """The pairs."""
+
+
+@dataclass(frozen=True)
+class WorldPairs(PairSource):
+    """The testbed's pairs."""
+
+    world: WorldStage
+    split: str
+
+    def read(self, work: Work) -> "list[Pair]":
+        """Read them from the world's artifact."""
+        return read_pair_file(self.world.pairs(work, self.split))
+
+
+@dataclass(frozen=True)
+class FilePairs(PairSource):
+    """A local file; only the digest of its contents is part of a key."""
+
+    path: str
+    digest: str
+
+    @property
+    def identity(self) -> Any:
+        """The digest: where the file stands does not matter."""
+        return {"sha256": self.digest}
+
+    def read(self, work: Work) -> "list[Pair]":
+        """Read the file."""
+        return read_pair_file(Path(self.path).expanduser())
+
+
+@dataclass(frozen=True)
+class HubPairs(PairSource):
+    """A split of a hub data set at a pinned commit."""
+
+    hub: str
+    name: str | None
+    split: str
+    revision: str
+
+    def read(self, work: Work) -> "list[Pair]":
+        """Load the split."""
+        from ctpd.text.pairs import parse_pairs
+
+        rows = read_hub(self.hub, config=self.name, split=self.split, revision=self.revision)
+        return parse_pairs(rows, source=self.hub)
+
+
+def read_pair_file(path: Path) -> "list[Pair]":
+    """The pairs of a local file."""
+    from ctpd.text.pairs import parse_pairs
+
+    return parse_pairs(read_rows(path), source=str(path))
+
+
+@dataclass(frozen=True)
+class ModelInput(Part):
+    """How one model reads text: its tokenizer, and the template that writes conversations."""
+
+    tokenizer: Source
+    template: Literal["chat"] | PlainSpec
+    variables: Mapping[str, Any] = field(default_factory=dict)
+
+    def load(self, work: Work, *, role: str) -> "TemplatedTokenizer":
+        """The tokenizer with the template."""
+        from ctpd.text.render import ChatTemplate, PlainTemplate, TemplatedTokenizer
+
+        tokenizer = read_tokenizer(self.tokenizer, work)
+        if isinstance(self.template, PlainSpec):
+            plain = self.template
+            template = PlainTemplate(user=plain.user, assistant=plain.assistant, system=plain.system)
+            return TemplatedTokenizer(tokenizer, template, name=role)
+        return TemplatedTokenizer(tokenizer, ChatTemplate(tokenizer, variables=dict(self.variables)), name=role)
+
+
+class PairsConfig(Config):
+    """Which pairs are used, and their lengths in tokens of either model."""
+
+    max_tokens: int
+    """Limit of a whole sequence; a longer response is cut."""
+    max_prompt_tokens: int
+    """Limit of the tokens before the response."""
+    long_prompt: Literal["drop", "cut"] = "drop"
+    """What happens to a pair whose prompt is longer."""
+    max_dropped: float = 0.05
+    """The greatest share of a split's pairs that may be dropped."""
+    select: Literal["all", "shortest"] = "all"
+    """Which pairs `limit` keeps."""
+    limit: int | None = None
+    """Keep at most so many pairs of each split."""
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class PairsStage(Stage):
+    """Tokens and aligned spans of every response, for both models."""
+
+    kind = "pairs"
+
+    config: PairsConfig
+    train: PairSource
+    eval: PairSource | None = None
+    teacher: ModelInput
+    student: ModelInput
+
+    @property
+    def sources(self) -> dict[str, PairSource]:
+        """The sources by the name of their split."""
+        return {"train": self.train} | ({} if self.eval is None else {"eval": self.eval})
+
+    def build(self, work: Work) -> None:
+        """Read, validate, render, tokenize and align the pairs, once for all methods."""
+        from safetensors.numpy import save_file
+
+        from ctpd.text.prepare import arrays, prepare_pairs, texts
+
+        prepared = prepare_pairs(
+            {split: source.read(work) for split, source in self.sources.items()},
+            teacher=self.teacher.load(work, role="teacher"),
+            student=self.student.load(work, role="student"),
+            **self.config.model_dump(),
+        )
+        save_file(arrays(prepared), work.folder / PAIRS)
+        (work.folder / META).write_text(json.dumps(texts(prepared), ensure_ascii=False), encoding="utf-8")
+
+    def read(self, work: Work) -> "PreparedPairs":
+        """What `build` has written."""
+        return read_prepared(work.path(self))
+
+    def read_meta(self, work: Work) -> dict[str, Any]:
+        """Texts, ids, and counts of dropped and cut rows."""
+        meta: dict[str, Any] = json.loads((work.path(self) / META).read_text(encoding="utf-8"))
+        return meta
+
+
+def read_prepared(folder: Path) -> "PreparedPairs":
+    """The prepared pairs of an artifact."""
+    from safetensors.numpy import load_file
+
+    from ctpd.text.prepare import from_arrays
+
+    return from_arrays(load_file(folder / PAIRS), json.loads((folder / META).read_text(encoding="utf-8")))

@@ -1,0 +1,60 @@
+"""The record of one run and seed: all that tables and reports are made from."""
+
+import json
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from ctpd.core.config import to_plain
+from ctpd.pipeline.runtime import provenance
+from ctpd.pipeline.stage import Stage, Work
+from ctpd.pipeline.stages.evaluate import EvaluateStage
+from ctpd.pipeline.stages.generate import GenerateStage
+from ctpd.pipeline.stages.pairs import PairsStage
+from ctpd.pipeline.stages.pretrain import PretrainStage
+from ctpd.pipeline.stages.train import TrainStage
+from ctpd.pipeline.stages.weights import WeightsStage
+from harness.record import DataSummary, Provenance, Record, RecordHead, TrainingSummary
+
+RECORD = "record.json"
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class RecordStage(Stage):
+    """What is known of a run before it is executed, and what its stages have measured."""
+
+    kind = "record"
+    version = 2
+
+    head: RecordHead
+    pairs: PairsStage
+    evaluations: Mapping[str, EvaluateStage]
+    generated: GenerateStage | None = None
+    training: TrainStage | PretrainStage | None = None
+    weights: WeightsStage | None = None
+
+    def build(self, work: Work) -> None:
+        """Gather and write."""
+        made = {**provenance(work.runtime), "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
+        Record(
+            **dict(self.head),
+            training=self._training(work),
+            weights=None if self.weights is None else self.weights.summary(work),
+            data=self._data(work),
+            evaluation={column: stage.result(work) for column, stage in self.evaluations.items()},
+            provenance=Provenance.model_validate_json(json.dumps(to_plain(made))),
+        ).write(work.folder / RECORD)
+
+    def _data(self, work: Work) -> DataSummary:
+        meta = self.pairs.read_meta(work)
+        return DataSummary(
+            pairs=len(meta["pair_ids"]),
+            dropped=meta["dropped"],
+            counts=meta["report"],
+            generated=None if self.generated is None else self.generated.counts(work),
+        )
+
+    def _training(self, work: Work) -> TrainingSummary | None:
+        from ctpd.pipeline.training import read_training
+
+        return None if self.training is None else read_training(work.path(self.training))

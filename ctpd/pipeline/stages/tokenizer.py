@@ -1,0 +1,39 @@
+"""A tokenizer trained on one of the testbed's corpora."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from ctpd.core.config import Config
+from ctpd.pipeline.references import MODEL_FOLDER
+from ctpd.pipeline.stage import Stage, Work
+from ctpd.pipeline.stages.world import Corpus, WorldStage
+
+
+class TokenizerConfig(Config):
+    """Which texts a tokenizer is trained on, and its kind and size."""
+
+    corpus: Corpus
+    """The texts."""
+    tokenizer: Literal["byte_bpe", "unigram"]
+    """Its kind."""
+    vocab_size: int
+    """Upper bound of the number of tokens."""
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class TokenizerStage(Stage):
+    """A fast tokenizer."""
+
+    kind = "tokenizer"
+
+    config: TokenizerConfig
+    world: WorldStage
+
+    def build(self, work: Work) -> None:
+        """Train and save it."""
+        from ctpd.testbed.models import train_tokenizer
+
+        config = self.config
+        texts = self.world.texts(work, config.corpus)
+        tokenizer = train_tokenizer(texts, kind=config.tokenizer, vocab_size=config.vocab_size)
+        tokenizer.save_pretrained(str(work.folder / MODEL_FOLDER))

@@ -1,0 +1,196 @@
+"""One training: supervised fine-tuning, a contrastive model, or a run of a method."""
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from ctpd.core.config import Config
+from ctpd.core.roles import Role
+from ctpd.pipeline.methods import Method
+from ctpd.pipeline.references import Model
+from ctpd.pipeline.stage import Stage, Work
+from ctpd.pipeline.stages.distributions import DistributionsStage
+from ctpd.pipeline.stages.pairs import PairsStage
+from ctpd.pipeline.stages.signals import SignalsStage
+from ctpd.pipeline.stages.weights import WeightsStage
+from ctpd.train.config import Schedule
+
+if TYPE_CHECKING:
+    from ctpd.objectives.base import Objective
+    from ctpd.text.prepare import PreparedPairs
+    from ctpd.train.collator import ScoredRows
+    from ctpd.train.trainer import Training
+
+CHAIN = "chain.json"
+
+
+class TrainConfig(Config):
+    """How a model is trained, beside the method."""
+
+    role: Role
+    """Whose tokens are trained on."""
+    schedule: Schedule
+    """Epochs, pairs per step and the like."""
+    learning_rate: float
+    """The peak learning rate."""
+    seed: int
+    """Of the order of the pairs, of adapters and of an objective's own parameters."""
+    precision: str
+    """Of the computation."""
+    swap: bool = False
+    """Chosen and rejected responses change sides (the negative contrastive model)."""
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class TrainStage(Stage):
+    """A trained model, or an adapter, with the history of its metrics.
+
+    `reference` are log-probabilities of the model that `method`'s layout names; `teachers` are in memory while the
+    student trains, unless `stored` holds what the objective needs of their distributions.
+    """
+
+    kind = "train"
+    version = 2
+    collective = True
+
+    config: TrainConfig
+    method: Method
+    start: Model
+    pairs: PairsStage
+    reference: SignalsStage | None = None
+    weights: WeightsStage | None = None
+    teachers: tuple[Model, ...] = ()
+    stored: tuple[DistributionsStage, ...] = ()
+
+    def build(self, work: Work) -> None:
+        """Train and save."""
+        from ctpd.pipeline.training import finish_training, fit_settings, resume_folder, save_trained
+        from ctpd.train.fit import Optimization, fit
+        from ctpd.train.trainer import save_objective
+
+        config = self.config
+        objective, model = self.method.objective(), self._load(work)
+        training = self._training(work, objective, model)
+        optimization = Optimization(
+            schedule=config.schedule,
+            learning_rate=config.learning_rate,
+            seed=config.seed,
+            precision=config.precision,
+        )
+        done = fit(training, optimization, folder=resume_folder(work), settings=fit_settings(work))
+        save_trained(work, model)
+        if work.writes:
+            save_objective(objective, work.folder)
+            self._save_tokenizer(work)
+            finish_training(work, done)
+
+    def _load(self, work: Work) -> Any:
+        """The model that the training starts from, with new adapters where the schedule asks for them."""
+        from ctpd.models import add_lora
+        from ctpd.probes import configure_scorer
+
+        lora = self.config.schedule.lora
+        model = self.start.located(work).load(
+            precision="float32" if lora is None else lora.base, device=work.runtime.torch_device()
+        )
+        if lora is not None:
+            model = add_lora(model, r=lora.r, alpha=lora.alpha, targets=lora.targets, seed=self.config.seed)
+        configure_scorer(model)
+        return model
+
+    def _training(self, work: Work, objective: "Objective", model: Any) -> "Training[Any]":
+        """The rows of each split, the forward pass and constant metrics."""
+        from ctpd.objectives.distillation import DistillationObjective
+        from ctpd.train.sharing import enable_prompt_sharing
+        from ctpd.train.trainer import Training, UnitPass
+
+        prepared = self.pairs.read(work)
+        distills = isinstance(objective, DistillationObjective)
+        shares = len(objective.sides) > 1 and not distills and enable_prompt_sharing(model)
+        rows = {
+            split: dataclasses.replace(self._rows(work, prepared, split), shares_prompts=shares)
+            for split in sorted(set(prepared.split))
+        }
+        if isinstance(objective, DistillationObjective):
+            return self._distillation(work, prepared, objective, model, rows)
+        return Training(
+            model=model,
+            objective=objective,
+            rows=rows["train"],
+            eval_rows=rows.get("eval"),
+            forward_pass=UnitPass(objective),
+            constants=self._clamped(work),
+        )
+
+    def _rows(self, work: Work, prepared: "PreparedPairs", split: str) -> "ScoredRows":
+        from ctpd.pipeline.rows import scored_rows
+
+        layout = self.method.requires.layout
+        reference = None
+        if self.reference is not None:
+            reference = (self.reference.config.role, self.reference.logps(work))
+        return scored_rows(
+            prepared,
+            role=self.config.role,
+            layout=layout,
+            sides=self.method.requires.sides,
+            split=split,
+            swap=self.config.swap,
+            reference=reference,
+            weights=None if self.weights is None else self.weights.values(work),
+        )
+
+    def _distillation(
+        self, work: Work, prepared: "PreparedPairs", objective: Any, model: Any, rows: "Mapping[str, ScoredRows]"
+    ) -> "Training[Any]":
+        from ctpd.pipeline.vocabularies import bind_objective, distill_rows, dropped_mass
+        from ctpd.train.distillation import DistillPass
+        from ctpd.train.trainer import Training
+
+        facts = bind_objective(
+            objective,
+            student=self.start.located(work),
+            teacher=self.teachers[0].located(work),
+            seed=self.config.seed,
+        )
+        stored = [stage.arrays(work) for stage in self.stored]
+        made = distill_rows(prepared, objective, rows, facts=facts, stored=stored)
+        in_memory = []
+        if not stored:
+            device, precision = work.runtime.torch_device(), self.config.precision
+            in_memory = [m.located(work).load_frozen(precision=precision, device=device) for m in self.teachers]
+        for teacher in in_memory:
+            teacher.requires_grad_(False)
+        constants = {}
+        if objective.teacher is not None and objective.teacher.top_k is not None:
+            constants["teacher/dropped_mass"] = dropped_mass(prepared.teacher, stored[0], rows["train"].items)
+        return Training(
+            model=model,
+            objective=objective,
+            rows=made["train"],
+            eval_rows=made.get("eval"),
+            forward_pass=DistillPass(objective, in_memory),
+            constants=constants,
+        )
+
+    def _clamped(self, work: Work) -> dict[str, float]:
+        if self.weights is None:
+            return {}
+        summary = self.weights.summary(work)
+        return {
+            "weights/mean": summary.mean,
+            "weights/clamped_low": summary.clamped_low,
+            "weights/clamped_high": summary.clamped_high,
+        }
+
+    def _save_tokenizer(self, work: Work) -> None:
+        """Beside whole weights the tokenizer; beside an adapter where its base and tokenizer are."""
+        from ctpd.pipeline.references import MODEL_FOLDER
+
+        if self.config.schedule.lora is None:
+            self.start.located(work).load_tokenizer().save_pretrained(str(work.folder / MODEL_FOLDER))
+        else:
+            text = json.dumps(self.start.chain(), ensure_ascii=False)
+            (work.folder / CHAIN).write_text(text, encoding="utf-8")

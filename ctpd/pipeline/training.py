@@ -1,0 +1,67 @@
+"""What the stages that train or score have in common: settings of this machine, and how results are saved."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from ctpd.core.config import to_plain
+from ctpd.core.store import RESUME_FOLDER
+from ctpd.models import save_model, whole_state
+from ctpd.pipeline.references import MODEL_FOLDER
+from ctpd.pipeline.stage import Work
+from ctpd.text.blocks import TokenRows
+from ctpd.train.fit import Fit, FitSettings
+from ctpd.train.scoring import Arrays, Measure, ScoringSettings, scoring_pass
+from ctpd.train.sharing import enable_prompt_sharing
+from harness.record import TrainingSummary, training_summary
+
+TRAINING = "training.json"
+
+
+def fit_settings(work: Work) -> FitSettings:
+    """How this machine trains."""
+    runtime = work.runtime
+    return FitSettings(
+        device=runtime.torch_device(),
+        micro_batch_tokens=runtime.micro_batch_tokens,
+        checkpoint_seconds=runtime.checkpoint_seconds,
+        report_to=runtime.report_to,
+        progress=work.progress,
+        fsdp=runtime.fsdp,
+    )
+
+
+def resume_folder(work: Work) -> Path:
+    """Where a training keeps the states that it can resume from."""
+    return work.folder / RESUME_FOLDER
+
+
+def save_trained(work: Work, model: nn.Module) -> None:
+    """Write the weights; every process of a launch must call it, since each may hold a shard of them."""
+    state = whole_state(model)
+    if work.writes:
+        save_model(model, work.folder / MODEL_FOLDER, state=state)
+
+
+def finish_training(work: Work, done: Fit) -> None:
+    """Write the history and remove the resume states, which are not needed any more."""
+    (work.folder / TRAINING).write_text(json.dumps(to_plain(done), ensure_ascii=False), encoding="utf-8")
+    shutil.rmtree(resume_folder(work), ignore_errors=True)
+
+
+def read_training(folder: Path) -> TrainingSummary:
+    """The history of the training in an artifact, and what it cost."""
+    return training_summary(json.loads((folder / TRAINING).read_text(encoding="utf-8")))
+
+
+def scored(work: Work, model: Any, rows: TokenRows, measure: Measure) -> Arrays:
+    """One scoring pass of a frozen model over all response tokens of its rows."""
+    settings = ScoringSettings(
+        max_tokens=work.runtime.signal_batch_tokens,
+        progress=work.progress,
+        shares_prompts=enable_prompt_sharing(model),
+    )
+    return scoring_pass(model, rows, measure=measure, settings=settings)

@@ -1,0 +1,234 @@
+"""Reading a recipe: its types are checked by `ctpd.recipe.model`, what several of its fields say together here."""
+
+import os
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import NoReturn
+
+from ctpd.core.config import Located, nearest, parse_yaml, validate
+from ctpd.core.errors import UserError
+from ctpd.core.refusals import Keys, position
+from ctpd.recipe.model import ModelSpec, Recipe, ablation_run
+from ctpd.train.config import Schedule
+
+LEARNING_RATE = "learning_rate"
+
+
+def shipped_recipes() -> dict[str, Path]:
+    """The recipes that come with the package: name -> file."""
+    folder = Path(str(resources.files("ctpd") / "recipes"))
+    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+
+
+def load_recipe(recipe: str | os.PathLike[str]) -> Recipe:
+    """Read a recipe by shipped name or path, strictly.
+
+    Raises:
+        UserError: no such recipe, or anything in it that is unknown, missing, of the wrong type, out of its range or
+            contradictory.
+    """
+    path, source = _file(recipe), str(recipe)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError("the file is no UTF-8 text", where=source, fix="Save it as UTF-8") from error
+    data = parse_yaml(text, source=source)
+    loaded = validate(Recipe, data, source=source)
+    checks = _Checks(loaded, data, source)
+    checks.models()
+    checks.sources()
+    checks.precision()
+    checks.runs()
+    checks.grid()
+    checks.ablations()
+    checks.names()
+    checks.tables()
+    return loaded
+
+
+def run_position(recipe: str | os.PathLike[str], run: str) -> str:
+    """The file, the line and the name of a run, for errors that are found when it is planned.
+
+    Args:
+        recipe: what was given to ``load_recipe``.
+        run: a run, a trial of the grid (``RUN: ...``) or a row of an ablation.
+    """
+    path = _file(recipe)
+    source = str(recipe)
+    data = parse_yaml(path.read_text(encoding="utf-8"), source=source)
+    for name, ablation in data.get("ablations", {}).items():
+        for label in ablation["values"]:
+            if ablation_run(name, label) == run:
+                return f"{position(source, data, ('ablations', name, 'values', label))}, run '{run}'"
+    named = [name for name in data["runs"] if run == name or run.startswith(f"{name}: ")]
+    keys: Keys = ("runs", max(named, key=len)) if named else ("runs",)
+    return f"{position(source, data, keys)}, run '{run}'"
+
+
+def _looks_local(model: str) -> bool:
+    """Whether a model name is meant as a path: it exists, or is written like one."""
+    return Path(model).expanduser().exists() or model.startswith((".", "/", "~")) or model.count("/") != 1
+
+
+def _file(recipe: str | os.PathLike[str]) -> Path:
+    shipped, name = shipped_recipes(), str(recipe)
+    path = shipped.get(name, Path(name))
+    if not path.is_file():
+        raise UserError(
+            f"there is no recipe '{name}': no such file, and no shipped recipe of that name.{nearest(name, shipped)}",
+            fix=f"Give a path or one of: {', '.join(shipped)}",
+        )
+    return path
+
+
+@dataclass(frozen=True)
+class _Checks:
+    """Checks across fields; each names the file, the line and the key."""
+
+    recipe: Recipe
+    data: Located
+    source: str
+
+    def refuse(self, keys: Keys, what: str, fix: str | None = None) -> NoReturn:
+        raise UserError(what, where=position(self.source, self.data, keys), fix=fix)
+
+    def models(self) -> None:
+        shared = self.recipe.shared
+        for role, model in (("teacher", shared.teacher), ("student", shared.student)):
+            if model.pretrain is not None and shared.testbed is None:
+                self.refuse(
+                    ("shared", role, "pretrain"),
+                    f"'shared.{role}' is pretrained on the testbed, and `shared.testbed` is missing",
+                )
+            if model.model is not None and model.revision is None and not _looks_local(model.model):
+                self.refuse(
+                    ("shared", role, "model"),
+                    f"'shared.{role}.model' is '{model.model}', which is no local directory, and no `revision` is given",
+                    "Check the path; for a hub model pin its revision (a commit), so that the run can be repeated",
+                )
+
+    def sources(self) -> None:
+        shared = self.recipe.shared
+        for split, source in (("train", shared.data.train), ("eval", shared.data.eval)):
+            if source is not None and source.testbed is not None and shared.testbed is None:
+                self.refuse(
+                    ("shared", "data", split),
+                    f"'shared.data.{split}' comes from the testbed, and `shared.testbed` is missing",
+                )
+        if shared.evaluation.data_root == "testbed" and shared.testbed is None:
+            self.refuse(
+                ("shared", "evaluation", "data_root"),
+                "'shared.evaluation.data_root' is the testbed, and `shared.testbed` is missing",
+                "Add it; for a folder of that name write `./testbed`",
+            )
+
+    def precision(self) -> None:
+        shared = self.recipe.shared
+        if shared.precision != "float32":
+            return
+        phases = {("train",): shared.train, **_phases("teacher", shared.teacher), **_phases("student", shared.student)}
+        for keys, phase in phases.items():
+            if isinstance(phase, Schedule) and phase.lora is not None and phase.lora.base != "float32":
+                self.refuse(
+                    ("shared", *keys, "lora", "base"),
+                    f"'shared.{'.'.join(keys)}.lora.base' is of lower precision than the computation, which "
+                    "`shared.precision` says is float32",
+                    "Write `precision: bfloat16` in `shared`, or leave `base` out",
+                )
+
+    def runs(self) -> None:
+        for name, run in self.recipe.runs.items():
+            keys: Keys = ("runs", name)
+            if LEARNING_RATE in run.params:
+                self.refuse(
+                    (*keys, "params", LEARNING_RATE),
+                    f"'runs.{name}.params' holds `{LEARNING_RATE}`, which stands in `tuned`",
+                    "Move it there",
+                )
+            if LEARNING_RATE not in {*run.tuned, *self.recipe.grid}:
+                self.refuse(keys, f"'runs.{name}.tuned' lacks `{LEARNING_RATE}`", f"Add `{LEARNING_RATE}: ...`")
+            if twice := sorted({*run.params} & {*run.tuned}):
+                self.refuse(
+                    (*keys, "tuned", twice[0]),
+                    f"'runs.{name}' gives `{twice[0]}` twice, in `params` and in `tuned`",
+                    "Remove one of the two",
+                )
+            if fixed := sorted({*run.tuned, *run.params} & set(self.recipe.grid)):
+                block = "tuned" if fixed[0] in run.tuned else "params"
+                self.refuse((*keys, block, fixed[0]), f"'runs.{name}' fixes `{fixed[0]}`, which the grid varies")
+            if LEARNING_RATE in run.tuned:
+                self._positive((*keys, "tuned", LEARNING_RATE), [run.tuned[LEARNING_RATE]])
+
+    def grid(self) -> None:
+        if self.recipe.grid and self.recipe.ablations:
+            self.refuse(("grid",), "a recipe has a `grid` or `ablations`, not both")
+        for name, values in self.recipe.grid.items():
+            if len(set(values)) < len(values):
+                self.refuse(("grid", name), f"'grid.{name}' holds a value twice", "Remove one of the two")
+            if name == LEARNING_RATE:
+                self._positive(("grid", name), values)
+
+    def ablations(self) -> None:
+        for name, ablation in self.recipe.ablations.items():
+            if ablation.base not in self.recipe.runs:
+                self.refuse(
+                    ("ablations", name, "base"),
+                    f"'ablations.{name}.base' names no run: '{ablation.base}'.{nearest(ablation.base, self.recipe.runs)}",
+                )
+            if ablation.field == LEARNING_RATE:
+                for label, value in ablation.values.items():
+                    self._positive(("ablations", name, "values", label), [value])
+
+    def _positive(self, keys: Keys, values: Iterable[object]) -> None:
+        for value in values:
+            if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
+                self.refuse(keys, f"'{'.'.join(map(str, keys))}' must be a number above 0, and is {value!r}")
+
+    def names(self) -> None:
+        """Rows of one name would replace each other."""
+        rows: list[tuple[str, Keys]] = [(name, ("runs", name)) for name in self.recipe.runs]
+        rows += [(name, ("untrained", name)) for name in self.recipe.untrained]
+        for name, ablation in self.recipe.ablations.items():
+            rows += [(ablation_run(name, label), ("ablations", name, "values", label)) for label in ablation.values]
+        counts = Counter(name for name, _ in rows)
+        for name, keys in reversed(rows):
+            if counts[name] > 1:
+                others = [".".join(map(str, other)) for row, other in rows if row == name and other != keys]
+                self.refuse(
+                    keys,
+                    f"two rows have the name '{name}': '{'.'.join(map(str, keys))}' and '{others[0]}'",
+                    "Rename one of them",
+                )
+
+    def tables(self) -> None:
+        recipe = self.recipe
+        for name, table in recipe.tables.items():
+            keys: Keys = ("tables", name)
+            if name == "report":
+                self.refuse(keys, "a table may not be named `report`: that file is the report", "Rename it")
+            if bool(table.rows) == (table.ablation is not None):
+                self.refuse(keys, f"'tables.{name}' needs exactly one of `rows` and `ablation`")
+            if table.ablation is not None and table.ablation not in recipe.ablations:
+                self.refuse(
+                    (*keys, "ablation"),
+                    f"'tables.{name}.ablation' names no ablation: '{table.ablation}'"
+                    f".{nearest(table.ablation, recipe.ablations)}",
+                )
+            if recipe.grid and table.base in recipe.runs:
+                self.refuse(
+                    (*keys, "base"),
+                    f"'tables.{name}.base' is the run '{table.base}', which the grid makes several rows of",
+                    "Leave `base` out, or take an untrained row",
+                )
+            known = recipe.ablations[table.ablation].values if table.ablation else {**recipe.runs, **recipe.untrained}
+            for key, rows in (("rows", table.rows), ("base", () if table.base is None else (table.base,))):
+                for row in rows:
+                    if row not in known:
+                        self.refuse((*keys, key), f"'tables.{name}' names no row: '{row}'.{nearest(row, known)}")
+
+
+def _phases(role: str, model: ModelSpec) -> dict[tuple[str, ...], object]:
+    return {(role, name): getattr(model, name) for name in ("sft", "positive", "negative")}

@@ -1,0 +1,271 @@
+"""What a recipe may say: one complete YAML file is one experiment. Data only; `ctpd.recipe.load` reads and checks it."""
+
+import re
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, Self
+
+from annotated_types import MinLen
+from pydantic import AfterValidator, Field, model_validator
+
+from ctpd.core.config import Config, Number, Positive, PositiveInt, Seed, Share, Text
+from ctpd.core.errors import UserError
+from ctpd.testbed.config import PretrainConfig, WorldConfig
+from ctpd.train.config import FsdpSpec, Schedule
+
+Precision = Literal["float32", "bfloat16"]
+
+
+def _holds_content(text: str) -> str:
+    if text.count("{content}") != 1:
+        raise ValueError(f"the text {text!r} must hold {{content}} once, and holds it {text.count('{content}')} times")
+    return text
+
+
+def _is_commit(revision: str) -> str:
+    if not re.fullmatch(r"[0-9a-f]{40}", revision):
+        raise UserError(
+            f"'{revision}' is no commit; a branch moves, and the run could not be repeated",
+            fix="Give the commit, 40 hex digits, which the hub shows under `History`",
+        )
+    return revision
+
+
+def _is_unique(seeds: tuple[int, ...]) -> tuple[int, ...]:
+    for seed in seeds:
+        if seeds.count(seed) > 1:
+            raise ValueError(f"the seed {seed} stands twice")
+    return seeds
+
+
+Turn = Annotated[str, AfterValidator(_holds_content), Field(json_schema_extra={"pattern": r"\{content\}"})]
+Commit = Annotated[str, AfterValidator(_is_commit), Field(json_schema_extra={"pattern": "^[0-9a-f]{40}$"})]
+
+
+class SftPhase(Schedule):
+    """Supervised fine-tuning on the chosen responses."""
+
+    learning_rate: Positive
+    """Peak learning rate."""
+    seed: Seed = 0
+    """Of the order of the pairs and of adapters' initial weights."""
+
+
+class ContrastivePhase(Schedule):
+    """One model of a contrastive pair: DPO (or, for the negative one, DPO with chosen and rejected swapped)."""
+
+    learning_rate: Positive
+    """Peak learning rate."""
+    beta: Positive = 0.1
+    """Factor of the margin in DPO's loss."""
+    seed: Seed = 0
+    """Of the order of the pairs and of adapters' initial weights."""
+
+
+class PlainSpec(Config):
+    """The turns of a base model without a chat template; each text holds `{content}` once."""
+
+    user: Turn
+    """A user's turn, for example `"### Question:\\n{content}\\n\\n"`."""
+    assistant: Turn
+    """The assistant's turn; its text before `{content}` is the generation prompt."""
+    system: Turn = "{content}\n"
+    """A system message."""
+
+
+class ModelSpec(Config):
+    """A teacher or a student: where it comes from, how it is prompted, and the models trained from it."""
+
+    model: Text | None = None
+    """A directory, or a model of the hub, which needs a `revision`. Either this or `pretrain`."""
+    revision: Commit | None = None
+    """The commit of a hub model: 40 hex digits."""
+    pretrain: PretrainConfig | None = None
+    """A testbed model, pretrained here from scratch. Either this or `model`."""
+    template: Literal["chat"] | PlainSpec
+    """How messages become text: the tokenizer's own chat template, or the turns of a base model that has none."""
+    template_variables: Mapping[str, Any] = Field(default_factory=dict)
+    """Variables that the chat template reads."""
+    sft: SftPhase | Text
+    """Supervised fine-tuning first: a training, the word `skip` (the model is already fine-tuned), or the path of a model."""
+    positive: ContrastivePhase | Text | None = None
+    """The model that prefers chosen responses: a training, or the path of a model or of a LoRA adapter on the SFT model."""
+    negative: ContrastivePhase | Text | None = None
+    """The model that prefers rejected responses: a training, or the path of a model or of a LoRA adapter on the SFT model."""
+
+    @model_validator(mode="after")
+    def _has_one_origin(self) -> Self:
+        if (self.model is None) == (self.pretrain is None):
+            raise ValueError("exactly one of `model` and `pretrain` is needed")
+        return self
+
+
+class Source(Config):
+    """Where pairs come from: a local file, a hub data set (revision pinned) or the testbed."""
+
+    path: Text | None = None
+    """A local file: jsonl, json, parquet or csv."""
+    hub: Text | None = None
+    """A data set of the hub; it needs a `split` and a `revision`."""
+    name: Text | None = None
+    """The hub data set's configuration, where it has several."""
+    split: Text | None = None
+    """The hub data set's split."""
+    revision: Commit | None = None
+    """The commit of the hub data set: 40 hex digits."""
+    testbed: Literal["train", "eval"] | None = None
+    """The testbed's pairs of this split."""
+
+    @model_validator(mode="after")
+    def _is_one_place(self) -> Self:
+        if sum(x is not None for x in (self.path, self.hub, self.testbed)) != 1:
+            raise ValueError("exactly one of `path`, `hub` and `testbed` is needed")
+        if self.hub is not None and (self.revision is None or self.split is None):
+            raise ValueError("pairs from the hub need a `split` and a pinned `revision`")
+        return self
+
+
+class DataSpec(Config):
+    """The pairs, and their lengths in tokens of either model."""
+
+    train: Source
+    """The pairs to train on."""
+    eval: Source | None = None
+    """Pairs for the evaluation loss; left out, none is computed."""
+    max_tokens: PositiveInt
+    """Longest row, prompt and response together, in tokens of either model; longer responses are cut."""
+    max_prompt_tokens: PositiveInt
+    """Longest prompt in tokens of either model."""
+    long_prompt: Literal["drop", "cut"] = "drop"
+    """What happens to a longer prompt: its pair is left out, or the start of its last user message is cut."""
+    max_dropped: Share = 0.05
+    """Largest share of a split's pairs that may be left out; with more, the run is refused."""
+    select: Literal["all", "shortest"] = "all"
+    """Which pairs `limit` keeps: the first, or those with the fewest characters."""
+    limit: PositiveInt | None = None
+    """Keep so many pairs of each split; left out, all."""
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Self:
+        if self.select == "shortest" and self.limit is None:
+            raise ValueError("`select: shortest` needs a `limit`")
+        if self.max_prompt_tokens >= self.max_tokens:
+            raise ValueError(
+                f"`max_prompt_tokens: {self.max_prompt_tokens}` leaves no room for a response in `max_tokens: {self.max_tokens}`"
+            )
+        return self
+
+
+class EvaluationSpec(Config):
+    """The suite and its protocol."""
+
+    suite: Text
+    """A shipped suite (`testbed`, `card`, `paper`), or the path of a YAML file."""
+    limit: PositiveInt | None = None
+    """Evaluate on so many documents of each task, which makes results partial; left out, on all."""
+    batch_size: PositiveInt = 8
+    """Requests of one forward pass."""
+    chat_template: bool = False
+    """Put requests into the tokenizer's chat template."""
+    data_root: Text | None = None
+    """A folder that mirrors the hub, for machines without a network; `testbed` for the testbed's own documents."""
+    backend: Literal["hf", "vllm"] = "hf"
+    """What computes all scores of a comparison: transformers, or vLLM where it is installed, which batches by itself."""
+    precision: Precision | None = None
+    """Number format in which models are evaluated; left out, `shared.precision`. A record calls it `dtype`."""
+
+
+class Shared(Config):
+    """Everything that is identical for all runs of a comparison."""
+
+    teacher: ModelSpec
+    """The model that teaches: its reference and its contrastive pair."""
+    student: ModelSpec
+    """The model that every run trains."""
+    data: DataSpec
+    """The pairs and their lengths."""
+    train: Schedule
+    """How every run is trained."""
+    evaluation: EvaluationSpec
+    """How every model is evaluated."""
+    seeds: Annotated[tuple[Seed, ...], MinLen(1), AfterValidator(_is_unique)] = (0,)
+    """Every run is trained once with each of these seeds."""
+    precision: Precision = "float32"
+    """Number format of the computation; weights in training are float32."""
+    testbed: WorldConfig | None = None
+    """The testbed's world, where a model or the pairs come from it."""
+
+
+class RunSpec(Config):
+    """One method with its parameters."""
+
+    method: Text
+    """The method's name."""
+    params: Mapping[str, Any] = Field(default_factory=dict)
+    """Parameters of the method that define the run; what is left out has the method's defaults."""
+    tuned: Mapping[str, Number] = Field(default_factory=dict)
+    """Parameters chosen on the development split, `learning_rate` included; what the recipe's `grid` gives need not stand here."""
+
+
+class AblationSpec(Config):
+    """The run `base` with one parameter varied."""
+
+    base: Text
+    """The name of a run."""
+    field: Text
+    """The parameter that is varied: one of the method's, or `learning_rate`. It may stand in the base's `params` or `tuned`."""
+    values: Annotated[Mapping[str, Any], MinLen(1)]
+    """Row label -> value."""
+
+
+class TableEntry(Config):
+    """A table: named rows, or the rows of an ablation."""
+
+    caption: str
+    """Shown above the table."""
+    rows: tuple[Text, ...] = ()
+    """Names of runs and of untrained rows. Either this or `ablation`."""
+    ablation: Text | None = None
+    """The ablation whose rows are shown."""
+    base: Text | None = None
+    """The row to which differences are taken; left out, none are shown."""
+    note: str | None = None
+    """Shown below the table."""
+    published: Text | None = None
+    """A table of a paper, shown beside ours and labelled as such."""
+
+
+class LaunchSpec(Config):
+    """On how many processes a recipe is meant to run: execution, in no key."""
+
+    num_processes: PositiveInt = 1
+    """Processes, one for each GPU."""
+    fsdp: FsdpSpec | None = None
+    """Shard a model in training over the processes; left out, each process holds all of it."""
+
+
+class Recipe(Config):
+    """One experiment."""
+
+    name: Text
+    """The experiment's name, as in the title of its report."""
+    about: str
+    """What it shows, in a sentence."""
+    shared: Shared
+    """Everything that is identical for all runs."""
+    untrained: Mapping[str, Literal["teacher", "student"]] = Field(default_factory=dict)
+    """Rows without a training of their own: name -> the teacher or the student as they are after SFT."""
+    runs: Mapping[str, RunSpec]
+    """The rows that are trained: name -> method and parameters."""
+    grid: Mapping[str, Annotated[tuple[Number, ...], MinLen(1)]] = Field(default_factory=dict)
+    """Makes the recipe a search: every run is trained at every point of the one grid, so that each has the same number of trials."""
+    ablations: Mapping[str, AblationSpec] = Field(default_factory=dict)
+    """Runs of which one parameter is varied, as rows of a table of their own."""
+    tables: Annotated[Mapping[str, TableEntry], MinLen(1)]
+    """The tables of the report: name -> rows."""
+    launch: LaunchSpec = Field(default_factory=LaunchSpec)
+    """On how many processes the recipe is meant to run; in no key."""
+
+
+def ablation_run(ablation: str, label: str) -> str:
+    """The name of the run that shows one value of an ablation."""
+    return f"{ablation}: {label}"

@@ -1,0 +1,104 @@
+"""What a recipe may say about the testbed: the synthetic world, and the models pretrained on it.
+
+Data only, so that a recipe can be read without torch. `ctpd.testbed` gives the fields their meaning.
+"""
+
+from typing import Literal, Self
+
+from pydantic import model_validator
+
+from ctpd.core.config import Config, Positive, PositiveInt, Seed, Share
+from ctpd.core.errors import UserError
+from ctpd.testbed.documents import most_documents
+
+
+class WorldConfig(Config):
+    """The world, the preference pairs over it, the two pretraining corpora and the evaluation documents."""
+
+    seed: Seed = 0
+    """Of everything drawn: names, facts, pairs, corpora, documents. Two worlds with one seed are the same files, byte for byte."""
+    num_topics: PositiveInt = 28
+    """Made-up places. Each has four attributes, so this sets how many facts there are to know."""
+    num_pairs: PositiveInt = 1500
+    """Preference pairs to train on."""
+    num_eval_pairs: PositiveInt = 200
+    """Preference pairs for the evaluation loss; their prompts differ from all training prompts."""
+    num_documents: PositiveInt = 200
+    """Test documents of each lm-eval task; at most eight for each topic."""
+    teacher_texts: PositiveInt = 12000
+    """Texts in the teacher's corpus, which always tells the truth."""
+    student_texts: PositiveInt = 4000
+    """Texts in the student's corpus."""
+    student_error: Share = 0.6
+    """Mean rate at which the student's corpus states the popular error; every fact, sum and relation has its own rate around it."""
+    chosen_right: Share = 0.85
+    """Probability that an answer of a chosen response is right, before pairs whose chosen response is not the better one are redrawn."""
+    rejected_right: Share = 0.35
+    """The same for a rejected response."""
+
+    @model_validator(mode="after")
+    def _pairs_can_be_drawn(self) -> Self:
+        if self.chosen_right == 0.0 or self.rejected_right == 1.0:
+            raise UserError(
+                "a chosen response can never have more right answers than a rejected one",
+                fix="Raise `chosen_right` above 0 and lower `rejected_right` below 1",
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _documents_can_be_drawn(self) -> Self:
+        most = most_documents(self.num_topics)
+        if self.num_documents > most:
+            raise UserError(
+                f"a world with {self.num_topics} topics has at most {most} test documents, not {self.num_documents}",
+                fix="Ask for fewer documents, or for more topics with `num_topics`",
+            )
+        return self
+
+
+class PretrainConfig(Config):
+    """One model pretrained from scratch on one of the world's corpora, with a tokenizer trained on one of them."""
+
+    corpus: Literal["teacher", "student"]
+    """Which corpus the model sees."""
+    tokenizer: Literal["byte_bpe", "unigram"]
+    """Kind of tokenizer: byte-level BPE as in GPT-2, or unigram as in SentencePiece."""
+    vocab_size: PositiveInt
+    """Upper bound of the vocabulary; a small corpus may have fewer pieces to offer."""
+    hidden: PositiveInt
+    """Hidden size: an even number of channels for each head."""
+    layers: PositiveInt
+    """Number of transformer layers."""
+    heads: PositiveInt
+    """Attention heads of a layer."""
+    intermediate: PositiveInt
+    """Hidden size of the feed-forward layers."""
+    steps: PositiveInt
+    """Optimizer steps."""
+    texts_per_step: PositiveInt
+    """Texts of one optimizer step."""
+    learning_rate: Positive
+    """Peak learning rate of AdamW."""
+    tokenizer_corpus: Literal["teacher", "student"] | None = None
+    """Which corpus the tokenizer is trained on; left out, the model's own. Two models with the same kind, size and corpus share it."""
+    max_position: PositiveInt = 256
+    """Longest sequence in tokens."""
+    warmup_ratio: Share = 0.1
+    """Share of the steps over which the learning rate rises; it then falls along a cosine."""
+    seed: Seed = 0
+    """Of the initial weights and of the order of the texts."""
+
+    @model_validator(mode="after")
+    def _sizes_fit(self) -> Self:
+        if self.hidden % self.heads or self.hidden // self.heads % 2:
+            raise ValueError(
+                f"{self.heads} heads cannot share a hidden size of {self.hidden}: each needs the same, even number of channels"
+            )
+        if self.tokenizer == "byte_bpe" and self.vocab_size < _SMALLEST_BYTE_LEVEL:
+            raise ValueError(
+                f"a byte-level vocabulary has at least {_SMALLEST_BYTE_LEVEL} pieces, not {self.vocab_size}"
+            )
+        return self
+
+
+_SMALLEST_BYTE_LEVEL = 260  # 256 bytes and the four special tokens of `ctpd.testbed.models`

@@ -1,0 +1,85 @@
+"""From records to the tables, figures and report of a recipe: what `compare` shows. Nothing is computed for it."""
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from ctpd.recipe import Recipe, ablation_run, trials
+from harness import figures
+from harness.contents import contents
+from harness.files import file_stem
+from harness.formats import write_table
+from harness.record import Record
+from harness.report import write_report as write
+from harness.sheet import Table, TableSpec
+from harness.tables import build_tables
+
+REPORT, FIGURES = "report.html", "figures"
+
+
+def differing_versions(records: Iterable[Record]) -> dict[str, list[str]]:
+    """Packages that were not the same for all records, with the versions found."""
+    found: dict[str, set[str]] = {}
+    for record in records:
+        for package, version in record.provenance.versions.items():
+            found.setdefault(package, set()).add(version)
+    return {package: sorted(versions) for package, versions in found.items() if len(versions) > 1}
+
+
+def tables(recipe: Recipe, records: Sequence[Record], *, columns: Sequence[str]) -> list[Table]:
+    """Every table that the recipe declares, from records alone."""
+    return build_tables(records, table_specs(recipe), columns=columns, seeds=recipe.shared.seeds)
+
+
+def table_specs(recipe: Recipe) -> list[TableSpec]:
+    """The tables that a recipe declares; the untrained teacher is shown, but not ranked."""
+    teachers = {name for name, role in recipe.untrained.items() if role == "teacher"}
+    specs = []
+    for name, entry in recipe.tables.items():
+        if entry.ablation is not None:
+            labels = recipe.ablations[entry.ablation].values
+            rows = tuple((label, ablation_run(entry.ablation, label)) for label in labels)
+            base = None if entry.base is None else ablation_run(entry.ablation, entry.base)
+        else:
+            runs = [trial for row in entry.rows for trial in (trials(recipe, row) if row in recipe.runs else [row])]
+            rows, base = tuple((run, run) for run in runs), entry.base
+        specs.append(
+            TableSpec(
+                name,
+                entry.caption,
+                rows,
+                base=base,
+                note=entry.note,
+                unranked=tuple(run for _, run in rows if run in teachers),
+                published=entry.published,
+            )
+        )
+    return specs
+
+
+def write_tables(made: Iterable[Table], folder: Path) -> list[Path]:
+    """Markdown, CSV, LaTeX and HTML of every table; returns the files."""
+    folder.mkdir(parents=True, exist_ok=True)
+    return [path for table in made for path in write_table(table, folder)]
+
+
+def write_report(recipe: Recipe, made: Sequence[Table], records: Sequence[Record], folder: Path) -> Path:
+    """The report beside the tables, in one file; returns it."""
+    path = folder / REPORT
+    write(contents(made, records), records, path, title=recipe.name, about=recipe.about)
+    return path
+
+
+def write_figures(made: Sequence[Table], records: Sequence[Record], folder: Path) -> list[Path]:
+    """The report's figures as SVG, PDF and PNG, in a folder beside the tables; returns the files."""
+    return figures.write_figures(contents(made, records).figures, folder / FIGURES)
+
+
+def write_records(records: Iterable[Record], folder: Path) -> list[Path]:
+    """Keep each record as a file of its own, named by run and seed; returns the files."""
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = []
+    for record in records:
+        seed = "" if record.seed is None else f".seed{record.seed}"
+        paths.append(folder / f"{file_stem(record.run)}{seed}.json")
+        record.write(paths[-1])
+    return paths
