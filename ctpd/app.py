@@ -2,12 +2,13 @@
 
 import os
 from collections.abc import Mapping, Sequence
-from functools import cached_property
+from functools import cache, cached_property
 from importlib import metadata
 from pathlib import Path
 
 from ctpd.core.config import nearest
 from ctpd.core.errors import UserError
+from ctpd.core.printing import command
 from ctpd.core.processes import processes
 from ctpd.core.store import Store
 from ctpd.pipeline.build import build_missing
@@ -182,12 +183,17 @@ def evaluation_stage(
             chat_template=spec.chat_template,
             precision=precision,
             backend=spec.backend,
-            lm_eval=metadata.version("lm_eval"),
+            lm_eval=_lm_eval_version(),
         ),
         task=ColumnTask(column),
         model=model,
         documents=world if world is not None or mirror is None else Mirror.of(mirror, column),
     )
+
+
+@cache
+def _lm_eval_version() -> str:
+    return metadata.version("lm_eval")  # reads the file system on every call
 
 
 def read_records(experiment: Experiment, store: Store) -> list[Record]:
@@ -197,7 +203,7 @@ def read_records(experiment: Experiment, store: Store) -> list[Record]:
         raise UserError(
             f"the store {store.root} holds no record of this recipe",
             where=experiment.source,
-            fix=f"Run `ctpd run {experiment.source}` first, or give another --store",
+            fix=f"Run `{command('run', experiment.source, store=store.root)}` first, or give another --store",
         )
     return [Record.read(folder / RECORD) for folder in found]
 
