@@ -158,7 +158,7 @@ class SharedStages:
         return self.trained(role, base, training)
 
     def contrastive(self, signal: Signal) -> Model:
-        """The model trained with DPO on the pairs (`positive`) or on the swapped pairs (`negative`) (METHOD 4)."""
+        """The model trained with DPO on the pairs (`positive`) or on the swapped pairs (`negative`) (docs/method.md#contrastive-models)."""
         role = signal.role
         spec = self.spec(role)
         phase: ContrastivePhase | str | None = spec.positive if signal.phase == "positive" else spec.negative

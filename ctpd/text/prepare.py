@@ -1,4 +1,4 @@
-"""The one data step of a comparison: pairs become rows of tokens and aligned spans, the same for all stages (METHOD 2).
+"""The one data step of a comparison: pairs become rows of tokens and aligned spans, the same for all stages (docs/method.md#data-step).
 
 Legend: N pairs; R = 2N rows, row 2i the chosen and row 2i + 1 the rejected response of pair i. Ragged arrays are flat,
 row r in ``[starts[r], starts[r + 1])``. Spans are numbered from 0 in each row; an end span is the last of its row.
@@ -152,7 +152,7 @@ def _select(
 
 
 def _invalid(pair: Pair, sides: Sequence[TemplatedTokenizer]) -> str | None:
-    """The reason to drop a pair that shows before tokenization (METHOD 2.3 and 2.8)."""
+    """The reason to drop a pair that shows before tokenization (docs/method.md#dropped-pairs)."""
     if not (pair.chosen and pair.rejected):
         return "empty"
     if pair.chosen == pair.rejected:

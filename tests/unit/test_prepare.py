@@ -1,4 +1,4 @@
-"""The data step (METHOD 2): rows, spans, lengths and losses, checked against the tokenizers and plain loops."""
+"""The data step (docs/method.md#data-step): rows, spans, lengths and losses, checked against the tokenizers and plain loops."""
 
 import json
 from collections.abc import Sequence
