@@ -11,16 +11,12 @@ from ctpd.core.errors import UserError
 from ctpd.core.store import Store
 from ctpd.export import export_model
 from ctpd.models import add_lora, save_model
-from ctpd.pipeline.graph import Work
-from ctpd.pipeline.references import CHAIN, MODEL_FOLDER, ModelRef, external_model
+from ctpd.pipeline.references import MODEL_FOLDER, Model, external_model
+from ctpd.pipeline.stages.train import CHAIN
 from tests.fixtures.tiny import tiny_model
 from tests.fixtures.tokenizers import tokenizer
 
 KEY = "a" * 32
-
-
-def build(work: Work) -> None:
-    raise AssertionError("nothing is built")
 
 
 @pytest.fixture
@@ -38,7 +34,7 @@ def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Store:
             torch.nn.init.ones_(weight)
     with store.build("train", KEY, identity={}, provenance={}) as folder:
         save_model(adapted, folder / MODEL_FOLDER)
-        (folder / CHAIN).write_text(json.dumps(ModelRef("student", reference, reference).chain()))
+        (folder / CHAIN).write_text(json.dumps(Model(reference, reference).chain()))
     return store
 
 
