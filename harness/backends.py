@@ -63,16 +63,17 @@ def open_vllm(
 
 
 class SharedContextLM(HFLM):  # type: ignore[misc]  # lm-eval has no types
-    """lm-eval's model for transformers, which computes what requests have in common once, and reports progress.
+    """lm-eval's model for transformers, which computes common beginnings of requests once, and reports progress.
 
-    The choices of a document are branches after one context, few-shot examples that documents share are kept as keys and
-    values (`harness.prefixes`), and logits are computed only where continuations are. Scores are lm-eval's to float
-    noise. A model that cannot be called so (`unshared` says why) is called as lm-eval does, last logits only where it
-    takes ``logits_to_keep``: memory falls from batch x prompt x vocabulary to batch x answer x vocabulary.
+    The choices of a document are branches after one context, few-shot examples that documents have in common are kept as
+    keys and values (`harness.prefixes`), and logits are computed only at the positions of continuations. Scores are
+    lm-eval's to rounding. A model that cannot be called so (`unshared` says why) is called as lm-eval does, with the last
+    logits only if it takes ``logits_to_keep``: memory falls from batch x prompt x vocabulary to batch x answer x
+    vocabulary.
     DEVIATION from lm-eval's default: log-softmax in float32 for half-precision models too; sums of bfloat16
     log-probabilities are so coarse that choices tie.
     DEVIATION in generation: a row ends at its own first stop string. In lm-eval it goes on until all rows of its batch
-    have met the same one; the text behind a stop is cut off either way.
+    have met the same one; the text after a stop string is cut off either way.
     """
 
     def __init__(

@@ -152,7 +152,7 @@ class RowObjective(DistillationObjective[LogitTokens | TopTokens]):
     """A mix of cross-entropy and a loss of each row against its aligned row: `(1 - kd_rate) CE + kd_rate KD`.
 
     The sum over the student's scored tokens, divided by their number over the step: the exact mean over tokens,
-    also where micro-batches differ in length (BASELINES 0).
+    also where micro-batches differ in length (docs/method.md#shared-formulation).
     """
 
     counts = "tokens"

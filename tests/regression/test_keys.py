@@ -1,0 +1,41 @@
+"""Keys and defaults against the recorded ones: what moves a key is seen in review, and a changed default raises a version."""
+
+import json
+from importlib import metadata
+from typing import Any
+
+import pytest
+
+from tests.regression import identities
+
+HOW = "if it is meant, say so under Numerics in CHANGELOG and run `python -m tests.regression.identities`"
+
+
+def recorded(path: Any) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return found
+
+
+def test_keys_of_the_smallest_recipe_are_the_recorded_ones() -> None:
+    found = recorded(identities.KEYS)
+    if found["lm_eval"] != metadata.version("lm_eval"):
+        pytest.skip("the keys of evaluations hold the version of lm-eval, and this is another one than the recorded")
+    assert identities.keys() == found["keys"], HOW
+
+
+def test_a_default_that_changes_raises_the_version_of_the_stages_that_read_it() -> None:
+    """A key leaves defaults out, so a changed one would make an old artifact a wrong hit."""
+    before, now = recorded(identities.DEFAULTS), identities.defaults()
+    for kind in before.keys() & now.keys():
+        if before[kind]["version"] == now[kind]["version"]:
+            shared = before[kind]["defaults"].keys() & now[kind]["defaults"].keys()
+            changed = {name for name in shared if before[kind]["defaults"][name] != now[kind]["defaults"][name]}
+            assert not changed, f"raise the version of the stage '{kind}': a default of it has changed"
+    assert now == before, HOW
+
+
+def test_every_stage_is_in_the_list() -> None:
+    kinds = {"world", "tokenizer", "pretrain", "pairs", "generate", "signals", "distributions", "weights", "train",
+             "evaluate", "record"}  # fmt: skip
+    assert identities.defaults().keys() == kinds
+    assert any(name.endswith(".mu") for name in identities.defaults()["weights"]["defaults"])
