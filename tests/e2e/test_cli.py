@@ -86,7 +86,10 @@ def test_compare_prints_every_table_and_keeps_tables_and_records_where_asked(
 
 
 def test_compare_as_json_has_a_row_per_run(cli: Cli, smoke: SmokeRun) -> None:
-    tables = json.loads(cli("compare", "testbed-smoke", "--store", smoke.store, "--json").out)
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"{constant} is no JSON")
+
+    tables = json.loads(cli("compare", "testbed-smoke", "--store", smoke.store, "--json").out, parse_constant=refuse)
     assert set(tables) == set(TABLES)
     assert len(tables["main"]) == 5
 
