@@ -87,7 +87,7 @@ def test_teachers_reference_reaches_the_students_spans(prepared: PreparedPairs) 
     rows = rows_of(prepared, reference=("teacher", np.arange(17, dtype=np.float32)))
     batch = rows.collate([0])
     assert batch["reference"].tolist() == [[1, 9, 5], [7, 8, 0]]
-    assert batch["mask"].tolist() == [[True, True, True], [True, True, False]]
+    assert batch.mask.tolist() == [[True, True, True], [True, True, False]]
 
 
 def test_split_without_pairs_is_refused(prepared: PreparedPairs) -> None:
@@ -101,5 +101,5 @@ def test_whole_texts_score_every_token_but_the_first() -> None:
     assert rows.unit.tolist() == [-1, 0, 1, -1, 0]
     assert rows.unit_starts.tolist() == [0, 2, 3]
     batch = rows.collate([0, 1])
-    assert batch["targets"].tolist() == [6, 7, 9]
-    assert batch["mask"].sum() == 3
+    assert batch.tokens.targets.tolist() == [6, 7, 9]
+    assert batch.mask.sum() == 3
