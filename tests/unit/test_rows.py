@@ -86,7 +86,7 @@ def test_end_spans_are_counted_or_left_out_as_the_layout_says(prepared: Prepared
 def test_teachers_reference_reaches_the_students_spans(prepared: PreparedPairs) -> None:
     rows = rows_of(prepared, reference=("teacher", np.arange(17, dtype=np.float32)))
     batch = rows.collate([0])
-    assert batch["reference"].tolist() == [[1, 9, 5], [7, 8, 0]]
+    assert batch.reference.tolist() == [[1, 9, 5], [7, 8, 0]]
     assert batch.mask.tolist() == [[True, True, True], [True, True, False]]
 
 
