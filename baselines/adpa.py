@@ -1,4 +1,4 @@
-"""Advantage-guided distillation for preference alignment: ADPA (Gao et al., ICLR 2025; BASELINES 10).
+"""Advantage-guided distillation for preference alignment: ADPA (Gao et al., ICLR 2025; docs/method.md#adpa).
 
 The student answers by itself; a teacher before and after preference tuning says how much better each next token would
 have been. The rejected response of a pair is the student's own (`generation`); the chosen one is the data's.

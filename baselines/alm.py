@@ -1,4 +1,4 @@
-"""Approximate likelihood matching (Minixhofer et al. 2025, arXiv 2503.20083) after tokenkit (BASELINES 8).
+"""Approximate likelihood matching (Minixhofer et al. 2025, arXiv 2503.20083) after tokenkit (docs/method.md#alm).
 
 A chunk of text at whose ends both tokenizers have a token boundary has a likelihood under both models. The distance is
 that of the two events "this chunk" and "another one", softened by a temperature. No vocabulary has to be mapped, and the teacher is

@@ -1,4 +1,4 @@
-"""Distilling from a preference-tuned teacher on both responses of a pair: DCKD (Gao et al., ICLR 2025; BASELINES 10).
+"""Distilling from a preference-tuned teacher on both responses of a pair: DCKD (Gao et al., ICLR 2025; docs/method.md#dckd).
 
 The teacher is the preference-tuned model. Both models' distributions are reduced to the teacher's K likeliest tokens
 and one bucket for the rest; the student learns them on the chosen and on the rejected response.

@@ -1,4 +1,4 @@
-"""Divergences of two distributions over one vocabulary, a number a row (BASELINES 3).
+"""Divergences of two distributions over one vocabulary, a number a row (docs/method.md#token-level-distillation).
 
 Formulas of DSKD (Zhang et al., EMNLP 2024) and TRL (generalised JSD: Agarwal et al., ICLR 2024). Gradients flow to
 both arguments: a caller that wants a constant teacher detaches it. There is no factor `temperature ** 2`.

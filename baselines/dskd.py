@@ -1,4 +1,4 @@
-"""Dual-space distillation (Zhang et al., EMNLP 2024, arXiv 2406.17328) of models that share a tokenizer (BASELINES 6a).
+"""Dual-space distillation (Zhang et al., EMNLP 2024, arXiv 2406.17328) of models that share a tokenizer (docs/method.md#dskd).
 
 Two linear maps project hidden states into the other model's space, so that both distributions of a comparison come from
 one output head: the teacher's hidden states through the student's, the student's through the teacher's.

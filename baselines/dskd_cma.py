@@ -1,4 +1,4 @@
-"""Dual-space distillation with cross-model attention (Zhang et al., EMNLP 2024, arXiv 2406.17328; BASELINES 6b).
+"""Dual-space distillation with cross-model attention (Zhang et al., EMNLP 2024, arXiv 2406.17328; docs/method.md#dskd-with-cross-model-attention).
 
 Where the tokenizers differ, tokens of the two models are not aligned one to one. Attention over the tokens of one
 response, with the embeddings of (input, target) as queries and keys, mixes the teacher's hidden states for each token

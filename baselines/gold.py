@@ -1,4 +1,4 @@
-"""GOLD, TRL's distillation across tokenizers: merged spans, compared sorted or by shared tokens (BASELINES 9).
+"""GOLD, TRL's distillation across tokenizers: merged spans, compared sorted or by shared tokens (docs/method.md#gold).
 
 The tokens of a span are merged to one distribution: that of one of them times the probabilities of the others. Both
 models' merged distributions are compared as in ULD; in the hybrid form, tokens that both vocabularies have are compared

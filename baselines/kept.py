@@ -1,4 +1,4 @@
-"""A distribution cut to the tokens that were kept of another, and a bucket for all the rest (BASELINES 3, 10).
+"""A distribution cut to the tokens that were kept of another, and a bucket for all the rest (docs/method.md#stored-distributions).
 
 Shape legend: R rows, V vocabulary, K kept tokens; B1 = K + 1 buckets, the rest last.
 """

@@ -1,4 +1,4 @@
-"""MinED: logits aligned by minimum edit distance (Wan et al., ICLR 2024, as in DSKD's comparison; BASELINES 5).
+"""MinED: logits aligned by minimum edit distance (Wan et al., ICLR 2024, as in DSKD's comparison; docs/method.md#mined).
 
 A token of the student is compared with the teacher's distribution where dynamic time warping over the edit distances
 of the two models' input tokens gives it exactly one of the teacher's, and the vocabulary's map says that the two are

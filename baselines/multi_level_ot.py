@@ -1,4 +1,4 @@
-"""Multi-level optimal transport (Cui et al., AAAI 2025), as in its public code with f = 1 (BASELINES 7a), and CTPD's port.
+"""Multi-level optimal transport (Cui et al., AAAI 2025), as in its public code with f = 1 (docs/method.md#multi-level-optimal-transport), and CTPD's port.
 
 The k-th token of the student's response is compared with the k-th of the teacher's, over 50 columns of each model's
 distribution: those with most probability over the whole batch, largest first. So responses of one batch change each

@@ -1,4 +1,4 @@
-"""Sequence-level distillation: fine-tuning on the teacher's own answers (Kim & Rush, EMNLP 2016; BASELINES 2).
+"""Sequence-level distillation: fine-tuning on the teacher's own answers (Kim & Rush, EMNLP 2016; docs/method.md#sequence-level-distillation).
 
 The pipeline generates the teacher's answer to each prompt, which replaces the chosen response (`generation`); the
 student's tokenizer tokenizes the text again, so the two models need not share one.

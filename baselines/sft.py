@@ -1,4 +1,4 @@
-"""Supervised fine-tuning on the chosen responses (METHOD 5).
+"""Supervised fine-tuning on the chosen responses (docs/method.md#supervised-fine-tuning).
 
 Shape legend: R rows (all chosen), U units (tokens).
 """

@@ -1,7 +1,7 @@
 """TIS-DPO (Liu et al., ICLR 2025, arXiv 2410.04350): DPO with token weights from the student's own contrastive pair.
 
 DEVIATION: without the KL term between the models, which the authors' code leaves out by default (`token_level: false`);
-weights by the paper's formula, which is not in the authors' code (BASELINES 11).
+weights by the paper's formula, which is not in the authors' code (docs/method.md#tis-dpo).
 """
 
 from typing import final

@@ -1,4 +1,4 @@
-"""Token-level distillation between models that share a tokenizer (BASELINES 3).
+"""Token-level distillation between models that share a tokenizer (docs/method.md#token-level-distillation).
 
 Forward KL is Hinton et al. 2015, reverse KL MiniLLM's, generalised JSD that of GKD (Agarwal et al., ICLR 2024), skewed
 KL DistiLLM's (Ko et al., ICML 2024), adaptive KL Wu et al. 2024; the mix with cross-entropy and its normalisation are

@@ -1,4 +1,4 @@
-"""Universal Logit Distillation (Boizard et al., TMLR 2025, arXiv 2402.12030), as CTPD's authors ran it (BASELINES 4a).
+"""Universal Logit Distillation (Boizard et al., TMLR 2025, arXiv 2402.12030), as CTPD's authors ran it (docs/method.md#uld).
 
 The k-th token of the student's response is compared with the k-th of the teacher's: the distance is that of the two
 sorted distributions, so no vocabulary has to be mapped.

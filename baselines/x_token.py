@@ -1,4 +1,4 @@
-"""X-Token, NeMo-RL's distillation across tokenizers (arXiv 2605.21699; BASELINES 9): means over the rows of a span.
+"""X-Token, NeMo-RL's distillation across tokenizers (arXiv 2605.21699; docs/method.md#x-token): means over the rows of a span.
 
 A span's distribution is the mean over its tokens' rows. P-KL projects the student's into the teacher's vocabulary by a
 sparse matrix and compares there; the other two forms compare shared tokens by KL and the sorted rest by L1.

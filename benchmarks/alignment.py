@@ -29,6 +29,7 @@ VOCABULARIES = {"teacher": 32000, "student": 16000}
 def measure(config: dict[str, Any]) -> dict[str, Any]:
     """Tokenize, align, and prepare completely. ``config``: `data`, `teacher`, `student` (paths or None), `limit`."""
     os.environ["RAYON_NUM_THREADS"] = "1"
+    from ctpd.text.config import PairsConfig
     from ctpd.text.prepare import prepare_pairs
     from ctpd.text.render import PlainTemplate, space_mark_ids
     from ctpd.text.render import TemplatedTokenizer as Reader
@@ -56,9 +57,11 @@ def measure(config: dict[str, Any]) -> dict[str, Any]:
     sides = {role: Reader(tok, template, role) for role, tok in tokenizers.items()}
     start = time.perf_counter()
     prepare_pairs(
-        {"train": pairs}, teacher=sides["teacher"], student=sides["student"], max_tokens=2**20, max_prompt_tokens=2**19,
-        long_prompt="drop", max_dropped=1.0,
-    )  # fmt: skip
+        {"train": pairs},
+        PairsConfig(max_tokens=2**20, max_prompt_tokens=2**19, max_dropped=1.0),
+        teacher=sides["teacher"],
+        student=sides["student"],
+    )
     return {
         **seconds,
         "align_s": aligning,

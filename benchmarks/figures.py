@@ -1,56 +1,34 @@
-"""Figures as SVG files that stand alone: bars with their spread and bound, and curves over logarithmic axes."""
+"""Figures as SVG files that follow a light or dark theme: bars with their spread and bound, and logarithmic curves."""
 
-import html
 import math
 import statistics
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
+from xml.etree import ElementTree
 
-from harness.charts import number_text
+from harness.charts import NUM_STYLES, number_text
+from harness.drawing import (
+    DARK,
+    PALETTE,
+    axes_of,
+    draw_dot,
+    draw_lines,
+    draw_text,
+    label_x,
+    round_numbers,
+    sheet,
+)
+from harness.figures import matplotlib_settings, themed
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 WIDTH = 720
 LABEL = 360
-"""Width of the labels beside bars."""
-_STYLE = """
-svg { --paper: #fdfdfb; --ink: #1d1f23; --muted: #5f646d; --faint: #e7e7e2; --s0: #1f5fa8; --s1: #c2570c; --s2: #2b8050;
-  --s3: #a3346f; --s4: #6a51b5; --s5: #8a6d00; --s6: #197d8c; --s7: #6b6b6b; font: 13px system-ui, "Segoe UI", Roboto,
-  "Noto Sans", "Liberation Sans", sans-serif; }
-@media screen and (prefers-color-scheme: dark) { svg { --paper: #16181c; --ink: #e6e6e3; --muted: #a2a7b0; --faint: #2a2e35;
-  --s0: #7fb2ee; --s1: #f0a15e; --s2: #6fc593; --s3: #e58ab9; --s4: #b3a0f0; --s5: #d8bd55; --s6: #62c6d4; --s7: #b0b0b0; } }
-.paper { fill: var(--paper); } text { fill: var(--ink); } .number { fill: var(--muted); font-size: 12px; }
-.end { text-anchor: end; } .middle { text-anchor: middle; } .title { font-size: 15px; font-weight: 600; }
-path { fill: none; } .grid { stroke: var(--faint); } .axis { stroke: var(--muted); } .bound { stroke: var(--ink); stroke-width: 2; }
-.whisker { stroke: var(--ink); stroke-width: 1.5; } .line { stroke-width: 2; } .dash { stroke-dasharray: 5 3; }
-""" + "".join(
-    f"rect.s{n}, text.s{n} {{ fill: var(--s{n}); }} circle.s{n} {{ fill: var(--paper); stroke: var(--s{n}); stroke-width: 2; }} "
-    f"path.s{n} {{ stroke: var(--s{n}); }}\n"
-    for n in range(8)
-)
-
-
-class Scale(NamedTuple):
-    """From a value to a position: ``first`` is shown at ``start`` and ``last`` at ``end``."""
-
-    first: float
-    last: float
-    start: float
-    end: float
-
-    def __call__(self, value: float) -> float:
-        """The position of a value, to a tenth of a unit."""
-        share = (value - self.first) / ((self.last - self.first) or 1.0)
-        return round(self.start + share * (self.end - self.start), 1)
-
-
-def ticks(low: float, high: float, *, about: int = 5) -> list[float]:
-    """Round values inside [low, high], about so many: multiples of 1, 2 or 5 times a power of ten."""
-    span = high - low
-    if not math.isfinite(span) or span <= 0:
-        return [low]
-    power = 10.0 ** math.floor(math.log10(span / about))
-    step = next(power * factor for factor in (1, 2, 5, 10) if span / (power * factor) <= about)
-    first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
-    return [round(number * step, 12) for number in range(first, last + 1)]
+"""Width of the labels at the left of bars."""
+ROW = 26
+BELOW = 46
+"""Height of numbers and label below an axis."""
 
 
 class Bar(NamedTuple):
@@ -79,29 +57,35 @@ def bars(rows: Sequence[Bar], *, title: str, unit: str) -> str:
     """
     if not rows:
         raise ValueError("there is nothing to draw")
+    height = ROW * len(rows) + 4
     top = max(max([*bar.values, bar.bound or 0.0]) for bar in rows)
-    x = Scale(0, 1.02 * top or 1.0, LABEL, WIDTH - 70)
-    bottom = 44 + 26 * len(rows)
-    body = [f'<path class="grid" d="M{x(t)} 40V{bottom}"/>' for t in ticks(x.first, x.last)]
-    for number, bar in enumerate(rows):
-        y = 46 + 26 * number
-        low, middle, high = min(bar.values), statistics.median(bar.values), max(bar.values)
-        body.append(_text(LABEL - 8, y + 13, bar.label, "end"))
-        body.append(
-            f'<rect class="s{bar.style % 8}" x="{LABEL}" y="{y}" width="{max(x(middle) - LABEL, 0.5):g}" height="18" rx="2"/>'
-        )
-        if high > low:
-            body.append(
-                f'<path class="whisker" d="M{x(low)} {y + 5}v8M{x(high)} {y + 5}v8M{x(low)} {y + 9}H{x(high)}"/>'
-            )
-        if bar.bound is not None:
-            body.append(f'<path class="bound" d="M{x(bar.bound)} {y - 2}v22"/>')
-        body.append(_text(x(max(high, bar.bound or 0.0)) + 6, y + 13, f"{float(f'{middle:.3g}'):,.6g}", "number"))
-    body.append(f'<path class="axis" d="M{LABEL} {bottom}H{x.end}"/>')
-    body += [_text(x(t), bottom + 16, number_text(t), "number middle") for t in ticks(x.first, x.last)]
-    body.append(_text((x.start + x.end) / 2, bottom + 34, unit, "number middle"))
     words = "; ".join(f"{bar.label}: {', '.join(f'{v:.3g}' for v in bar.values)}" for bar in rows)
-    return _svg(bottom + 46, title, f"{unit}. {words}.", body)
+    with matplotlib_settings(svg_fonttype="none"):
+        figure = sheet(height + BELOW, title, width=WIDTH)
+        axes = axes_of(figure, left=LABEL, right=70, height=height, below=BELOW)
+        axes.set(xlim=(0, 1.02 * top or 1.0), ylim=(height, 0))
+        grid = [[(tick, 0), (tick, height)] for tick in round_numbers(*axes.get_xlim())]
+        draw_lines(axes, grid, "faint", zorder=0)
+        for number, bar in enumerate(rows):
+            _bar(axes, bar, top=ROW * number + 4)
+        label_x(axes, unit)
+        return _file(themed(figure, title=title, description=f"{unit}. {words}."))
+
+
+def _bar(axes: "Axes", bar: Bar, *, top: float) -> None:
+    from matplotlib.patches import Rectangle
+
+    low, middle, high = min(bar.values), statistics.median(bar.values), max(bar.values)
+    colour = PALETTE[f"s{bar.style % NUM_STYLES}"]
+    axes.add_patch(Rectangle((0, top), middle, 18, facecolor=colour, linewidth=0, clip_on=False))
+    draw_text(axes, 0, top + 13, bar.label, ha="right", shift=(-8, 0))
+    if high > low:
+        ends = [[(end, top + 5), (end, top + 13)] for end in (low, high)]
+        draw_lines(axes, [[(low, top + 9), (high, top + 9)], *ends], "ink", width=1.5)
+    if bar.bound is not None:
+        draw_lines(axes, [[(bar.bound, top - 2), (bar.bound, top + 20)]], "ink", width=2)
+    end = max(high, bar.bound or 0.0) / axes.get_xlim()[1]
+    draw_text(axes, end, top + 13, f"{float(f'{middle:.3g}'):,.6g}", "muted", size=11, shift=(6, 0))
 
 
 def log_lines(lines: Sequence[Line], *, title: str, x_label: str, y_label: str) -> str:
@@ -113,54 +97,76 @@ def log_lines(lines: Sequence[Line], *, title: str, x_label: str, y_label: str) 
     points = [point for line in lines for point in line.points]
     if not points or min(min(point) for point in points) <= 0:
         raise ValueError("logarithmic axes need points above 0")
-    x = _log_scale([p[0] for p in points], 60, WIDTH - 190)
-    y = _log_scale([p[1] for p in points], 300, 50)
-    body = []
-    for tick in _round_numbers(y):
-        body.append(f'<path class="grid" d="M60 {y(math.log2(tick))}H{x.end}"/>')
-        body.append(_text(54, y(math.log2(tick)) + 4, number_text(tick), "number end"))
-    for tick in sorted({p[0] for p in points}):
-        body.append(_text(x(math.log2(tick)), 318, f"{tick:,.6g}", "number middle"))
-    labels: list[float] = []
-    for line in lines:
-        places = [(x(math.log2(px)), y(math.log2(py))) for px, py in line.points]
-        path = "M" + "L".join(f"{px} {py}" for px, py in places)
-        body.append(f'<path class="line s{line.style % 8}{" dash" if line.dashed else ""}" d="{path}"/>')
-        body += [f'<circle class="s{line.style % 8}" cx="{px}" cy="{py}" r="3.5"/>' for px, py in places]
-        place = places[-1][1] + 4
-        while any(abs(place - other) < 15 for other in labels):
-            place += 1
-        labels.append(place)
-        body.append(_text(places[-1][0] + 8, place, line.label, f"s{line.style % 8}"))
-    body.append(f'<path class="axis" d="M60 300H{x.end}"/>')
-    body.append(_text((x.start + x.end) / 2, 338, x_label, "number middle"))
-    body.append(_text(12, 42, y_label, "number"))
     words = "; ".join(f"{line.label}: " + ", ".join(f"{px:g} {py:.3g}" for px, py in line.points) for line in lines)
-    return _svg(350, title, f"{y_label} over {x_label}. {words}.", body)
+    with matplotlib_settings(svg_fonttype="none"):
+        figure = sheet(320, title, width=WIDTH)
+        axes = axes_of(figure, left=60, right=190, height=274, below=BELOW, above=22)
+        # The axes are linear in the logarithms: every mark and number is placed by its logarithm.
+        axes.set(xlim=_reach([x for x, _ in points]), ylim=_reach([y for _, y in points]))
+        _log_axes(axes, sorted({x for x, _ in points}), x_label=x_label, y_label=y_label)
+        for line in lines:
+            drawn = [(math.log2(x), math.log2(y)) for x, y in line.points]
+            colour = f"s{line.style % NUM_STYLES}"
+            draw_lines(axes, [drawn], colour, width=2, linestyle=(0, (5, 3)) if line.dashed else "solid")
+            for point in drawn:
+                draw_dot(axes, point, colour, radius=3.5, filled=False, gid="mark")
+        _label_ends(axes, lines)
+        return _file(themed(figure, title=title, description=f"{y_label} over {x_label}. {words}."))
 
 
-def _log_scale(values: Sequence[float], start: float, end: float) -> Scale:
+def _reach(values: Sequence[float]) -> tuple[float, float]:
     low, high = math.log2(min(values)), math.log2(max(values))
-    return Scale(low - 0.1, max(high, low + 1) + 0.1, start, end)
+    return low - 0.1, max(high, low + 1) + 0.1
 
 
-def _round_numbers(scale: Scale) -> list[float]:
-    """1, 2 and 5 times powers of ten inside the axis; on a long axis the powers alone."""
-    first, last = (math.floor(math.log10(2) * end) for end in (scale.first, scale.last))
+def _log_axes(axes: "Axes", measured: Sequence[float], *, x_label: str, y_label: str) -> None:
+    """Horizontal lines at round numbers, the measured x values below."""
+    (left, right), (bottom, top) = axes.get_xlim(), axes.get_ylim()
+    ticks = _powers(bottom, top)
+    draw_lines(axes, [[(left, math.log2(tick)), (right, math.log2(tick))] for tick in ticks], "faint")
+    draw_lines(axes, [[(left, bottom), (right, bottom)]], "muted")
+    for tick in ticks:
+        draw_text(axes, 0, math.log2(tick), number_text(tick), "muted", size=11, ha="right", shift=(-6, -4))
+    for x in measured:
+        share = (math.log2(x) - left) / (right - left)
+        draw_text(axes, share, bottom, f"{x:,.6g}", "muted", size=11, ha="center", shift=(0, -18))
+    draw_text(axes, 0.5, bottom, x_label, "muted", size=11, ha="center", shift=(0, -38))
+    draw_text(axes, 0, top, y_label, "muted", size=11, shift=(-48, 8))
+
+
+def _powers(low: float, high: float) -> list[float]:
+    """1, 2 and 5 times powers of ten between 2**low and 2**high; on a long axis the powers alone."""
+    first, last = (math.floor(math.log10(2) * end) for end in (low, high))
     factors = (1, 2, 5) if last - first < 3 else (1,)
     found = [factor * 10.0**power for power in range(first, last + 1) for factor in factors]
-    return [value for value in found if scale.first <= math.log2(value) <= scale.last]
+    return [value for value in found if low <= math.log2(value) <= high]
 
 
-def _text(x: float, y: float, text: str, kind: str) -> str:
-    return f'<text class="{kind}" x="{x:g}" y="{y:g}">{html.escape(text)}</text>'
+def _label_ends(axes: "Axes", lines: Sequence[Line]) -> None:
+    """Each line's label at its last point, moved down where it would cover another."""
+    (left, right), (bottom, top) = axes.get_xlim(), axes.get_ylim()
+    points_per_unit = 252 / (top - bottom)
+    heights: list[float] = []
+    for line in lines:
+        x, y = (math.log2(value) for value in line.points[-1])
+        height = y * points_per_unit
+        while any(abs(height - other) < 15 for other in heights):
+            height -= 1
+        heights.append(height)
+        colour = f"s{line.style % NUM_STYLES}"
+        draw_text(axes, (x - left) / (right - left), height / points_per_unit, line.label, colour, shift=(8, -4))
 
 
-def _svg(height: float, title: str, description: str, body: Sequence[str]) -> str:
-    return "\n".join(
-        [
-            f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height:g}" width="{WIDTH}" role="img">',
-            f"<title>{html.escape(title)}</title>", f"<desc>{html.escape(description)}</desc>", f"<style>{_STYLE}</style>",
-            f'<rect class="paper" width="{WIDTH}" height="{height:g}"/>', _text(12, 24, title, "title"), *body, "</svg>", "",
-        ]
-    )  # fmt: skip
+def _file(figure: ElementTree.Element) -> str:
+    """A file that needs no page: with the palettes of both themes, a background and a font."""
+    *_, width, height = figure.attrib["viewBox"].split()
+    figure.attrib |= {"xmlns": "http://www.w3.org/2000/svg", "width": width}
+    light, dark = (" ".join(f"--{name}: {colour};" for name, colour in palette.items()) for palette in (PALETTE, DARK))
+    style = ElementTree.Element("style")
+    style.text = (
+        f"svg {{ {light} font-family: system-ui, 'Segoe UI', Roboto, 'Noto Sans', 'Liberation Sans', sans-serif; }}\n"
+        f"@media screen and (prefers-color-scheme: dark) {{ svg {{ {dark} }} }}"
+    )
+    paper = ElementTree.Element("rect", {"width": width, "height": height, "style": "fill: var(--paper)"})
+    figure[:] = [*figure[:2], style, paper, *figure[2:]]
+    return ElementTree.tostring(figure, encoding="unicode") + "\n"

@@ -2,12 +2,14 @@
 
 import os
 from collections.abc import Mapping, Sequence
-from functools import cached_property
+from functools import cache, cached_property
 from importlib import metadata
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ctpd.core.config import nearest
 from ctpd.core.errors import UserError
+from ctpd.core.printing import command
 from ctpd.core.processes import processes
 from ctpd.core.store import Store
 from ctpd.pipeline.build import build_missing
@@ -27,10 +29,11 @@ from ctpd.pipeline.stages.train import TrainStage
 from ctpd.pipeline.stages.weights import WeightsStage
 from ctpd.pipeline.stages.world import WorldStage
 from ctpd.recipe import EvaluationSpec, Recipe, load_recipe
-from harness.comparison import tables
 from harness.record import Record
-from harness.sheet import Table
 from harness.suites import Column, Suite, load_suite
+
+if TYPE_CHECKING:
+    from harness.sheet import Table
 
 
 class Experiment:
@@ -129,7 +132,7 @@ def run(
     store: str | os.PathLike[str] = "runs",
     runtime: Runtime | None = None,
     quiet: bool = True,
-) -> list[Table]:
+) -> "list[Table]":
     """Train, evaluate and compare everything that is missing; return the tables.
 
     In this process, or those of the launcher that has started it: a recipe's `launch` block starts none here.
@@ -143,6 +146,8 @@ def run(
     Raises:
         UserError: anything wrong with the recipe, the data or the models.
     """
+    from harness.comparison import tables  # pandas: a plan does not need it
+
     experiment, artifacts = Experiment(recipe), Store(Path(store))
     runtime = runtime or Runtime.of(experiment.recipe.launch)
     experiment.check_suite(artifacts)
@@ -182,12 +187,17 @@ def evaluation_stage(
             chat_template=spec.chat_template,
             precision=precision,
             backend=spec.backend,
-            lm_eval=metadata.version("lm_eval"),
+            lm_eval=_lm_eval_version(),
         ),
         task=ColumnTask(column),
         model=model,
         documents=world if world is not None or mirror is None else Mirror.of(mirror, column),
     )
+
+
+@cache
+def _lm_eval_version() -> str:
+    return metadata.version("lm_eval")  # reads the file system on every call
 
 
 def read_records(experiment: Experiment, store: Store) -> list[Record]:
@@ -197,7 +207,7 @@ def read_records(experiment: Experiment, store: Store) -> list[Record]:
         raise UserError(
             f"the store {store.root} holds no record of this recipe",
             where=experiment.source,
-            fix=f"Run `ctpd run {experiment.source}` first, or give another --store",
+            fix=f"Run `{command('run', experiment.source, store=store.root)}` first, or give another --store",
         )
     return [Record.read(folder / RECORD) for folder in found]
 

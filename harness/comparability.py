@@ -1,4 +1,4 @@
-"""Which records may stand in one table: the same shared settings, and per column one protocol and the same documents."""
+"""Which records may be put into one table: the same shared settings, and per column one protocol and the same documents."""
 
 from collections.abc import Iterator, Mapping, Sequence
 

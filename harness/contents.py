@@ -1,4 +1,4 @@
-"""What the report of a comparison holds beside its tables: figures, examples and tests, computed from the records."""
+"""What the report of a comparison holds in addition to its tables: figures, examples and tests, computed from the records."""
 
 import math
 from collections.abc import Iterator, Mapping, Sequence

@@ -33,26 +33,48 @@ PALETTE = {
     "s6": "#197d8c",
     "s7": "#6b6b6b",
 }
-"""The light colours of ``templates/style.css``, by the names of its variables."""
+"""The colours of figures on paper, and of the report's in a light theme; ``templates/style.css`` has them as variables."""
+DARK = {
+    "paper": "#16181c",
+    "ink": "#e6e6e3",
+    "muted": "#a2a7b0",
+    "faint": "#2a2e35",
+    "s0": "#7fb2ee",
+    "s1": "#f0a15e",
+    "s2": "#6fc593",
+    "s3": "#e58ab9",
+    "s4": "#b3a0f0",
+    "s5": "#d8bd55",
+    "s6": "#62c6d4",
+    "s7": "#b0b0b0",
+}
+"""The same in a dark theme."""
 
 
-def sheet(height: float, title: str | None) -> "Figure":
-    """An empty figure so many points high, without its title, which adds ``TITLE``."""
+def sheet(height: float, title: str | None, *, width: float = WIDTH) -> "Figure":
+    """An empty figure of so many points, without its title, which adds ``TITLE`` to the height."""
     from matplotlib.figure import Figure
 
     height += 0 if title is None else TITLE
-    size = WIDTH / POINTS_PER_INCH, height / POINTS_PER_INCH
+    size = width / POINTS_PER_INCH, height / POINTS_PER_INCH
     figure = Figure(figsize=size, dpi=POINTS_PER_INCH, facecolor="white")
     if title is not None:
-        figure.text(8 / WIDTH, 1 - 17 / height, shortened(title, 46), color=PALETTE["ink"], weight="bold", size=12)
+        figure.text(
+            8 / width,
+            1 - 17 / height,
+            shortened(title, round(width / 7.8)),
+            color=PALETTE["ink"],
+            weight="bold",
+            size=12,
+        )
     return figure
 
 
 def axes_of(figure: "Figure", *, left: float, right: float, height: float, below: float, above: float = 0) -> "Axes":
     """Axes without a frame, ``below`` points above the figure's lower edge; ``above`` is taken off their height."""
-    total = figure.get_figheight() * POINTS_PER_INCH
+    width, total = (size * POINTS_PER_INCH for size in figure.get_size_inches())
     axes = figure.add_axes(
-        (left / WIDTH, below / total, 1 - (left + right) / WIDTH, (height - above) / total), frameon=False
+        (left / width, below / total, 1 - (left + right) / width, (height - above) / total), frameon=False
     )
     axes.set_axis_off()
     return axes
@@ -127,8 +149,16 @@ def draw_text(
 
     assert axes.figure is not None
     moved = ScaledTranslation(shift[0] / POINTS_PER_INCH, shift[1] / POINTS_PER_INCH, axes.figure.dpi_scale_trans)
-    place = axes.get_yaxis_transform() + moved
-    axes.text(x, y, text, color=PALETTE[colour], transform=place, clip_on=False, va="baseline", **style)
+    axes.text(
+        x,
+        y,
+        text,
+        color=PALETTE[colour],
+        transform=axes.get_yaxis_transform() + moved,
+        clip_on=False,
+        va="baseline",
+        **style,
+    )
 
 
 def shortened(text: str, most: int) -> str:

@@ -1,7 +1,7 @@
 """Figures drawn by matplotlib: as SVG inside the report, and as SVG, PDF and PNG files for papers and talks.
 
-All figures are as wide as a phone's column, so that their text keeps its size; the report sets several beside each
-other. Lengths are points (1/72 inch), which are the user units of the SVG. Inside the report a figure takes its colours
+All figures are as wide as a phone's column, so that their text keeps its size; the report sets several side by
+side. Lengths are points (1/72 inch), which are the user units of the SVG. Inside the report a figure takes its colours
 and type from the page's style sheet, in light and in dark; a file has the light colours, its title and its legend.
 
 ``Figure`` is used without ``pyplot``, which would keep figures and a backend in global state; matplotlib is imported when
@@ -72,22 +72,29 @@ SETTINGS: Any = {
 
 def inline_svg(chart: Chart) -> str:
     """The figure as an ``svg`` element for the report: colours and type are the page's, and it refers to nothing."""
-    with _drawing(svg_fonttype="none"):
-        figure = _draw(chart, as_file=False)
-        figure.patch.set_visible(False)
-        root = ElementTree.fromstring(_saved(figure, "svg"))
-    root = _for_page(root)
-    root.attrib |= {"class": "figure", "role": "img", "aria-label": chart.title}
-    words = [_element("title", chart.title), _element("desc", describe(chart))]
-    root[:] = [*words, *root]
-    return ElementTree.tostring(root, encoding="unicode")
+    with matplotlib_settings(svg_fonttype="none"):
+        page = themed(_draw(chart, as_file=False), title=chart.title, description=describe(chart))
+    page.attrib |= {"class": "figure", "aria-label": chart.title}
+    return ElementTree.tostring(page, encoding="unicode")
+
+
+def themed(figure: "Figure", *, title: str, description: str) -> ElementTree.Element:
+    """A figure as an ``svg`` element whose colours are CSS variables, with its title and description for screen readers.
+
+    Within ``matplotlib_settings(svg_fonttype="none")``, so that text stays text.
+    """
+    figure.patch.set_visible(False)
+    page = _for_page(ElementTree.fromstring(_saved(figure, "svg")))
+    page.set("role", "img")
+    page[:] = [_element("title", title), _element("desc", description), *page]
+    return page
 
 
 def write_figures(charts: Iterable[Named], folder: Path) -> list[Path]:
     """Write each chart as SVG, PDF and PNG, the same bytes for the same numbers; returns the files."""
     folder.mkdir(parents=True, exist_ok=True)
     paths = []
-    with _drawing(svg_fonttype="path"):
+    with matplotlib_settings(svg_fonttype="path"):
         for stem, chart in charts:
             figure = _draw(chart, as_file=True)
             for suffix in FORMATS:
@@ -97,7 +104,7 @@ def write_figures(charts: Iterable[Named], folder: Path) -> list[Path]:
 
 
 @contextmanager
-def _drawing(*, svg_fonttype: str) -> Iterator[None]:
+def matplotlib_settings(*, svg_fonttype: str) -> Iterator[None]:
     """matplotlib with our settings, and with its own again afterwards."""
     import matplotlib
 
@@ -136,11 +143,11 @@ def _forest(chart: Forest, *, title: str | None) -> "Figure":
     axes = axes_of(figure, left=8, right=8, height=bottom, below=36)
     axes.set(xlim=(low - margin, high + margin), ylim=(bottom, 0))
     label_x(axes, chart.unit)
-    places = [ROW * number + 28 for number in range(len(chart.estimates))]
-    grid = [[(tick, y - 8), (tick, y + 12)] for y in places for tick in round_numbers(*axes.get_xlim())]
+    rows = [ROW * number + 28 for number in range(len(chart.estimates))]
+    grid = [[(tick, y - 8), (tick, y + 12)] for y in rows for tick in round_numbers(*axes.get_xlim())]
     draw_lines(axes, grid, "faint")
-    draw_lines(axes, [[(0, y - 8), (0, y + 12)] for y in places], "muted", linestyle=(0, (3, 3)))
-    for item, y in zip(chart.estimates, places, strict=True):
+    draw_lines(axes, [[(0, y - 8), (0, y + 12)] for y in rows], "muted", linestyle=(0, (3, 3)))
+    for item, y in zip(chart.estimates, rows, strict=True):
         draw_text(axes, 0, y - 12, shortened(item.label, 27))
         draw_text(axes, 1, y - 12, item.text, "muted", size=11, ha="right")
         ends = [[(end, y - 4), (end, y + 4)] for end in (item.low, item.high)]

@@ -23,7 +23,7 @@ LEGEND = "Bold: best of the column; underlined: second."
 
 
 class View(NamedTuple):
-    """A table as all formats show it: its header, its cells with their ranks, and what stands above and below."""
+    """A table as all formats show it: its header, its cells with their ranks, its caption and its notes."""
 
     caption: str
     header: list[str]

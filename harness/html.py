@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from harness.charts import Chart, style_class
+from harness.drawing import DARK, PALETTE
 
 TEMPLATES = Path(__file__).parent / "templates"
 
@@ -27,6 +28,7 @@ def _environment() -> Any:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
+    environment.globals |= {"light": PALETTE, "dark": DARK}
     environment.filters |= {"code": code, "figure": figure, "style_class": style_class}
     return environment
 
@@ -41,7 +43,7 @@ def figure(chart: Chart) -> str:
 
 
 def code(text: str) -> str:
-    """Escaped, what stands between two backticks as code."""
+    """Escaped, text between two backticks as code."""
     from markupsafe import Markup, escape
 
     parts = [escape(part) for part in re.split("`([^`]+)`", text)]

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 Progress = Callable[[int, int], None]
-"""Told how many requests of how many are answered."""
+"""Called with the number of answered requests and the number of all."""
 
 
 def shown(progress: Progress) -> Progress:
@@ -61,16 +61,16 @@ def quiet(library: str) -> Iterator[None]:
 def dataset_cache(folder: str) -> Iterator[None]:
     """Let ``datasets`` cache in this folder.
 
-    For a folder with a dataset card, the library's own key covers the card's text alone, neither the folder's place nor
+    For a folder with a dataset card, the library's own key covers the card's text alone, neither the folder's path nor
     the contents or times of its files (datasets 5.2, measured; a test holds it): two testbed worlds, or a mended file,
     would be answered with the documents of whichever was read first. So each state of a mirror needs a cache of its own.
     """
-    place = datasets.config.HF_DATASETS_CACHE
+    usual = datasets.config.HF_DATASETS_CACHE
     datasets.config.HF_DATASETS_CACHE = folder
     try:
         yield
     finally:
-        datasets.config.HF_DATASETS_CACHE = place
+        datasets.config.HF_DATASETS_CACHE = usual
 
 
 @contextlib.contextmanager

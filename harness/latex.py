@@ -22,7 +22,7 @@ _SPECIAL = {
 
 
 def escape(text: str) -> str:
-    """Text as LaTeX shows it literally; what stands between two backticks becomes typewriter text."""
+    """Text as LaTeX shows it literally; text between two backticks becomes typewriter text."""
     parts = ["".join(_SPECIAL.get(character, character) for character in part) for part in re.split("`([^`]+)`", text)]
     return "".join(rf"\texttt{{{part}}}" if i % 2 else part for i, part in enumerate(parts))
 

@@ -1,4 +1,4 @@
-"""Numbers from papers: shown beside ours, apart and labelled, never merged with ours."""
+"""Numbers from papers: shown below ours, apart and labelled, never merged with ours."""
 
 import csv
 from collections.abc import Mapping

@@ -43,8 +43,8 @@ class SharedSettings(Config):
     """What all rows of a comparison have in common: see ``harness.shared.shared_settings``, which makes it.
 
     Attributes:
-        settings: the recipe's `shared` block without `seeds` and `evaluation`. It holds no path of a machine: in the
-            place of each path stands a digest of what was found there.
+        settings: the recipe's `shared` block without `seeds` and `evaluation`. It holds no path of a machine:
+            each path is replaced by a digest of what was found there.
         digest: sha256 of ``settings``. Records with another one may not be compared.
     """
 
@@ -81,7 +81,7 @@ class TrainingSummary(Config):
         seconds: of the training alone, without loading and evaluation.
         peak_memory_mib: of the GPU; on a CPU of the whole process.
         weights_mib: memory of the model's weights.
-        objective_parameters: parameters that the objective trained beside the model's.
+        objective_parameters: trained parameters of the objective itself, not of the model.
         micro_batch: pairs of one forward and backward pass.
         shares_prompts: whether the two responses of a pair shared the computation of their prompt.
     """
@@ -271,7 +271,7 @@ class RecordHead(Config):
         suite: its name.
         partial: whether the recipe asked for a part of the documents only.
         signals: the stored passes of frozen models over the pairs that the row needed.
-        in_memory: frozen models that were in memory beside the student while it trained.
+        in_memory: frozen models that were in memory together with the student while it trained.
     """
 
     recipe: str
@@ -357,5 +357,5 @@ def _unreadable(path: Path, error: ValidationError) -> UserError:
         problem = f"the record has schema {schema}, and this version reads schema {SCHEMA}"
         return UserError(problem if schema is not None else "the file is no record", where=str(path), fix=again)
     first = error.errors(include_url=False)[0]
-    place = ".".join(map(str, first["loc"])) or "its top level"
-    return UserError(f"the record is damaged: `{place}`: {first['msg']}", where=str(path), fix=again)
+    field = ".".join(map(str, first["loc"])) or "its top level"
+    return UserError(f"the record is damaged: `{field}`: {first['msg']}", where=str(path), fix=again)

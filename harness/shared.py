@@ -1,4 +1,4 @@
-"""The settings that all rows of a comparison have in common, with digests in the place of paths."""
+"""The settings that all rows of a comparison have in common, with digests instead of paths."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -17,7 +17,7 @@ def shared_settings(shared: Shared, digests: Mapping[str, str]) -> SharedSetting
     Args:
         shared: the block.
         digests: for each of ``local_settings(shared)`` a digest of the contents that were found there. It replaces the
-            path, so that equal contents at two places compare as equal, and other contents at one path do not.
+            path, so that equal contents at two paths compare as equal, and other contents at one path do not.
     """
     settings: dict[str, Any] = to_plain(shared)
     del settings["seeds"], settings["evaluation"]

@@ -1,6 +1,6 @@
 """Uncertainty of scores and of differences between systems that answered the same documents: `docs/statistics.md`.
 
-Two sources are kept apart: the documents (a bootstrap over them) and the training seeds (their spread beside it, and
+Two sources are kept apart: the documents (a bootstrap over them) and the training seeds (their spread next to it, and
 with five or more a t-interval). The bootstrap is conditional on the trained seeds: it says how the difference between
 *these* models would move with other documents, not how it would move with other seeds.
 

@@ -1,4 +1,4 @@
-"""Suites: which lm-eval tasks make the columns of a table, with which shots and metric (METHOD 7)."""
+"""Suites: which lm-eval tasks make the columns of a table, with which shots and metric (docs/method.md#suites)."""
 
 from collections.abc import Sequence
 from pathlib import Path

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ctpd.cli.options import Decorator, command, execution, prepare, refuse
+from ctpd.cli.options import Decorator, execution, prepare, refuse
 
 if TYPE_CHECKING:
     from ctpd.core.store import Store
@@ -131,7 +131,7 @@ def weights(recipe: str, *, store: Path, only: tuple[str, ...], seed: tuple[int,
 def _weight_keys(recipe: str, store: "Store", *, only: tuple[str, ...], seed: tuple[int, ...]) -> dict[str, list[str]]:
     """Key of a weights artifact -> the runs that use it; runs whose weights are not built yet are named on stderr."""
     from ctpd.core.errors import UserError
-    from ctpd.core.printing import printable
+    from ctpd.core.printing import command, printable
     from ctpd.recipe import shipped_recipes
 
     if recipe not in shipped_recipes() and not Path(recipe).is_file():

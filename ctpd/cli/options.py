@@ -5,7 +5,6 @@ the stages of the same command.
 """
 
 import os
-import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -13,9 +12,9 @@ from typing import Any
 
 import click
 
-Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
+from ctpd.core.printing import DEFAULT_STORE
 
-DEFAULT_STORE = "runs"
+Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 OPTIONS: dict[str, Decorator] = {
     "store": click.option(
@@ -69,7 +68,8 @@ def refuse(*names: str, because: str) -> None:
     """
     for name in names:
         if given(name):
-            raise click.UsageError(f"--{name.replace('_', '-')} does nothing here: {because}.")
+            flag = name.removeprefix("as_").replace("_", "-")
+            raise click.UsageError(f"--{flag} does nothing here: {because}.")
 
 
 def prepare(*, offline: bool, device: str = "auto") -> str:
@@ -100,9 +100,3 @@ def visible_gpu(number: int) -> str | None:
         return str(number)
     names = seen.split(",")
     return names[number] if number < len(names) else None
-
-
-def command(*words: str, store: Path) -> str:
-    """A command to be pasted into a shell; with --store where it is not the default."""
-    named = [] if str(store) == DEFAULT_STORE else ["--store", str(store)]
-    return shlex.join(["ctpd", *words, *named])

@@ -10,8 +10,8 @@ import click
 
 from ctpd.cli.execute import RUNNING, Flags, execute, opened, prepared
 from ctpd.cli.launch import started_by_user
-from ctpd.cli.options import command, execution, given, refuse
-from ctpd.core.printing import printable
+from ctpd.cli.options import execution, given, refuse
+from ctpd.core.printing import command, printable
 
 if TYPE_CHECKING:
     from ctpd.app import Experiment
@@ -145,6 +145,7 @@ def recipes(*, schema: bool, as_json: bool) -> None:
     from ctpd.recipe import load_recipe, shipped_recipes
 
     if schema:
+        refuse("as_json", because="a schema is JSON")
         from ctpd.recipe.schema import schema_file
 
         click.echo(schema_file().read_text(encoding="utf-8"), nl=False)

@@ -1,4 +1,9 @@
-"""Text from users (names of runs, labels, paths) made safe for a terminal."""
+"""Text for a terminal: names from users made safe, commands that can be pasted into a shell."""
+
+import shlex
+from pathlib import Path
+
+DEFAULT_STORE = "runs"  # the folder of the artifacts, relative to the working directory
 
 
 def printable(text: str) -> str:
@@ -9,3 +14,9 @@ def printable(text: str) -> str:
     if text.isprintable():
         return text
     return "".join(c if c.isprintable() else f"⟨U+{ord(c):04X}⟩" for c in text)
+
+
+def command(*words: str, store: Path) -> str:
+    """The command `ctpd WORDS`, quoted for a shell; with --store where it is not the default."""
+    named = [] if str(store) == DEFAULT_STORE else ["--store", str(store)]
+    return shlex.join(["ctpd", *words, *named])

@@ -158,7 +158,7 @@ class RowObjective(DistillationObjective[LogitTokens | TopTokens], Generic[Teach
     one (`TeacherView.top_k`), `Tensor | Top` if a parameter decides.
 
     The sum over the student's scored tokens, divided by their number over the step: the exact mean over tokens,
-    also where micro-batches differ in length (BASELINES 0).
+    also where micro-batches differ in length (docs/method.md#shared-formulation).
     """
 
     counts = "tokens"

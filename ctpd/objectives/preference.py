@@ -1,4 +1,4 @@
-"""The weighted preference objective (METHOD 5): DPO, TIS-DPO, CTPD and every ablation are cells of one table.
+"""The weighted preference objective (docs/method.md#preference-objective): DPO, TIS-DPO, CTPD and every ablation are cells of one table.
 
 Shape legend: R = 2B rows (B chosen, then B rejected), U units.
 """
@@ -85,7 +85,7 @@ class Preference(PairObjective):
 
 
 def preference_sums(units: Units, *, beta: float) -> Sums:
-    """Loss and metrics of METHOD 5, summed over the pairs of a micro-batch.
+    """Loss and metrics of docs/method.md#preference-objective, summed over the pairs of a micro-batch.
 
     Weights and reference are constants; weights that are None are 1.
     """

@@ -1,4 +1,4 @@
-"""Log-probabilities of units: aligned spans, or a student's own tokens (METHOD 3).
+"""Log-probabilities of units: aligned spans, or a student's own tokens (docs/method.md#log-probabilities-of-units).
 
 Two forms of one definition: padded and differentiable for the policy in training, flat for stored signals.
 

@@ -1,4 +1,4 @@
-"""Importance weights of units: every strategy of METHOD 4, over the flat units of many responses.
+"""Importance weights of units: every strategy of docs/method.md#weight-strategies, over the flat units of many responses.
 
 Rows alternate: row 2i is the chosen, row 2i + 1 the rejected response of pair i. Everything is computed in float64.
 
@@ -167,7 +167,7 @@ def span_weights(
     seed: int = 0,
     marks: Int[Tensor, " _"] | None = None,
 ) -> WeightsResult:
-    """Importance weights ``w = k exp(mu clamp(d, lower, upper))`` of the units of many pairs (METHOD 4).
+    """Importance weights ``w = k exp(mu clamp(d, lower, upper))`` of the units of many pairs (docs/method.md#importance-weights).
 
     End units have weight exactly 1 and take no part in averages, permutations, pairings and clamped fractions.
     Results are float32 (float64 where a signal is); all of it is computed in float64.

@@ -18,7 +18,6 @@ from ctpd.pipeline.stages.pairs import (
     FilePairs,
     HubPairs,
     ModelInput,
-    PairsConfig,
     PairSource,
     PairsStage,
     WorldPairs,
@@ -29,8 +28,9 @@ from ctpd.pipeline.stages.tokenizer import TokenizerConfig, TokenizerStage
 from ctpd.pipeline.stages.train import TrainConfig, TrainStage
 from ctpd.pipeline.stages.weights import WeightsConfig, WeightsStage, needed_signals
 from ctpd.pipeline.stages.world import WorldStage
-from ctpd.recipe import ContrastivePhase, DataSpec, ModelSpec, Shared
+from ctpd.recipe import ContrastivePhase, ModelSpec, Shared
 from ctpd.recipe import Source as SourceSpec
+from ctpd.text.config import PairsConfig
 from ctpd.train.config import Schedule
 
 
@@ -126,7 +126,7 @@ class SharedStages:
     def _pairs(self, sources: Mapping[str, PairSource], *, label: str) -> PairsStage:
         return PairsStage(
             label=label,
-            config=_pairs_config(self.shared.data),
+            config=PairsConfig.of(self.shared.data),
             train=sources["train"],
             eval=sources.get("eval"),
             teacher=self._input("teacher"),
@@ -158,7 +158,7 @@ class SharedStages:
         return self.trained(role, base, training)
 
     def contrastive(self, signal: Signal) -> Model:
-        """The model trained with DPO on the pairs (`positive`) or on the swapped pairs (`negative`) (METHOD 4)."""
+        """The model trained with DPO on the pairs (`positive`) or on the swapped pairs (`negative`) (docs/method.md#contrastive-models)."""
         role = signal.role
         spec = self.spec(role)
         phase: ContrastivePhase | str | None = spec.positive if signal.phase == "positive" else spec.negative
@@ -295,14 +295,3 @@ class SharedStages:
                 where=self.source,
                 fix="Leave the run out, or give both models one tokenizer",
             )
-
-
-def _pairs_config(data: DataSpec) -> PairsConfig:
-    return PairsConfig(
-        max_tokens=data.max_tokens,
-        max_prompt_tokens=data.max_prompt_tokens,
-        long_prompt=data.long_prompt,
-        max_dropped=data.max_dropped,
-        select=data.select,
-        limit=data.limit,
-    )

@@ -1,6 +1,7 @@
 """From prepared pairs and stored signals to the rows that a training scores: units, references, weights."""
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -8,7 +9,7 @@ from numpy.typing import NDArray
 
 from ctpd.core.errors import UserError
 from ctpd.core.roles import Role
-from ctpd.objectives.base import BOTH_SIDES, Aggregate, Granularity, Layout, Side
+from ctpd.objectives.base import Aggregate, Granularity, Layout, Side
 from ctpd.ops.spans import flat_unit_sums
 from ctpd.text.blocks import TokenRows
 from ctpd.text.prepare import PreparedPairs
@@ -55,6 +56,18 @@ def end_units(prepared: PreparedPairs, unit_starts: NDArray[np.int64]) -> NDArra
     return is_end
 
 
+class Constants(NamedTuple):
+    """What stays the same while a model is trained on its rows.
+
+    Attributes:
+        reference: the role whose tokens the reference's log-probabilities have, and one of them per token.
+        weights: importance weights, one per unit, the units of all rows one after another.
+    """
+
+    reference: tuple[Role, NDArray[np.float32]] | None = None
+    weights: NDArray[np.float32] | None = None
+
+
 def scored_rows(
     prepared: PreparedPairs,
     *,
@@ -62,16 +75,13 @@ def scored_rows(
     layout: Layout,
     sides: Sequence[Side],
     split: str,
-    swap: bool = False,
-    reference: tuple[Role, NDArray[np.float32]] | None = None,
-    weights: NDArray[np.float32] | None = None,
+    constants: Constants = Constants(),  # noqa: B008 (immutable)
 ) -> ScoredRows:
     """The rows of one split as the model ``role`` scores them for an objective with this layout.
 
     Args:
-        swap: chosen and rejected change places (the negative contrastive model).
-        reference: the role whose tokens the signal has, and the signal per token.
-        weights: per unit, flat.
+        sides: the responses that are scored, the preferred one first.
+        constants: reference and weights.
 
     Raises:
         UserError: the split has no pairs.
@@ -82,9 +92,9 @@ def scored_rows(
     if not len(pairs):
         raise UserError(f"there is no usable pair in the split '{split}'")
     columns = {"chosen": 2 * pairs, "rejected": 2 * pairs + 1}
-    order = BOTH_SIDES[::-1] if swap else BOTH_SIDES
-    items = np.stack([columns[side] for side in order if len(sides) == len(BOTH_SIDES) or side in sides], axis=1)
+    items = np.stack([columns[side] for side in sides], axis=1)
     rows = token_rows(prepared, role)
+    reference = constants.reference
     return ScoredRows(
         input_ids=rows.input_ids,
         row_starts=rows.row_starts,
@@ -92,13 +102,16 @@ def scored_rows(
         unit_starts=unit_starts,
         counted=np.ones_like(is_end) if layout.end_span else ~is_end,
         items=items.astype(np.int64),
-        reference=None
-        if reference is None
-        else unit_signal(
-            prepared, reference[0], reference[1], granularity=layout.granularity, aggregate=layout.aggregate
-        ),
-        weights=weights,
+        reference=None if reference is None else _unit_reference(prepared, reference, layout),
+        weights=constants.weights,
     )
+
+
+def _unit_reference(
+    prepared: PreparedPairs, reference: tuple[Role, NDArray[np.float32]], layout: Layout
+) -> NDArray[np.float32]:
+    role, logps = reference
+    return unit_signal(prepared, role, logps, granularity=layout.granularity, aggregate=layout.aggregate)
 
 
 def text_rows(token_ids: Sequence[Sequence[int]]) -> ScoredRows:

@@ -116,7 +116,7 @@ def aligned_tokens(
             index = np.arange(len(ours))
             found = np.where(index < len(theirs), index, -1)
         else:
-            # The strings that are compared are those at the predicting positions (BASELINES 5.1).
+            # The strings that are compared are those at the predicting positions (docs/method.md#mined).
             found = np.array(
                 edit_distance_pairing(
                     [facts.student.tokens[i] for i in student.input_ids[ours - 1]],

@@ -7,9 +7,10 @@ from typing import Annotated, Any, Literal, Self
 from annotated_types import MinLen
 from pydantic import AfterValidator, Field, model_validator
 
-from ctpd.core.config import Config, Number, Positive, PositiveInt, Seed, Share, Text
+from ctpd.core.config import Config, Number, Positive, PositiveInt, Seed, Text
 from ctpd.core.errors import UserError
 from ctpd.testbed.config import PretrainConfig, WorldConfig
+from ctpd.text.config import PairsConfig
 from ctpd.train.config import FsdpSpec, Schedule
 
 Precision = Literal["float32", "bfloat16"]
@@ -124,35 +125,13 @@ class Source(Config):
         return self
 
 
-class DataSpec(Config):
+class DataSpec(PairsConfig):
     """The pairs, and their lengths in tokens of either model."""
 
     train: Source
     """The pairs to train on."""
     eval: Source | None = None
     """Pairs for the evaluation loss; left out, none is computed."""
-    max_tokens: PositiveInt
-    """Longest row, prompt and response together, in tokens of either model; longer responses are cut."""
-    max_prompt_tokens: PositiveInt
-    """Longest prompt in tokens of either model."""
-    long_prompt: Literal["drop", "cut"] = "drop"
-    """What happens to a longer prompt: its pair is left out, or the start of its last user message is cut."""
-    max_dropped: Share = 0.05
-    """Largest share of a split's pairs that may be left out; with more, the run is refused."""
-    select: Literal["all", "shortest"] = "all"
-    """Which pairs `limit` keeps: the first, or those with the fewest characters."""
-    limit: PositiveInt | None = None
-    """Keep so many pairs of each split; left out, all."""
-
-    @model_validator(mode="after")
-    def _fits_together(self) -> Self:
-        if self.select == "shortest" and self.limit is None:
-            raise ValueError("`select: shortest` needs a `limit`")
-        if self.max_prompt_tokens >= self.max_tokens:
-            raise ValueError(
-                f"`max_prompt_tokens: {self.max_prompt_tokens}` leaves no room for a response in `max_tokens: {self.max_tokens}`"
-            )
-        return self
 
 
 class EvaluationSpec(Config):

@@ -1,4 +1,4 @@
-"""Aligned span projection: the finest partition of a response that two tokenizations share (METHOD 2.5 and 3).
+"""Aligned span projection: the finest partition of a response that two tokenizations share (docs/method.md#offset-cleaning, docs/method.md#aligned-spans).
 
 Legend: R rows (responses), T teacher tokens, U student tokens, N tokens of either side, S spans. Ragged arrays are
 flat, row r in ``[starts[r], starts[r + 1])``. Offsets and boundaries count characters (code points) of the response,
@@ -38,7 +38,7 @@ class BatchedSpans(NamedTuple):
 
 
 def align_spans(teacher_offsets: ArrayLike, student_offsets: ArrayLike, length: int) -> AlignedSpans:
-    """Project two tokenizations of one response onto the spans that they share (METHOD 3).
+    """Project two tokenizations of one response onto the spans that they share (docs/method.md#aligned-spans).
 
     Args:
         teacher_offsets: cleaned offsets ``[T, 2]`` of the teacher's tokens, in token order, relative to the response
@@ -72,7 +72,7 @@ def align_spans_batch(
     student_starts: IntArray,
     lengths: IntArray,
 ) -> BatchedSpans:
-    """`align_spans` of R responses at once, from the ends of the cleaned offsets alone (METHOD 3, points 1 to 3).
+    """`align_spans` of R responses at once, from the ends of the cleaned offsets alone (docs/method.md#aligned-spans, steps 1 to 3).
 
     Args:
         teacher_ends: ``[sum T]`` end of each teacher token.
@@ -109,7 +109,7 @@ def align_spans_batch(
 
 
 def clean_offsets(offsets: ArrayLike, text: str, *, space_only: ArrayLike | None = None) -> IntArray:
-    """Clean the offsets of one response (METHOD 2.5); `clean_ends` says how.
+    """Clean the offsets of one response (docs/method.md#offset-cleaning); `clean_ends` says how.
 
     Args:
         offsets: ``[N, 2]`` a tokenizer's offsets relative to the response ``text``; parts outside of it are clipped.
@@ -129,7 +129,7 @@ def clean_offsets(offsets: ArrayLike, text: str, *, space_only: ArrayLike | None
 def clean_ends(
     starts: IntArray, ends: IntArray, *, token_starts: IntArray, texts: Sequence[str], space_only: BoolArray
 ) -> IntArray:
-    """The cleaned ends of the tokens of R responses (METHOD 2.5). The starts of cleaned offsets are used nowhere.
+    """The cleaned ends of the tokens of R responses (docs/method.md#offset-cleaning). The starts of cleaned offsets are used nowhere.
 
     - Offsets are clipped to the response.
     - A token that spells only a prefix which the tokenizer inserted ends where it starts: it is a space mark whose
@@ -195,7 +195,7 @@ def _is_white(points: NDArray[np.uint32]) -> BoolArray:
 
 
 def _places(ends: IntArray, starts: IntArray, lengths: IntArray, bases: IntArray) -> IntArray:
-    """Monotone ends, each row's last one moved to the row's length, as places on the long line (METHOD 3, point 1)."""
+    """Monotone ends, each row's last one moved to the row's length, as places on the long line (docs/method.md#aligned-spans, step 1)."""
     counts = np.diff(starts)
     places = np.maximum.accumulate(
         ends + np.repeat(bases[:-1], counts)

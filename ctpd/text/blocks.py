@@ -1,4 +1,4 @@
-"""One block of pairs, aligned and cut: from tokens of both sides to the rows that are trained on (METHOD 2.5 to 3).
+"""One block of pairs, aligned and cut: from tokens of both sides to the rows that are trained on (docs/method.md#data-step).
 
 Legend: N pairs; R = 2N rows, chosen and rejected of a pair in turn; S spans of a row. Ragged arrays are flat.
 """
@@ -102,7 +102,7 @@ def build_block(
 
 
 def _with_tokens(fitted: Fitted) -> Fitted:
-    """The pairs whose responses have tokens on both sides (METHOD 2.5)."""
+    """The pairs whose responses have tokens on both sides (docs/method.md#offset-cleaning)."""
     first, second = fitted.encoded
     has_tokens = (first.response_tokens > 0) & (second.response_tokens > 0)
     keep = has_tokens[0::2] & has_tokens[1::2]
@@ -149,7 +149,7 @@ def _leading(counts: IntArray, num_kept: IntArray) -> BoolArray:
 
 
 def _span_marks(pairs: Sequence[Pair], boundaries: NDArray[np.int32], starts: IntArray) -> NDArray[np.int8]:
-    """A span takes the mark of a range that it overlaps, of the first one if of several (METHOD 4, oracle)."""
+    """A span takes the mark of a range that it overlaps, of the first one if of several (docs/method.md#marks)."""
     marks = np.zeros(boundaries.size, dtype=np.int8)
     for row, ranges in enumerate(ranges for pair in pairs for ranges in (pair.chosen_marks, pair.rejected_marks)):
         ends, marks_of_row = boundaries[starts[row] : starts[row + 1]], marks[starts[row] : starts[row + 1]]

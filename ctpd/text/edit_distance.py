@@ -1,7 +1,7 @@
 """Minimum edit distance between tokens: one response's tokens of two models paired, one vocabulary mapped into another.
 
 Pairing is dynamic time warping as in DSKD's MinED (after FuseLLM), the map of vocabularies as in tokenkit
-(BASELINES 5). Distances are Levenshtein's, counted in code points of the tokenizers' own spelling; `rapidfuzz` computes
+(docs/method.md#mined). Distances are Levenshtein's, counted in code points of the tokenizers' own spelling; `rapidfuzz` computes
 them.
 
 Shape legend: T teacher tokens, U student tokens, Q tokens of one batch, C candidates.

@@ -1,6 +1,6 @@
 """Whether spans hold what they say: characters covered by offsets, and both sides' tokens decoded against the text.
 
-METHOD 3: coverage is complete; decoded text is equal after NFKC, case folding and removal of white space, with every
+docs/method.md#properties-of-spans: coverage is complete; decoded text is equal after NFKC, case folding and removal of white space, with every
 class of exceptions counted.
 
 Legend: R texts, N tokens of one side, S spans; flat as in `ctpd.text.mismatch`.

@@ -1,4 +1,4 @@
-"""Lengths: prompts dropped or cut, responses cut at a common boundary, the same for both models (METHOD 2.7).
+"""Lengths: prompts dropped or cut, responses cut at a common boundary, the same for both models (docs/method.md#lengths).
 
 Legend: N pairs; R = 2N rows, chosen and rejected of a pair in turn; S spans of a row.
 """

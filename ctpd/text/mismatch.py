@@ -1,4 +1,4 @@
-"""How two tokenizers cut the same texts: bare tokens, their aligned spans, span types and tokens per span (METHOD 3).
+"""How two tokenizers cut the same texts: bare tokens, their aligned spans, span types and tokens per span (docs/method.md#aligned-spans).
 
 Legend: R texts, N tokens of one side, S spans. Ragged arrays are flat, text r in ``[starts[r], starts[r + 1])``.
 The teacher's tokens come first: type ``1:n`` is one teacher token over several student tokens.
@@ -25,7 +25,7 @@ class Tokenized(NamedTuple):
     ids: NDArray[np.int64]  # [sum N]
     offsets: IntArray  # [sum N, 2] as the tokenizer gives them
     starts: IntArray  # [R + 1]
-    ends: IntArray  # [sum N] cleaned character ends (METHOD 2.5)
+    ends: IntArray  # [sum N] cleaned character ends (docs/method.md#offset-cleaning)
 
 
 class AlignedTexts(NamedTuple):
@@ -83,7 +83,7 @@ def tokenize_bare(tokenizer: FastTokenizer, texts: Sequence[str]) -> Tokenized:
 
 
 def align_texts(texts: Sequence[str], *, teacher: FastTokenizer, student: FastTokenizer) -> AlignedTexts:
-    """Tokenize texts with both sides and project them onto the spans that they share (METHOD 3)."""
+    """Tokenize texts with both sides and project them onto the spans that they share (docs/method.md#aligned-spans)."""
     sides = (tokenize_bare(teacher, texts), tokenize_bare(student, texts))
     keep = (np.diff(sides[0].starts) > 0) & (np.diff(sides[1].starts) > 0)
     kept = [text for text, kept in zip(texts, keep, strict=True) if kept]

@@ -1,4 +1,4 @@
-"""Preference pairs in every form that TRL accepts, validated row by row (DESIGN "Pairs in", METHOD 2.1)."""
+"""Preference pairs in every form that TRL accepts, validated row by row (docs/method.md#preference-pairs)."""
 
 import json
 from collections.abc import Iterable, Mapping, Sequence

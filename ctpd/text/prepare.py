@@ -1,4 +1,4 @@
-"""The one data step of a comparison: pairs become rows of tokens and aligned spans, the same for all stages (METHOD 2).
+"""The one data step of a comparison: pairs become rows of tokens and aligned spans, the same for all stages (docs/method.md#data-step).
 
 Legend: N pairs; R = 2N rows, row 2i the chosen and row 2i + 1 the rejected response of pair i. Ragged arrays are flat,
 row r in ``[starts[r], starts[r + 1])``. Spans are numbered from 0 in each row; an end span is the last of its row.
@@ -7,7 +7,7 @@ row r in ``[starts[r], starts[r + 1])``. Spans are numbered from 0 in each row; 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from ctpd.core.errors import UserError
 from ctpd.text.align import row_starts
 from ctpd.text.blocks import Block, TokenRows, build_block
+from ctpd.text.config import PairsConfig
 from ctpd.text.pairs import Pair
 from ctpd.text.render import TemplatedTokenizer
 
@@ -58,59 +59,42 @@ class _Selection(NamedTuple):
 
 def prepare_pairs(
     pairs: Mapping[str, Sequence[Pair]],
+    config: PairsConfig,
     *,
     teacher: TemplatedTokenizer,
     student: TemplatedTokenizer,
-    max_tokens: int,
-    max_prompt_tokens: int,
-    long_prompt: Literal["drop", "cut"],
-    max_dropped: float = 0.05,
-    select: Literal["all", "shortest"] = "all",
-    limit: int | None = None,
 ) -> PreparedPairs:
     """Render, tokenize, align and cut the pairs of every split.
 
     Args:
         pairs: pairs by the name of their split.
+        config: which pairs are used, and their lengths.
         teacher: how the teacher reads text.
         student: how the student does; it may be the same.
-        max_tokens: limit of a whole sequence on either side, end token included. A longer response is cut at the last
-            common boundary at which both models fit, and has no end span.
-        max_prompt_tokens: limit of the tokens before the response on either side.
-        long_prompt: a pair whose prompt is longer is dropped, or the start of its last user message is cut.
-        max_dropped: the greatest share of a split's pairs that may be dropped.
-        select: which pairs of a split ``limit`` keeps: the first ones, or those with the fewest characters. Only pairs
-            that pass the checks without tokens (empty, equal, special_token_text) are selected.
-        limit: the greatest number of pairs of each split.
 
     Returns:
         The pairs, split after split, in the order given.
 
     Raises:
-        UserError: too many pairs dropped, none left, a template that cannot be aligned, contradictory lengths.
+        UserError: too many pairs dropped, none left, or a template that cannot be aligned.
     """
-    if not 0 < max_prompt_tokens < max_tokens:
-        raise UserError(
-            f"max_prompt_tokens is {max_prompt_tokens} and max_tokens {max_tokens}: no room for a response",
-            fix="Set max_prompt_tokens to at least 1 and below max_tokens",
-        )
     blocks: list[tuple[str, Block]] = []
     dropped: Counter[str] = Counter(dict.fromkeys(DROP_REASONS, 0))
     for split, given in pairs.items():
-        selection = _select(given, sides=(teacher, student), select=select, limit=limit)
+        selection = _select(given, sides=(teacher, student), select=config.select, limit=config.limit)
         built = [
             build_block(
                 selection.pairs[i : i + _BLOCK],
                 sides=(teacher, student),
-                max_tokens=max_tokens,
-                max_prompt_tokens=max_prompt_tokens,
-                cut_prompts=long_prompt == "cut",
+                max_tokens=config.max_tokens,
+                max_prompt_tokens=config.max_prompt_tokens,
+                cut_prompts=config.long_prompt == "cut",
                 where=f"split '{split}'",
             )
             for i in range(0, len(selection.pairs), _BLOCK)
         ]
         late = _total(block.dropped for block in built)
-        _refuse_losses(split, selection, late, max_dropped=max_dropped)
+        _refuse_losses(split, selection, late, max_dropped=config.max_dropped)
         dropped.update(selection.dropped + late)
         blocks += [(split, block) for block in built]
     if not blocks:
@@ -168,7 +152,7 @@ def _select(
 
 
 def _invalid(pair: Pair, sides: Sequence[TemplatedTokenizer]) -> str | None:
-    """The reason to drop a pair that shows before tokenization (METHOD 2.3 and 2.8)."""
+    """The reason to drop a pair that shows before tokenization (docs/method.md#dropped-pairs)."""
     if not (pair.chosen and pair.rejected):
         return "empty"
     if pair.chosen == pair.rejected:

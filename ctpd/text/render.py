@@ -1,4 +1,4 @@
-"""Tokenizing: rendered rows become tokens with cleaned offsets, one tokenizer call for many rows (METHOD 2.3 to 2.6).
+"""Tokenizing: rendered rows become tokens with cleaned offsets, one tokenizer call for many rows (docs/method.md#tokenization).
 
 Legend: R rows, one rendered (prompt, response) each; N tokens of a row, up to and including its end token. Ragged
 arrays are flat, row r in ``[starts[r], starts[r + 1])``.
@@ -91,7 +91,7 @@ class TemplatedTokenizer:
         self.adds_bos = not template.writes_end and self._tokenizer_adds_bos()
 
     def holds_special_text(self, text: str) -> bool:
-        """Whether ``text`` contains the text of a special token of this side (METHOD 2.3)."""
+        """Whether ``text`` contains the text of a special token of this side (docs/method.md#tokenization)."""
         return self._special.search(text) is not None
 
     def frames(self, prompts: Sequence[Sequence[Message]], *, where: Sequence[str]) -> list[Frame]:
@@ -106,7 +106,7 @@ class TemplatedTokenizer:
     def encode(
         self, rows: Sequence[tuple[Sequence[Message], str]], *, frames: Sequence[Frame], where: Sequence[str]
     ) -> Encoded:
-        """Render and tokenize R rows ``(prompt, response)`` in one call of the tokenizer (METHOD 2.3 to 2.6).
+        """Render and tokenize R rows ``(prompt, response)`` in one call of the tokenizer (docs/method.md#tokenization).
 
         Args:
             rows: prompts with their responses, which are not empty.
@@ -170,7 +170,7 @@ class TemplatedTokenizer:
     def _end_tokens(
         self, tokens: "_Tokens", response_end: IntArray, first: IntArray, stop: IntArray, where: Sequence[str]
     ) -> IntArray:
-        """``[R]`` index in its row of the first special token behind the response: generation's end (METHOD 2.6)."""
+        """``[R]`` index in its row of the first special token behind the response: generation's end (docs/method.md#end-token)."""
         rows = tokens.rows
         is_end = np.isin(tokens.ids, self._special_ids) & (tokens.offsets[:, 0] >= response_end[rows])
         index, found = _first(is_end, tokens)
@@ -185,7 +185,7 @@ class TemplatedTokenizer:
     def _crossing(
         self, tokens: "_Tokens", texts: Sequence[str], begin: IntArray, first: IntArray, stop: IntArray
     ) -> BoolArray:
-        """``[R]`` whether the first response token also spells the end of the prompt (METHOD 2.4)."""
+        """``[R]`` whether the first response token also spells the end of the prompt (docs/method.md#tokenization)."""
         has_tokens = stop > first
         at = np.minimum(tokens.starts[:-1] + first, len(tokens.ids) - 1)
         starts = tokens.offsets[at, 0]

@@ -1,4 +1,4 @@
-"""Templates: each model reads a pair through its own, and the response must stand in it unchanged (METHOD 2.2)."""
+"""Templates: each model reads a pair through its own, and the response must stand in it unchanged (docs/method.md#templates)."""
 
 # ruff: noqa: D102 (the contract of a method is written once, on its Protocol)
 
@@ -11,7 +11,7 @@ from jinja2.exceptions import TemplateError
 from ctpd.core.errors import UserError
 from ctpd.text.pairs import Message
 
-# Templates that write today's date would render other text tomorrow: a date is always set (METHOD 2.2).
+# Templates that write today's date would render other text tomorrow: a date is always set (docs/method.md#templates).
 _DATE = {"%Y": "2024", "%y": "24", "%m": "07", "%B": "July", "%b": "Jul", "%d": "26", "%-d": "26", "%A": "Friday",
          "%a": "Fri", "%H": "12", "%M": "00", "%S": "00"}  # fmt: skip
 _DATE_STRING = "26 Jul 2024"  # the date that Llama 3's template falls back to
@@ -141,7 +141,7 @@ class ChatTemplate:
 
     Raises:
         UserError: the tokenizer has no chat template, or (on use) the template fails on a conversation, or its
-            rendering does not hold exactly the response behind the generation prompt (METHOD 2.2).
+            rendering does not hold exactly the response behind the generation prompt (docs/method.md#templates).
     """
 
     def __init__(self, tokenizer: FastTokenizer, variables: Mapping[str, Any]) -> None:

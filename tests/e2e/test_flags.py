@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from ctpd.cli.options import command
+from ctpd.core.printing import command
 from ctpd.core.store import Store
 from tests.conftest import Cli, SmokeRun
 
@@ -23,6 +23,7 @@ REFUSED: list[tuple[tuple[str, ...], str]] = [
     (("train", "testbed-smoke", "--plan", "--rebuild"), "--rebuild does nothing here"),
     (("eval", "testbed-smoke", "--plan", "--rebuild"), "--rebuild does nothing here"),
     (("compare", "testbed-smoke", "--json", "--format", "md"), "--format does nothing here: --json prints JSON"),
+    (("recipes", "--schema", "--json"), "--json does nothing here: a schema is JSON"),
     (("inspect", "spans", "a", "b", "--text", "x", "--limit", "3"), "--limit does nothing here: it counts the pairs"),
 ]
 

@@ -101,7 +101,7 @@ def test_compare_names_the_command_that_brings_a_missing_record_and_it_does(
     assert re.search(r"^Random +missing", outcome.out, re.MULTILINE)
     expected = ["ctpd", "run", "testbed-smoke", "--only", "weights: Random", "--seed", "0", "--store", str(store)]
     (message,) = [line for line in outcome.err.splitlines() if line.startswith("Missing: ")]
-    assert message == f"Missing: weights: Random, seed 0. Bring it with: {shlex.join(expected)}"
+    assert message == f"Missing: weights: Random, seed 0. To build it: {shlex.join(expected)}"
     assert "--only 'weights: Random'" in message
 
     assert cli(*shlex.split(message.partition("with: ctpd ")[2])).code == 0
@@ -120,7 +120,7 @@ def test_a_missing_untrained_row_is_brought_without_a_seed(cli: Cli, smoke: Smok
     finally:
         moved.rename(smoke.store / untrained.kind / untrained.key)
     command = f"ctpd run testbed-smoke --only Teacher --store {shlex.quote(str(smoke.store))}"
-    assert f"Missing: Teacher. Bring it with: {command}\n" in outcome.err
+    assert f"Missing: Teacher. To build it: {command}\n" in outcome.err
 
 
 def test_a_table_may_not_take_the_reports_name(cli: Cli, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The identities of METHOD 5, in float64 on random models of different tokenizations."""
+"""The parity tests of docs/method.md#identities, in float64 on random models of different tokenizations."""
 
 from typing import NamedTuple
 

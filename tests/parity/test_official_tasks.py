@@ -61,7 +61,7 @@ def test_documents_and_prompts_are_those_recorded(name: str, hub: Path, results:
 
 
 def test_the_first_gsm8k_document_is_the_one_of_public_logs(hub: Path, results: dict[str, Scores]) -> None:
-    """Public lm-eval logs of GSM8K begin with this hash (EVALUATION 1)."""
+    """Public lm-eval logs of GSM8K begin with this hash (docs/method.md#scores-per-document)."""
     assert dummy("GSM8K", hub, results).scored[0][0].startswith("986c19252f3c7f6e")
 
 

@@ -1,4 +1,4 @@
-"""Aligned spans (METHOD 2.5 and 3): golden cases, invariants on any text, and the batch against a plain loop."""
+"""Aligned spans (docs/method.md#offset-cleaning, docs/method.md#aligned-spans): golden cases, invariants on any text, and the batch against a plain loop."""
 
 import json
 from pathlib import Path
@@ -40,7 +40,7 @@ def cleaned(kind: str, text: str) -> np.ndarray:
 
 
 def monotone_ends(offsets: list[tuple[int, int]], length: int) -> list[int]:
-    """METHOD 3, point 1, token by token."""
+    """Step 1 of docs/method.md#aligned-spans, token by token."""
     ends: list[int] = []
     for _, end in offsets:
         ends.append(max(end, ends[-1] if ends else 0))
@@ -48,7 +48,7 @@ def monotone_ends(offsets: list[tuple[int, int]], length: int) -> list[int]:
 
 
 def loop_align(teacher: list[tuple[int, int]], student: list[tuple[int, int]], length: int) -> tuple[list[int], ...]:
-    """METHOD 3 as a plain loop."""
+    """docs/method.md#aligned-spans as a plain loop."""
     teacher_ends, student_ends = monotone_ends(teacher, length), monotone_ends(student, length)
     boundaries = sorted(b for b in set(teacher_ends) & set(student_ends) if b > 0)
     spans = [
@@ -58,7 +58,7 @@ def loop_align(teacher: list[tuple[int, int]], student: list[tuple[int, int]], l
 
 
 def loop_clean(offsets: list[tuple[int, int]], text: str, marks: list[bool]) -> list[int]:
-    """METHOD 2.5 as a plain loop over tokens and characters."""
+    """docs/method.md#offset-cleaning as a plain loop over tokens and characters."""
     clipped = [tuple(min(max(place, 0), len(text)) for place in offset) for offset in offsets]
     ends = []
     for i, (start, end) in enumerate(clipped):
@@ -73,7 +73,7 @@ def loop_clean(offsets: list[tuple[int, int]], text: str, marks: list[bool]) -> 
 
 
 def check_invariants(spans: AlignedSpans, teacher: np.ndarray, student: np.ndarray, length: int) -> None:
-    """All that METHOD 3 promises of spans."""
+    """All that docs/method.md#properties-of-spans promises."""
     boundaries = spans.boundaries
     assert boundaries[-1] == length, "the spans cover the whole response"
     assert (np.diff(boundaries, prepend=0) > 0).all(), "spans are contiguous, in order and not empty"
@@ -140,7 +140,7 @@ OFFSETS = st.integers(1, 12).flatmap(
 @settings(deadline=None)
 @given(rows=st.lists(OFFSETS, min_size=1, max_size=6))
 def test_batch_equals_a_plain_loop(rows: list) -> None:
-    """The vectorised batch gives what METHOD 3 says, row by row, for any offsets, monotone or not."""
+    """The vectorised batch gives what docs/method.md#aligned-spans says, row by row, for any offsets, monotone or not."""
     lengths = np.array([length for length, _, _ in rows])
     sides = [[[end for _, end in row[side]] for row in rows] for side in (1, 2)]
     starts = [row_starts(np.array([len(ends) for ends in side])) for side in sides]
@@ -174,7 +174,7 @@ CLEANING = st.text("ab \n\u0301🙂", min_size=1, max_size=10).flatmap(
 @settings(deadline=None)
 @given(rows=st.lists(CLEANING, min_size=1, max_size=5))
 def test_batched_cleaning_equals_a_plain_loop(rows: list) -> None:
-    """METHOD 2.5 over many rows at once, for any offsets, also ones that reach out of the response."""
+    """docs/method.md#offset-cleaning over many rows at once, for any offsets, also ones that reach out of the response."""
     flat = [token for _, tokens in rows for token in tokens]
     starts, ends, marks = (np.array([token[i] for token in flat]) for i in range(3))
     token_starts = row_starts(np.array([len(tokens) for _, tokens in rows]))
@@ -210,7 +210,7 @@ def test_composed_marks_belong_to_the_token_before() -> None:
 def test_spans_of_byte_level_bpe_decode_to_the_same_text(text: str) -> None:
     """Without a normalizer both sides of every span spell the same characters.
 
-    METHOD 3 looks at the ends of tokens only: were a token to hold the last bytes of a character and its neighbour, the
+    docs/method.md#aligned-spans looks at the ends of tokens only: were a token to hold the last bytes of a character and its neighbour, the
     spans around it would split that character. The vocabularies here hold no such token that these texts use.
     """
     sides = [tokenizer("byte_bpe", size) for size in (420, 300)]

@@ -174,6 +174,6 @@ def test_sft_gradient_is_minus_one_on_counted_units() -> None:
 def test_baselines_are_the_cells_of_the_method(
     objective: Any, layout: Layout, counts: str, sides: tuple[str, ...]
 ) -> None:
-    """What each baseline asks of the pipeline is METHOD 5's row."""
+    """What each baseline asks of the pipeline is its row in docs/method.md#preference-objective."""
     assert (objective.layout, objective.counts, objective.sides) == (layout, counts, sides)
     assert isinstance(objective.params, objective.params_type)

@@ -8,7 +8,7 @@ import pytest
 from ctpd.text.edit_distance import edit_distance_pairing, nearest_tokens, time_warping, token_distances
 from tests.fixtures.distillation import VECTORS
 
-# The second case is BASELINES' `mined.dtw.2`.
+# The second case is the golden `mined.dtw.2`.
 PUBLISHED = VECTORS["mined.dtw"]
 HUGGING = {
     "inputs": {

@@ -1,4 +1,4 @@
-"""Fidelity of spans: what tokens spell, what covers a character, and the class of every difference (METHOD 3)."""
+"""Fidelity of spans: what tokens spell, what covers a character, and the class of every difference (docs/method.md#properties-of-spans)."""
 
 import unicodedata
 

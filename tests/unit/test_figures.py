@@ -21,9 +21,9 @@ from harness.charts import (
     reach,
     style_class,
 )
-from harness.drawing import PALETTE
+from harness.drawing import DARK, PALETTE
 from harness.figures import inline_svg, write_figures
-from harness.html import TEMPLATES
+from harness.html import render
 
 ROOT = Path(__file__).parents[2]
 ITEMS = [
@@ -102,11 +102,12 @@ def test_a_figure_of_the_page_takes_its_colours_and_type_from_the_page_and_refer
     assert "A &amp; &lt;B&gt; $x$" in text or kind != "forest"
 
 
-def test_the_palette_is_the_light_one_of_the_style_sheet() -> None:
-    light = (TEMPLATES / "style.css").read_text(encoding="utf-8").partition("@media")[0]
-    variables = dict(re.findall(r"--([\w-]+): (#[0-9a-f]{6});", light))
-    assert {name: variables[name] for name in PALETTE} == PALETTE
-    assert len(set(PALETTE.values())) == len(PALETTE)
+def test_a_page_has_both_palettes_and_each_colour_one_name() -> None:
+    light, _, dark = render("style.css").partition("@media")
+    for style, palette in ((light, PALETTE), (dark, DARK)):
+        variables = dict(re.findall(r"--([\w-]+): (#[0-9a-f]{6});", style))
+        assert {name: variables[name] for name in palette} == palette
+    assert len(set(PALETTE.values())) == len(PALETTE) == len(DARK)
 
 
 def test_curves_are_interrupted_where_a_value_is_not_finite() -> None:

@@ -171,7 +171,7 @@ def test_fixed_weights_replace_those_of_the_overlap_and_beta_0_may_be_negative()
     weights = {"matched_weight": 0.3, "unmatched_weight": 0.7}
     sums = bound(params_of(vector, beta=0.0, **weights), vector)(single(batch, 1))
     matched, unmatched = float(sums.metrics["kd/matched"]), float(sums.metrics["kd/unmatched"])
-    assert matched == pytest.approx(-0.030580, abs=5e-7)  # BASELINES 9
+    assert matched == pytest.approx(-0.030580, abs=5e-7)  # docs/method.md#gold
     assert total(sums) == pytest.approx(0.3 * matched + 0.7 * unmatched, abs=1e-12)
 
 

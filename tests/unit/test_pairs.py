@@ -38,7 +38,7 @@ def test_every_form_is_read_as_the_same_pair(row: dict) -> None:
 
 
 def test_the_last_assistant_message_is_the_response() -> None:
-    """Earlier turns, those in chosen and rejected too, belong to the prompt (METHOD 2.1)."""
+    """Earlier turns, those in chosen and rejected too, belong to the prompt (docs/method.md#preference-pairs)."""
     system = {"role": "system", "content": "Be brief."}
     turns = [USER, ANSWER, {"role": "user", "content": "And?"}]
     row = {"prompt": [system], "chosen": [*turns, ANSWER], "rejected": [*turns, OTHER]}

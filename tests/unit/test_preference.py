@@ -116,7 +116,7 @@ def random_units(*, num_pairs: int = 5, num_units: int = 4) -> Units:
 
 
 def test_sums_equal_a_naive_loop_over_pairs() -> None:
-    """Loss and every metric of METHOD 5, pair by pair in plain Python, summed."""
+    """Loss and every metric of docs/method.md#logged-metrics, pair by pair in plain Python, summed."""
     units, beta = random_units(), 0.7
     sums = preference_sums(units, beta=beta)
     expected: dict[str, float] = dict.fromkeys(sums.metrics, 0.0)

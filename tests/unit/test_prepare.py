@@ -1,4 +1,4 @@
-"""The data step (METHOD 2): rows, spans, lengths and losses, checked against the tokenizers and plain loops."""
+"""The data step (docs/method.md#data-step): rows, spans, lengths and losses, checked against the tokenizers and plain loops."""
 
 import json
 from collections.abc import Sequence
@@ -7,9 +7,11 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
 from ctpd.core.errors import UserError
 from ctpd.text.align import align_spans
+from ctpd.text.config import PairsConfig
 from ctpd.text.pairs import Message, Pair, parse_pairs
 from ctpd.text.prepare import PreparedPairs, TokenRows, arrays, from_arrays, prepare_pairs, texts
 from ctpd.text.render import ChatTemplate, PlainTemplate, TemplatedTokenizer
@@ -36,7 +38,7 @@ def prepare(
         "teacher": teacher if isinstance(teacher, TemplatedTokenizer) else side(teacher, "teacher"),
         "student": side(student),
     }
-    return prepare_pairs({"train": pairs}, **{**LONG, **sides, **settings})  # type: ignore[arg-type]
+    return prepare_pairs({"train": pairs}, PairsConfig(**{**LONG, **settings}), **sides)  # type: ignore[arg-type]
 
 
 def row(rows: TokenRows, r: int) -> tuple[list[int], list[int]]:
@@ -242,7 +244,7 @@ def test_sides_may_differ_in_template_and_bos() -> None:
     chat_tokenizer = with_template("gemma_bpe", CHATML)
     teacher = TemplatedTokenizer(chat_tokenizer, ChatTemplate(chat_tokenizer, {}), "teacher")
     student = TemplatedTokenizer(with_bos("byte_bpe"), PLAIN, "student")
-    prepared = prepare_pairs({"train": [pair()]}, teacher=teacher, student=student, **LONG)  # type: ignore[arg-type]
+    prepared = prepare_pairs({"train": [pair()]}, PairsConfig(**LONG), teacher=teacher, student=student)  # type: ignore[arg-type]
     (teacher_ids, teacher_units), (student_ids, student_units) = (
         row(rows, 0) for rows in (prepared.teacher, prepared.student)
     )
@@ -288,7 +290,7 @@ def test_limit_and_selection_act_on_each_split() -> None:
 
     def ids(**settings: object) -> tuple[str, ...]:
         splits = {"train": pairs, "eval": pairs[:1]}
-        return prepare_pairs(splits, **LONG, **sides, max_dropped=0.6, **settings).pair_ids  # type: ignore[arg-type]
+        return prepare_pairs(splits, PairsConfig(**LONG, max_dropped=0.6, **settings), **sides).pair_ids  # type: ignore[arg-type]
 
     assert ids() == ("9", "3", "7", "5", "9")
     assert ids(limit=2) == ("9", "3", "9")
@@ -325,10 +327,10 @@ def test_no_usable_row_is_refused(pairs: list[Pair], message: str) -> None:
 
 
 def test_lengths_without_room_are_refused() -> None:
-    with pytest.raises(UserError, match="max_prompt_tokens is 400 and max_tokens 400: no room for a response"):
+    with pytest.raises(ValidationError, match="max_prompt_tokens: 400` leaves no room for a response"):
         prepare([pair()], max_prompt_tokens=400)
     with pytest.raises(UserError, match="there are no pairs"):
-        prepare_pairs({}, teacher=side("unigram"), student=side("unigram"), **LONG)  # type: ignore[arg-type]
+        prepare_pairs({}, PairsConfig(**LONG), teacher=side("unigram"), student=side("unigram"))  # type: ignore[arg-type]
 
 
 def test_a_template_that_changes_a_response_names_split_and_row() -> None:

@@ -1,4 +1,4 @@
-"""Rendering and tokenizing (METHOD 2.2 to 2.6): what is prompt, what is response, where the end token stands."""
+"""Rendering and tokenizing (docs/method.md#data-step): what is prompt, what is response, where the end token stands."""
 
 from types import SimpleNamespace
 

@@ -5,7 +5,7 @@ import pytest
 
 from ctpd.core.errors import UserError
 from ctpd.objectives.base import BOTH_SIDES, Layout
-from ctpd.pipeline.rows import end_units, scored_rows, starts_of, text_rows, unit_signal, units_of
+from ctpd.pipeline.rows import Constants, end_units, scored_rows, starts_of, text_rows, unit_signal, units_of
 from ctpd.text.blocks import TokenRows
 from ctpd.text.prepare import PreparedPairs
 
@@ -70,7 +70,7 @@ def test_items_are_the_pairs_of_the_split_chosen_first(prepared: PreparedPairs) 
 
 
 def test_swap_exchanges_chosen_and_rejected(prepared: PreparedPairs) -> None:
-    assert rows_of(prepared, swap=True).items.tolist() == [[1, 0]]
+    assert rows_of(prepared, sides=BOTH_SIDES[::-1]).items.tolist() == [[1, 0]]
 
 
 def test_one_sided_objective_sees_the_chosen_rows_only(prepared: PreparedPairs) -> None:
@@ -84,7 +84,7 @@ def test_end_spans_are_counted_or_left_out_as_the_layout_says(prepared: Prepared
 
 
 def test_teachers_reference_reaches_the_students_spans(prepared: PreparedPairs) -> None:
-    rows = rows_of(prepared, reference=("teacher", np.arange(17, dtype=np.float32)))
+    rows = rows_of(prepared, constants=Constants(("teacher", np.arange(17, dtype=np.float32))))
     batch = rows.collate([0])
     assert batch.reference.tolist() == [[1, 9, 5], [7, 8, 0]]
     assert batch.mask.tolist() == [[True, True, True], [True, True, False]]

@@ -36,7 +36,7 @@ def test_suites_are_strict_and_may_bring_their_own_tasks(tmp_path: Path) -> None
 
 
 def test_the_paper_and_card_suites_are_those_of_the_method() -> None:
-    """METHOD 7: tasks, shots and metrics."""
+    """docs/method.md#suites: tasks, shots and metrics."""
     table = {
         "GSM8K": ("gsm8k", 5, "exact_match,strict-match"),
         "TruthfulQA": ("truthfulqa_mc2", 0, "acc,none"),

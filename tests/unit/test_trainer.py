@@ -156,7 +156,7 @@ def own_reference(model: Any, rows: ScoredRows) -> ScoredRows:
 
 @pytest.mark.parametrize("method", ["ctpd", "dpo"])
 def test_a_model_that_is_its_own_reference_starts_at_margin_zero_and_loss_log_two(method: str, tmp_path: Path) -> None:
-    """METHOD 5: the ratios are 0, so is the margin, whatever the weights; -log sigmoid(0) = log 2."""
+    """docs/method.md#identities: the ratios are 0, so is the margin, whatever the weights; -log sigmoid(0) = log 2."""
     model = tiny_model()
     rows = own_reference(model, rows_for(OBJECTIVES[method](), 16))
     first = steps_of(train(model, tmp_path, method=method, rows=rows))[0]

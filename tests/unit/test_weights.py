@@ -1,4 +1,4 @@
-"""Every weight strategy of METHOD 4 against a naive loop over pairs and units."""
+"""Every weight strategy of docs/method.md#weight-strategies against a naive loop over pairs and units."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -109,7 +109,7 @@ def compute(strategy: str, **changes: Any) -> WeightsResult:
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_equals_the_naive_loop(strategy: str) -> None:
-    """Weights of every strategy are METHOD 4's formula, and exactly 1 on end units."""
+    """Weights of every strategy are the formula of docs/method.md#importance-weights, and exactly 1 on end units."""
     result = compute(strategy)
     expected = torch.tensor([w for row in NAIVE[strategy]() for w in row], dtype=torch.float64)
     expected[layout().is_end] = 1.0
@@ -120,7 +120,7 @@ def test_equals_the_naive_loop(strategy: str) -> None:
 
 
 def test_every_strategy_of_the_method_is_there() -> None:
-    """The table of METHOD 4, and what each row needs."""
+    """The table of docs/method.md#weight-strategies, and what each row needs."""
     teacher, student = {"teacher_positive", "teacher_negative"}, {"student_positive", "student_negative"}
     assert {name: set(strategy.needs) for name, strategy in STRATEGIES.items()} == {
         "teacher": teacher,

@@ -7,12 +7,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from ctpd.core.config import Config
 from ctpd.pipeline.references import Source, read_tokenizer
 from ctpd.pipeline.sources import read_hub, read_rows
 from ctpd.pipeline.stage import Part, Stage, Work
 from ctpd.pipeline.stages.world import WorldStage
 from ctpd.recipe import PlainSpec
+from ctpd.text.config import PairsConfig
 
 if TYPE_CHECKING:
     from ctpd.text.pairs import Pair
@@ -103,23 +103,6 @@ class ModelInput(Part):
         return TemplatedTokenizer(tokenizer, ChatTemplate(tokenizer, variables=dict(self.variables)), name=role)
 
 
-class PairsConfig(Config):
-    """Which pairs are used, and their lengths in tokens of either model."""
-
-    max_tokens: int
-    """Limit of a whole sequence; a longer response is cut."""
-    max_prompt_tokens: int
-    """Limit of the tokens before the response."""
-    long_prompt: Literal["drop", "cut"] = "drop"
-    """What happens to a pair whose prompt is longer."""
-    max_dropped: float = 0.05
-    """The greatest share of a split's pairs that may be dropped."""
-    select: Literal["all", "shortest"] = "all"
-    """Which pairs `limit` keeps."""
-    limit: int | None = None
-    """Keep at most so many pairs of each split."""
-
-
 @dataclass(frozen=True, eq=False, kw_only=True)
 class PairsStage(Stage):
     """Tokens and aligned spans of every response, for both models."""
@@ -145,9 +128,9 @@ class PairsStage(Stage):
 
         prepared = prepare_pairs(
             {split: source.read(work) for split, source in self.sources.items()},
+            self.config,
             teacher=self.teacher.load(work, role="teacher"),
             student=self.student.load(work, role="student"),
-            **self.config.model_dump(),
         )
         save_file(arrays(prepared), work.folder / PAIRS)
         (work.folder / META).write_text(json.dumps(texts(prepared), ensure_ascii=False), encoding="utf-8")

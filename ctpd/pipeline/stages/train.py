@@ -125,21 +125,18 @@ class TrainStage(Stage):
         )
 
     def _rows(self, work: Work, prepared: "PreparedPairs", split: str) -> "ScoredRows":
-        from ctpd.pipeline.rows import scored_rows
+        from ctpd.pipeline.rows import Constants, scored_rows
 
-        layout = self.method.requires.layout
-        reference = None
+        requires, reference = self.method.requires, None
         if self.reference is not None:
             reference = (self.reference.config.role, self.reference.logps(work))
         return scored_rows(
             prepared,
             role=self.config.role,
-            layout=layout,
-            sides=self.method.requires.sides,
+            layout=requires.layout,
+            sides=requires.sides[::-1] if self.config.swap else requires.sides,
             split=split,
-            swap=self.config.swap,
-            reference=reference,
-            weights=None if self.weights is None else self.weights.values(work),
+            constants=Constants(reference, None if self.weights is None else self.weights.values(work)),
         )
 
     def _distillation(
