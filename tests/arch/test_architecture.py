@@ -124,7 +124,7 @@ def test_module_loads_no_code_from_data(path: Path) -> None:
     """No pickle, no code of a model's author, no evaluation of text."""
     text = path.read_text(encoding="utf-8")
     tree = ast.parse(text)
-    assert "trust_remote_code" not in text
+    assert text.count("trust_remote_code") == text.count("trust_remote_code=False")
     assert not {name.split(".")[0] for name in imported(tree)} & {"pickle", "dill", "cloudpickle", "joblib", "shelve"}
     called = {n.func.id for n in ast.walk(tree) if isinstance(n, ast.Call) and isinstance(n.func, ast.Name)}
     assert not called & {"eval", "exec"}
