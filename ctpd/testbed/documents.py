@@ -14,7 +14,7 @@ DATASET = "ctpd/testbed"
 """The name under which lm-eval loads the documents, with the folder `hub` as working directory."""
 
 NUM_TEST_WORDINGS, NUM_DEVELOPMENT_WORDINGS = 2, 1
-"""Of the six wordings of each fact's question, how many are kept for either split."""
+"""How many of the six wordings of each fact's question are held out for each split."""
 NUM_STRANGERS = 2
 """Wrong choices of a facts document besides the myth in its two wordings."""
 
@@ -46,7 +46,8 @@ def draw_documents(world: w.World, skill: str, *, num: int) -> Documents:
 def _fact_questions(world: w.World, rng: Random, *, num: int) -> Documents:
     """Every fact is asked once before any is asked again.
 
-    Which wordings are kept for a split rotates from fact to fact: a model has met each fact and each wording, not both together.
+    The wordings held out for a split rotate from fact to fact: training texts contain each fact and each wording, but not this
+    combination.
     """
     rounds = []
     for turn in range(NUM_TEST_WORDINGS + NUM_DEVELOPMENT_WORDINGS):

@@ -142,17 +142,17 @@ REFUSED = {
     "inner: {rate: 1}\nshare: 7": ("'share' must be a number from 0 to 1, and is 7",),
     "inner: {rate: 1}\nnames: []": ("'names' must be a list that is not empty, and is []",),
     "inner: {rate: 1}\nword: al": ("'word' is 'al'. Did you mean 'all'? Use one of: `all`, a list that is not empty",),
-    "inner: {rate: 1}\nword: [a, 1]": ("'word[1]' must be a text, and is 1",),
+    "inner: {rate: 1}\nword: [a, 1]": ("'word[1]' must be a string, and is 1",),
     "inner: {rate: 1}\nword: []": ("'word' must be", "a list that is not empty"),
     "inner: {rate: 1}\nword: 3": ("'word' must be one of `all` or a list that is not empty, and is 3",),
-    "inner: {rate: 1}\neither: 3": ("'either' must be a mapping or a text, and is 3",),
+    "inner: {rate: 1}\neither: 3": ("'either' must be a mapping or a string, and is 3",),
     "inner: {rate: 1}\neither: {rate: x}": ("line 2: 'either.rate' must be a number, and is 'x'",),
     "inner: {rate: 1}\neither: {name: x}": ("line 2: the key 'either.rate' is missing",),
     "inner: {rate: 1}\nnumber: x": ("line 2: 'number' must be a number, and is 'x'.",),
     "inner: {rate: 1}\nnumber: true": ("line 2: 'number' must be a number, and is True.",),
     "inner: {rate: 1}\neven: 3": ("line 2: 'even': 3 is odd.",),
     "inner: {rate: 1}\ncount: 101": ("a `count` above 100 needs `on`. Write `on: true`",),
-    "? [1, 2]\n: 3": ("not valid YAML", "a key is no text"),
+    "? [1, 2]\n: 3": ("not valid YAML", "a key is not a scalar"),
     "count: " + "9" * 5000: ("not valid YAML", "a.yaml, line 1"),
     "a: \x00": ("not valid YAML",),
     "inner: {rate: true}": ("'inner.rate'", "a number"),
@@ -164,11 +164,11 @@ REFUSED = {
     "inner: {rate: 1}\ntable: {a: b}": ("'table.a'", "a number"),
     "inner: 3": ("'inner'", "a mapping"),
     "inner:": ("'inner'", "a mapping", "nothing"),
-    "inner: {rate: 1}\ninner: {rate: 2}": ("'inner' stands twice", "lines 1 and 2"),
-    "inner:\n  rate: 1\n  rate: 2": ("'rate' stands twice", "lines 2 and 3"),
+    "inner: {rate: 1}\ninner: {rate: 2}": ("'inner' is given twice", "lines 1 and 2"),
+    "inner:\n  rate: 1\n  rate: 2": ("'rate' is given twice", "lines 2 and 3"),
     "inner: [": ("not valid YAML", "a.yaml, line"),
-    "- a": ("no mapping",),
-    "": ("no mapping",),
+    "- a": ("not a mapping",),
+    "": ("not a mapping",),
     "inner: !!python/object:os.system {}": ("not valid YAML",),
 }
 
@@ -185,7 +185,7 @@ def test_anchors_and_merge_keys_work_without_counting_as_duplicates() -> None:
     assert read("inner: &i {rate: 1, name: b}\neither: {<<: *i}").either == Inner(rate=1.0, name="b")
     assert read("inner: &i {rate: 1, name: b}\neither: {<<: *i, name: c}").either == Inner(rate=1.0, name="c")
     assert read("inner: &i {rate: 1, name: b}\neither: {name: c, <<: *i}").either == Inner(rate=1.0, name="c")
-    assert "stands twice" in refusal("inner: &i {rate: 1, name: b}\neither: {<<: *i, name: c, name: d}")
+    assert "is given twice" in refusal("inner: &i {rate: 1, name: b}\neither: {<<: *i, name: c, name: d}")
 
 
 def test_nearest_is_silent_when_nothing_is_near() -> None:
@@ -258,7 +258,7 @@ def test_hub_model_without_a_revision_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"shared\.student\.model.*pin its revision"):
         load_recipe(path)
     path.write_text(text.replace(line, "    model: org/name\n    revision: main"))
-    with pytest.raises(UserError, match="no commit; a branch moves"):
+    with pytest.raises(UserError, match="not a commit; a branch changes"):
         load_recipe(path)
     path.write_text(text.replace(line, f"    model: org/name\n    revision: {'a1' * 20}"))
     assert load_recipe(path).shared.student.revision == "a1" * 20
@@ -269,7 +269,7 @@ def test_hub_model_without_a_revision_is_refused(tmp_path: Path) -> None:
     [
         ({"grid": {"learning_rate": []}}, "'grid.learning_rate' must be a list that is not empty"),
         ({"grid": {"learning_rate": [1e-3], "beta": [0.1]}}, "fixes `beta`, which the grid varies"),
-        ({"base": "DPO"}, "which the grid makes several rows of"),
+        ({"base": "DPO"}, "which the grid expands to several rows"),
     ],
 )
 def test_a_grid_that_contradicts_the_recipe_is_refused_before_anything_runs(

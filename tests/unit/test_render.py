@@ -91,11 +91,11 @@ def test_text_between_response_and_end_token_is_neither() -> None:
 @pytest.mark.parametrize(
     ("template", "message"),
     [
-        (CHATML.replace("message.content", "message.content | upper"), "holds the response 0 times"),
+        (CHATML.replace("message.content", "message.content | upper"), "contains the response 0 times"),
         (CHATML.replace("message.content", "message.content | replace('yes', 'no')"), "changes the response"),
         (
             CHATML.replace("{{ message.content }}", "{{ message.content }}{{ message.content }}"),
-            "holds the response 2 times",
+            "contains the response 2 times",
         ),
         (CHATML.replace("assistant\n{% endif", "assistant:\n<think>{% endif"), "generation prompt"),
         ("{{ raise_exception('roles must alternate') }}", "roles must alternate"),
@@ -115,7 +115,7 @@ def test_a_template_without_end_of_turn_is_refused() -> None:
     side = chat("{% for message in messages %}{{ message.role }}: {{ message.content }}\n{% endfor %}"
                 "{% if add_generation_prompt %}assistant: {% endif %}")  # fmt: skip
     with pytest.raises(
-        UserError, match="row 0: the student's chat template writes no special token behind the response"
+        UserError, match="row 0: the student's chat template writes no special token after the response"
     ):
         encode(side, "yes")
 
@@ -148,13 +148,13 @@ def test_a_slow_tokenizer_is_refused_with_the_way_out() -> None:
 @pytest.mark.parametrize(
     ("texts", "message"),
     [
-        ({"user": "x", "assistant": "{content}"}, "role 'user': the text 'x' holds {content} 0 times"),
+        ({"user": "x", "assistant": "{content}"}, "role 'user': the text 'x' contains {content} 0 times"),
         ({"user": "{content}", "assistant": "{content}{content}"}, "role 'assistant': .* 2 times"),
         ({"user": "{content}", "assistant": "{content}", "system": ""}, "role 'system'"),
-        ({"user": 3, "assistant": "{content}"}, "role 'user': the text is no string"),
+        ({"user": 3, "assistant": "{content}"}, "role 'user': the text is not a string"),
     ],
 )
-def test_a_plain_template_needs_one_place_for_the_content(texts: dict, message: str) -> None:
+def test_each_text_of_a_plain_template_needs_content_exactly_once(texts: dict, message: str) -> None:
     with pytest.raises(UserError, match=message):
         PlainTemplate(**texts)
 
