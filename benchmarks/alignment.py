@@ -81,9 +81,15 @@ Arrays = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
 def _tokenize(tokenizer: Any, texts: Sequence[str]) -> Any:
     """As `ctpd.text.render` asks for it."""
     return tokenizer(
-        list(texts), add_special_tokens=False, padding=False, truncation=False, return_attention_mask=False,
-        return_token_type_ids=False, verbose=False, return_offsets_mapping=True,
-    )  # fmt: skip
+        list(texts),
+        add_special_tokens=False,
+        padding=False,
+        truncation=False,
+        return_attention_mask=False,
+        return_token_type_ids=False,
+        verbose=False,
+        return_offsets_mapping=True,
+    )
 
 
 def _arrays(output: Any, rows: slice, space_ids: np.ndarray) -> Arrays:
@@ -107,9 +113,12 @@ def _align(texts: Sequence[str], teacher: Arrays, student: Arrays) -> int:
         for first, last, rows, marks in (teacher, student)
     ]
     batch = align_spans_batch(
-        ends[0], teacher_starts=teacher[2], student_ends=ends[1], student_starts=student[2],
+        ends[0],
+        teacher_starts=teacher[2],
+        student_ends=ends[1],
+        student_starts=student[2],
         lengths=np.fromiter(map(len, texts), dtype=np.int64, count=len(texts)),
-    )  # fmt: skip
+    )
     return len(batch.boundaries)
 
 
@@ -155,8 +164,11 @@ def _tokenizer(role: str, config: dict[str, Any], texts: Sequence[str]) -> Any:
         core.normalizer = normalizers.Replace(" ", "▁")
         core.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="never")
     core.train_from_iterator(
-        texts, trainers.BpeTrainer(vocab_size=VOCABULARIES[role], special_tokens=special, initial_alphabet=alphabet, show_progress=False)
-    )  # fmt: skip
+        texts,
+        trainers.BpeTrainer(
+            vocab_size=VOCABULARIES[role], special_tokens=special, initial_alphabet=alphabet, show_progress=False
+        ),
+    )
     return PreTrainedTokenizerFast(tokenizer_object=core, eos_token="</s>", unk_token="<unk>", name_or_path=role)
 
 
@@ -169,9 +181,11 @@ def main() -> None:
     parser.add_argument("--limit", type=int, default=1000, help="pairs (%(default)s)")
     args = parser.parse_args()
     config = {
-        "data": str(args.data.resolve()) if args.data else None, "limit": 20 if args.quick else args.limit,
-        "teacher": _absolute(args.teacher), "student": _absolute(args.student),
-    }  # fmt: skip
+        "data": str(args.data.resolve()) if args.data else None,
+        "limit": 20 if args.quick else args.limit,
+        "teacher": _absolute(args.teacher),
+        "student": _absolute(args.student),
+    }
     found = alternate([Side("alignment", "benchmarks.alignment", config)], args)
     _write(found, args)
 
@@ -199,14 +213,37 @@ def _write(found: Found, args: argparse.Namespace) -> None:
         f"{one['responses']} responses of {data}, {one['characters']:,} characters; teacher's tokenizer: {names['teacher']}, "
         f"{one['teacher_tokens']:,} tokens; student's: {names['student']}, {one['student_tokens']:,} tokens; {one['spans']:,} spans."
     )
-    rows = [[label, spread([r[key] for r in rounds])] for label, key in (
-        ("tokenization by both, one thread", "tokenize_s"), ("`encode_batch` of both alone", "encode_s"), ("alignment, from offset arrays to span ids", "align_s"),
-        ("prepare_pairs as a whole", "prepare_s"))]  # fmt: skip
-    figure = bars([Bar(str(label), [r[key] for r in rounds], style=i) for i, (label, key) in enumerate(
-        (("tokenization", "tokenize_s"), ("alignment", "align_s"), ("prepare_pairs", "prepare_s")))],
-        title="Alignment beside tokenization", unit="seconds")  # fmt: skip
-    write(Result(name="alignment", title="Alignment beside tokenization", text=[text], claims=claims,
-                 tables=[Table("Seconds", ("What", "s"), rows)], measurements=found, figures={"alignment.svg": figure}), args)  # fmt: skip
+    rows = [
+        [label, spread([r[key] for r in rounds])]
+        for label, key in (
+            ("tokenization by both, one thread", "tokenize_s"),
+            ("`encode_batch` of both alone", "encode_s"),
+            ("alignment, from offset arrays to span ids", "align_s"),
+            ("prepare_pairs as a whole", "prepare_s"),
+        )
+    ]
+    figure = bars(
+        [
+            Bar(str(label), [r[key] for r in rounds], style=i)
+            for i, (label, key) in enumerate(
+                (("tokenization", "tokenize_s"), ("alignment", "align_s"), ("prepare_pairs", "prepare_s"))
+            )
+        ],
+        title="Alignment beside tokenization",
+        unit="seconds",
+    )
+    write(
+        Result(
+            name="alignment",
+            title="Alignment beside tokenization",
+            text=[text],
+            claims=claims,
+            tables=[Table("Seconds", ("What", "s"), rows)],
+            measurements=found,
+            figures={"alignment.svg": figure},
+        ),
+        args,
+    )
 
 
 if __name__ == "__main__":

@@ -42,8 +42,17 @@ def main() -> None:
                 claims.append(Claim(f"{name}: time / lm-eval's, {what}", "at most", TARGET, values))
             tables.append(Table(name[0].upper() + name[1:], HEADER, rows(found, config["tasks"])))
             measured[name] = {side: [without_documents(one) for one in rounds] for side, rounds in found.items()}
-    write(Result(name="evaluation", title="Evaluation beside lm-eval", text=TEXT, claims=claims, tables=tables,
-                 measurements=measured), args)  # fmt: skip
+    write(
+        Result(
+            name="evaluation",
+            title="Evaluation beside lm-eval",
+            text=TEXT,
+            claims=claims,
+            tables=tables,
+            measurements=measured,
+        ),
+        args,
+    )
 
 
 TEXT = [
@@ -141,8 +150,14 @@ def _model(folder: Path, texts: list[str], kind: str, vocabulary: int, shape: di
 
     tokenizer = train_tokenizer(texts, kind=kind, vocab_size=vocabulary)
     config = PretrainConfig(
-        corpus="teacher", tokenizer="byte_bpe", vocab_size=vocabulary, steps=1, texts_per_step=1, learning_rate=1.0, **shape
-    )  # fmt: skip
+        corpus="teacher",
+        tokenizer="byte_bpe",
+        vocab_size=vocabulary,
+        steps=1,
+        texts_per_step=1,
+        learning_rate=1.0,
+        **shape,
+    )
     new_model(tokenizer, config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return str(folder)

@@ -80,15 +80,20 @@ def main() -> None:
         ours = f"{OURS}, {kind}"
         for other in (FULL, TRL):
             _check(found[ours][0], found[f"{other}, {kind}"][0], loose=args.dtype != "float32")
-            claims += [
-                Claim(f"{kind}: time / that of {other}", "at most", None, ratios(found, "seconds", of=ours, to=f"{other}, {kind}")),
-                Claim(f"{kind}: memory / that of {other}", "at most", None, ratios(found, "growth_mib", of=ours, to=f"{other}, {kind}")),
-            ]  # fmt: skip
+            for what, key in (("time", "seconds"), ("memory", "growth_mib")):
+                values = ratios(found, key, of=ours, to=f"{other}, {kind}")
+                claims.append(Claim(f"{kind}: {what} / that of {other}", "at most", None, values))
     rows = [
-        [name, spread([r["seconds"] for r in reported]), f"{median_of(found, name, 'growth_mib'):.0f}",
-         f"{reported[0]['sum']:.2f}", f"{reported[0]['grad_hidden']:.6g}", f"{max(r['other_cpu'] for r in reported):.2f}"]
+        [
+            name,
+            spread([r["seconds"] for r in reported]),
+            f"{median_of(found, name, 'growth_mib'):.0f}",
+            f"{reported[0]['sum']:.2f}",
+            f"{reported[0]['grad_hidden']:.6g}",
+            f"{max(r['other_cpu'] for r in reported):.2f}",
+        ]
         for name, reported in found.items()
-    ]  # fmt: skip
+    ]
     table = Table("Each way", ("Way", "s", "growth of memory, MiB", "sum", "gradient norm", "load of others"), rows)
     times = [
         Bar(name, [r["seconds"] for r in reported], style=i % 3) for i, (name, reported) in enumerate(found.items())
@@ -101,8 +106,18 @@ def main() -> None:
         "memory.svg": bars(memory, title="Memory that the log-probabilities need", unit="MiB"),
     }
     text = f"{size['rows']} rows, hidden {size['hidden']}, vocabulary {size['vocab']}. The frozen head has no gradient of its weight."
-    write(Result(name="head", title="The output head alone", text=[text], claims=claims, tables=[table],
-                 measurements=found, figures=figures), args)  # fmt: skip
+    write(
+        Result(
+            name="head",
+            title="The output head alone",
+            text=[text],
+            claims=claims,
+            tables=[table],
+            measurements=found,
+            figures=figures,
+        ),
+        args,
+    )
 
 
 def _check(ours: dict[str, Any], other: dict[str, Any], *, loose: bool) -> None:

@@ -201,8 +201,12 @@ def run_child(side: Side, args: argparse.Namespace) -> dict[str, Any]:
     config = {"device": args.device, "dtype": args.dtype, "threads": args.threads, **side.config}
     done = subprocess.run(
         [sys.executable, "-m", side.module, json.dumps(config)],
-        env=child_environment(args.threads), cwd=ROOT, capture_output=True, text=True, check=False,
-    )  # fmt: skip
+        env=child_environment(args.threads),
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     lines = [line for line in done.stdout.splitlines() if line.startswith(_MARK)]
     if done.returncode or not lines:
         raise RuntimeError(f"{side.name} failed ({done.returncode})\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
@@ -214,10 +218,14 @@ def child_environment(threads: int) -> dict[str, str]:
     """No network, no telemetry, a fixed number of threads that do not spin at barriers, and imports compiled once only."""
     counts = {name: str(threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")}
     quiet = {
-        "OMP_WAIT_POLICY": "PASSIVE", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1",
-        "HF_HUB_DISABLE_TELEMETRY": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
-        "PYTHONPATH": str(ROOT), "PYTHONPYCACHEPREFIX": str(ROOT / "build" / "bytecode"),
-    }  # fmt: skip
+        "OMP_WAIT_POLICY": "PASSIVE",
+        "TOKENIZERS_PARALLELISM": "false",
+        "HF_HUB_OFFLINE": "1",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
+        "PYTHONPATH": str(ROOT),
+        "PYTHONPYCACHEPREFIX": str(ROOT / "build" / "bytecode"),
+    }
     given = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
     return {**given, **counts, **quiet}
 

@@ -23,7 +23,7 @@ from benchmarks.inputs import (
     make_model,
     token_pairs,
     units,
-)  # fmt: skip
+)
 from benchmarks.measuring import MIB, StepClock, child, resident_mib
 from ctpd.models import add_lora, install_scorer, load_model, parameter_counts
 from ctpd.objectives.base import Objective
@@ -119,10 +119,15 @@ def rows_for(model: Any, pairs: Sequence[TokenPair], config: dict[str, Any]) -> 
         weights = rng.uniform(0.5, 1.5, size=len(reference)).astype(np.float32)
     items = np.arange(2 * len(pairs), dtype=np.int64).reshape(-1, 2)[:, : len(objective.sides)]
     rows = ScoredRows(
-        input_ids=input_ids, row_starts=row_starts, unit=unit_T, unit_starts=unit_starts,
-        counted=np.ones(int(unit_starts[-1]), dtype=bool), items=_in_training_order(items),
-        reference=reference, weights=weights,
-    )  # fmt: skip
+        input_ids=input_ids,
+        row_starts=row_starts,
+        unit=unit_T,
+        unit_starts=unit_starts,
+        counted=np.ones(int(unit_starts[-1]), dtype=bool),
+        items=_in_training_order(items),
+        reference=reference,
+        weights=weights,
+    )
     return with_sharing(model, rows, config.get("share"))
 
 
@@ -144,13 +149,20 @@ def train(model: Any, rows: ScoredRows, shape: Shape, config: dict[str, Any], *,
     sequences = rows.items.shape[1]
     objective = _objective(config)
     schedule = Schedule(
-        pairs_per_step=shape.batch, schedule="constant", warmup_ratio=0.0, weight_decay=0.0, max_grad_norm=1.0,
+        pairs_per_step=shape.batch,
+        schedule="constant",
+        warmup_ratio=0.0,
+        weight_decay=0.0,
+        max_grad_norm=1.0,
         activation_checkpointing=config.get("checkpointing", False),
-    )  # fmt: skip
+    )
     settings = FitSettings(
-        device=config["device"], micro_batch_tokens=pairs * sequences * shape.seq_len, checkpoint_seconds=1e9,
-        report_to=(), progress=clock,
-    )  # fmt: skip
+        device=config["device"],
+        micro_batch_tokens=pairs * sequences * shape.seq_len,
+        checkpoint_seconds=1e9,
+        report_to=(),
+        progress=clock,
+    )
     return fit(
         Training(model=model, objective=objective, rows=rows, forward_pass=UnitPass(objective)),
         Optimization(schedule=schedule, learning_rate=LEARNING_RATE, seed=SEED, precision=config["dtype"]),

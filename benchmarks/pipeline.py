@@ -80,21 +80,30 @@ def main() -> None:
         for kind in order
     ]
     rows.append(["start, planning, between stages", "", totals[0] - sum(v[0] for v in sums.values()), "", ""])
-    figure = bars([Bar(f"{kind} ({len(rounds[0][kind])})", sums[kind]) for kind in order],
-                  title=f"ctpd run {recipe}: seconds by kind of stage", unit="seconds")  # fmt: skip
+    figure = bars(
+        [Bar(f"{kind} ({len(rounds[0][kind])})", sums[kind]) for kind in order],
+        title=f"ctpd run {recipe}: seconds by kind of stage",
+        unit="seconds",
+    )
     write(
         Result(
-            name="pipeline", title=f"Where `ctpd run {recipe}` spends its time",
-            text=["Seconds of each stage from its manifest; with `--store` the total is their sum, else the command's wall time."],
-            claims=claims, measurements={"totals": totals, "stages": rounds, "passes": counted},
+            name="pipeline",
+            title=f"Where `ctpd run {recipe}` spends its time",
+            text=[
+                "Seconds of each stage from its manifest; with `--store` the total is their sum, else the command's wall time."
+            ],
+            claims=claims,
+            measurements={"totals": totals, "stages": rounds, "passes": counted},
             tables=[
                 Table("Stages by kind", ("Kind", "stages", "s", "of the total", "longest, s"), rows),
-                Table("Passes of frozen models over the pairs", ("Model", "passes"), [[k, n] for k, n in counted.items()]),
+                Table(
+                    "Passes of frozen models over the pairs", ("Model", "passes"), [[k, n] for k, n in counted.items()]
+                ),
             ],
             figures={"pipeline.svg": figure},
         ),
         args,
-    )  # fmt: skip
+    )
 
 
 def _run(recipe: str, store: Path, *, threads: int) -> float:

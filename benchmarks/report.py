@@ -156,8 +156,10 @@ def _markdown(result: Result, record: Mapping[str, Any]) -> str:
     lines += [
         f"{kind}: {env['cpu']}, {env['cores']} cores, {env['threads']} threads, {env['memory_gib']} GiB, {env['dtype']}; "
         f"{env['date']}; Python {env['python']}, {versions}.",
-        "", f"`{record['command']}`", "",
-    ]  # fmt: skip
+        "",
+        f"`{record['command']}`",
+        "",
+    ]
     for paragraph in result.text:
         lines += [paragraph, ""]
     if record["claims"]:
@@ -211,13 +213,16 @@ def write_summary(folder: Path) -> None:
         {f"{r['environment'].get('gpu') or r['environment']['cpu']}, {r['environment']['date']}" for r in records}
     )
     lines = [
-        "# Speed and memory", "",
+        "# Speed and memory",
+        "",
         "Written by `make bench`. Each side of a comparison ran in its own process on the same machine, the sides taking",
         "turns; a ratio is ours to the other's inside a round, so below 1 ours needs less. Benchmarks whose name ends in",
-        "`-cuda` were measured on a GPU, all others on a CPU: **a CPU figure says nothing about a GPU.**", "",
-        *(f"- {machine}" for machine in machines), "",
+        "`-cuda` were measured on a GPU, all others on a CPU: **a CPU figure says nothing about a GPU.**",
+        "",
+        *(f"- {machine}" for machine in machines),
+        "",
         *markdown_table(("Benchmark", *CLAIM_HEADER), rows),
-    ]  # fmt: skip
+    ]
     (folder / "README.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 

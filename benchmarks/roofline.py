@@ -181,8 +181,18 @@ def main() -> None:
         ]
         print(f"{name}: step {median_of(found, name, 'step_s'):.2f} s", flush=True)
     svg = bars(figure, title="A step, and its matrix products alone", unit="seconds")
-    write(Result(name="roofline", title="A step against its matrix products", text=TEXT, claims=claims, tables=tables,
-                 measurements=measured, figures={"roofline.svg": svg}), args)  # fmt: skip
+    write(
+        Result(
+            name="roofline",
+            title="A step against its matrix products",
+            text=TEXT,
+            claims=claims,
+            tables=tables,
+            measurements=measured,
+            figures={"roofline.svg": svg},
+        ),
+        args,
+    )
 
 
 TEXT = (

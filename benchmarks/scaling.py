@@ -118,8 +118,18 @@ def main() -> None:
         "vocabulary whatever the scorer does. Full logits are left out where four copies would pass 6 GiB."
     )
     tables = [_table(found, sweep) for sweep in points]
-    write(Result(name="scaling", title="How scoring scales", text=[text], claims=claims, tables=tables, measurements=found,
-                 figures=figures), args)  # fmt: skip
+    write(
+        Result(
+            name="scaling",
+            title="How scoring scales",
+            text=[text],
+            claims=claims,
+            tables=tables,
+            measurements=found,
+            figures=figures,
+        ),
+        args,
+    )
 
 
 def _curve(found: Found, sweep: str, way: str, key: str) -> list[tuple[float, float]]:

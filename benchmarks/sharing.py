@@ -50,16 +50,29 @@ def main() -> None:
             for side in (on, off)
         ]
         measured |= found
-    figure = bars([Bar(c.text.removesuffix(": time shared / not shared"), c.values, c.target) for c in claims],
-                  title="Time with shared prompts / without (mark: target)", unit="ratio, less is better")  # fmt: skip
+    figure = bars(
+        [Bar(c.text.removesuffix(": time shared / not shared"), c.values, c.target) for c in claims],
+        title="Time with shared prompts / without (mark: target)",
+        unit="ratio, less is better",
+    )
     text = (
         f"DPO, stored reference; sequences of {body.seq_len} tokens of which the prompt is a share f. Both ways must show the "
         f"same losses. Body: hidden {body.hidden}, {body.layers} layers, vocabulary {body.vocab}, so that the head hardly counts; "
         f"body-heavy: hidden {heavy.hidden}, {heavy.layers} layers, vocabulary {heavy.vocab}."
     )
     table = Table("Steps", ("Case", "s/step", "MiB beyond state", "load of others"), rows)
-    write(Result(name="sharing", title="Prompts computed once", text=[text], claims=claims, tables=[table],
-                 measurements=measured, figures={"sharing.svg": figure}), args)  # fmt: skip
+    write(
+        Result(
+            name="sharing",
+            title="Prompts computed once",
+            text=[text],
+            claims=claims,
+            tables=[table],
+            measurements=measured,
+            figures={"sharing.svg": figure},
+        ),
+        args,
+    )
 
 
 def check_equal(shared: list[float], separate: list[float]) -> None:

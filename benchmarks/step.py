@@ -50,20 +50,16 @@ class Scenario:
 
 SCENARIOS = {
     "default": Scenario(title="default shape", shape=Shape(), rounds=None, steps=None, extra=(SFT,)),
-    "no-checkpointing": Scenario(
-        title="no checkpointing", shape=Shape(), checkpointing=False, extra=(SMALL,)
-    ),
+    "no-checkpointing": Scenario(title="no checkpointing", shape=Shape(), checkpointing=False, extra=(SMALL,)),
     "ragged": Scenario(title="ragged completions", shape=Shape(ragged=True)),
-    "frozen-head": Scenario(
-        title="LoRA, frozen head", shape=Shape(), lora=True, bounds=(0.25, 0.25, 0.3)
-    ),
+    "frozen-head": Scenario(title="LoRA, frozen head", shape=Shape(), lora=True, bounds=(0.25, 0.25, 0.3)),
     "wide": Scenario(
         title="wider student",
         shape=Shape(hidden=1024, layers=8, heads=16, vocab=32000, batch=2, seq_len=256, prompt_len=64),
         rounds=2,
         bounds=(0.9, 0.7, None),
     ),
-}  # fmt: skip
+}
 QUICK = Shape(hidden=32, layers=2, heads=2, vocab=64, words=50, seq_len=32, prompt_len=8)
 
 
@@ -141,13 +137,17 @@ def table_of(scenario: Scenario, found: Found) -> Table:
     )
     rows = [
         [
-            name, spread([r[TIME] for r in reported]), spread([r["cpu_s"] for r in reported]),
-            f"{median_of(found, name, 'tokens_per_s'):.0f}", f"{median_of(found, name, MEMORY):.0f}",
-            f"{median_of(found, name, 'peak_mib'):.0f}", f"{median_of(found, name, 'reference_s'):.3g}",
+            name,
+            spread([r[TIME] for r in reported]),
+            spread([r["cpu_s"] for r in reported]),
+            f"{median_of(found, name, 'tokens_per_s'):.0f}",
+            f"{median_of(found, name, MEMORY):.0f}",
+            f"{median_of(found, name, 'peak_mib'):.0f}",
+            f"{median_of(found, name, 'reference_s'):.3g}",
             f"{max(r['other_cpu'] for r in reported):.2f}",
         ]
         for name, reported in found.items()
-    ]  # fmt: skip
+    ]
     shape = scenario.shape
     about = f"hidden {shape.hidden}, {shape.layers} layers, vocabulary {shape.vocab}; {shape.batch} pairs of up to {shape.seq_len} tokens, prompt {shape.prompt_len}"
     checkpointing = "with" if scenario.checkpointing else "without"
@@ -180,9 +180,18 @@ def main() -> None:
     if memory:
         figures["memory.svg"] = bars(memory, title="Memory beyond the state, ours / TRL's (mark: target)", unit="ratio")
     earlier = f"Kept from an earlier run of the same command without `--only`: {', '.join(kept)}." if kept else ""
-    write(Result(name="step", title="A training step beside TRL's DPOTrainer", text=[*TEXT, *([earlier] if earlier else [])],
-                 claims=claims, tables=tables,
-                 measurements=measurements, figures=figures), args)  # fmt: skip
+    write(
+        Result(
+            name="step",
+            title="A training step beside TRL's DPOTrainer",
+            text=[*TEXT, *([earlier] if earlier else [])],
+            claims=claims,
+            tables=tables,
+            measurements=measurements,
+            figures=figures,
+        ),
+        args,
+    )
 
 
 def _earlier(args: argparse.Namespace) -> dict[str, Found]:
@@ -204,7 +213,7 @@ def _earlier(args: argparse.Namespace) -> dict[str, Found]:
 
 
 TEXT = (
-    "Both sides train the same seeded model on the same rows in the same order (AdamW, constant step size), and show the "
+    "Both sides train the same seeded model on the same rows in the same order (AdamW, constant learning rate), and show the "
     "same DPO losses to 3e-5, which is the rounding of float32 sums, and ours the float64 loss to 5e-6; the benchmark fails "
     "otherwise. A step's time runs from the end of a step to the end of the next: "
     "batch, forward, backward, clipping, optimizer and logging. *Beyond state* is the peak resident memory of the training "

@@ -28,8 +28,18 @@ def compared(cli: Cli, smoke: SmokeRun, tmp_path_factory: pytest.TempPathFactory
 
 def browse(report: Path, profile: Path, *options: str) -> subprocess.CompletedProcess[str]:
     assert CHROMIUM is not None
-    command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--disable-dev-shm-usage",
-               "--enable-logging=stderr", f"--user-data-dir={profile}", *options, report.as_uri()]  # fmt: skip
+    command = [
+        CHROMIUM,
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--hide-scrollbars",
+        "--disable-dev-shm-usage",
+        "--enable-logging=stderr",
+        f"--user-data-dir={profile}",
+        *options,
+        report.as_uri(),
+    ]
     return subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
 
 

@@ -86,9 +86,16 @@ def byte_model() -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast]:
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<end>")
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=1,
-        max_position_embeddings=8192, bos_token_id=None, eos_token_id=tokenizer.eos_token_id, pad_token_id=None,
-    )  # fmt: skip
+        vocab_size=len(tokenizer),
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=1,
+        max_position_embeddings=8192,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=None,
+    )
     return LlamaForCausalLM(config), tokenizer
 
 

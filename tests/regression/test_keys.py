@@ -35,7 +35,18 @@ def test_a_default_that_changes_raises_the_version_of_the_stages_that_read_it() 
 
 
 def test_every_stage_is_in_the_list() -> None:
-    kinds = {"world", "tokenizer", "pretrain", "pairs", "generate", "signals", "distributions", "weights", "train",
-             "evaluate", "record"}  # fmt: skip
+    kinds = {
+        "world",
+        "tokenizer",
+        "pretrain",
+        "pairs",
+        "generate",
+        "signals",
+        "distributions",
+        "weights",
+        "train",
+        "evaluate",
+        "record",
+    }
     assert identities.defaults().keys() == kinds
     assert any(name.endswith(".mu") for name in identities.defaults()["weights"]["defaults"])

@@ -23,9 +23,11 @@ def golden_batch(*, num_pairs=0, tile_rows=2):
     labels = torch.tensor(inputs["labels_already_shifted"])
     student = leaf(inputs["policy_logits_already_shifted"])
     teachers = [
-        stored(tokens(torch.tensor(inputs[f"{who}_teacher_logits_already_shifted"], dtype=torch.float64), labels), top_k=3)
+        stored(
+            tokens(torch.tensor(inputs[f"{who}_teacher_logits_already_shifted"], dtype=torch.float64), labels), top_k=3
+        )
         for who in ("dpo", "ref")
-    ]  # fmt: skip
+    ]
     batch = batch_of(tokens(student, labels, tile_rows=tile_rows), *teachers)
     return student, replace(batch, num_pairs=num_pairs)
 
@@ -33,7 +35,10 @@ def golden_batch(*, num_pairs=0, tile_rows=2):
 def test_advantages_equal_the_public_code():
     _, batch = golden_batch()
     tuned, reference = (teacher.rows[0:5] for teacher in batch.teachers)
-    found = [dict(zip(ids, row, strict=True)) for ids, row in zip(tuned.ids.tolist(), advantages(tuned, reference).tolist(), strict=True)]  # fmt: skip
+    found = [
+        dict(zip(ids, row, strict=True))
+        for ids, row in zip(tuned.ids.tolist(), advantages(tuned, reference).tolist(), strict=True)
+    ]
     golden = [
         dict(zip(one["indices"], one["values"], strict=True)) for row in VECTOR["expected"]["margin"] for one in row
     ]

@@ -117,9 +117,14 @@ def test_scalars_mean_what_yaml_1_2_says(text: str, value: object) -> None:
 def test_complete_file_becomes_the_dataclass() -> None:
     text = "inner: {rate: 1}\ncount: 3\non: true\nkind: second\nnumbers: [1, 2]\neither: {rate: 2e-1}\ntable: {a: 1, b: .5}"
     assert read(text) == Outer(
-        inner=Inner(rate=1.0), count=3, on=True, kind="second", numbers=(1, 2), either=Inner(rate=0.2),
+        inner=Inner(rate=1.0),
+        count=3,
+        on=True,
+        kind="second",
+        numbers=(1, 2),
+        either=Inner(rate=0.2),
         table={"a": 1.0, "b": 0.5},
-    )  # fmt: skip
+    )
     assert isinstance(read(text).inner.rate, float)
     assert read("inner: {rate: 1}\neither: skip").either == "skip"
     assert read("inner: {rate: 1}\neither: null").either is None

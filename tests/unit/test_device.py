@@ -85,8 +85,6 @@ def test_a_wrong_device_is_said_before_the_first_stage(
 
 
 def test_one_device_for_several_processes_is_refused_where_they_are_started(cli: Cli, tmp_path: object) -> None:
-    outcome = cli(
-        "train", "testbed-smoke", "--store", f"{tmp_path}/s", "--device", "cuda:1", "--num-processes", 2
-    )  # fmt: skip
+    outcome = cli("train", "testbed-smoke", "--store", f"{tmp_path}/s", "--device", "cuda:1", "--num-processes", 2)
     assert outcome.code == 2
     assert "names one device for all 2 processes" in outcome.err

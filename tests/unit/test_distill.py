@@ -95,18 +95,26 @@ class Projected(DistillationObjective[LogitTokens]):
 
 
 def train(
-    model: nn.Module, objective: DistillationObjective[Any], folder: Path, *, rows: DistillRows | None = None,
-    micro_batch_tokens: int = 10**6, checkpoint_seconds: float = 1e9,
+    model: nn.Module,
+    objective: DistillationObjective[Any],
+    folder: Path,
+    *,
+    rows: DistillRows | None = None,
+    micro_batch_tokens: int = 10**6,
+    checkpoint_seconds: float = 1e9,
     progress: Callable[[int, int], None] = lambda done, total: None,
-) -> Fit:  # fmt: skip
+) -> Fit:
     torch.manual_seed(5)
     objective.bind(FACTS, FACTS)
     rows = both_rows() if rows is None else rows
     teachers = [] if rows.stored else [teacher_model()]
     settings = FitSettings(
-        device="cpu", micro_batch_tokens=micro_batch_tokens, checkpoint_seconds=checkpoint_seconds, report_to=(),
+        device="cpu",
+        micro_batch_tokens=micro_batch_tokens,
+        checkpoint_seconds=checkpoint_seconds,
+        report_to=(),
         progress=progress,
-    )  # fmt: skip
+    )
     training = Training(model=model, objective=objective, rows=rows, forward_pass=DistillPass(objective, teachers))
     optimization = Optimization(schedule=SCHEDULE, learning_rate=1e-3, seed=3, precision="float32")
     return fit(training, optimization, folder=folder, settings=settings)

@@ -48,10 +48,17 @@ def tokenizer() -> PreTrainedTokenizerFast:
 def model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
-        max_position_embeddings=160, bos_token_id=None, eos_token_id=tokenizer.eos_token_id, pad_token_id=None,
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=160,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=None,
         initializer_range=0.4,
-    )  # fmt: skip
+    )
     return LlamaForCausalLM(config)
 
 
@@ -74,23 +81,35 @@ def write_tasks(folder: Path) -> Path:
     folder.mkdir(parents=True)
     mean = {"aggregation": "mean", "higher_is_better": True}
     shared = {
-        "dataset_path": "someone/colours", "dataset_name": "main", "test_split": "test", "fewshot_split": "test",
-        "doc_to_text": "Q: {{question}}\nA:", "metadata": {"version": 1.0}, "tag": "colours",
-    }  # fmt: skip
+        "dataset_path": "someone/colours",
+        "dataset_name": "main",
+        "test_split": "test",
+        "fewshot_split": "test",
+        "doc_to_text": "Q: {{question}}\nA:",
+        "metadata": {"version": 1.0},
+        "tag": "colours",
+    }
     choice = shared | {
-        "task": "colour_choice", "output_type": "multiple_choice", "doc_to_choice": "{{choices}}",
-        "doc_to_target": "label", "metric_list": [mean | {"metric": "acc"}, mean | {"metric": "acc_norm"}],
-    }  # fmt: skip
+        "task": "colour_choice",
+        "output_type": "multiple_choice",
+        "doc_to_choice": "{{choices}}",
+        "doc_to_target": "label",
+        "metric_list": [mean | {"metric": "acc"}, mean | {"metric": "acc_norm"}],
+    }
     generation = shared | {
-        "task": "colour_words", "output_type": "generate_until", "doc_to_target": "{{choices[label]}}",
+        "task": "colour_words",
+        "output_type": "generate_until",
+        "doc_to_target": "{{choices[label]}}",
         "metric_list": [mean | {"metric": "exact_match"}],
         "generation_kwargs": {"until": ["\n"], "max_gen_toks": 6, "do_sample": False},
         "filter_list": [
             {"name": "whole", "filter": [{"function": "take_first"}]},
-            {"name": "letter", "filter": [{"function": "regex", "regex_pattern": "([a-z])"},
-                                          {"function": "take_first"}]},
+            {
+                "name": "letter",
+                "filter": [{"function": "regex", "regex_pattern": "([a-z])"}, {"function": "take_first"}],
+            },
         ],
-    }  # fmt: skip
+    }
     fixed = choice | {"task": "colour_fixed", "num_fewshot": 0}
     for config in (choice, generation, fixed):
         (folder / f"{config['task']}.yaml").write_text(yaml.safe_dump(config))
@@ -105,9 +124,14 @@ def data_root(tmp_path: Path) -> Path:
 @pytest.fixture
 def choice(tmp_path: Path) -> Column:
     return Column(
-        name="Choice", task="colour_choice", metric="acc_norm,none", version=1.0, shots=1, also=("acc,none",),
+        name="Choice",
+        task="colour_choice",
+        metric="acc_norm,none",
+        version=1.0,
+        shots=1,
+        also=("acc,none",),
         folder=str(write_tasks(tmp_path / "tasks")),
-    )  # fmt: skip
+    )
 
 
 @pytest.fixture
@@ -403,8 +427,12 @@ def test_vllm_is_given_the_model_its_tokenizer_and_the_precision(monkeypatch: py
     monkeypatch.setitem(sys.modules, "lm_eval.models.vllm_causallms", module)
     assert open_vllm("a", "b", precision="bfloat16", revision="c" * 40, tokenizer_revision="d" * 40) == "the model"
     assert given == {
-        "pretrained": "a", "tokenizer": "b", "dtype": "bfloat16", "revision": "c" * 40, "tokenizer_revision": "d" * 40,
-    }  # fmt: skip
+        "pretrained": "a",
+        "tokenizer": "b",
+        "dtype": "bfloat16",
+        "revision": "c" * 40,
+        "tokenizer_revision": "d" * 40,
+    }
 
 
 def test_prompts_are_built_once_for_many_models_and_anew_for_another_limit_or_a_template(

@@ -67,8 +67,16 @@ def test_flags_that_contradict_each_other_or_the_launcher_are_refused(
 def test_a_helper_builds_for_the_same_command_and_prints_nothing() -> None:
     argv = ["run", "mine.yaml", "--jobs", "3", "--rebuild", "--device=auto", "--only", "CTPD", "--json"]
     assert launch._helping(argv, device="cuda:1") == [
-        "eval", "--quiet", "--device", "cuda:1", "--num-processes", "1", "mine.yaml", "--only", "CTPD",
-    ]  # fmt: skip
+        "eval",
+        "--quiet",
+        "--device",
+        "cuda:1",
+        "--num-processes",
+        "1",
+        "mine.yaml",
+        "--only",
+        "CTPD",
+    ]
     assert launch._helping(["train", "mine.yaml", "--jobs=2"], device="cpu")[0] == "train"
 
 

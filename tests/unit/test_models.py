@@ -152,8 +152,9 @@ def test_saved_adapter_merges_to_the_adapted_model_and_names_no_path(tmp_path: P
     adapted = with_random_adapters(load_model(tmp_path / "base", precision="float32", device="cpu"))
     save_model(adapted, tmp_path / "adapter")
     assert {path.name for path in (tmp_path / "adapter").iterdir()} == {
-        "adapter_config.json", "adapter_model.safetensors",
-    }  # fmt: skip
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    }
     assert str(tmp_path) not in (tmp_path / "adapter" / "adapter_config.json").read_text()
     merged = load_model(tmp_path / "base", adapters=[tmp_path / "adapter"], precision="float32", device="cpu")
     torch.testing.assert_close(score(merged, IDS, REQUEST), score(adapted, IDS, REQUEST), rtol=1e-5, atol=1e-5)

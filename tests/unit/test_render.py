@@ -112,8 +112,10 @@ def test_a_template_that_cannot_be_aligned_is_refused(template: str, message: st
 
 
 def test_a_template_without_end_of_turn_is_refused() -> None:
-    side = chat("{% for message in messages %}{{ message.role }}: {{ message.content }}\n{% endfor %}"
-                "{% if add_generation_prompt %}assistant: {% endif %}")  # fmt: skip
+    side = chat(
+        "{% for message in messages %}{{ message.role }}: {{ message.content }}\n{% endfor %}"
+        "{% if add_generation_prompt %}assistant: {% endif %}"
+    )
     with pytest.raises(
         UserError, match="row 0: the student's chat template writes no special token after the response"
     ):
@@ -197,8 +199,11 @@ def test_a_trimmed_space_at_the_end_of_the_prompt_is_the_prompts() -> None:
 @pytest.mark.parametrize("kind", ["byte_bpe_trimmed", "sentencepiece_bpe"])
 def test_an_inserted_prefix_is_the_responses(kind: str) -> None:
     """A prefix that is inserted behind the generation prompt would be generated: a response token with end 0."""
-    side = chat("{% for m in messages %}<|im_start|>{{ m.content }}<|im_end|>{% endfor %}"
-                "{% if add_generation_prompt %}<|im_start|>{% endif %}", kind)  # fmt: skip
+    side = chat(
+        "{% for m in messages %}<|im_start|>{{ m.content }}<|im_end|>{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>{% endif %}",
+        kind,
+    )
     for text in "жZ½\u0301":
         encoded = encode(side, text)
         prompt, response, rest = parts(side, encoded)

@@ -32,10 +32,19 @@ from harness.prefixes import GROUP_COST, Request, common, cost, pack, plain_cost
 from tests.fixtures.tokenizers import tokenizer, with_bos
 
 SHAPE: dict[str, Any] = {
-    "vocab_size": 460, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2,
-    "num_key_value_heads": 1, "head_dim": 16, "max_position_embeddings": 128, "initializer_range": 0.4,
-    "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": None,
-}  # fmt: skip
+    "vocab_size": 460,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 16,
+    "max_position_embeddings": 128,
+    "initializer_range": 0.4,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": None,
+}
 MIXED = ["sliding_attention", "full_attention"]
 SHARING: dict[str, Callable[[], PreTrainedModel]] = {
     "llama": lambda: LlamaForCausalLM(LlamaConfig(**SHAPE)),
@@ -47,10 +56,18 @@ SHARING: dict[str, Callable[[], PreTrainedModel]] = {
     ),
     "mistral, window in all layers": lambda: MistralForCausalLM(MistralConfig(**SHAPE, sliding_window=8)),
     "gpt2, absolute positions": lambda: GPT2LMHeadModel(
-        GPT2Config(vocab_size=460, n_embd=32, n_layer=2, n_head=2, n_positions=128, bos_token_id=1, eos_token_id=2,
-                   initializer_range=0.4)
+        GPT2Config(
+            vocab_size=460,
+            n_embd=32,
+            n_layer=2,
+            n_head=2,
+            n_positions=128,
+            bos_token_id=1,
+            eos_token_id=2,
+            initializer_range=0.4,
+        )
     ),
-}  # fmt: skip
+}
 SHOTS = "Question: what is it?\nAnswer: yes, it is. no, it is not.\n\n" * 2
 
 

@@ -188,15 +188,34 @@ def test_a_model_whose_shared_rows_differ_is_refused_and_left_as_it_was(monkeypa
 
 HYBRIDS: dict[str, Any] = {
     "convolutions by layer": lambda: Lfm2Config(
-        vocab_size=VOCABULARY, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=2, layer_types=["conv", "full_attention"], pad_token_id=0, bos_token_id=1, eos_token_id=2,
+        vocab_size=VOCABULARY,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        layer_types=["conv", "full_attention"],
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
     ),
     "state spaces beside attention": lambda: FalconH1Config(
-        vocab_size=VOCABULARY, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=2, mamba_d_ssm=32, mamba_n_heads=4, mamba_d_head=8, mamba_d_state=8, mamba_chunk_size=8,
-        pad_token_id=0, bos_token_id=1, eos_token_id=2,
+        vocab_size=VOCABULARY,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        mamba_d_ssm=32,
+        mamba_n_heads=4,
+        mamba_d_head=8,
+        mamba_d_state=8,
+        mamba_chunk_size=8,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", HYBRIDS)
@@ -255,9 +274,12 @@ def trained(folder: Path, rows: ScoredRows, *, micro_batch_tokens: int = 10**6) 
     model = tiny_model()
     assert enable_prompt_sharing(model)
     settings = FitSettings(
-        device="cpu", micro_batch_tokens=micro_batch_tokens, checkpoint_seconds=1e9, report_to=(),
+        device="cpu",
+        micro_batch_tokens=micro_batch_tokens,
+        checkpoint_seconds=1e9,
+        report_to=(),
         progress=lambda done, total: None,
-    )  # fmt: skip
+    )
     schedule = Schedule(epochs=2, pairs_per_step=8, activation_checkpointing=True)
     objective = DPO(DPOParams())
     training = Training(model=model, objective=objective, rows=rows, forward_pass=UnitPass(objective))
@@ -289,8 +311,10 @@ def test_layout_is_moved_like_the_rest_of_a_batch() -> None:
 
 
 MEASURES: dict[str, Measure] = {
-    "log-probabilities": token_logps, "top": top_k(3, 2.0), "with boundary": logps_with_boundary([1, 5, 9]),
-}  # fmt: skip
+    "log-probabilities": token_logps,
+    "top": top_k(3, 2.0),
+    "with boundary": logps_with_boundary([1, 5, 9]),
+}
 
 
 @pytest.mark.parametrize("name", MEASURES)

@@ -33,9 +33,18 @@ CONFIG = WorldConfig(
     seed=3, num_topics=8, num_pairs=400, num_eval_pairs=40, num_documents=24, teacher_texts=400, student_texts=400
 )
 SHAPE: dict[str, Any] = {
-    "corpus": "teacher", "tokenizer": "byte_bpe", "vocab_size": 300, "hidden": 32, "layers": 1, "heads": 2,
-    "intermediate": 48, "max_position": 128, "steps": 1, "texts_per_step": 1, "learning_rate": 1e-3,
-}  # fmt: skip
+    "corpus": "teacher",
+    "tokenizer": "byte_bpe",
+    "vocab_size": 300,
+    "hidden": 32,
+    "layers": 1,
+    "heads": 2,
+    "intermediate": 48,
+    "max_position": 128,
+    "steps": 1,
+    "texts_per_step": 1,
+    "learning_rate": 1e-3,
+}
 
 
 def rows(path: Path) -> list[dict[str, object]]:

@@ -190,11 +190,14 @@ def test_rounding_comes_before_the_clamp() -> None:
     """`round_decimals` rounds the log ratio, as the authors' code does, and then the formula follows."""
     given = signals()
     ratios = rows(given["teacher_positive"] - given["teacher_negative"])
-    expected = [1.0 if e else w for e, w in zip(
-        layout().is_end.tolist(),
-        [weight(ratio, i, decimals=1) for i, row in enumerate(ratios) for ratio in row],
-        strict=True,
-    )]  # fmt: skip
+    expected = [
+        1.0 if e else w
+        for e, w in zip(
+            layout().is_end.tolist(),
+            [weight(ratio, i, decimals=1) for i, row in enumerate(ratios) for ratio in row],
+            strict=True,
+        )
+    ]
     result = compute("teacher", round_decimals=1).weights
     torch.testing.assert_close(result, torch.tensor(expected, dtype=torch.float64))
 
