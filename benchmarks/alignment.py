@@ -1,9 +1,9 @@
-"""Alignment against tokenization: what the spans cost beside the tokens that every training needs anyway.
+"""Time of span alignment relative to tokenization, which every training needs.
 
-Responses of real preference pairs where `../shared/data` is there (or `--data` names a file), else generated ones.
-Tokenization is one call of each fast tokenizer, ids and offsets asked for, one thread; `encode_batch` alone, which leaves
-ids and offsets on the other side of the language border, is recorded beside it. The alignment is `ctpd.text`'s batched
-path from offset arrays to span ids: cleaned ends of both sides, then the spans.
+Uses the responses of real preference pairs if `../shared/data` exists or `--data` names a file, else generated ones.
+Tokenization is one call of each fast tokenizer with ids and offsets, one thread. `encode_batch` alone, which does not
+convert ids and offsets to Python objects, is measured too. Alignment is the batched path of `ctpd.text` from offset
+arrays to span ids: cleaned ends of both sides, then the spans.
 """
 
 import argparse
@@ -79,7 +79,7 @@ Arrays = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
 
 
 def _tokenize(tokenizer: Any, texts: Sequence[str]) -> Any:
-    """As `ctpd.text.render` asks for it."""
+    """Tokenize with the arguments that `ctpd.text.render` uses."""
     return tokenizer(
         list(texts),
         add_special_tokens=False,
@@ -93,7 +93,7 @@ def _tokenize(tokenizer: Any, texts: Sequence[str]) -> Any:
 
 
 def _arrays(output: Any, rows: slice, space_ids: np.ndarray) -> Arrays:
-    """Starts, ends, where each row's tokens begin, and which tokens are a mark for a space only."""
+    """Starts, ends, where each row's tokens begin, and which tokens are only a space mark."""
     ids, pairs = output["input_ids"][rows], output["offset_mapping"][rows]
     offsets = np.fromiter(chain.from_iterable(chain.from_iterable(pairs)), dtype=np.int64).reshape(-1, 2)
     starts = np.concatenate([[0], np.cumsum([len(row) for row in ids])]).astype(np.int64)
@@ -142,7 +142,7 @@ def _pairs(config: dict[str, Any]) -> list[Any]:
 
 
 def _tokenizer(role: str, config: dict[str, Any], texts: Sequence[str]) -> Any:
-    """The named one; else one trained on the responses: byte-level BPE (teacher), SentencePiece-like BPE (student)."""
+    """The tokenizer of ``config``, or one trained on the responses: byte-level BPE (teacher), SentencePiece-like BPE (student)."""
     from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -150,7 +150,7 @@ def _tokenizer(role: str, config: dict[str, Any], texts: Sequence[str]) -> Any:
 
     if config[role]:
         tok = find_tokenizer(config[role])
-        if tok.eos_token is None:  # a bare tokenizer.json names none; which one it is does not matter here
+        if tok.eos_token is None:  # a tokenizer.json alone names none; any token will do here
             tok.eos_token = tok.convert_ids_to_tokens(0)
         return tok
     special = ["<unk>", "</s>"]
@@ -177,7 +177,7 @@ def main() -> None:
     parser = arguments(__doc__, rounds=3)
     parser.add_argument("--data", type=Path, default=DATA if DATA.exists() else None, help="preference pairs, a file")
     parser.add_argument("--teacher", help="a folder with a tokenizer.json, or such a file; else one is trained")
-    parser.add_argument("--student", help="the same of the student")
+    parser.add_argument("--student", help="the same for the student")
     parser.add_argument("--limit", type=int, default=1000, help="pairs (%(default)s)")
     args = parser.parse_args()
     config = {

@@ -1,6 +1,6 @@
-"""The log-probabilities of given tokens alone, forward and backward: tiles, full logits, and TRL's fused head.
+"""Only the log-probabilities of given tokens, forward and backward: our tiles, full logits, and TRL's fused head.
 
-All get the same hidden states, output embedding and targets, and must give the same sum and gradient norm.
+All three get the same hidden states, output embedding and targets, and must give the same sum and gradient norm.
 """
 
 import math
@@ -27,7 +27,7 @@ def measure(config: dict[str, Any]) -> dict[str, Any]:
     targets_N = torch.randint(config["vocab"], (config["rows"],), device=device)
     grad_N = torch.randn(config["rows"], device=device)
     logps = _way(config["way"])
-    logps(hidden_NH[:8], weight_VH, targets_N[:8]).sum().backward()  # kernels loaded, pools made
+    logps(hidden_NH[:8], weight_VH, targets_N[:8]).sum().backward()  # warm-up: loads kernels, allocates memory pools
     hidden_NH.grad = weight_VH.grad = None
     with Meter(device) as meter:
         found_N = logps(hidden_NH, weight_VH, targets_N)
@@ -123,7 +123,7 @@ def main() -> None:
 def _check(ours: dict[str, Any], other: dict[str, Any], *, loose: bool) -> None:
     for name in ("sum", "grad_hidden", "grad_weight"):
         if not math.isclose(ours[name], other[name], rel_tol=2e-2 if loose else 1e-4, abs_tol=1e-6):
-            raise RuntimeError(f"{name} is {ours[name]} and {other[name]}: not the same work")
+            raise RuntimeError(f"{name} is {ours[name]} and {other[name]}: the results differ")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Our side of the step's benchmark: the real trainer (`ctpd.train.fit.fit`) on the inputs of `benchmarks.inputs`."""
+"""Our side of the step benchmark: the real trainer (`ctpd.train.fit.fit`) on the inputs of `benchmarks.inputs`."""
 
 import dataclasses
 import tempfile
@@ -95,8 +95,8 @@ def loaded_model(shape: Shape, config: dict[str, Any]) -> Any:
 def rows_for(model: Any, pairs: Sequence[TokenPair], config: dict[str, Any]) -> ScoredRows:
     """The pairs as the trainer scores them, with the stored reference of the model as it is now.
 
-    CTPD's units are seeded spans; the teacher's reference on them is invented (the student's own, with noise), as are
-    the weights: what a number is does not change what it costs.
+    CTPD's units are random spans. The teacher's reference (the student's own with noise) and the weights are random too:
+    values do not affect time or memory.
     """
     objective = _objective(config)
     layout = objective.layout
@@ -132,10 +132,10 @@ def rows_for(model: Any, pairs: Sequence[TokenPair], config: dict[str, Any]) -> 
 
 
 def with_sharing(model: Any, rows: ScoredRows, share: bool | None) -> ScoredRows:
-    """The one place that switches the sharing of prompts; None does what `ctpd` does: wherever the model can.
+    """Switch prompt sharing on or off; None shares prompts if the model supports it, as `ctpd` does.
 
     Raises:
-        ValueError: it was asked for, and the model cannot.
+        ValueError: sharing was requested, and the model does not support it.
     """
     shares = share is not False and rows.items.shape[1] > 1 and enable_prompt_sharing(model)
     if share and not shares:
@@ -144,7 +144,7 @@ def with_sharing(model: Any, rows: ScoredRows, share: bool | None) -> ScoredRows
 
 
 def train(model: Any, rows: ScoredRows, shape: Shape, config: dict[str, Any], *, clock: StepClock, folder: Path) -> Fit:
-    """One epoch, step by step as the other side does it: constant learning rate, AdamW, gradients clipped at 1."""
+    """Train one epoch with the settings of the other side: constant learning rate, AdamW, gradients clipped at 1."""
     pairs = config.get("micro_batch") or shape.batch
     sequences = rows.items.shape[1]
     objective = _objective(config)
@@ -178,17 +178,17 @@ def _objective(config: dict[str, Any]) -> Objective:
 def _reference(
     model: Any, input_ids: np.ndarray, row_starts: np.ndarray, unit_T: np.ndarray, unit_starts: np.ndarray
 ) -> np.ndarray:
-    """The model's own log-probability of every unit, by the scoring pass that stores signals."""
+    """The model's own log-probability of every unit, from a scoring pass."""
     rows = TokenRows(input_ids, row_starts, unit_T)
     settings = ScoringSettings(max_tokens=4096, progress=lambda done, total: None)
     logps = scoring_pass(model, rows, measure=token_logps, settings=settings)[TOKEN_LOGPS]
     scored = unit_T >= 0
-    place = (unit_T + np.repeat(unit_starts[:-1], np.diff(row_starts)))[scored]
-    return np.bincount(place, weights=logps, minlength=int(unit_starts[-1])).astype(np.float32)
+    index = (unit_T + np.repeat(unit_starts[:-1], np.diff(row_starts)))[scored]
+    return np.bincount(index, weights=logps, minlength=int(unit_starts[-1])).astype(np.float32)
 
 
 def _in_training_order(items: np.ndarray) -> np.ndarray:
-    """Items placed so that the sampler, which shuffles by (seed, epoch), takes them in the order given."""
+    """Permute items so that the sampler, which shuffles by (seed, epoch), yields them in the given order."""
     order = np.random.default_rng([SEED, 0]).permutation(len(items))
     placed = np.empty_like(items)
     placed[order] = items

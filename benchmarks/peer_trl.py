@@ -1,4 +1,4 @@
-"""The peer's side of the step's benchmark: TRL's `DPOTrainer` on the inputs of `benchmarks.inputs`."""
+"""TRL's side of the step benchmark: `DPOTrainer` on the inputs of `benchmarks.inputs`."""
 
 import json
 import tempfile
@@ -106,7 +106,7 @@ def _arguments(config: dict[str, Any], shape: Shape, output: str) -> DPOConfig:
 
 
 def _check(trainer: DPOTrainer, shape: Shape) -> int:
-    """The tokens of all rows; refuse to time a shape that is not the one asked for."""
+    """The number of tokens of all rows; raises an error if the batch does not have the requested shape."""
     rows = [trainer.train_dataset[i] for i in range(len(trainer.train_dataset))]
     batch = trainer.data_collator(rows[: shape.batch])
     found = list(batch["input_ids"].shape)
