@@ -1,4 +1,4 @@
-"""Rules about the shape of the program, checked on its source."""
+"""Rules about the structure of the program, checked on its source."""
 
 import ast
 import importlib

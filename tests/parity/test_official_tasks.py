@@ -28,7 +28,7 @@ TOTALS = {"ARC": 1172, "MMLU": 14042, "TruthfulQA": 817, "Winogrande": 1267, "GS
 
 @pytest.fixture(scope="module")
 def results() -> dict[str, Scores]:
-    """Results so far, by column: what two tests need is made once."""
+    """Cached results by column, shared by the tests."""
     return {}
 
 
@@ -46,7 +46,7 @@ def dummy(name: str, hub: Path, results: dict[str, Scores]) -> Scores:
 
 @pytest.mark.parametrize("name", COLUMNS)
 def test_a_suite_names_the_data_sets_that_its_tasks_read(name: str) -> None:
-    """They make the key of a result where the data come from a mirror."""
+    """They are part of the key of a result if the data come from a mirror."""
     assert sorted(COLUMNS[name].datasets) == datasets_of(COLUMNS[name])
 
 

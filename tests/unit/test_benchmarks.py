@@ -1,4 +1,4 @@
-"""The benchmarks' own arithmetic: inputs, ratios, claims, tables. What they measure is never a test."""
+"""The benchmarks' own arithmetic: inputs, ratios, claims, tables. Measured values are not tested."""
 
 import importlib.util
 import json

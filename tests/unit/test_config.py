@@ -1,4 +1,4 @@
-"""Strict configuration: what YAML means here, what is refused and in which words, and the one canonical form."""
+"""Strict configuration: parsing of YAML, errors and their texts, and the canonical form."""
 
 import math
 from collections.abc import Mapping
@@ -179,7 +179,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("text", REFUSED)
-def test_refused_with_place_and_remedy(text: str) -> None:
+def test_errors_name_line_and_correction(text: str) -> None:
     message = refusal(text)
     assert message.startswith("a.yaml")
     for part in REFUSED[text]:
@@ -217,14 +217,14 @@ def test_canonical_form_ignores_the_order_of_keys(value: dict[str, Any]) -> None
 
 
 def test_canonical_form_is_pinned() -> None:
-    """Keys in the store outlive versions of the program: this text and this digest may never change."""
+    """Stores are used across versions of the program, so this text and this digest must never change."""
     value = {"b": (1, 2.5, None, True), "a": {"é": "x"}, "i": Inner(rate=5e-7)}
     assert canonical(identity(value)) == '{"a":{"é":"x"},"b":[1,2.5,null,true],"i":{"rate":5e-07}}'
     assert digest({"a": 1}) == "015abd7f5cc57a2dd94b7590f04ad8084273905ee33ec5cebeae62276a97f862"
 
 
 @pytest.mark.parametrize("value", [{1, 2}, object(), Path("a"), b"x", lambda: None])
-def test_a_value_without_a_canonical_form_is_an_error_and_no_guess(value: object) -> None:
+def test_a_value_without_a_canonical_form_is_an_error(value: object) -> None:
     with pytest.raises(TypeError, match="no canonical JSON form"):
         to_plain({"a": [value]})
     with pytest.raises(TypeError, match="no canonical JSON form"):
@@ -232,7 +232,7 @@ def test_a_value_without_a_canonical_form_is_an_error_and_no_guess(value: object
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_numbers_that_are_none_have_no_canonical_form(value: float) -> None:
+def test_numbers_that_are_not_finite_have_no_canonical_form(value: float) -> None:
     with pytest.raises(ValueError, match="JSON"):
         canonical(value)
 

@@ -30,7 +30,7 @@ NUM_DOCS = 12
 
 @pytest.fixture(autouse=True)
 def _own_dataset_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """lm-eval's own entry point, which some tests compare with, caches by the text of a data set's card alone."""
+    """lm-eval's own entry point, which some tests compare with, caches data sets by the text of their card only."""
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "cache"))
 
 
@@ -221,7 +221,7 @@ def test_a_model_without_logits_to_keep_falls_back_to_full_logits(tokenizer: Any
 def test_an_adapter_on_a_model_is_evaluated_as_the_merged_model_is(
     model: LlamaForCausalLM, tokenizer: Any, choice: Column, data_root: Path
 ) -> None:
-    """A PEFT model keeps the last logits too, and is handed back as it came."""
+    """A PEFT model computes only the last logits too, and is left unchanged."""
     from peft import LoraConfig, get_peft_model
 
     adapted = get_peft_model(copy.deepcopy(model), LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
@@ -312,7 +312,7 @@ def test_a_result_can_be_written_and_read_and_repeats_itself(
 def test_two_mirrors_with_one_data_set_name_are_not_mixed_up(
     model: LlamaForCausalLM, tokenizer: Any, choice: Column, data_root: Path, tmp_path: Path
 ) -> None:
-    """`datasets` caches both under one key; a second world must not be evaluated on the documents of the first."""
+    """`datasets` caches both under one key; the second mirror must not be evaluated on the documents of the first."""
     other = write_data(tmp_path / "other", answers="one two three")
     results = [evaluate_column(model, tokenizer, choice, Documents(root), batch_size=5) for root in (data_root, other)]
     assert results[0].protocol.task_hash != results[1].protocol.task_hash

@@ -129,7 +129,7 @@ def test_a_helper_sees_one_gpu_of_those_that_this_process_sees(monkeypatch: pyte
 
 
 def test_an_environment_that_does_not_say_which_process_this_is_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Otherwise every process would take itself for the first one, and write."""
+    """Otherwise every process would act as rank 0, and write files."""
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.delenv("RANK", raising=False)
     with pytest.raises(UserError, match="WORLD_SIZE=2 and no RANK"):

@@ -57,7 +57,7 @@ def test_adapters_are_counted_as_peft_makes_them(shape: Shape) -> None:
 
 
 def saved_bytes(shape: Shape, *, layers: int, checkpointing: bool) -> int:
-    """What the forward pass of 256 tokens keeps for the backward pass, without the weights themselves."""
+    """Bytes that the forward pass of 256 tokens keeps for the backward pass, without the weights."""
     model = built(shape, layers=layers, device="cpu").train()
     if checkpointing:
         model.activation_checkpointing_enable()
@@ -86,7 +86,7 @@ def test_a_layer_saves_what_the_formula_says(shape: Shape) -> None:
     assert (more - less) / 2 == 256 * memory.FLOAT32 * shape.hidden
 
 
-def test_states_of_full_fine_tuning_are_sixteen_bytes_a_weight_shared_by_the_processes() -> None:
+def test_states_of_full_fine_tuning_are_sixteen_bytes_a_weight_sharded_over_the_processes() -> None:
     shape = SHAPES["Llama-3.1-8B"]
     states = ("weights", "gradients", "AdamW")
     alone, shared = training_bytes(shape, Training()), training_bytes(shape, Training(num_shards=8))

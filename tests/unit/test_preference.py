@@ -204,7 +204,7 @@ def test_defaults_are_ctpd() -> None:
 
 
 def test_uniform_weights_need_nothing() -> None:
-    """`uniform` is the absence of weights: no signal is asked for, and the loss is that of weight 1."""
+    """`uniform` means no weights: no signal is needed, and the loss is that of weight 1."""
     objective = Preference(PreferenceParams(weights="uniform"))
     assert objective.layout.weighting is None
     units = random_units()
@@ -223,6 +223,6 @@ def test_uniform_weights_need_nothing() -> None:
     ],
 )
 def test_bad_cells_are_refused(params: dict[str, Any], message: str) -> None:
-    """Unknown strategies and cells that have no meaning are the user's error, with the way out."""
+    """Unknown strategies and combinations without a meaning are refused, with a way to correct them."""
     with pytest.raises(ValidationError, match=message):
         Preference(PreferenceParams(**params))

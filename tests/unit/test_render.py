@@ -1,4 +1,4 @@
-"""Rendering and tokenizing (docs/method.md#data-step): what is prompt, what is response, where the end token stands."""
+"""Rendering and tokenizing (docs/method.md#data-step): the tokens of prompt and response, and the end token."""
 
 from types import SimpleNamespace
 
@@ -43,8 +43,8 @@ def chat(template: str, kind: str = "byte_bpe", **variables: object) -> Template
     return TemplatedTokenizer(side_tokenizer, ChatTemplate(side_tokenizer, variables), "student")
 
 
-def test_plain_rows_end_with_eos_and_hold_no_more() -> None:
-    """A plain row is the turns, the response and EOS; what follows the last {content} is not written."""
+def test_plain_rows_end_with_eos_and_have_no_other_special_token() -> None:
+    """A plain row is the turns, the response and EOS; text after the last {content} is left out."""
     side = TemplatedTokenizer(tokenizer("byte_bpe"), PLAIN, "teacher")
     turns = (Message("system", "Hi."), Message("user", "a"), Message("assistant", "b"), Message("user", "c"))
     encoded = encode(side, "yes", turns)
@@ -122,8 +122,8 @@ def test_a_template_without_end_of_turn_is_refused() -> None:
         encode(side, "yes")
 
 
-def test_the_date_never_is_todays() -> None:
-    """Templates that write a date write the same one for ever; the recipe may set the variable."""
+def test_the_date_is_fixed() -> None:
+    """Templates that write a date always write the same one; the recipe may set the variable."""
     clock = chat("{{ strftime_now('%d %B %Y') }}|" + CHATML)
     assert clock.tokenizer.decode(encode(clock, "yes").ids).startswith("26 July 2024|")
     variable = "{{ date_string }}|" + CHATML
@@ -170,7 +170,7 @@ def test_a_system_message_needs_a_text_in_the_plain_template() -> None:
 
 
 @pytest.mark.parametrize("kind", ["byte_bpe", "byte_bpe_trimmed", "byte_bpe_prefixed"])
-def test_tokens_across_the_border_are_the_responses_and_counted(kind: str) -> None:
+def test_tokens_across_the_border_belong_to_the_response_and_are_counted(kind: str) -> None:
     """Such a token is clipped and counted, with trimmed offsets too; a template that ends with a line feed has none."""
     side = TemplatedTokenizer(
         tokenizer(kind), PlainTemplate(user="{content}\n", assistant="Answer: {content}"), "student"
@@ -185,7 +185,7 @@ def test_tokens_across_the_border_are_the_responses_and_counted(kind: str) -> No
     assert encode(line, "yes, it is").crossing.tolist() == [False]
 
 
-def test_a_trimmed_space_at_the_end_of_the_prompt_is_the_prompts() -> None:
+def test_a_trimmed_space_at_the_end_of_the_prompt_belongs_to_the_prompt() -> None:
     """With trimmed offsets the prompt's last space is a token of no width at the border."""
     few_merges = tokenizer("byte_bpe_trimmed", 266)
     side = TemplatedTokenizer(few_merges, PlainTemplate(user="{content}\n", assistant="Answer: {content}"), "student")
@@ -197,7 +197,7 @@ def test_a_trimmed_space_at_the_end_of_the_prompt_is_the_prompts() -> None:
 
 
 @pytest.mark.parametrize("kind", ["byte_bpe_trimmed", "sentencepiece_bpe"])
-def test_an_inserted_prefix_is_the_responses(kind: str) -> None:
+def test_an_inserted_prefix_belongs_to_the_response(kind: str) -> None:
     """A prefix that is inserted behind the generation prompt would be generated: a response token with end 0."""
     side = chat(
         "{% for m in messages %}<|im_start|>{{ m.content }}<|im_end|>{% endfor %}"

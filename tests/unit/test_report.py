@@ -1,4 +1,4 @@
-"""The report: complete in itself, well formed, the same numbers as the tables, and for runs that lack things too."""
+"""The report: self-contained, well formed, with the numbers of the tables, also for runs without some data."""
 
 import re
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""From prepared pairs to the rows of a training: units, end spans, sides, references."""
+"""The rows of a training made from prepared pairs: units, end spans, sides, references."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""What requests share is computed once, and scores and texts stay those of lm-eval's own model."""
+"""Common prefixes of requests are computed once; scores and texts equal those of lm-eval's own model."""
 
 import copy
 from collections.abc import Callable
@@ -120,7 +120,7 @@ def test_far_fewer_tokens_are_computed_and_the_prefix_only_once(monkeypatch: pyt
     assert shared < 0.35 * sum(rows * width for rows, width in sizes)
 
 
-def test_progress_and_the_response_cache_hear_of_every_request_once() -> None:
+def test_progress_and_the_response_cache_get_every_request_once() -> None:
     model, tok = made("llama"), tokenizer("byte_bpe")
     seen: list[tuple[int, int]] = []
     requests = asked()
@@ -140,7 +140,7 @@ def test_progress_and_the_response_cache_hear_of_every_request_once() -> None:
     assert sorted(heard, key=repr) == sorted(expected, key=repr)
 
 
-def test_a_model_that_takes_no_mask_of_ours_is_called_plainly_and_the_reason_kept() -> None:
+def test_a_model_without_4d_masks_is_called_plainly_and_the_reason_recorded() -> None:
     torch.manual_seed(0)
     model = BloomForCausalLM(BloomConfig(vocab_size=460, hidden_size=32, n_layer=2, n_head=2)).eval()
     tok = tokenizer("byte_bpe")
@@ -150,16 +150,16 @@ def test_a_model_that_takes_no_mask_of_ours_is_called_plainly_and_the_reason_kep
     assert ours.loglikelihood(requests) == stock(model, tok).loglikelihood(requests, disable_tqdm=True)
 
 
-def test_a_model_that_ignores_what_it_is_given_is_found_out() -> None:
-    """It takes every argument and gives other logits: only the trial tells."""
+def test_a_model_that_ignores_its_arguments_is_refused() -> None:
+    """It accepts every argument and gives different logits, which only the probe finds."""
 
-    class Deaf(LlamaForCausalLM):
+    class IgnoresPositions(LlamaForCausalLM):
         def forward(self, *args: Any, position_ids: Any = None, **kwargs: Any) -> Any:
             return super().forward(*args, **kwargs)
 
     torch.manual_seed(0)
     with pytest.raises(Unsupported, match="logits differ"):
-        BranchingModel(Deaf(LlamaConfig(**SHAPE)))
+        BranchingModel(IgnoresPositions(LlamaConfig(**SHAPE)))
 
 
 @pytest.mark.parametrize(
@@ -170,7 +170,7 @@ def test_a_model_that_ignores_what_it_is_given_is_found_out() -> None:
         ({"attn_implementation": "flex_attention"}, "takes no mask of ours"),
     ],
 )
-def test_what_cannot_be_shared_is_told_by_the_configuration(changes: dict[str, Any], reason: str) -> None:
+def test_unsupported_models_are_recognised_by_their_configuration(changes: dict[str, Any], reason: str) -> None:
     config = LlamaConfig(**SHAPE, **{k: v for k, v in changes.items() if k != "layer_types"})
     model = LlamaForCausalLM(config)
     if "layer_types" in changes:

@@ -27,7 +27,7 @@ from tests.fixtures.records import changed, record, remeasured, result
 
 
 def study() -> list[Record]:
-    """A teacher without seeds, and two methods with two seeds: on four documents of GSM8K and two of Wino."""
+    """A teacher without seeds, and two methods with two seeds, on four documents of GSM8K and two of Wino."""
     return [
         record("teacher", None, result("GSM8K", [1, 1, 1, 1]), result("Wino", [1, 1])),
         record("dpo", 0, result("GSM8K", [1, 0, 0, 0]), result("Wino", [1, 0])),

@@ -1,4 +1,4 @@
-"""The one Trainer: accumulation, resume, identity at the start, metrics, adapters."""
+"""The trainer: accumulation, resume, identity at the start, metrics, adapters."""
 
 import dataclasses
 import math
@@ -96,7 +96,7 @@ def test_one_micro_batch_of_eight_equals_eight_of_one(method: str, tmp_path: Pat
 
 
 class Interrupted(Exception):
-    """Power went out."""
+    """Raised to simulate an interruption."""
 
 
 def interrupt_at(step: int) -> Callable[[int, int], None]:

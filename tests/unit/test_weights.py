@@ -163,7 +163,7 @@ def test_clamped_fractions_leave_out_end_units() -> None:
 
 
 def test_shuffled_keeps_each_response_its_own_histogram() -> None:
-    """Every response keeps its weights and only their places change."""
+    """Every response keeps its weights in another order."""
     teacher, shuffled = rows(compute("teacher").weights), rows(compute("shuffled").weights)
     assert [sorted(row) for row in teacher] == [sorted(row) for row in shuffled]
     assert teacher != shuffled
@@ -187,7 +187,7 @@ def test_draws_depend_on_seed_and_pair_alone(strategy: str) -> None:
 
 
 def test_rounding_comes_before_the_clamp() -> None:
-    """`round_decimals` rounds the log ratio, as the authors' code does, and then the formula follows."""
+    """`round_decimals` rounds the log ratio before the clamp, as the authors' code does."""
     given = signals()
     ratios = rows(given["teacher_positive"] - given["teacher_negative"])
     expected = [
