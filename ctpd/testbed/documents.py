@@ -81,11 +81,11 @@ def _facts_rows(question: w.Question, rng: Random) -> list[dict[str, object]]:
 
 
 def _resolution_rows(question: w.Question, rng: Random) -> list[dict[str, object]]:
-    made: list[dict[str, object]] = []
+    found: list[dict[str, object]] = []
     nouns = [answer.text.split()[0] for answer in question.right]
     for noun, answer in zip(nouns, question.right, strict=True):
         options = rng.sample(nouns, 2)
-        made.append(
+        found.append(
             {
                 "question": question.text,
                 "sentence": answer.text.replace(noun, "_"),
@@ -94,7 +94,7 @@ def _resolution_rows(question: w.Question, rng: Random) -> list[dict[str, object
                 "answer": str(options.index(noun) + 1),
             }
         )
-    return made
+    return found
 
 
 def write_hub(directory: Path, documents: Mapping[str, Documents], *, num: int) -> None:
@@ -105,8 +105,8 @@ def write_hub(directory: Path, documents: Mapping[str, Documents], *, num: int) 
         lines += [f"- config_name: {skill}", "  data_files:"]
         for split, size in (("test", num), ("development", num // 2)):
             if size:
-                made = rows(splits[split], skill, Random(f"choices/{skill}/{split}"))[:size]
-                write_lines(directory / skill / f"{split}.jsonl", made)
+                documents_of_split = rows(splits[split], skill, Random(f"choices/{skill}/{split}"))[:size]
+                write_lines(directory / skill / f"{split}.jsonl", documents_of_split)
                 lines += [f"  - split: {split}", f"    path: {skill}/{split}.jsonl"]
     lines += ["---", "The evaluation documents of a testbed world of ctpd.", ""]
     (directory / "README.md").write_text("\n".join(lines), encoding="utf-8", newline="\n")

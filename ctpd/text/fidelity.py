@@ -33,7 +33,7 @@ MEANINGS = {
     "case": "the text in another case",
     "compatibility": "the text in another Unicode form (NFKC)",
     "unknown_token": "a token for unknown text",
-    "cut_character": "bytes that are no whole characters: a span ends inside a character",
+    "cut_character": "bytes that are not complete characters: a span ends inside a character",
     "normalizer": "what the tokenizer's normalizer makes of the text",
     "dropped_text": "the text without some characters",
     "other": "none of these",

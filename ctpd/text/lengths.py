@@ -77,14 +77,14 @@ def cut_responses(encoded: tuple[Encoded, Encoded], spans: BatchedSpans, *, max_
     """
     counts = np.diff(spans.span_starts)
     fits = np.ones(spans.boundaries.size, dtype=bool)
-    whole = np.ones(counts.size, dtype=bool)
+    fits_whole = np.ones(counts.size, dtype=bool)
     for side, num_tokens in zip(encoded, tokens_per_span(encoded, spans), strict=True):
         # The tokens of a row up to and including a span: a cumulative sum that restarts in each row.
         up_to = np.cumsum(num_tokens) - np.repeat(side.response_starts[:-1], counts)
         fits &= up_to + np.repeat(side.prompt_tokens, counts) <= max_tokens
-        whole &= np.diff(side.row_starts) <= max_tokens
+        fits_whole &= np.diff(side.row_starts) <= max_tokens
     rows = np.repeat(np.arange(counts.size), counts)
-    return Cut(np.where(whole, counts, np.bincount(rows[fits], minlength=counts.size)), whole)
+    return Cut(np.where(fits_whole, counts, np.bincount(rows[fits], minlength=counts.size)), fits_whole)
 
 
 def tokens_per_span(encoded: tuple[Encoded, Encoded], spans: BatchedSpans) -> tuple[IntArray, IntArray]:

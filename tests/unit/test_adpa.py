@@ -71,7 +71,7 @@ def test_the_advantage_acts_on_the_students_own_response_and_cross_entropy_on_th
     (grad,) = torch.autograd.grad(nll.loss, student)
     assert (grad[1] == 0).all()
     logps = student[0].detach().log_softmax(-1)
-    expected = -sum(logps[place, label] for place, label in ((2, 2), (3, 5), (4, 1)))
+    expected = -sum(logps[position, label] for position, label in ((2, 2), (3, 5), (4, 1)))
     assert total(nll) == pytest.approx(float(expected), abs=1e-12)
     assert total(ADPA(ADPAParams(sft_weight=0.5, advantage_weight=2.0, top_k=3))(batch)) == pytest.approx(
         0.5 * total(nll) + 2.0 * total(gain), abs=1e-12

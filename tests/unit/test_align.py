@@ -59,12 +59,12 @@ def loop_align(teacher: list[tuple[int, int]], student: list[tuple[int, int]], l
 
 def loop_clean(offsets: list[tuple[int, int]], text: str, marks: list[bool]) -> list[int]:
     """docs/method.md#offset-cleaning as a plain loop over tokens and characters."""
-    clipped = [tuple(min(max(place, 0), len(text)) for place in offset) for offset in offsets]
+    clipped = [tuple(min(max(position, 0), len(text)) for position in offset) for offset in offsets]
     ends = []
     for i, (start, end) in enumerate(clipped):
         follows = clipped[i + 1][0] if i + 1 < len(clipped) else len(text) + 1
         ends.append(min(start, follows) if marks[i] and follows < end else end)
-    covered = {place for (start, _), end in zip(clipped, ends, strict=True) for place in range(start, end)}
+    covered = {position for (start, _), end in zip(clipped, ends, strict=True) for position in range(start, end)}
     for i, end in enumerate(ends):
         while end < len(text) and end not in covered and not text[end].isspace():
             end += 1

@@ -130,8 +130,8 @@ def test_a_batch_says_which_token_of_the_teacher_is_aligned() -> None:
     batch = rows.collate(items)
     student_row = batch.student.predictors // batch.student.input_ids.shape[1]
     teacher_row = batch.teacher.predictors // batch.teacher.input_ids.shape[1]
-    for place, item in enumerate(items):
-        mine, theirs = (student_row == place).nonzero()[:, 0], (teacher_row == place).nonzero()[:, 0]
+    for position, item in enumerate(items):
+        mine, theirs = (student_row == position).nonzero()[:, 0], (teacher_row == position).nonzero()[:, 0]
         expected = [int(theirs[k]) if k < len(theirs) else -1 for k in range(len(mine))]
         assert batch.aligned[mine].tolist() == expected
         assert batch.student.targets[mine].tolist() == rows.student.input_ids[scored(rows.student, item)].tolist()
@@ -196,11 +196,11 @@ def test_a_stored_boundary_is_the_probability_of_the_boundary_after_each_token()
         for row in (0, 4):
             tokens = rows.input_ids[rows.row_starts[row] : rows.row_starts[row + 1]].astype(np.int64)
             logps = teacher_model()(input_ids=torch.from_numpy(tokens)[None]).logits[0].log_softmax(-1)
-            places = scored(rows, row) - rows.row_starts[row]
+            positions = scored(rows, row) - rows.row_starts[row]
             first = int((rows.unit[: rows.row_starts[row]] >= 0).sum())
-            mine = torch.from_numpy(columns[first : first + len(places)])
-            torch.testing.assert_close(mine[:, 0], logps[places - 1, tokens[places]], atol=1e-5, rtol=0)
-            torch.testing.assert_close(mine[:, 1], logps[places][:, ids].logsumexp(-1), atol=1e-5, rtol=0)
+            mine = torch.from_numpy(columns[first : first + len(positions)])
+            torch.testing.assert_close(mine[:, 0], logps[positions - 1, tokens[positions]], atol=1e-5, rtol=0)
+            torch.testing.assert_close(mine[:, 1], logps[positions][:, ids].logsumexp(-1), atol=1e-5, rtol=0)
 
 
 def test_parameters_of_an_objective_train_at_their_own_learning_rate_and_stay_out_of_the_model(tmp_path: Path) -> None:

@@ -80,7 +80,7 @@ def test_key_ignores_the_label_and_the_order_of_settings(recorder: Recorder) -> 
 
 
 def test_key_ignores_the_path_of_an_outside_file(recorder: Recorder) -> None:
-    first, second = (recorder.stage("a", external=(External(place, "1"),)) for place in ("here", "there"))
+    first, second = (recorder.stage("a", external=(External(location, "1"),)) for location in ("here", "there"))
     assert first.key == second.key
 
 

@@ -90,11 +90,11 @@ def test_golden_losses_and_gradients(cell: str, trained: bool) -> None:
     logps = [golden_logps(z, d["student_labels"], trained=trained) for z, d in zip(logits, data, strict=True)]
     counts = [len(d["weights"]) for d in data]
     policy = unit_logps(pad(logps), pad([torch.tensor(d["student_span"]) for d in data], -1), num_units=max(counts))
-    anchor = {"teacher": "teacher", "student": "student_sft"}[objective.params.reference]
+    reference_model = {"teacher": "teacher", "student": "student_sft"}[objective.params.reference]
     units = Units(
         policy=policy,
         mask=torch.arange(max(counts)) < torch.tensor(counts).unsqueeze(1),
-        reference=pad([golden_signal(anchor, side) for side in SIDES], 99.0),
+        reference=pad([golden_signal(reference_model, side) for side in SIDES], 99.0),
         weights=pad(golden_weights(), 99.0) if objective.layout.weighting is not None else None,
     )
     sums = objective(units)

@@ -70,7 +70,7 @@ def _with(side: TemplatedTokenizer) -> tuple[TemplatedTokenizer, Encoded]:
 @pytest.mark.parametrize("template", [CHATML, LLAMA3, THINKING], ids=["chatml", "llama3", "thinking"])
 @pytest.mark.parametrize("response", ["yes it is", "a", "e", "assistant", "user\n", "im_end", "{{ x }}", "think"])
 def test_chat_rows_hold_exactly_the_response(template: str, response: str) -> None:
-    """Any response, even one whose text occurs in the template, is found at its one place and ends the row."""
+    """Any response, even one whose text occurs in the template, is found at its position and ends the row."""
     response = response.strip()
     side = chat(template)
     encoded = encode(side, response)

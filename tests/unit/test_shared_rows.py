@@ -62,11 +62,11 @@ def test_every_token_of_every_row_is_found_in_the_packed_sequences() -> None:
         sequences, shared = packed
         assert sequences.size <= MOST_OF_SEPARATE * ids.size
         for row, length in enumerate(lengths):
-            place = shared.unpack[row, :length].numpy()
-            assert (sequences.reshape(-1)[place] == ids[row, :length]).all()
-            assert (shared.positions.reshape(-1)[place].numpy() == np.arange(length)).all()
-            assert len(set(place.tolist())) == length
-            assert (place // sequences.shape[1] == row % num_pairs).all()
+            index = shared.unpack[row, :length].numpy()
+            assert (sequences.reshape(-1)[index] == ids[row, :length]).all()
+            assert (shared.positions.reshape(-1)[index].numpy() == np.arange(length)).all()
+            assert len(set(index.tolist())) == length
+            assert (index // sequences.shape[1] == row % num_pairs).all()
         # every packed token belongs to some row, and only padding to none
         used = {int(p) for row, length in enumerate(lengths) for p in shared.unpack[row, :length]}
         assert used == set(np.flatnonzero(sequences.reshape(-1)).tolist())
@@ -106,10 +106,10 @@ def test_attention_of_packed_rows_and_its_gradients_are_those_of_one_masked_sequ
     ]
     visible = torch.zeros(2, packed[0].shape[1], packed[0].shape[1], dtype=torch.bool)
     for row, length in enumerate(lengths):
-        place = shared.unpack[row, :length] % packed[0].shape[1]
+        index = shared.unpack[row, :length] % packed[0].shape[1]
         for i in range(length):
             first = 0 if window is None else max(0, i - window + 1)
-            visible[row % 2, place[i], place[first : i + 1]] = True
+            visible[row % 2, index[i], index[first : i + 1]] = True
     is_token = torch.from_numpy(packed[0] > 0)
     visible[~is_token] = True  # padding may attend to anything; it is not compared
     expected, _ = naive_attention(*states, visible[:, None])

@@ -161,12 +161,12 @@ def test_marks_are_true_and_cover_the_words_that_decide(world: w.World, pairs: l
             sentences = re.findall(r"[^.]+\.", response)
             marks = pair[f"{role}_marks"]
             assert len(sentences) == len(marks)
-            place = 0
+            offset = 0
             for sentence, (start, end, right) in zip(sentences, marks, strict=True):
-                assert place < start < end < place + len(sentence)
+                assert offset < start < end < offset + len(sentence)
                 assert re.search(r"(?:has|is) (\w+)", sentence).group(1) == response[start:end]
                 assert sentence_is_right(world, str(pair["prompt"]), sentence.strip()) == right
-                place += len(sentence)
+                offset += len(sentence)
 
 
 def test_chosen_has_more_right_answers_and_both_hold_errors(pairs: list[dict[str, object]]) -> None:

@@ -35,14 +35,14 @@ class RecordStage(Stage):
 
     def build(self, work: Work) -> None:
         """Collect the results and write the record."""
-        made = {**provenance(work.runtime), "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
+        origin = {**provenance(work.runtime), "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
         Record(
             **dict(self.head),
             training=self._training(work),
             weights=None if self.weights is None else self.weights.summary(work),
             data=self._data(work),
             evaluation={column: stage.result(work) for column, stage in self.evaluations.items()},
-            provenance=Provenance.model_validate_json(json.dumps(to_plain(made))),
+            provenance=Provenance.model_validate_json(json.dumps(to_plain(origin))),
         ).write(work.folder / RECORD)
 
     def _data(self, work: Work) -> DataSummary:

@@ -153,7 +153,7 @@ class TrainStage(Stage):
             seed=self.config.seed,
         )
         stored = [stage.arrays(work) for stage in self.stored]
-        made = distill_rows(prepared, objective, rows, facts=facts, stored=stored)
+        by_split = distill_rows(prepared, objective, rows, facts=facts, stored=stored)
         in_memory = []
         if not stored:
             device, precision = work.runtime.torch_device(), self.config.precision
@@ -166,8 +166,8 @@ class TrainStage(Stage):
         return Training(
             model=model,
             objective=objective,
-            rows=made["train"],
-            eval_rows=made.get("eval"),
+            rows=by_split["train"],
+            eval_rows=by_split.get("eval"),
             forward_pass=DistillPass(objective, in_memory),
             constants=constants,
         )
