@@ -1,4 +1,4 @@
-"""Documents say what is there: citations, links, paths and named functions are followed, examples are run."""
+"""Documents are correct: citations, links, paths and named functions exist, examples are run."""
 
 import re
 from pathlib import Path
@@ -39,7 +39,7 @@ def test_the_code_cites_the_method() -> None:
 
 
 def test_nothing_is_cited_by_number() -> None:
-    """The documents that had numbers are in no repository."""
+    """The documents with numbered sections are not in the repository."""
     found = {name_of(path): documents.numbered_citations(path.read_text(encoding="utf-8")) for path in TEXTS}
     assert {name: cited for name, cited in found.items() if cited and name not in HISTORY} == {}
 

@@ -95,8 +95,12 @@ def test_all_examples_work_in_a_copy_of_the_project(extended: Path) -> None:
     added = [name for section in EXAMPLES.values() for name in files_of(section) if name.startswith("tests/")]
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *added, *GUARDS],
-        cwd=extended, capture_output=True, text=True, check=False, env=environment(extended),
-    )  # fmt: skip
+        cwd=extended,
+        capture_output=True,
+        text=True,
+        check=False,
+        env=environment(extended),
+    )
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
 
 
