@@ -272,7 +272,9 @@ class Store:
                 fix="Give the folder that `--store` names in `ctpd run`",
             )
         if version > VERSION:
-            raise UserError("the store was written by a newer version of ctpd", where=str(marker), fix="Install that one")
+            raise UserError(
+                "the store was written by a newer version of ctpd", where=str(marker), fix="Install that one"
+            )
 
     def artifacts(self, stage: str = "*") -> list[Artifact]:
         """Every finished artifact (of one stage), largest first."""
@@ -377,7 +379,9 @@ def _unreadable(name: str | Path, error: OSError) -> UserError | None:
     if not disk.is_unreadable(error):
         return None
     return UserError(
-        f"the file cannot be read ({disk.reason(error)})", where=str(name), fix="Change its permissions or mend the cause"
+        f"the file cannot be read ({disk.reason(error)})",
+        where=str(name),
+        fix="Change its permissions or mend the cause",
     )
 
 
