@@ -204,7 +204,7 @@ def _earlier(args: argparse.Namespace) -> dict[str, Found]:
 
 
 TEXT = (
-    "Both sides train the same seeded model on the same rows in the same order (AdamW, constant step size), and show the "
+    "Both sides train the same seeded model on the same rows in the same order (AdamW, constant learning rate), and show the "
     "same DPO losses to 3e-5, which is the rounding of float32 sums, and ours the float64 loss to 5e-6; the benchmark fails "
     "otherwise. A step's time runs from the end of a step to the end of the next: "
     "batch, forward, backward, clipping, optimizer and logging. *Beyond state* is the peak resident memory of the training "
