@@ -37,7 +37,7 @@ class DistributionsStage(Stage):
     """One scoring pass of a frozen model over all pairs."""
 
     kind = "distributions"
-    version = 2
+    version = 3
     collective = True
 
     config: DistributionsConfig
