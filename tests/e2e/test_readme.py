@@ -37,7 +37,7 @@ def test_every_make_target_that_readme_names_exists(target: str) -> None:
 def test_every_shown_command_works(
     line: list[str], cli: Any, smoke: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With `testbed-smoke` instead of the reader's recipe and models, and a key of its store instead of KEY."""
+    """`testbed-smoke` replaces the reader's recipe and models, and a key of its store replaces KEY."""
     (tmp_path / "pairs.jsonl").write_text(json.dumps({"prompt": "a", "chosen": "b", "rejected": "c"}) + "\n")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("CTPD_STORE", str(smoke.store))

@@ -47,7 +47,7 @@ def test_items_of_a_step_depend_on_seed_and_epoch_alone(micro_batch: int, world_
 
 
 def test_lengths_do_not_move_an_item_to_another_step() -> None:
-    """Methods whose rows differ in length (spans or tokens, teacher or student) see the same pairs in the same order."""
+    """Methods with rows of different lengths (spans or tokens, teacher or student) train on the same pairs in the same order."""
     assert steps(LENGTHS[::-1].copy(), micro_batch=4) == steps(micro_batch=4)
 
 
