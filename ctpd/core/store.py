@@ -91,9 +91,9 @@ class Store:
             UserError: there is no permission to read it.
         """
         folder = self.path(stage, key)
+        if folder.is_symlink():
+            raise _damaged(folder, "it is a symbolic link")
         try:
-            if not stat.S_ISDIR(folder.lstat().st_mode):
-                raise _damaged(folder, "it is a symbolic link" if folder.is_symlink() else "it is no folder")
             found = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         except OSError as error:
             raise _unreadable(folder / MANIFEST, error) or _damaged(folder, f"{MANIFEST} cannot be read") from error
@@ -197,7 +197,8 @@ class Store:
     def remove(self, stage: str, key: str, *, rebuild: bool = False) -> None:
         """Delete an artifact and what an interrupted build left of it. Hold the lock of the key.
 
-        The artifact is renamed first: a removal that is interrupted leaves no artifact without some of its files.
+        A folder in the artifact's place that is none is left, unless it is to be rebuilt. The artifact is renamed first:
+        a removal that is interrupted leaves no artifact without some of its files.
 
         Args:
             rebuild: leave a mark by which `is_removed` knows that the artifact was damaged and is to be built again.
@@ -209,14 +210,13 @@ class Store:
         mark = self._beside(stage, key, "damaged")
         try:
             _delete(partial)
+            mark.unlink(missing_ok=True)
             if rebuild:
-                mark.touch()
-            if os.path.lexists(target):
+                mark.touch(exist_ok=False)  # follows no link
+            if os.path.lexists(target) and (rebuild or self._is_artifact(stage, key)):
                 os.replace(target, partial)
                 _delete(partial)
             self._beside(stage, key, "hashes").unlink(missing_ok=True)
-            if not rebuild:
-                mark.unlink(missing_ok=True)
         except OSError as error:
             raise UserError(
                 f"{stage}/{key} could not be removed ({disk.reason(error)})",
@@ -313,11 +313,17 @@ class Store:
         found = []
         for path in sorted(self.root.glob(f"{stage}/*/{MANIFEST}")):
             kind, key = path.parts[-3:-1]
-            if _is_name(kind, key):
-                with contextlib.suppress(UserError):
-                    self.manifest(kind, key)
-                    found.append((kind, key))
+            if _is_name(kind, key) and self._is_artifact(kind, key):
+                found.append((kind, key))
         return found
+
+    def _is_artifact(self, stage: str, key: str) -> bool:
+        """Whether a folder's manifest is as a build writes it; its files are not compared."""
+        try:
+            self.manifest(stage, key)
+        except UserError:
+            return False
+        return True
 
     def _beside(self, stage: str, key: str, ending: str) -> Path:
         return self.root / stage / f".{key}.{ending}"
