@@ -11,6 +11,7 @@ import click
 from ctpd.cli.execute import RUNNING, Flags, execute, opened, prepared
 from ctpd.cli.launch import started_by_user
 from ctpd.cli.options import execution, given, refuse
+from ctpd.cli.unwritten import report_unwritten
 from ctpd.core.printing import command, printable
 
 if TYPE_CHECKING:
@@ -194,19 +195,25 @@ def _print_tables(
         click.echo(f"Missing: {printable(lost.title)}. To build it: {_building(experiment, lost, store)}", err=True)
     made = comparison.tables(experiment.recipe, records, columns=[c.name for c in experiment.suite.columns])
     folder = (store.root / "tables" if to is None else to) / experiment.recipe.name
-    written = comparison.write_tables(made, folder)
-    report = comparison.write_report(experiment.recipe, made, records, folder)
-    if not first_only:  # `run` leaves them to `compare`: they take longer than everything else that it prints
-        comparison.write_figures(made, records, folder)
-    if to is not None:
-        comparison.write_records(records, folder / "records")
+    written = ""
+    try:
+        names = [path.name for path in comparison.write_tables(made, folder)]
+        report = comparison.write_report(experiment.recipe, made, records, folder)
+        if not first_only:  # `run` leaves them to `compare`: they take longer than everything else that it prints
+            comparison.write_figures(made, records, folder)
+            names.append(f"{comparison.FIGURES}/")
+        if to is not None:
+            comparison.write_records(records, folder / "records")
+        written = f"\nWritten to {folder}: {', '.join(names)}\nReport: {report}"
+    except OSError as error:
+        report_unwritten(error, folder, recipe=experiment.source, store=store.root, required=not first_only)
     if as_json:
         click.echo(json.dumps({table.spec.name: json_rows(table) for table in made}, allow_nan=False))
         return
     for kind in formats:
         click.echo("\n\n".join(FORMATS[kind](table) for table in (made[:1] if first_only else made)))
-    names = [path.name for path in written] + ([] if first_only else [f"{comparison.FIGURES}/"])
-    click.echo(f"\nWritten to {folder}: {', '.join(names)}\nReport: {report}")
+    if written:
+        click.echo(written)
 
 
 def _building(experiment: "Experiment", lost: "PlannedRun", store: "Store") -> str:

@@ -218,7 +218,7 @@ class Store:
                 _delete(partial)
             self._beside(stage, key, "hashes").unlink(missing_ok=True)
         except OSError as error:
-            raise UserError(
+            raise disk.DiskError(
                 f"{stage}/{key} could not be removed ({disk.reason(error)})",
                 where=str(self.root),
                 fix="Change the permissions of the store's folder, or remove the folder by hand",
@@ -338,7 +338,7 @@ class Store:
             os.replace(aside, marker)
 
     def _unwritable(self, error: OSError, consequence: str = "") -> UserError:
-        return disk.full(error, where=self.root) or UserError(
+        return disk.full(error, where=self.root) or disk.DiskError(
             f"the store cannot be written to ({disk.reason(error)}){consequence}",
             where=str(self.root),
             fix="Give a folder that can be written to with `--store`",
