@@ -30,6 +30,7 @@ def fit_settings(work: Work) -> FitSettings:
         checkpoint_seconds=runtime.checkpoint_seconds,
         report_to=runtime.report_to,
         progress=work.progress,
+        note=work.note,
         fsdp=runtime.fsdp,
     )
 

@@ -23,6 +23,7 @@ from ctpd.objectives.base import Objective, Sums, Units
 from ctpd.ops.spans import unit_logps
 from ctpd.train.batches import Batch, UnitBatch, count_units, to_device
 from ctpd.train.collator import Items, StepLoader, StepSampler, TrainingRows
+from ctpd.train.states import ResumeStates
 
 OBJECTIVE = "ctpd_objective"  # the name under which an objective with parameters is a part of the model
 OBJECTIVE_FILE = "objective.safetensors"
@@ -111,6 +112,7 @@ class PreferenceTrainer(Trainer):
             model.add_module(OBJECTIVE, objective)
         super().__init__(model=model, args=args, train_dataset=Items(len(training.rows)), callbacks=callbacks)
         objective.to(self.args.device)
+        self.states = ResumeStates(Path(args.output_dir), sharded=self.is_fsdp_enabled)
         if self.is_fsdp_enabled and self.args.bf16:
             # accelerate wraps every other model's forward in autocast. Without autocast's cache, which would keep a
             # rounded copy of all gathered weights.
@@ -134,16 +136,25 @@ class PreferenceTrainer(Trainer):
             self._has_own_group = True
         return optimizer
 
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """Also the objective's parameters, which an adapter's checkpoint would leave out.
+    def _get_output_dir(self, trial: Any) -> str:
+        """Where the library writes a state: aside, until `ResumeStates.finish` makes it one."""
+        return str(self.states.unfinished)
 
-        They are written first: the file that the library writes last marks the checkpoint as complete.
-        """
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Also the objective's parameters, which an adapter's checkpoint would leave out."""
         if self.args.should_save:
-            folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
+            folder = self.states.unfinished / self.states.path(self.state.global_step).name
             folder.mkdir(parents=True, exist_ok=True)
             save_objective(self.objective, folder)
         super()._save_checkpoint(model, trial)
+        self.states.finish(self.state.global_step)
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        """The library's; nothing where a training is resumed that was stopped after its last step."""
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+        else:
+            super()._run_epoch(*args, **kwargs)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)
