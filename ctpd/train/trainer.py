@@ -112,7 +112,7 @@ class PreferenceTrainer(Trainer):
             model.add_module(OBJECTIVE, objective)
         super().__init__(model=model, args=args, train_dataset=Items(len(training.rows)), callbacks=callbacks)
         objective.to(self.args.device)
-        self.states = ResumeStates(Path(args.output_dir), sharded=self.is_fsdp_enabled)
+        self.states = ResumeStates(Path(str(args.output_dir)), sharded=self.is_fsdp_enabled)
         if self.is_fsdp_enabled and self.args.bf16:
             # accelerate wraps every other model's forward in autocast. Without autocast's cache, which would keep a
             # rounded copy of all gathered weights.
