@@ -295,10 +295,17 @@ def non_finite_weight(model: nn.Module, *, trainable_only: bool = False) -> str 
         for name, parameter in model.named_parameters()
         if parameter.is_floating_point() and parameter.numel() and (parameter.requires_grad or not trainable_only)
     ]
-    own = [(name, value.to_local() if is_sharded(value) else value) for name, value in named]
+    own = [(name, own_shard(value)) for name, value in named]
     largest = [(name, torch.linalg.vector_norm(value, torch.inf)) for name, value in own if value.numel()]
     found = torch.stack([norm.float().cpu() for _, norm in largest]).isfinite().tolist() if largest else []
     return next((name for (name, _), finite in zip(largest, found, strict=True) if not finite), None)
+
+
+def own_shard(value: Tensor) -> Tensor:
+    """This rank's shard of a tensor that FSDP has sharded; any other tensor as it is."""
+    to_local = getattr(value, "to_local", None)
+    shard: Tensor = value if to_local is None else to_local()
+    return shard
 
 
 def whole_state(model: nn.Module) -> dict[str, Tensor] | None:

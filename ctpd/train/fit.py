@@ -7,15 +7,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate.utils import DistributedType
 from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from transformers import PrinterCallback, TrainerCallback, TrainingArguments
 
-from ctpd.core.errors import UserError
+from ctpd.core.errors import NotFinite, UserError
 from ctpd.core.processes import processes
-from ctpd.models import parameter_counts, weight_mebibytes
+from ctpd.models import non_finite_weight, parameter_counts, weight_mebibytes
 from ctpd.objectives.base import Objective
 from ctpd.train.callbacks import EvaluateOften, ReportProgress, SaveStates
 from ctpd.train.collator import micro_batch_size
@@ -111,6 +112,7 @@ def fit(training: Training[Any], optimization: Optimization, *, folder: Path, se
 
     Raises:
         UserError: fewer items than one step, or the weights cannot be sharded as `settings.fsdp` asks.
+        NotFinite: a loss, gradient norm, metric or trained weight is NaN or infinite.
     """
     if settings.fsdp is not None:
         _refuse_sharding(training.model, training.objective)
@@ -127,6 +129,8 @@ def fit(training: Training[Any], optimization: Optimization, *, folder: Path, se
     state = trainer.states.newest(settings.note)
     with stop.listening():
         trainer.train(resume_from_checkpoint=None if state is None else str(state))
+    trainer.check_finite({})
+    _refuse_non_finite_weights(trainer)
     return _result(trainer, seconds=time.monotonic() - start)
 
 
@@ -165,6 +169,16 @@ def _refuse_replicas(trainer: PreferenceTrainer) -> None:
         raise UserError(
             f"the recipe's `launch` block asks for FSDP, and accelerate would train with {found.value} here",
             fix="FSDP needs a GPU for each process; without one take `fsdp` out of the `launch` block",
+        )
+
+
+def _refuse_non_finite_weights(trainer: PreferenceTrainer) -> None:
+    """The last step can spoil weights, and no loss comes after it. Every rank raises, whichever holds the weight."""
+    name = non_finite_weight(trainer.training.model, trainable_only=True)
+    if processes().all_reduce(np.array([name is not None], dtype=np.int64))[0]:
+        raise NotFinite(
+            f"the trained weight {name or 'in another process'} is not finite after step {trainer.state.global_step}",
+            fix=f"Lower the learning rate, which is {trainer.args.learning_rate:g}",
         )
 
 
