@@ -107,7 +107,9 @@ class PreferenceTrainer(Trainer):
     def __init__(
         self, training: Training[Any], *, args: TrainingArguments, callbacks: list[TrainerCallback] | None = None
     ) -> None:
-        training.rows.check()
+        for rows in (training.rows, training.eval_rows):
+            if rows is not None:
+                rows.check()
         model, objective = training.model, training.objective
         self.training, self.objective = training, objective
         self._running: dict[str, tuple[Tensor, float]] = {}  # name -> (sum, on the device; count)
