@@ -1,4 +1,4 @@
-"""A trained model as a plain directory that transformers, PEFT and everybody else load."""
+"""Export a trained model as a directory that transformers or PEFT can load."""
 
 import json
 import shutil
@@ -11,12 +11,12 @@ from ctpd.pipeline.stages.train import CHAIN
 
 
 def export_model(store: Store, key: str, *, to: Path, merge: bool) -> str:
-    """Copy a model out of the store; say what was written.
+    """Copy a model out of the store; return a sentence that says what was written.
 
     Args:
-        key: the beginning of a key of a `train` or `pretrain` artifact.
+        key: the beginning of the key of a `train` or `pretrain` artifact.
         to: a directory that does not exist yet.
-        merge: write whole weights for a LoRA training; without it the adapter alone is written.
+        merge: merge LoRA adapters into the base weights; otherwise only the last adapter is written.
 
     Raises:
         UserError: no such artifact, one without a model, or `to` exists.
@@ -34,8 +34,8 @@ def export_model(store: Store, key: str, *, to: Path, merge: bool) -> str:
     if not chain_file.exists() or not merge:
         shutil.copytree(model, to)
         if chain_file.exists():
-            return f"Wrote the adapter to {to}. Use --merge for whole weights."
-        return f"Wrote the model to {to}." + (" Its weights are whole: there was nothing to merge." if merge else "")
+            return f"Wrote the adapter to {to}. Use --merge to merge it into the base model."
+        return f"Wrote the model to {to}." + (" It has no adapters: there was nothing to merge." if merge else "")
     from ctpd.models import load_model, load_tokenizer, save_model
 
     chain = json.loads(chain_file.read_text(encoding="utf-8"))
@@ -54,10 +54,10 @@ def export_model(store: Store, key: str, *, to: Path, merge: bool) -> str:
 
 
 def _resolve(store: Store, name: str, *, revision: str | None) -> Path:
-    """Where a part of a model is: `store:STAGE/KEY` names an artifact of this store, the rest a path or hub id.
+    """The folder or hub id of one part of a model; `store:STAGE/KEY` names an artifact of this store.
 
     Raises:
-        UserError: the path does not exist any more.
+        UserError: the path no longer exists.
     """
     if name.startswith("store:"):
         stage, _, key = name.removeprefix("store:").partition("/")

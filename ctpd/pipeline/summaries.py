@@ -1,11 +1,11 @@
-"""What a record keeps of the importance weights: their distribution, how well they tell right from wrong, examples."""
+"""Summary of the importance weights for a record: distribution, AUROC against right/wrong marks, examples."""
 
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ctpd.ops.weights import WeightParameters, WeightsResult
+from ctpd.ops.weights import WeightParameters, WeightsResult, clamp_weights
 from ctpd.pipeline.rows import end_units
 from ctpd.text.prepare import PreparedPairs
 from harness.record import Auroc, Histogram, SideWeights, WeightedPair, WeightedSpan, WeightsSummary
@@ -35,7 +35,10 @@ def weight_summary(
     """
     values, inner = result.weights.numpy(), ~end_units(prepared, units.starts)
     side_of_unit = np.repeat(np.arange(len(units.starts) - 1) % 2, np.diff(units.starts))
-    chosen, rejected = (_side_summary(values[inner & (side_of_unit == side)]) for side in range(2))
+    chosen, rejected = (
+        _side_summary(values[inner & (side_of_unit == side)], clamps=clamp_weights(parameters, is_chosen=side == 0))
+        for side in range(2)
+    )
     return WeightsSummary(
         units=int(inner.sum()),
         mean=float(values[inner].mean()) if inner.any() else 1.0,
@@ -43,18 +46,18 @@ def weight_summary(
         clamped_high=result.clamped_high,
         chosen=chosen,
         rejected=rejected,
-        parameters=parameters,
         auroc=_log_ratio_auroc(result, units.marks, side_of_unit),
         examples=examples,
     )
 
 
-def _side_summary(weights: NDArray[np.float32]) -> SideWeights:
+def _side_summary(weights: NDArray[np.float32], *, clamps: tuple[float, float]) -> SideWeights:
     counts, edges = np.histogram(weights, bins=NUM_BINS)
     return SideWeights(
         mean=float(weights.mean()) if len(weights) else 1.0,
         std=float(weights.std()) if len(weights) else 0.0,
         histogram=Histogram(counts=tuple(counts.tolist()), edges=tuple(round(float(edge), 6) for edge in edges)),
+        clamps=clamps,
     )
 
 
@@ -73,7 +76,7 @@ def _log_ratio_auroc(
 
 
 def auroc(scores: NDArray[np.floating], positive: NDArray[np.bool_]) -> float | None:
-    """Probability that a positive's score exceeds a negative's, ties counted half; None where one kind is absent."""
+    """Probability that a positive's score exceeds a negative's, ties counted half; None if one class is absent."""
     num_positive, num_negative = int(positive.sum()), int((~positive).sum())
     if not num_positive or not num_negative:
         return None

@@ -255,7 +255,7 @@ class PreferenceTrainer(Trainer):
             assert self.training.eval_rows is not None
             items = [item for own, loss in losses if not loss.isfinite() for item in own]
             names = self.training.eval_rows.names_of(items)
-            of_pairs = f", first of the evaluation pairs {listed(names)}," if names else ""
+            of_pairs = f", among the evaluation pairs {listed(names)}," if names else ""
             raise self._not_finite(f"the metric {wrong}{of_pairs} is not finite", self.state.global_step, [])
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:

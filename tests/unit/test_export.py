@@ -46,9 +46,7 @@ def test_the_merged_model_is_the_same_from_every_working_directory(
     elsewhere.mkdir()
     monkeypatch.chdir(elsewhere)
     assert "merged" in export_model(store, KEY, to=tmp_path / "there", merge=True)
-    here, there, base = (
-        load_file(tmp_path / name / "model.safetensors") for name in ("here", "there", "models/base")
-    )  # fmt: skip
+    here, there, base = (load_file(tmp_path / name / "model.safetensors") for name in ("here", "there", "models/base"))
     assert all(torch.equal(here[name], there[name]) for name in here)
     assert any(not torch.equal(here[name], base[name]) for name in here)
     assert (tmp_path / "there" / "tokenizer.json").is_file()

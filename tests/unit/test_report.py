@@ -1,4 +1,4 @@
-"""The report: complete in itself, well formed, the same numbers as the tables, and for runs that lack things too."""
+"""The report: self-contained, well formed, with the numbers of the tables, also for runs without some data."""
 
 import re
 from collections.abc import Sequence
@@ -6,7 +6,6 @@ from html.parser import HTMLParser
 
 import pytest
 
-from ctpd.ops.weights import WeightParameters, clamp_weights
 from harness.contents import contents, smoothed
 from harness.costs import cost_table, count, duration, mebibytes
 from harness.examples import grade
@@ -18,8 +17,14 @@ from harness.tables import build_tables
 from tests.fixtures.records import changed, demo
 
 NAMES = ("Teacher", "Student", "DPO", "TIS-DPO", "CTPD")
-SPEC = TableSpec("main", "Main results", tuple((name, name) for name in NAMES), base="DPO", unranked=("Teacher",),
-                 published="table1_qwen14b_llama8b")  # fmt: skip
+SPEC = TableSpec(
+    "main",
+    "Main results",
+    tuple((name, name) for name in NAMES),
+    base="DPO",
+    unranked=("Teacher",),
+    published="table1_qwen14b_llama8b",
+)
 VOID = {"meta", "br", "link", "img"}
 
 
@@ -133,7 +138,13 @@ def test_a_run_without_margins_or_weights_is_left_out_of_those_figures_alone() -
         for entry in ctpd.training.history
     ]
     records.append(changed(ctpd, training=changed(ctpd.training, history=history), weights=None))
-    lines = dict(zip(("Loss", "Reward margin", "Reward accuracy"), re.findall(r"<desc>(\w.* over step\..*?)</desc>", made(records)), strict=True))  # fmt: skip
+    lines = dict(
+        zip(
+            ("Loss", "Reward margin", "Reward accuracy"),
+            re.findall(r"<desc>(\w.* over step\..*?)</desc>", made(records)),
+            strict=True,
+        )
+    )
     assert "CTPD: from" in lines["Loss"]
     assert all("CTPD: from" not in lines[title] and "TIS-DPO: from" in lines[title] for title in list(lines)[1:])
     assert "Weights of CTPD" not in made(records)
@@ -178,12 +189,12 @@ def test_smoothing_keeps_the_number_of_points_and_a_constant() -> None:
 def test_clamp_bounds_are_those_that_the_weights_of_a_real_run_reach() -> None:
     weights = demo(NAMES)[4].weights
     assert weights is not None
-    for side, found in (("chosen", weights.chosen), ("rejected", weights.rejected)):
-        edges = found.histogram.edges
-        assert sorted(clamp_weights(weights.parameters, is_chosen=side == "chosen")) == pytest.approx(
-            [edges[0], edges[-1]], abs=1e-5
-        )
-    assert clamp_weights(WeightParameters(k=2.0, mu=0.0, lower=-1.0, upper=1.0), is_chosen=True) == (2.0, 2.0)
+    for side in (weights.chosen, weights.rejected):
+        edges = side.histogram.edges
+        assert sorted(side.clamps) == pytest.approx([edges[0], edges[-1]], abs=1e-5)
+    text = made(demo(NAMES))
+    bounds = [f"{end:.3g}" for end in (*weights.chosen.clamps, *weights.rejected.clamps)]
+    assert all(f">{bound}</text>" in text for bound in bounds)
 
 
 def test_runs_with_the_very_same_weights_share_a_histogram() -> None:

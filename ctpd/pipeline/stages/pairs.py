@@ -1,4 +1,4 @@
-"""The one data step of a comparison: pairs are rendered, tokenized by both models and aligned."""
+"""The data step of a comparison: render pairs, tokenize them for both models and align the tokens."""
 
 import json
 from abc import abstractmethod
@@ -38,7 +38,7 @@ class WorldPairs(PairSource):
     split: str
 
     def read(self, work: Work) -> "list[Pair]":
-        """Read them from the world's artifact."""
+        """Read the pairs from the world's artifact."""
         return read_pair_file(self.world.pairs(work, self.split))
 
 
@@ -51,7 +51,7 @@ class FilePairs(PairSource):
 
     @property
     def identity(self) -> Any:
-        """The digest: where the file stands does not matter."""
+        """The digest; the file's path is not part of a key."""
         return {"sha256": self.digest}
 
     def read(self, work: Work) -> "list[Pair]":
@@ -85,7 +85,7 @@ def read_pair_file(path: Path) -> "list[Pair]":
 
 @dataclass(frozen=True)
 class ModelInput(Part):
-    """How one model reads text: its tokenizer, and the template that writes conversations."""
+    """The tokenizer and the template of one model."""
 
     tokenizer: Source
     template: Literal["chat"] | PlainSpec
@@ -136,7 +136,7 @@ class PairsStage(Stage):
         (work.folder / META).write_text(json.dumps(texts(prepared), ensure_ascii=False), encoding="utf-8")
 
     def read(self, work: Work) -> "PreparedPairs":
-        """What `build` has written."""
+        """Read the prepared pairs."""
         return read_prepared(work.path(self))
 
     def read_meta(self, work: Work) -> dict[str, Any]:
@@ -146,7 +146,7 @@ class PairsStage(Stage):
 
 
 def read_prepared(folder: Path) -> "PreparedPairs":
-    """The prepared pairs of an artifact."""
+    """Read the prepared pairs of an artifact."""
     from safetensors.numpy import load_file
 
     from ctpd.text.prepare import from_arrays

@@ -30,11 +30,11 @@ class WeightsConfig(Config):
     weighting: Weighting
     """The strategy and its parameters."""
     granularity: Granularity
-    """Of the units."""
+    """Units that are weighted: spans or tokens."""
     aggregate: Aggregate
-    """How the log-probabilities of a unit's tokens become the unit's."""
+    """How the log-probabilities of a unit's tokens are aggregated: sum or mean."""
     seed: int
-    """Of the strategies that draw."""
+    """Seed of the random strategies."""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -60,7 +60,7 @@ class WeightsStage(Stage):
         marks = self._marks(prepared, unit_starts)
         result = self._result(work, prepared, unit_starts, marks)
         values = np.asarray(result.weights.numpy(), dtype=np.float32)
-        _refuse_non_finite(values, prepared.pair_ids, unit_starts)
+        refuse_non_finite_weights(values, prepared.pair_ids, unit_starts)
         save_file({"weights": values}, work.folder / WEIGHTS)
         summary = weight_summary(
             result,
@@ -79,7 +79,7 @@ class WeightsStage(Stage):
         return np.asarray(load_file(work.path(self) / WEIGHTS)["weights"], dtype=np.float32)
 
     def summary(self, work: Work) -> WeightsSummary:
-        """Their distribution, per side, and examples."""
+        """The distribution of the weights, per side, and examples."""
         return read_summary(work.path(self))
 
     def _result(
@@ -110,7 +110,7 @@ class WeightsStage(Stage):
         )
 
     def _marks(self, prepared: "PreparedPairs", unit_starts: "NDArray[np.int64]") -> "NDArray[np.int8] | None":
-        """The data's marks per unit, neutral on end spans; only spans have characters."""
+        """The data's marks per unit, 0 on end spans; None for units that are tokens, which have no character ranges."""
         import numpy as np
 
         from ctpd.pipeline.rows import end_units
@@ -122,9 +122,19 @@ class WeightsStage(Stage):
         return marks
 
 
-def _refuse_non_finite(
+def refuse_non_finite_weights(
     values: "NDArray[np.float32]", pair_ids: Sequence[str], unit_starts: "NDArray[np.int64]"
 ) -> None:
+    """Refuse weights that are NaN or infinite, by the ids of their pairs.
+
+    Args:
+        values: one a unit, the units of all rows one after another.
+        pair_ids: pair i has the rows 2 i and 2 i + 1.
+        unit_starts: where the units of each row begin.
+
+    Raises:
+        NotFinite: there is one.
+    """
     import numpy as np
 
     if not np.isfinite(values).all():
@@ -137,7 +147,7 @@ def _refuse_non_finite(
 
 
 def read_summary(folder: Path) -> WeightsSummary:
-    """The summary of an artifact."""
+    """Read the summary of an artifact."""
     return WeightsSummary.model_validate_json((folder / SUMMARY).read_bytes())
 
 
