@@ -154,7 +154,7 @@ def test_an_evaluation_that_is_not_finite_names_its_pairs(tmp_path: Path) -> Non
     reference = rows.reference.copy()
     reference[rows.unit_starts[2]] = 3e38  # finite, so that it passes the check of the rows; its sum is not
     reference[rows.unit_starts[2] + 1] = 3e38
-    with pytest.raises(NotFinite, match="the metric eval_loss, among the evaluation pairs .*'pair-1'"):
+    with pytest.raises(NotFinite, match=r"the metric eval_loss, among the evaluation pairs .*'pair-1'"):
         train(
             tiny_model(),
             tmp_path,
