@@ -6,6 +6,8 @@ from pathlib import Path
 import yaml
 
 from ctpd.core.errors import UserError
+from ctpd.core.names import LONGEST_NAME
+from ctpd.core.printing import printable
 from ctpd.recipe.schema import schema_file
 
 _TEMPLATE = """\
@@ -69,8 +71,8 @@ def write_recipe(to: Path, *, teacher: str, student: str, data: Path) -> None:
         schema=_schema(to),
         title=" ".join(f"{teacher} teaches {student} with the pairs of {data}.".split()),
         command=" ".join(shlex.join(["ctpd", "run", str(to)]).split()),
-        name=_quoted(to.stem),
-        about=_quoted(f"Preference distillation from {teacher} to {student}."),
+        name=_quoted(printable(to.stem)[:LONGEST_NAME]),
+        about=_quoted(printable(f"Preference distillation from {teacher} to {student}.")),
         data=_quoted(str(data)),
         teacher_model=_model(teacher),
         student_model=_model(student),
