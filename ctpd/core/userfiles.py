@@ -24,7 +24,6 @@ _MARKS = {
 CONFIGURATION_BYTES = 2**20  # the largest recipe or suite that is read
 _HEAD = 4096  # bytes from which an encoding is guessed
 _SAMPLE = 2**20  # bytes after the first that is not UTF-8, for the same
-_MARK = "\ufeff"
 
 
 def user_path(text: str) -> Path:
@@ -99,16 +98,16 @@ def read_text(path: Path, *, most_bytes: int) -> str:
 
 
 def text_lines(path: Path) -> Iterator[str]:
-    """The lines of a UTF-8 file, without byte order marks.
+    """The lines of a UTF-8 file with their ends, without its byte order mark.
 
     Raises:
         UserError: it cannot be read, or is not UTF-8.
     """
-    with readable(path), path.open(encoding="utf-8", newline="") as handle:
+    with readable(path), path.open(encoding="utf-8-sig", newline="") as handle:
         for line in handle:
             if "\0" in line:
                 raise wrong_encoding(path)
-            yield line.lstrip(_MARK)  # files that were joined have one inside
+            yield line
 
 
 def wrong_encoding(path: Path) -> UserError:
