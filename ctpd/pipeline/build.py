@@ -133,7 +133,7 @@ class _Builder:
         find = self.store.open if writes else self.store.path
         folders = {source.key: find(source.kind, source.key) for source in stage.inputs.values()}
         folder = self.store.partial(stage.kind, stage.key)
-        return Work(folder, self.runtime, bar.update, writes, folders)
+        return Work(folder, self.runtime, bar.update, writes, folders, self.progress.note)
 
     def _pause(self, candidates: Sequence[Stage]) -> None:
         """Sleep while other processes build these stages; report once which stage is waited for."""

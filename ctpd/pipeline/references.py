@@ -211,6 +211,11 @@ class LocatedModel:
     tokenizer: str
     tokenizer_revision: str | None
 
+    @property
+    def title(self) -> str:
+        """What the model is called in errors: where its newest part is."""
+        return str(self.adapters[-1]) if self.adapters else self.folder
+
     def load(self, *, precision: str, device: str) -> Any:
         """The model with its adapters merged, in evaluation mode.
 
