@@ -9,7 +9,8 @@ from numpy.typing import NDArray
 from safetensors.numpy import load_file
 
 from ctpd.core.errors import UserError
-from ctpd.core.store import MANIFEST, Store
+from ctpd.core.manifests import MANIFEST
+from ctpd.core.store import Store
 from ctpd.objectives.base import Weighting
 from ctpd.ops.weights import clamp_weights
 from ctpd.pipeline.rows import end_units, units_of

@@ -10,7 +10,8 @@ import pytest
 
 from ctpd.core import locks
 from ctpd.core.errors import DamagedArtifact, UserError
-from ctpd.core.store import MANIFEST, MARKER, Store
+from ctpd.core.manifests import MANIFEST
+from ctpd.core.store import MARKER, Store
 from tests.conftest import Cli, SmokeRun
 
 KEY, OTHER = "a" * 32, "b" * 32
