@@ -95,7 +95,9 @@ def _full_disk(error: BaseException, folder: Path | None) -> int | None:
     """The number of the error if it comes from a full disk or a limit on sizes."""
     if isinstance(error, OSError) and error.errno in _FULL:
         return error.errno
-    text = str(error)
+    text = "" if isinstance(error, UserError) else str(error)  # ours may quote a user's texts
+    if "Not enough disk space" in text:  # datasets
+        return errno.ENOSPC
     for number in _FULL:
         if os.strerror(number) in text or f"(os error {number})" in text:
             return number

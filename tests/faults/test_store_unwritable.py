@@ -245,6 +245,24 @@ def test_a_limit_on_the_size_of_files(cli: Cli, tmp_path: Path, size_limit: Call
     assert_paragraph(outcome, "file too large", "ulimit -f", str(tmp_path / "s"))
 
 
+def test_a_small_folder_for_temporary_files_is_named(
+    cli: Cli, smoke: SmokeRun, tmp_path: Path, mounted: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The library of the data says that there is not enough space, and not where."""
+    import tempfile
+
+    root = tmp_path / "store"
+    shutil.copytree(smoke.store, root)
+    store = Store(root)
+    for artifact in (*store.artifacts("evaluate"), *store.artifacts("record")):
+        store.remove(artifact.stage, artifact.key)
+    temporary = mounted("size=12k")
+    monkeypatch.setenv("TMPDIR", str(temporary))
+    monkeypatch.setattr(tempfile, "tempdir", str(temporary))
+    outcome = cli("eval", "testbed-smoke", "--device", "cpu", "--only", "DPO", "--store", root)
+    assert_paragraph(outcome, f"{temporary}", "no space left on device")
+
+
 def test_a_full_folder_for_temporary_files_is_not_blamed_on_the_data(tmp_path: Path) -> None:
     error = UserError("the data set could not be loaded (x)", where="some/data@main")
     error.__cause__ = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "/small/tmp/x.arrow")
@@ -257,6 +275,7 @@ def test_a_full_folder_for_temporary_files_is_not_blamed_on_the_data(tmp_path: P
     ("error", "parts"),
     [
         (Exception("Error while serializing: I/O error: No space left on device (os error 28)"), ("no space left",)),
+        (OSError("Not enough disk space. Needed: Unknown size"), ("no space left",)),
         (OSError(errno.EDQUOT, os.strerror(errno.EDQUOT), "/s/a"), ("/s/a:", "quota")),
         (PermissionError(errno.EACCES, "Permission denied", "/s/a"), ("/s/a: permission denied", "permissions")),
         (FileNotFoundError(errno.ENOENT, "No usable temporary directory found in ['/tmp']"), ("TMPDIR",)),
@@ -269,7 +288,10 @@ def test_errors_of_disks_are_explained(error: Exception, parts: tuple[str, ...],
         assert part in str(found)
 
 
-@pytest.mark.parametrize("error", [ValueError("x"), FileNotFoundError(errno.ENOENT, "No such file", "a"), KeyError(28)])
+OTHERS = [ValueError("x"), FileNotFoundError(errno.ENOENT, "No such file", "a"), UserError("the text 'No space left on device'")]  # fmt: skip
+
+
+@pytest.mark.parametrize("error", OTHERS)
 def test_other_errors_are_not(error: Exception) -> None:
     assert explained(error) is None
 
