@@ -229,7 +229,7 @@ def _print_scores(named: "Mapping[str, Mapping[str, Stage]]", store: "Store", *,
     from ctpd.pipeline.stages.evaluate import read_result
 
     scores = {
-        title: {name: read_result(store.path(s.kind, s.key)) for name, s in columns.items()}
+        title: {name: read_result(store.open(s.kind, s.key)) for name, s in columns.items()}
         for title, columns in named.items()
     }
     if as_json:

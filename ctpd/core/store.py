@@ -205,7 +205,7 @@ class Store:
 
     def is_removed(self, stage: str, key: str) -> bool:
         """Whether the artifact was damaged, was removed by `--rebuild`, and is not built again yet."""
-        return self._beside(stage, key, "damaged").is_file()
+        return self._beside(stage, key, "damaged").is_file() and not self.has(stage, key)
 
     def check_removable(self) -> None:
         """Refuse to remove anything from a folder that is no store, cannot be written to, or is being built in.
