@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ctpd.models import own_shard
+from ctpd.ops.finite import own_shard
 
 _NEVER = 2**62
 
