@@ -16,8 +16,9 @@ from transformers import PrinterCallback, TrainerCallback, TrainingArguments
 
 from ctpd.core.errors import NotFinite, UserError
 from ctpd.core.processes import processes
-from ctpd.models import non_finite_weight, parameter_counts, weight_mebibytes
+from ctpd.models import parameter_counts, weight_mebibytes
 from ctpd.objectives.base import Objective
+from ctpd.ops.finite import non_finite_weight
 from ctpd.train.callbacks import EvaluateOften, ReportProgress, SaveStates
 from ctpd.train.collator import micro_batch_size
 from ctpd.train.config import FsdpSpec, Schedule
