@@ -15,6 +15,7 @@ from ctpd.pipeline.stage import Part, Stage, Work
 from ctpd.pipeline.stages.world import WorldStage
 from harness.record import ColumnResult
 from harness.suites import Column
+from harness.task_files import task_files
 
 RESULT = "result.json"
 _NOT_OF_THE_RESULT = ("name", "folder", "datasets")  # fields of a column that do not change its score
@@ -39,16 +40,46 @@ class Protocol(Config):
 
 @dataclass(frozen=True)
 class ColumnTask(Part):
-    """A column of a suite; its name and where its files lie are not part of the key."""
+    """A column of a suite; its name and where its files lie are not part of the key.
+
+    Attributes:
+        column: the column.
+        files: of a task in a folder of the user's, a digest of all local files that it reads.
+    """
 
     column: Column
+    files: str | None = None
 
     @property
     def identity(self) -> Any:
-        """Task, metric, version, shots and further metrics."""
+        """Task, metric, version, shots and further metrics; of the user's own task its files, too."""
         from ctpd.core.config import to_plain
 
-        return {name: value for name, value in to_plain(self.column).items() if name not in _NOT_OF_THE_RESULT}
+        own = {name: value for name, value in to_plain(self.column).items() if name not in _NOT_OF_THE_RESULT}
+        return own if self.files is None else {**own, "files": self.files}
+
+    @classmethod
+    def of(cls, column: Column, *, base: Path | None) -> "ColumnTask":
+        """The column with the digest of what its task reads now.
+
+        Args:
+            column: the column.
+            base: where relative paths of data sets begin; None where they are an artifact's.
+        """
+        return cls(column, task_files(column, base=base).digest)
+
+    def refuse_changes(self, *, base: Path | None) -> None:
+        """Refuse to evaluate other files than those that the key was made of.
+
+        Raises:
+            UserError: a file of the user's own task has changed.
+        """
+        if task_files(self.column, base=base).digest != self.files:
+            raise UserError(
+                f"the files of the task '{self.column.task}' have changed since this command was started",
+                where=self.column.folder,
+                fix="Run the same command again",
+            )
 
 
 @dataclass(frozen=True)
@@ -102,10 +133,16 @@ class EvaluateStage(Stage):
             return self.documents.documents(work)
         return None if self.documents is None else Path(self.documents.root)
 
+    @property
+    def _base(self) -> Path | None:
+        """Where relative paths of data sets began when the stage was planned."""
+        return None if isinstance(self.documents, WorldStage) else data_base(self.documents)
+
     def _evaluate(self, work: Work) -> ColumnResult:
         from harness.evaluate import Documents, Pinned, evaluate_column, evaluate_with_vllm
 
         protocol, located, column = self.protocol, self.model.located(work), self.task.column
+        self.task.refuse_changes(base=self._base)
         documents = Documents(self._root(work), limit=protocol.limit, chat_template=protocol.chat_template)
         tokenizer = located.load_tokenizer()
         if protocol.backend == "vllm":
@@ -126,6 +163,11 @@ class EvaluateStage(Stage):
         return evaluate_column(
             model, tokenizer, column, documents, batch_size=protocol.batch_size, progress=work.progress
         )
+
+
+def data_base(mirror: Mirror | None) -> Path:
+    """Where relative paths of data sets begin: the mirror, else the working directory."""
+    return Path.cwd() if mirror is None else Path(mirror.root)
 
 
 def read_result(folder: Path) -> ColumnResult:
