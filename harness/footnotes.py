@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 
+from harness.cautions import cautions
 from harness.record import ColumnResult, Record
 from harness.sheet import Row, TableSpec
 from harness.statistics import CONFIDENCE, DRAWS, MIN_SEEDS
@@ -29,6 +30,7 @@ def footnotes(
     yield from _protocol(results)
     yield from _truncated(records)
     yield from _not_finite(records)
+    yield from cautions(records)
     if spec.note is not None:
         yield spec.note
 

@@ -88,7 +88,11 @@ class _Loader(yaml.SafeLoader):
     """Reads functions as their names."""
 
 
-_Loader.add_constructor("!function", lambda loader, node: _Function(loader.construct_scalar(node)))
+def _function(loader: _Loader, node: yaml.ScalarNode) -> _Function:
+    return _Function(loader.construct_scalar(node))
+
+
+_Loader.add_constructor("!function", _function)
 
 
 @dataclass(frozen=True)

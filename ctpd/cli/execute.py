@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ctpd.cli.options import prepare
+from ctpd.core.printing import printable
 
 if TYPE_CHECKING:
     from ctpd.app import Experiment
@@ -83,12 +84,13 @@ def execute(targets: "Sequence[Stage]", store: "Store", launch: "LaunchSpec", fl
     from ctpd.core.processes import processes
     from ctpd.pipeline.build import build_missing
     from ctpd.pipeline.graph import Graph
+    from ctpd.pipeline.notes import plan_notes
     from ctpd.pipeline.progress import Progress
     from ctpd.pipeline.runtime import Runtime
 
     graph = Graph(targets)
     if flags.plan:
-        _print_plan(graph.plan(store), as_json=flags.as_json)
+        _print_plan(graph.plan(store), plan_notes(graph), as_json=flags.as_json)
         return False
     count = processes_to_start(launch, num_processes=flags.num_processes, jobs=flags.jobs)
     device = _checked_device(flags, count=count)
@@ -128,7 +130,7 @@ def _checked_device(flags: Flags, *, count: int) -> str:
     return flags.usable_device
 
 
-def _print_plan(lines: "Sequence[PlanLine]", *, as_json: bool) -> None:
+def _print_plan(lines: "Sequence[PlanLine]", notes: Sequence[str], *, as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps([{"stage": x.kind, "label": x.label, "key": x.key, "hit": x.hit} for x in lines]))
         return
@@ -141,3 +143,5 @@ def _print_plan(lines: "Sequence[PlanLine]", *, as_json: bool) -> None:
     click.echo(rendered(table(["", "key", "stage"], rows)))
     hits = sum(line.hit for line in lines)
     click.echo(f"\n{len(lines)} stages: {hits} hits, {len(lines) - hits} misses. Nothing was run.")
+    for note in notes:
+        click.echo(f"Note: {printable(note)}")

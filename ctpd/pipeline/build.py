@@ -90,14 +90,15 @@ class _Builder:
         return ONE_EACH if missing else NOTHING_MISSING
 
     def _build_collective(self, stage: Stage) -> None:
-        ranks = processes()
+        ranks, notes = processes(), list[str]()
         with contextlib.ExitStack() as stack:
             bar = stack.enter_context(self._bar(stage))
             if ranks.is_main:
                 stack.enter_context(_artifact(stage, self.store, self.runtime))
             ranks.barrier()  # the folder is there
-            stage.unlabelled().build(self._work(stage, bar, writes=ranks.is_main))
+            stage.unlabelled().build(self._work(stage, bar, notes, writes=ranks.is_main))
             ranks.barrier()  # rank 0 may finish before another
+        self._show(stage, notes)
         ranks.barrier()  # the artifact is there
 
     def _build_one_each(self) -> None:
@@ -117,8 +118,10 @@ class _Builder:
             with self.store.try_lock(stage.kind, stage.key) as locked:
                 if not locked or self.store.has(stage.kind, stage.key):
                     continue
+                notes: list[str] = []
                 with self._bar(stage) as bar, _artifact(stage, self.store, self.runtime):
-                    stage.unlabelled().build(self._work(stage, bar))
+                    stage.unlabelled().build(self._work(stage, bar, notes))
+                self._show(stage, notes)
             _collect_garbage()
             return True
         return False
@@ -127,10 +130,14 @@ class _Builder:
         done = self.total - len(self.graph.missing(self.store))
         return self.progress.stage(stage.label, index=done + 1, total=self.total)
 
-    def _work(self, stage: Stage, bar: Bar, *, writes: bool = True) -> Work:
+    def _show(self, stage: Stage, notes: Sequence[str]) -> None:
+        for text in notes:
+            self.progress.note(f"Note: {stage.label}: {text}.")
+
+    def _work(self, stage: Stage, bar: Bar, notes: list[str], *, writes: bool = True) -> Work:
         folders = {source.key: self.store.path(source.kind, source.key) for source in stage.inputs.values()}
         folder = self.store.partial(stage.kind, stage.key)
-        return Work(folder, self.runtime, bar.update, writes, folders)
+        return Work(folder, self.runtime, bar.update, writes, folders, notes.append)
 
     def _pause(self, candidates: Sequence[Stage]) -> None:
         """Wait a little for the processes that build these; say once what is waited for."""

@@ -4,6 +4,7 @@ import csv
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from ctpd.core.errors import UserError
 from ctpd.pipeline.references import External
 
 Row = Mapping[str, Any]
+COUNTED_BYTES = 64 * 2**20  # larger json and csv files are not read only to count their rows
 
 
 def read_rows(path: Path) -> Iterator[Row]:
@@ -67,6 +69,35 @@ def file_digest(path: Path) -> str:
         )
     with path.open("rb") as handle:
         return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def count_rows(path: Path) -> int | None:
+    """The number of rows of a local file, without parsing them; None where that cannot be told at once."""
+    if not path.is_file():
+        return None
+    found = path.stat()
+    return _count_rows(path.resolve(), found.st_size, found.st_mtime_ns)
+
+
+@cache
+def _count_rows(path: Path, size: int, changed: int) -> int | None:
+    if path.suffix == ".jsonl":
+        with path.open("rb") as handle:
+            return sum(not line.isspace() for line in handle)
+    if path.suffix == ".parquet":
+        import pyarrow.parquet as pq
+        from pyarrow import ArrowInvalid
+
+        try:
+            return int(pq.read_metadata(path).num_rows)
+        except ArrowInvalid:
+            return None
+    if size > COUNTED_BYTES:
+        return None
+    try:
+        return sum(1 for _ in read_rows(path))
+    except (UserError, ValueError, csv.Error):  # said when the file is read
+        return None
 
 
 def same_vocabulary(one: External, other: External) -> bool | None:

@@ -29,6 +29,7 @@ class Work:
         progress: called with (done, total).
         writes: off in all but rank 0 of the processes that build a collective stage: they compute and write no file.
         folders: key -> folder of each input.
+        note: called with a sentence for the user, which is shown when the stage has ended.
     """
 
     folder: Path
@@ -36,6 +37,7 @@ class Work:
     progress: Callable[[int, int], None]
     writes: bool = True
     folders: Mapping[str, Path] = dataclasses.field(default_factory=dict)
+    note: Callable[[str], None] = lambda text: None
 
     def path(self, stage: "Stage") -> Path:
         """The folder of an input's artifact.

@@ -50,6 +50,8 @@ def finish_training(work: Work, done: Fit) -> None:
     """Write the history and remove the resume states, which are not needed any more."""
     (work.folder / TRAINING).write_text(json.dumps(to_plain(done), ensure_ascii=False), encoding="utf-8")
     shutil.rmtree(resume_folder(work), ignore_errors=True)
+    if done.note is not None:
+        work.note(done.note)
 
 
 def read_training(folder: Path) -> TrainingSummary:
