@@ -77,10 +77,9 @@ class DSKD(DistillationObjective[LogitTokens]):
         t2s_ce, t2s_kd, hits, s2t_kd = (
             part_N.masked_fill(~is_aligned_N, 0.0).sum() for part_N in (ours.t2s_ce, ours.t2s_kd, ours.hit, s2t_kd_N)
         )
-        return mixed(
-            ours.nll.sum(), t2s_ce + t2s_kd + s2t_kd, kd_rate=self.params.kd_rate, batch=batch,
-            t2s_ce=t2s_ce, t2s_kd=t2s_kd, s2t_kd=s2t_kd, t2s_accuracy=hits,
-        )  # fmt: skip
+        parts = {"t2s_ce": t2s_ce, "t2s_kd": t2s_kd, "s2t_kd": s2t_kd, "t2s_accuracy": hits}
+        kd = t2s_ce + t2s_kd + s2t_kd
+        return mixed(ours.nll.sum(), kd, kd_rate=self.params.kd_rate, batch=batch, **parts)
 
 
 class StudentSpace(NamedTuple):

@@ -95,10 +95,9 @@ class DSKDCMA(DistillationObjective[LogitTokens]):
         ours = student_space(student.rows, student.targets, mapped, self._divergence)
         t2s_ce, t2s_kd = ours.t2s_ce.sum(), (ours.hit * ours.t2s_kd).sum()
         s2t_kd = teacher_space(s2t_MK.to(theirs.hidden.dtype), theirs, self.params.temperature).sum()
-        return mixed(
-            ours.nll.sum(), t2s_ce + t2s_kd + s2t_kd, kd_rate=self.params.kd_rate, batch=batch,
-            t2s_ce=t2s_ce, t2s_kd=t2s_kd, s2t_kd=s2t_kd, t2s_accuracy=ours.hit.sum(),
-        )  # fmt: skip
+        parts = {"t2s_ce": t2s_ce, "t2s_kd": t2s_kd, "s2t_kd": s2t_kd, "t2s_accuracy": ours.hit.sum()}
+        kd = t2s_ce + t2s_kd + s2t_kd
+        return mixed(ours.nll.sum(), kd, kd_rate=self.params.kd_rate, batch=batch, **parts)
 
     def _attend(self, student: LogitTokens, teacher: LogitTokens, num_rows: int) -> tuple[Tensor, Tensor]:
         """[N, H] and [M, K]: the other model's states for each token. In float32: 16 bits cannot hold the mask."""

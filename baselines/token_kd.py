@@ -53,7 +53,7 @@ class TokenKDParams(Config):
 
 
 @final
-class TokenKD(RowObjective):
+class TokenKD(RowObjective[Tensor | Top]):
     """`(1 - kd_rate) CE + kd_rate D(teacher, student)`, a sum over the scored tokens.
 
     Rows of the two output heads may differ by padding: columns that only one of the models has are left out of the

@@ -28,7 +28,7 @@ class ULDParams(Config):
 
 
 @final
-class ULD(RowObjective):
+class ULD(RowObjective[Tensor | Top]):
     """`sum_j |sorted softmax(student)_j - sorted softmax(teacher)_j|` of every row that has an aligned one."""
 
     params_type = ULDParams

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from functools import cache, cached_property
 from importlib import metadata
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ctpd.core.config import nearest
 from ctpd.core.errors import UserError
@@ -28,10 +29,11 @@ from ctpd.pipeline.stages.train import TrainStage
 from ctpd.pipeline.stages.weights import WeightsStage
 from ctpd.pipeline.stages.world import WorldStage
 from ctpd.recipe import EvaluationSpec, Recipe, load_recipe
-from harness.comparison import tables
 from harness.record import Record
-from harness.sheet import Table
 from harness.suites import Column, Suite, load_suite
+
+if TYPE_CHECKING:
+    from harness.sheet import Table
 
 
 class Experiment:
@@ -130,7 +132,7 @@ def run(
     store: str | os.PathLike[str] = "runs",
     runtime: Runtime | None = None,
     quiet: bool = True,
-) -> list[Table]:
+) -> "list[Table]":
     """Train, evaluate and compare everything that is missing; return the tables.
 
     In this process, or those of the launcher that has started it: a recipe's `launch` block starts none here.
@@ -144,6 +146,8 @@ def run(
     Raises:
         UserError: anything wrong with the recipe, the data or the models.
     """
+    from harness.comparison import tables  # pandas: a plan does not need it
+
     experiment, artifacts = Experiment(recipe), Store(Path(store))
     runtime = runtime or Runtime.of(experiment.recipe.launch)
     experiment.check_suite(artifacts)

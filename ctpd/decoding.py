@@ -19,11 +19,27 @@ from transformers.cache_utils import DynamicLayer
 from ctpd.models import Outputs
 from ctpd.probes import other_mixing, same_logits, short_windows
 
-HARMLESS = {
-    "bos_token_id", "eos_token_id", "pad_token_id", "transformers_version", "_from_model_config", "do_sample",
-    "temperature", "top_p", "top_k", "max_length", "max_new_tokens", "use_cache",
-    "output_attentions", "output_hidden_states", "output_logits", "output_scores", "return_dict_in_generate",
-}  # fmt: skip
+HARMLESS = frozenset(
+    [
+        "bos_token_id",
+        "eos_token_id",
+        "pad_token_id",
+        "transformers_version",
+        "_from_model_config",
+        "do_sample",
+        "temperature",
+        "top_p",
+        "top_k",
+        "max_length",
+        "max_new_tokens",
+        "use_cache",
+        "output_attentions",
+        "output_hidden_states",
+        "output_logits",
+        "output_scores",
+        "return_dict_in_generate",
+    ]
+)
 """Settings of a model's `generation_config` that do not change which token is the greedy choice."""
 
 Finished = Callable[[list[int]], bool]

@@ -35,7 +35,7 @@ HALF_PRECISION = Tolerance(logps=0.1, logits=4e-2, gradients=0.1)
 
 
 def tolerance_of(dtype: torch.dtype) -> Tolerance:
-    """The tolerance for a model whose weights have this dtype; float32 needs no more than float64."""
+    """The tolerance for a model whose weights have this dtype: the wide one for 16 bits and less."""
     return SINGLE_PRECISION if dtype in (torch.float32, torch.float64) else HALF_PRECISION
 
 

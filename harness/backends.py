@@ -56,9 +56,12 @@ def open_vllm(
     if torch.cuda.is_available():
         torch.cuda.empty_cache()  # vLLM reserves most of the device; a training in this process left cached blocks
     made: LM = module.VLLM(
-        pretrained=str(folder), tokenizer=str(tokenizer), dtype=precision, revision=revision,
+        pretrained=str(folder),
+        tokenizer=str(tokenizer),
+        dtype=precision,
+        revision=revision,
         tokenizer_revision=tokenizer_revision,
-    )  # fmt: skip
+    )
     return made
 
 

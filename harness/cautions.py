@@ -25,7 +25,9 @@ def cut_text(pairs: int, counts: Counts) -> str | None:
     whole = _cut(counts["responses_cut"], counts["cut_prompts"], pairs=pairs) if "responses_cut" in counts else ""
     splits = [name.removesuffix("_responses_cut") for name in counts if name.endswith("_responses_cut")]
     parts = {
-        split: _cut(counts[f"{split}_responses_cut"], counts[f"{split}_cut_prompts"], pairs=int(counts[f"{split}_pairs"]))
+        split: _cut(
+            counts[f"{split}_responses_cut"], counts[f"{split}_cut_prompts"], pairs=int(counts[f"{split}_pairs"])
+        )
         for split in splits
     }
     if not whole:

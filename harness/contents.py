@@ -6,7 +6,6 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ctpd.ops.weights import WeightParameters, clamp_weights
 from harness.charts import (
     Bars,
     Curve,
@@ -195,10 +194,7 @@ def _weight_sections(runs: Mapping[str, Sequence[Record]]) -> list[WeightSection
 
 
 def _weight_section(names: Sequence[str], weights: WeightsSummary, seed: int | None) -> WeightSection:
-    panels = [
-        _panel("chosen", weights.chosen, weights.parameters),
-        _panel("rejected", weights.rejected, weights.parameters),
-    ]
+    panels = [_panel("chosen", weights.chosen), _panel("rejected", weights.rejected)]
     facts = [f"{weights.units:,} units, mean weight {weights.mean:.2f}"]
     facts.append(f"clamped: {weights.clamped_low:.1%} below, {weights.clamped_high:.1%} above")
     facts += [] if weights.note is None else [weights.note]
@@ -211,11 +207,10 @@ def _weight_section(names: Sequence[str], weights: WeightsSummary, seed: int | N
     return WeightSection(" · ".join(names) + of_seed, figure, facts, examples_of(weights))
 
 
-def _panel(side: Side, weights: SideWeights, parameters: WeightParameters) -> Bars:
+def _panel(side: Side, weights: SideWeights) -> Bars:
     label = f"{side} · mean {weights.mean:.2f}, sd {weights.std:.2f}"
     histogram = weights.histogram
-    bounds = _reached(clamp_weights(parameters, is_chosen=side == "chosen"), histogram.edges)
-    return Bars(label, side, histogram.counts, histogram.edges, bounds)
+    return Bars(label, side, histogram.counts, histogram.edges, _reached(weights.clamps, histogram.edges))
 
 
 def _reached(bounds: Sequence[float], edges: Sequence[float]) -> list[float]:

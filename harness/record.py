@@ -15,8 +15,7 @@ from pydantic import BeforeValidator, ConfigDict, Field, JsonValue, ValidationEr
 
 from ctpd.core.config import Config
 from ctpd.core.errors import UserError
-from ctpd.core.roles import Role
-from ctpd.ops.weights import Phase, WeightParameters
+from ctpd.core.roles import Phase, Role
 
 SCHEMA = 2
 
@@ -112,11 +111,15 @@ class Histogram(Config):
 
 
 class SideWeights(Config):
-    """The distribution of the weights of all chosen, or of all rejected, responses."""
+    """The distribution of the weights of all chosen, or of all rejected, responses.
+
+    ``clamps`` are the weights of a log ratio at the lower and at the upper clamp.
+    """
 
     mean: float
     std: float
     histogram: Histogram
+    clamps: tuple[float, float]
 
 
 class Auroc(Config):
@@ -145,7 +148,7 @@ class WeightedPair(Config):
 class WeightsSummary(Config):
     """Importance weights of all units (spans or tokens); end units, whose weight is 1, are left out.
 
-    ``parameters`` are those of the formula; ``clamped_low`` and ``clamped_high`` are shares of the units whose log ratio lies outside the bounds.
+    ``clamped_low`` and ``clamped_high`` are shares of the units whose log ratio lies outside the clamps.
     ``note`` says so where all weights of a response are nearly equal, with the cause.
     """
 
@@ -155,7 +158,6 @@ class WeightsSummary(Config):
     clamped_high: float
     chosen: SideWeights
     rejected: SideWeights
-    parameters: WeightParameters
     auroc: Auroc | None = None
     examples: tuple[WeightedPair, ...] = ()
     note: str | None = None

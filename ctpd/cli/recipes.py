@@ -255,7 +255,7 @@ def _evaluate_model(model: str, protocol: dict[str, Any], flags: Flags) -> None:
     from ctpd.recipe import EvaluationSpec, LaunchSpec
     from harness.suites import load_suite
 
-    name, _, revision = model.partition("@")
+    name, _, revision = (model, "", "") if Path(model).expanduser().exists() else model.partition("@")
     root = external_model(name, revision=revision or None, role="--model option", in_recipe=False)
     data_root = protocol["data_root"]
     spec = EvaluationSpec(

@@ -148,8 +148,14 @@ class DistillationObjective(Objective, Generic[TeacherTokens]):
         """The sums over one micro-batch."""
 
 
-class RowObjective(DistillationObjective[LogitTokens | TopTokens]):
+TeacherRow = TypeVar("TeacherRow", Tensor, Top, Tensor | Top)
+
+
+class RowObjective(DistillationObjective[LogitTokens | TopTokens], Generic[TeacherRow]):
     """A mix of cross-entropy and a loss of each row against its aligned row: `(1 - kd_rate) CE + kd_rate KD`.
+
+    The type parameter is what `rows` gets of the teacher: `Tensor` (logits) for a teacher in memory, `Top` for a stored
+    one (`TeacherView.top_k`), `Tensor | Top` if a parameter decides.
 
     The sum over the student's scored tokens, divided by their number over the step: the exact mean over tokens,
     also where micro-batches differ in length (docs/method.md#shared-formulation).
@@ -161,14 +167,14 @@ class RowObjective(DistillationObjective[LogitTokens | TopTokens]):
 
     @abstractmethod
     def rows(
-        self, logits_RV: Float[Tensor, "R V"], targets_R: Int[Tensor, " R"], teacher: Tensor | Top, is_aligned_R: Tensor
+        self, logits_RV: Float[Tensor, "R V"], targets_R: Int[Tensor, " R"], teacher: TeacherRow, is_aligned_R: Tensor
     ) -> Float[Tensor, " R"]:
         """The loss of each row against the teacher's; without an aligned token `teacher` holds another token's row."""
 
     def forward(self, batch: DistillBatch[LogitTokens | TopTokens]) -> Sums:
         student, teacher = batch.student, batch.teachers[0]
 
-        def both(logits_RV: Tensor, targets_R: Tensor, theirs: Tensor | Top, is_aligned_R: Tensor) -> Tensor:
+        def both(logits_RV: Tensor, targets_R: Tensor, theirs: TeacherRow, is_aligned_R: Tensor) -> Tensor:
             nll_R = -logits_RV.log_softmax(-1).gather(-1, targets_R[:, None])[:, 0]
             return torch.stack([nll_R, self.rows(logits_RV, targets_R, theirs, is_aligned_R)], dim=1)
 

@@ -95,13 +95,18 @@ def token_logps(
 ) -> Float[Tensor, " N"]:
     """Log-softmax of ``transform(hidden @ weight.T + bias)`` at the target of each row, in nats.
 
-    Exact values and gradients for hidden states, weight and bias;
-    the result is float32, or float64 for float64 inputs. With 16-bit inputs, or under autocast, the matrix products
-    are 16-bit, as the model's own logits are; all sums over the vocabulary and over tiles are float32.
+    Exact values and gradients for hidden states, weight and bias; the result is float32, or float64 for float64 inputs.
+    With 16-bit inputs, or under autocast, the matrix products are 16-bit, as the model's own logits are; all sums over
+    the vocabulary and over tiles are float32.
     Differentiable once. Leave out rows that are not scored (prompt, padding): every row costs a product with V.
 
     Args:
-        tile_bytes: the size of a tile; None for the device's own, `tile_bytes_for`.
+        hidden_NH: the hidden states that predict the targets.
+        weight_VH: the output embedding.
+        targets_N: token ids.
+        bias_V: of the output embedding; None for none.
+        transform: what the model does to its logits.
+        tile_bytes: the size of a tile; None for `tile_bytes_for` the device.
     """
     size = tile_bytes_for(hidden_NH.device) if tile_bytes is None else tile_bytes
     head = _Head(transform.softcap, transform.scale, *_dtypes(hidden_NH, weight_VH), size)

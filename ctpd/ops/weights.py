@@ -7,7 +7,7 @@ Shape legend: R rows, U units of all rows one after another, `starts` is R + 1, 
 
 from collections.abc import Callable, Iterator, Mapping
 from enum import StrEnum
-from typing import Annotated, Literal, NamedTuple
+from typing import Annotated, NamedTuple
 
 import numpy as np
 import torch
@@ -17,9 +17,7 @@ from torch import Tensor
 
 from ctpd.core.config import Config, nearest
 from ctpd.core.errors import UserError
-from ctpd.core.roles import Role
-
-Phase = Literal["reference", "positive", "negative"]
+from ctpd.core.roles import Phase, Role
 
 
 class Signal(StrEnum):

@@ -31,7 +31,7 @@ def build_missing(graph: Graph, store: Store, *, runtime: Runtime, progress: Pro
         DamagedArtifact: a target, or an input of a missing stage, is damaged and ``rebuild`` is off.
     """
     ranks = processes()
-    ranks.init_process_group(runtime.torch_device() if ranks.world_size > 1 else "cpu")
+    ranks.init_process_group(runtime.torch_device())  # a device that does not exist is refused here
     if ranks.is_main:
         graph.check(store, rebuild=rebuild)
     ranks.barrier()

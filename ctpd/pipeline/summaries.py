@@ -5,7 +5,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from ctpd.ops.weights import WeightParameters, WeightsResult
+from ctpd.ops.weights import WeightParameters, WeightsResult, clamp_weights
 from ctpd.pipeline.rows import end_units
 from ctpd.text.prepare import PreparedPairs
 from harness.record import Auroc, Histogram, SideWeights, WeightedPair, WeightedSpan, WeightsSummary
@@ -36,7 +36,10 @@ def weight_summary(
     """
     values, inner = result.weights.numpy(), ~end_units(prepared, units.starts)
     side_of_unit = np.repeat(np.arange(len(units.starts) - 1) % 2, np.diff(units.starts))
-    chosen, rejected = (_side_summary(values[inner & (side_of_unit == side)]) for side in range(2))
+    chosen, rejected = (
+        _side_summary(values[inner & (side_of_unit == side)], clamps=clamp_weights(parameters, is_chosen=side == 0))
+        for side in range(2)
+    )
     varies = result.log_ratio is not None and parameters.mu != 0 and parameters.lower < parameters.upper
     return WeightsSummary(
         units=int(inner.sum()),
@@ -45,7 +48,6 @@ def weight_summary(
         clamped_high=result.clamped_high,
         chosen=chosen,
         rejected=rejected,
-        parameters=parameters,
         auroc=_log_ratio_auroc(result, units.marks, side_of_unit),
         examples=examples,
         note=_note(chosen, rejected, clamped=result.clamped_low + result.clamped_high) if varies else None,
@@ -65,12 +67,13 @@ def _note(chosen: SideWeights, rejected: SideWeights, *, clamped: float) -> str 
     )
 
 
-def _side_summary(weights: NDArray[np.float32]) -> SideWeights:
+def _side_summary(weights: NDArray[np.float32], *, clamps: tuple[float, float]) -> SideWeights:
     counts, edges = np.histogram(weights, bins=NUM_BINS)
     return SideWeights(
         mean=float(weights.mean()) if len(weights) else 1.0,
         std=float(weights.std()) if len(weights) else 0.0,
         histogram=Histogram(counts=tuple(counts.tolist()), edges=tuple(round(float(edge), 6) for edge in edges)),
+        clamps=clamps,
     )
 
 

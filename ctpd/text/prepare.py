@@ -191,9 +191,7 @@ def _refuse_losses(split: str, selection: _Selection, late: Counter[str], *, max
         )
 
 
-def _joined(
-    blocks: Sequence[tuple[str, Block]], dropped: Counter[str], by_split: Mapping[str, int]
-) -> PreparedPairs:
+def _joined(blocks: Sequence[tuple[str, Block]], dropped: Counter[str], by_split: Mapping[str, int]) -> PreparedPairs:
     parts = [block for _, block in blocks]
     pairs = [pair for block in parts for pair in block.pairs]
     has_marks = any(pair.chosen_marks or pair.rejected_marks for pair in pairs)

@@ -92,7 +92,9 @@ class Steps:
                 fix="Lower `pairs_per_step` or give more data",
             )
         total = of_epoch * schedule.epochs if max_steps is None else max_steps
-        found = cls(total, math.ceil(schedule.warmup_ratio * total), num_items, num_items - of_epoch * per_step, per_step)
+        found = cls(
+            total, math.ceil(schedule.warmup_ratio * total), num_items, num_items - of_epoch * per_step, per_step
+        )
         if total == 1 and found.warmup:
             raise UserError(
                 f"the training would change nothing: {num_items} items make one step of {per_step}, and the learning rate "
@@ -108,7 +110,9 @@ class Steps:
         left += " and are left out of each epoch"
         if self.total < FEW_STEPS:
             rest = f"; {left}" if self.left_out else ""
-            return f"only {self.total} optimizer step{'s' if self.total > 1 else ''}, which can hardly train a model{rest}"
+            return (
+                f"only {self.total} optimizer step{'s' if self.total > 1 else ''}, which can hardly train a model{rest}"
+            )
         return left if self.left_out > MANY_LEFT_OUT * self.items else None
 
 

@@ -99,7 +99,7 @@ def test_trainer_takes_the_rows_in_the_order_of_the_other_side() -> None:
     rows = rows_for(None, pairs, {"method": "sft"})
     sampler = StepSampler(rows.item_lengths, per_step=2, micro_batch=2, seed=0)
     for step, items in enumerate(sampler):
-        batch = rows.collate(items)["input_ids"].tolist()
+        batch = rows.collate(items).tokens.input_ids.tolist()
         assert sorted(batch) == sorted(pair.prompt + pair.chosen for pair in pairs[2 * step : 2 * step + 2])
 
 

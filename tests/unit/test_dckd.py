@@ -76,7 +76,7 @@ def test_the_size_of_a_tile_changes_nothing():
     assert totals == pytest.approx([totals[0]] * 3, abs=1e-12)
 
 
-def test_a_token_without_a_partner_has_no_divergence():
+def test_a_token_without_an_aligned_token_has_no_divergence():
     _, batch = golden_batch(num_pairs=2)
     loss = total(DCKD(DCKDParams(**KD_ONLY))(replace(batch, aligned=torch.full_like(batch.aligned, -1))))
     assert loss == 0.0

@@ -1,4 +1,4 @@
-"""Distillation in the Trainer: partners, teachers in memory and stored, an objective's own parameters, resume."""
+"""Distillation in the Trainer: aligned tokens, teachers in memory and stored, an objective's own parameters, resume."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -44,11 +44,11 @@ def scored(rows: ScoredRows, row: int) -> np.ndarray:
 
 
 def by_position(student: ScoredRows, teacher: ScoredRows) -> np.ndarray:
-    partner = np.full(len(student.input_ids), -1, dtype=np.int32)
+    aligned = np.full(len(student.input_ids), -1, dtype=np.int32)
     for row in range(len(student.row_starts) - 1):
         mine, theirs = scored(student, row), scored(teacher, row)
-        partner[mine] = np.where(np.arange(len(mine)) < len(theirs), np.arange(len(mine)), -1)
-    return partner
+        aligned[mine] = np.where(np.arange(len(mine)) < len(theirs), np.arange(len(mine)), -1)
+    return aligned
 
 
 def plain(rows: ScoredRows) -> ScoredRows:

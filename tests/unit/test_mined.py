@@ -17,7 +17,7 @@ def spelled(role, one):
 
 
 def golden(*, copies=1, tile_rows=2, dtype=torch.float64):
-    """The batch of the vector, the response repeated, with partners from the warping."""
+    """The batch of the vector, the response repeated, with aligned tokens from the warping."""
     inputs = VECTOR["inputs"]
     student = leaf(inputs["student_logits"])
 
@@ -30,11 +30,11 @@ def golden(*, copies=1, tile_rows=2, dtype=torch.float64):
         side("teacher", torch.tensor(inputs["teacher_logits"], dtype=torch.float64)),
     )
     num_ours, num_theirs = len(ours.row) // copies, len(theirs.row) // copies
-    partner = []
+    aligned = []
     for row in range(copies):
         found = edit_distance_pairing(spelled("student", ours)[:num_ours], spelled("teacher", theirs)[:num_theirs])
-        partner += [index + row * num_theirs if index >= 0 else -1 for index in found]
-    return student, batch_of(ours, theirs, aligned=torch.tensor(partner))
+        aligned += [index + row * num_theirs if index >= 0 else -1 for index in found]
+    return student, batch_of(ours, theirs, aligned=torch.tensor(aligned))
 
 
 def mined(**params):
@@ -63,7 +63,7 @@ def test_targets_equal_the_public_code():
     _, batch = golden()
     objective, wanted = mined(), torch.tensor(VECTOR["expected"]["aligned_teacher_logits"][0], dtype=torch.float64)
     teacher = batch.teachers[0]
-    # Row 2, "Ġcats", has two partners: its target is its own token.
+    # Row 2, "Ġcats", has two aligned tokens: its target is its own token.
     assert batch.aligned.tolist() == [0, 1, -1, 4]
     for row in (0, 1, 3):
         logits = teacher.rows[0 : len(teacher.rows)][batch.aligned[row]]
@@ -92,7 +92,7 @@ def test_tiles_change_nothing():
     torch.testing.assert_close(losses[0], losses[1], atol=1e-12, rtol=0)
 
 
-def test_a_partner_that_is_another_token_is_no_teacher():
+def test_an_aligned_token_that_is_another_one_is_no_teacher():
     _, batch = golden()
     objective = MinED(MinEDParams(kd_rate=1.0))
     elsewhere = [5 - ours for ours in VECTOR["inputs"]["tea2stu_id_mapping"]]

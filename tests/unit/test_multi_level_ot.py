@@ -21,7 +21,7 @@ def shifted(labels):
 
 
 def without_last(batch):
-    """The trainer's partners under `skip_last`."""
+    """The aligned tokens under `skip_last`."""
     row = batch.student.row
     is_last = torch.cat([row[1:] != row[:-1], torch.tensor([True])])
     return replace(batch, aligned=batch.aligned.masked_fill(is_last, -1))

@@ -1,7 +1,6 @@
 """Records: what is written reads back, JSON stays valid, other files are refused, and no path of a machine is kept."""
 
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -102,16 +101,16 @@ def test_a_plain_name_is_kept_and_others_stay_readable() -> None:
 
 def test_shared_settings_hold_digests_in_the_place_of_paths(tmp_path: Path) -> None:
     shared = load_recipe("testbed-smoke").shared
-    student = replace(shared.student, model="/home/me/student", pretrain=None, sft="./sft", positive="~/positive")
-    data = replace(shared.data, train=replace(shared.data.train, testbed=None, path="/data/pairs.jsonl"))
-    mine = replace(shared, student=student, data=data)
+    student = changed(shared.student, model="/home/me/student", pretrain=None, sft="./sft", positive="~/positive")
+    data = changed(shared.data, train=changed(shared.data.train, testbed=None, path="/data/pairs.jsonl"))
+    mine = changed(shared, student=student, data=data)
     names = list(local_settings(mine))
     assert names == ["student.model", "student.sft", "student.positive", "data.train.path"]
     first = shared_settings(mine, {name: f"sha256 of {name}" for name in names})
     text = first.model_dump_json()
     for path in ("/home/me", "./sft", "~/positive", "/data/"):
         assert path not in text
-    elsewhere = replace(mine, student=replace(student, model="/srv/student"))
+    elsewhere = changed(mine, student=changed(student, model="/srv/student"))
     assert shared_settings(elsewhere, {name: f"sha256 of {name}" for name in names}) == first
     other = shared_settings(mine, {name: "other contents" if name == "student.sft" else f"sha256 of {name}" for name in names})  # fmt: skip
     assert other.digest != first.digest
@@ -122,7 +121,7 @@ def test_shared_settings_hold_neither_seeds_nor_the_evaluation() -> None:
     assert list(local_settings(shared)) == []
     found = shared_settings(shared, {})
     assert not {"seeds", "evaluation"} & set(found.settings)
-    assert shared_settings(replace(shared, seeds=(7, 8)), {}) == found
+    assert shared_settings(changed(shared, seeds=(7, 8)), {}) == found
 
 
 def test_a_copy_with_another_result_is_another_record() -> None:

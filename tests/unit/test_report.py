@@ -6,7 +6,6 @@ from html.parser import HTMLParser
 
 import pytest
 
-from ctpd.ops.weights import WeightParameters, clamp_weights
 from harness.contents import contents, smoothed
 from harness.costs import cost_table, count, duration, mebibytes
 from harness.examples import grade
@@ -178,12 +177,12 @@ def test_smoothing_keeps_the_number_of_points_and_a_constant() -> None:
 def test_clamp_bounds_are_those_that_the_weights_of_a_real_run_reach() -> None:
     weights = demo(NAMES)[4].weights
     assert weights is not None
-    for side, found in (("chosen", weights.chosen), ("rejected", weights.rejected)):
-        edges = found.histogram.edges
-        assert sorted(clamp_weights(weights.parameters, is_chosen=side == "chosen")) == pytest.approx(
-            [edges[0], edges[-1]], abs=1e-5
-        )
-    assert clamp_weights(WeightParameters(k=2.0, mu=0.0, lower=-1.0, upper=1.0), is_chosen=True) == (2.0, 2.0)
+    for side in (weights.chosen, weights.rejected):
+        edges = side.histogram.edges
+        assert sorted(side.clamps) == pytest.approx([edges[0], edges[-1]], abs=1e-5)
+    text = made(demo(NAMES))
+    bounds = [f"{end:.3g}" for end in (*weights.chosen.clamps, *weights.rejected.clamps)]
+    assert all(f">{bound}</text>" in text for bound in bounds)
 
 
 def test_runs_with_the_very_same_weights_share_a_histogram() -> None:
