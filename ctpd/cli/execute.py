@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ctpd.cli.options import prepare
-from ctpd.core.printing import printable
+from ctpd.core.printing import json_text, printable
 
 if TYPE_CHECKING:
     from ctpd.app import Experiment
@@ -132,7 +131,7 @@ def _checked_device(flags: Flags, *, count: int) -> str:
 
 def _print_plan(lines: "Sequence[PlanLine]", notes: Sequence[str], *, as_json: bool) -> None:
     if as_json:
-        click.echo(json.dumps([{"stage": x.kind, "label": x.label, "key": x.key, "hit": x.hit} for x in lines]))
+        click.echo(json_text([{"stage": x.kind, "label": x.label, "key": x.key, "hit": x.hit} for x in lines]))
         return
     from rich.text import Text
 

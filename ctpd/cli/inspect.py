@@ -1,12 +1,12 @@
 """The command group `inspect`: aligned spans, tokenizers and weights."""
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from ctpd.cli.options import Decorator, execution, prepare, refuse
+from ctpd.core.printing import json_text
 
 if TYPE_CHECKING:
     from ctpd.core.store import Store
@@ -70,7 +70,7 @@ def spans(
     if html is not None:
         _write(html, page.spans_page(found, drawn, teacher=teacher, student=student))
     if as_json:
-        click.echo(json.dumps({**found.plain(), "drawn": drawn}, ensure_ascii=False))
+        click.echo(json_text({**found.plain(), "drawn": drawn}))
         return
     for number, text in enumerate(drawn, start=1):
         click.echo(draw.spans(text, title=f"text {number}") + "\n")
@@ -105,7 +105,7 @@ def tokenizers(
     found = compare_tokenizers(given, teacher=sides[0], student=sides[1])
     facts = vocabulary_facts(teacher=sides[0], student=sides[1])
     if as_json:
-        click.echo(json.dumps({**found.plain(), "vocabularies": facts}, ensure_ascii=False))
+        click.echo(json_text({**found.plain(), "vocabularies": facts}))
         return
     click.echo(draw.markdown(found, facts, teacher=teacher, student=student))
 
@@ -123,7 +123,7 @@ def weights(recipe: str, *, store: Path, only: tuple[str, ...], seed: tuple[int,
     keys = _weight_keys(recipe, opened, only=only, seed=seed)
     found = {", ".join(names): inspect_weights(opened, key) for key, names in keys.items()}
     if as_json:
-        click.echo(json.dumps(found))
+        click.echo(json_text(found))
         return
     click.echo("\n\n".join(draw.weights(title, one) for title, one in found.items()))
 

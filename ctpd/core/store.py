@@ -160,8 +160,21 @@ class Store:
         for path in (self.path(stage, key), self.partial(stage, key)):
             shutil.rmtree(path, ignore_errors=True)
 
-    def artifacts(self) -> list[Artifact]:
-        """Every finished artifact, largest first."""
+    def manifest(self, stage: str, key: str) -> dict[str, Any]:
+        """What is known of a finished artifact: `identity`, `provenance`, `files`.
+
+        Raises:
+            DamagedArtifact: it cannot be read.
+        """
+        folder = self.path(stage, key)
+        try:
+            found: dict[str, Any] = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+            return {"identity": {}, "provenance": {}} | found
+        except (OSError, ValueError, TypeError) as error:
+            raise _damaged(folder, "its manifest cannot be read") from error
+
+    def artifacts(self, stage: str = "*") -> list[Artifact]:
+        """Every finished artifact (of one stage), largest first."""
         found = [
             Artifact(
                 path.parent.parent.name,
@@ -169,7 +182,7 @@ class Store:
                 path.parent,
                 sum(f.stat().st_size for f in _files(path.parent)),
             )
-            for path in sorted(self.root.glob(f"*/*/{MANIFEST}"))
+            for path in sorted(self.root.glob(f"{stage}/*/{MANIFEST}"))
             if not path.parent.name.endswith(".partial")
         ]
         return sorted(found, key=lambda artifact: -artifact.bytes)

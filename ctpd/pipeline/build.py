@@ -165,7 +165,7 @@ def _collect_garbage() -> None:
 @contextlib.contextmanager
 def _artifact(stage: Stage, store: Store, runtime: Runtime) -> Iterator[None]:
     """Prepare a stage's folder; finish the artifact when the block ends without an error."""
-    details = dict(provenance(runtime))
+    details = {"label": stage.label, **provenance(runtime)}
     with store.build(stage.kind, stage.key, identity=stage.identity, provenance=details):
         start = time.time()
         yield

@@ -104,11 +104,7 @@ def test_compare_names_the_command_that_brings_a_missing_record_and_it_does(
     assert message == f"Missing: weights: Random, seed 0. To build it: {shlex.join(expected)}"
     assert "--only 'weights: Random'" in message
 
-<<<<<<< HEAD
-    assert cli(*shlex.split(message.partition("build it: ctpd ")[2])).code == 0
-=======
     assert cli(*shlex.split(message.partition("To build it: ctpd ")[2])).code == 0
->>>>>>> main
     again = cli("compare", "testbed-smoke", "--store", store)
     assert again.err == ""
     assert not re.search(r"^Random +missing", again.out, re.MULTILINE)
