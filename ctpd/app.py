@@ -14,6 +14,7 @@ from ctpd.core.processes import processes
 from ctpd.core.store import Artifact, Store
 from ctpd.pipeline.build import build_missing
 from ctpd.pipeline.graph import Graph
+from ctpd.pipeline.notes import refuse_idle
 from ctpd.pipeline.plan import SharedStages
 from ctpd.pipeline.progress import Progress
 from ctpd.pipeline.records import record_head
@@ -156,8 +157,10 @@ def run(
 
     experiment, artifacts = Experiment(recipe), Store(Path(store))
     runtime = runtime or Runtime.of(experiment.recipe.launch)
+    graph = Graph(experiment.records)
+    refuse_idle(graph)
     experiment.check_suite(artifacts)
-    build_missing(Graph(experiment.records), artifacts, runtime=runtime, progress=Progress(quiet=quiet))
+    build_missing(graph, artifacts, runtime=runtime, progress=Progress(quiet=quiet))
     processes().destroy_process_group()
     columns = [column.name for column in experiment.suite.columns]
     return tables(experiment.recipe, read_records(experiment, artifacts), columns=columns)

@@ -10,8 +10,8 @@ Counts = Mapping[str, int | float]
 def cautions(records: Sequence[Record]) -> Iterator[str]:
     """Sentences about the records of a table, each once."""
     yield from dict.fromkeys(text for record in records if (text := _data(record.data)) is not None)
-    yield from _grouped([(record.run, record.training and record.training.note) for record in records])
-    yield from _grouped([(record.run, record.weights and record.weights.note) for record in records])
+    yield from _grouped([(one.run, None if one.training is None else one.training.note) for one in records])
+    yield from _grouped([(one.run, None if one.weights is None else one.weights.note) for one in records])
 
 
 def pairs_text(pairs: int, dropped: Mapping[str, int], counts: Counts) -> str:

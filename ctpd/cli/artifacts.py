@@ -5,7 +5,7 @@ from typing import Any
 
 import click
 
-from ctpd.cli.options import execution
+from ctpd.cli.options import execution, refuse
 from ctpd.core.printing import json_text
 
 
@@ -13,13 +13,24 @@ from ctpd.core.printing import json_text
 @click.argument("key")
 @click.option("--to", type=click.Path(path_type=Path), required=True, help="The new directory.")
 @click.option("--merge", is_flag=True, help="Merge LoRA adapters into the weights.")
+@click.option(
+    "--with-base", is_flag=True, help="Of a LoRA training, write the model that the adapter belongs to beside it."
+)
+@click.option(
+    "--dtype", type=click.Choice(["float32", "bfloat16"]), help="Number format of the weights [default: as trained]."
+)
 @execution("store")
-def export(key: str, *, to: Path, merge: bool, store: Path) -> None:
-    """Write the trained model KEY (the beginning of a key is enough) as a plain transformers directory."""
-    from ctpd.core.store import Store
-    from ctpd.export import export_model
+def export(key: str, *, to: Path, store: Path, **form: Any) -> None:
+    """Write the trained model KEY (the beginning of a key is enough) as a plain transformers or PEFT directory.
 
-    click.echo(export_model(Store(store), key, to=to, merge=merge))
+    The tokenizer comes with it, and where the recipe has a plain template, that as the tokenizer's chat template.
+    """
+    from ctpd.core.store import Store
+    from ctpd.export import ExportForm, export_model
+
+    if form["merge"]:
+        refuse("with_base", because="with --merge the weights are whole")
+    click.echo(export_model(Store(store), key, to=to, form=ExportForm(**form)))
 
 
 @click.group()

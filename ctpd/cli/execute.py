@@ -83,11 +83,12 @@ def execute(targets: "Sequence[Stage]", store: "Store", launch: "LaunchSpec", fl
     from ctpd.core.processes import processes
     from ctpd.pipeline.build import build_missing
     from ctpd.pipeline.graph import Graph
-    from ctpd.pipeline.notes import plan_notes
+    from ctpd.pipeline.notes import plan_notes, refuse_idle
     from ctpd.pipeline.progress import Progress
     from ctpd.pipeline.runtime import Runtime
 
     graph = Graph(targets)
+    refuse_idle(graph)
     if flags.plan:
         _print_plan(graph.plan(store), plan_notes(graph), as_json=flags.as_json)
         return False
@@ -141,6 +142,5 @@ def _print_plan(lines: "Sequence[PlanLine]", notes: Sequence[str], *, as_json: b
     rows = [(states[line.hit], line.key[:12], line.label) for line in lines]
     click.echo(rendered(table(["", "key", "stage"], rows)))
     hits = sum(line.hit for line in lines)
-    click.echo(f"\n{len(lines)} stages: {hits} hits, {len(lines) - hits} misses. Nothing was run.")
-    for note in notes:
-        click.echo(f"Note: {printable(note)}")
+    click.echo("\n" + "".join(f"Note: {printable(note)}\n" for note in notes), nl=False)
+    click.echo(f"{len(lines)} stages: {hits} hits, {len(lines) - hits} misses. Nothing was run.")

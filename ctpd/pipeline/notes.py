@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 
+from ctpd.core.errors import UserError
 from ctpd.pipeline.graph import Graph
 from ctpd.pipeline.stages.evaluate import EvaluateStage
 from ctpd.pipeline.stages.pairs import PairsStage
@@ -11,6 +12,21 @@ from ctpd.pipeline.stages.train import TrainStage
 def plan_notes(graph: Graph) -> list[str]:
     """Sentences about the stages of a graph, for `--plan`."""
     return [*_short_trainings(graph), *_templates(graph)]
+
+
+def refuse_idle(graph: Graph) -> None:
+    """Refuse a graph with a training of no step, or one that changes nothing, as far as a plan can tell.
+
+    Raises:
+        UserError: there is one; or its pairs cannot be read, which is said first.
+    """
+    for stage in graph.stages:
+        if isinstance(stage, TrainStage):
+            try:
+                stage.planned_steps()
+            except UserError as error:
+                stage.pairs.train.check()
+                raise UserError(f"{stage.label}: {error.what}", fix=error.fix) from error
 
 
 def _short_trainings(graph: Graph) -> Iterator[str]:

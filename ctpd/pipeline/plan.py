@@ -232,7 +232,7 @@ class SharedStages:
             reference_role = "teacher" if layout.reference == "teacher" else role
             reference = self.signals(reference_role, self.sft[reference_role], title=f"{reference_role} SFT")
         view = requires.teacher
-        stage = TrainStage(
+        return TrainStage(
             label=training.label,
             config=TrainConfig(
                 role=role,
@@ -250,14 +250,6 @@ class SharedStages:
             teachers=() if view is None else self._teachers(method, view),
             stored=() if view is None or not view.is_stored else self._distributions(view, pairs),
         )
-        self._refuse_idle(stage)
-        return stage
-
-    def _refuse_idle(self, stage: TrainStage) -> None:
-        try:
-            stage.planned_steps()
-        except UserError as error:
-            raise UserError(f"{stage.label}: {error.what}", where=self.source, fix=error.fix) from error
 
     def _teachers(self, method: Method, view: TeacherView) -> tuple[Model, ...]:
         if view.same_tokenizer:

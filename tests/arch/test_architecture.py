@@ -41,7 +41,7 @@ OPTIONS = {
     "inspect spans": {"--data", "--text", "--limit", "--show", "--html", "--offline", "--json", "--debug"},
     "inspect tokenizers": {"--data", "--text", "--limit", "--offline", "--json", "--debug"},
     "inspect weights": {"--store", "--only", "--seed", "--json", "--debug"},
-    "export": {"--to", "--merge", "--store", "--debug"},
+    "export": {"--to", "--merge", "--with-base", "--dtype", "--store", "--debug"},
     "store du": {"--store", "--json", "--debug"},
     "store rm": {"--store", "--debug"},
     "store gc": {"--store", "--dry-run", "--debug"},

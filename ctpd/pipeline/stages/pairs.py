@@ -35,6 +35,9 @@ class PairSource(Part):
         """No more than so many pairs, as far as a plan can tell; None where it cannot."""
         return None
 
+    def check(self) -> None:
+        """Read what can be read without a build. Raises UserError where that holds no pairs."""
+
 
 @dataclass(frozen=True)
 class WorldPairs(PairSource):
@@ -69,6 +72,10 @@ class FilePairs(PairSource):
     def most(self) -> int | None:
         """The file's rows."""
         return count_rows(Path(self.path).expanduser())
+
+    def check(self) -> None:
+        """Read the file."""
+        read_pair_file(Path(self.path).expanduser())
 
     def read(self, work: Work) -> "list[Pair]":
         """Read the file."""

@@ -65,13 +65,13 @@ class TrainStage(Stage):
     stored: tuple[DistributionsStage, ...] = ()
 
     def planned_steps(self) -> Steps | None:
-        """The steps with the most pairs that there may be; None where a plan cannot tell.
+        """The steps with the most pairs that there may be; None where a plan cannot tell, or there are none at all.
 
         Raises:
             UserError: a training of no step, or one that changes nothing.
         """
         most = self.pairs.most_pairs
-        return None if most is None else Steps.of(most, self.config.schedule)
+        return None if not most else Steps.of(most, self.config.schedule)
 
     def build(self, work: Work) -> None:
         """Train and save."""
