@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ctpd.cli.options import prepare
-from ctpd.core.printing import json_text, printable
+from ctpd.core.printing import command, json_text, printable
 
 if TYPE_CHECKING:
     from ctpd.app import Experiment
     from ctpd.core.store import Store
-    from ctpd.pipeline.graph import PlanLine
+    from ctpd.pipeline.graph import Graph, PlanLine
     from ctpd.pipeline.stage import Stage
     from ctpd.recipe import LaunchSpec
 
@@ -90,7 +90,7 @@ def execute(targets: "Sequence[Stage]", store: "Store", launch: "LaunchSpec", fl
     graph = Graph(targets)
     refuse_idle(graph)
     if flags.plan:
-        _print_plan(graph.plan(store), plan_notes(graph), as_json=flags.as_json)
+        _print_plan(graph.plan(store), [*plan_notes(graph), *_pairs_hint(graph, flags)], as_json=flags.as_json)
         return False
     count = processes_to_start(launch, num_processes=flags.num_processes, jobs=flags.jobs)
     device = _checked_device(flags, count=count)
@@ -128,6 +128,14 @@ def _checked_device(flags: Flags, *, count: int) -> str:
     if count == processes().world_size == 1:  # for several, `run_launched` counts the GPUs
         check_device(flags.usable_device)
     return flags.usable_device
+
+
+def _pairs_hint(graph: "Graph", flags: Flags) -> list[str]:
+    """Where to see what each model will read, of a recipe with pairs."""
+    recipe = click.get_current_context().params.get("recipe")
+    if recipe is None or not any(stage.kind == "pairs" for stage in graph.stages):
+        return []
+    return [f"What each model reads of the pairs: {command('inspect', 'pairs', recipe, store=flags.store)}"]
 
 
 def _print_plan(lines: "Sequence[PlanLine]", notes: Sequence[str], *, as_json: bool) -> None:

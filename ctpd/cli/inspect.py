@@ -1,4 +1,4 @@
-"""The command group `inspect`: aligned spans, tokenizers and weights."""
+"""The command group `inspect`: pairs, aligned spans, tokenizers and weights."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,7 +16,7 @@ _SHOWN = 3
 
 @click.group()
 def inspect() -> None:
-    """Show aligned spans, tokenizers and weights.
+    """Show pairs as models read them, aligned spans, tokenizers and weights.
 
     A TOKENIZER is a folder with a tokenizer.json, such a file, or a hub id, `name@revision` to pin it. The teacher's
     comes first.
@@ -108,6 +108,28 @@ def tokenizers(
         click.echo(json_text({**found.plain(), "vocabularies": facts}))
         return
     click.echo(draw.markdown(found, facts, teacher=teacher, student=student))
+
+
+@inspect.command()
+@click.argument("recipe")
+@click.option("--show", type=click.IntRange(min=1), default=_SHOWN, show_default=True, help="So many pairs.")
+@execution("store", "offline", "json")
+def pairs(recipe: str, *, show: int, store: Path, offline: bool, as_json: bool) -> None:
+    """The first pairs of RECIPE as each model reads them: prompt, responses, end, and what of it is scored."""
+    prepare(offline=offline)
+    import dataclasses
+
+    from ctpd.app import Experiment
+    from ctpd.cli import draw
+    from ctpd.core.store import Store
+    from ctpd.inspection.pairs import read_pairs
+
+    found = read_pairs(Experiment(recipe).stages.pairs, Store(store), show=show, source=recipe)
+    if as_json:
+        click.echo(json_text([dataclasses.asdict(pair) for pair in found]))
+        return
+    click.echo("\n\n".join(draw.pair(pair, number=number) for number, pair in enumerate(found, start=1)))
+    click.echo(draw.pair_legend())
 
 
 @inspect.command()

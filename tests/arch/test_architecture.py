@@ -40,6 +40,7 @@ OPTIONS = {
     "init": {"--teacher", "--student", "--data", "--to", "--debug"},
     "inspect spans": {"--data", "--text", "--limit", "--show", "--html", "--offline", "--json", "--debug"},
     "inspect tokenizers": {"--data", "--text", "--limit", "--offline", "--json", "--debug"},
+    "inspect pairs": {"--store", "--show", "--offline", "--json", "--debug"},
     "inspect weights": {"--store", "--only", "--seed", "--json", "--debug"},
     "export": {"--to", "--merge", "--with-base", "--dtype", "--store", "--debug"},
     "store du": {"--store", "--json", "--debug"},

@@ -97,7 +97,9 @@ def test_peft_loads_an_adapter_which_names_or_brings_its_base(
     base = out / "base" if form.with_base else tmp_path / "models" / "base"
     assert json.loads((out / "adapter_config.json").read_text())["base_model_name_or_path"] == str(base)
     assert f"Its base is {base}." in said
-    found = logits(AutoPeftModelForCausalLM.from_pretrained(out))[..., : expected.shape[-1]]  # PEFT adds rows for all tokens
+    found = logits(AutoPeftModelForCausalLM.from_pretrained(out))[
+        ..., : expected.shape[-1]
+    ]  # PEFT adds rows for all tokens
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
     assert AutoTokenizer.from_pretrained(out)("abc")["input_ids"]
 
