@@ -22,7 +22,7 @@ from ctpd.pipeline.references import Model
 from ctpd.pipeline.runs import PlannedRun, plan_runs
 from ctpd.pipeline.runtime import Runtime
 from ctpd.pipeline.stage import Stage
-from ctpd.pipeline.stages.evaluate import ColumnTask, EvaluateStage, Mirror, Protocol, data_base
+from ctpd.pipeline.stages.evaluate import ColumnTask, EvaluateStage, Mirror, Protocol
 from ctpd.pipeline.stages.generate import generated_by
 from ctpd.pipeline.stages.pretrain import PretrainStage
 from ctpd.pipeline.stages.record import RECORD, RecordStage
@@ -187,7 +187,9 @@ def evaluation_stage(
         title: of the model, for people.
         world: the testbed whose documents are read; None for the hub, or the mirror that ``spec`` names.
     """
-    mirror = None if world is not None or spec.data_root is None else Mirror.of(spec.data_root, column)
+    documents: WorldStage | Mirror | None = world
+    if world is None and spec.data_root is not None:
+        documents = Mirror.of(spec.data_root, column)
     return EvaluateStage(
         label=f"evaluate: {title} on {column.name}",
         protocol=Protocol(
@@ -198,9 +200,9 @@ def evaluation_stage(
             backend=spec.backend,
             lm_eval=_lm_eval_version(),
         ),
-        task=ColumnTask.of(column, base=None if world is not None else data_base(mirror)),
+        task=ColumnTask.of(column, documents),
         model=model,
-        documents=mirror if world is None else world,
+        documents=documents,
     )
 
 

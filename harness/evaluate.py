@@ -306,7 +306,7 @@ def _state(column: Column, data_root: Path | None) -> tuple[tuple[str, int, int]
 
 
 def _own_files(column: Column, data_root: Path | None) -> TaskFiles:
-    return task_files(column, base=Path.cwd() if data_root is None else data_root)
+    return task_files(column, base=Path.cwd() if data_root is None else data_root, mirrored=data_root is not None)
 
 
 def _task_hash(samples: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:

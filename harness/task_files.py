@@ -61,15 +61,20 @@ def is_own(column: Column) -> bool:
     return column.folder is not None and Path(column.folder).is_absolute()
 
 
-def task_files(column: Column, *, base: Path | None) -> TaskFiles:
-    """The files that the task of a column reads; none for a task that comes with lm-eval or with this project.
+def task_files(column: Column, *, base: Path | None, mirrored: bool = False) -> TaskFiles:
+    """The files that the task of a column reads and that nothing else stands for.
+
+    Of a task that comes with lm-eval or with this project these are the data sets that lie in the working directory
+    under their names on the hub: the library reads them instead of the hub's.
 
     Args:
         column: the column.
         base: where relative paths of data sets begin: the data root, else the working directory; None leaves them out.
+        mirrored: whether ``base`` is a mirror of the hub, whose folders of the column's data sets are known otherwise.
     """
     if not is_own(column):
-        return TaskFiles()
+        named = () if mirrored or base is None else column.datasets
+        return TaskFiles(data=tuple(sorted({file for name in named for file in _data_files(name, base)})))
     assert column.folder is not None
     folder = Path(column.folder)
     found = _Found(folder)

@@ -162,7 +162,7 @@ def _weight_keys(recipe: str, store: "Store", *, only: tuple[str, ...], seed: tu
         except UserError as error:
             raise UserError(
                 f"'{recipe}' is no recipe and no key of importance weights in {store.root}",
-                fix="Give a shipped recipe, a path, or the beginning of a key from `ctpd store du`",
+                fix=f"Give a shipped recipe, a path, or the beginning of a key from `{command('store', 'du', store=store.root)}`",
             ) from error
         if artifact.stage != "weights":
             raise UserError(f"the artifact holds no importance weights but {artifact.stage}", where=str(artifact.path))

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from ctpd.core.config import to_plain
 from ctpd.core.errors import DamagedArtifact, UserError
+from ctpd.core.printing import command
 
 if TYPE_CHECKING:
     from filelock import FileLock
@@ -202,7 +203,7 @@ class Store:
         if len(found) != 1:
             raise UserError(
                 f"{len(found) or 'no'} artifact{'s' if found else ''} in {self.root} begin{'' if found else 's'} with '{prefix}'",
-                fix="Give more of the key; `ctpd store du` lists them",
+                fix=f"Give more of the key; `{command('store', 'du', store=self.root)}` lists them",
             )
         return found[0]
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import yaml
 
-from ctpd.pipeline.stages.evaluate import ColumnTask
+from ctpd.pipeline.stages.evaluate import ColumnTask, Mirror
 from harness.suites import Column, load_suite
 from harness.task_files import task_files
 
@@ -64,17 +64,31 @@ def test_the_digest_does_not_move_with_another_task_nor_with_the_folder(tmp_path
 def test_a_task_that_comes_with_lm_eval_or_ctpd_has_no_digest() -> None:
     for name in ("paper", "card", "testbed"):
         for column in load_suite(name).columns:
-            task = ColumnTask.of(column, base=Path.cwd())
-            assert task.files is None
-            assert "files" not in task.identity
+            for documents in (None, Mirror(".", {})):
+                task = ColumnTask.of(column, documents)
+                assert task.files is None
+                assert "files" not in task.identity
+
+
+def test_a_data_set_in_the_working_directory_counts_since_it_is_read_instead_of_the_hubs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    column = load_suite("card").columns[0]
+    write(tmp_path / column.datasets[0] / "test.jsonl", "1")
+    before = ColumnTask.of(column, None).files
+    write(tmp_path / column.datasets[0] / "test.jsonl", "2")
+    assert ColumnTask.of(column, None).files not in (None, before)
+    assert ColumnTask.of(column, Mirror(".", {})).files is None, "the mirror's digests stand for it"
 
 
 def test_an_evaluation_refuses_files_that_changed_since_it_was_planned(tmp_path: Path, column: Column) -> None:
-    task = ColumnTask.of(column, base=tmp_path / "base")
-    task.refuse_changes(base=tmp_path / "base")
+    mirror = Mirror(str(tmp_path / "base"))
+    task = ColumnTask.of(column, mirror)
+    task.refuse_changes(mirror)
     write(tmp_path / "one.jsonl", json.dumps({"a": 1}))
     with pytest.raises(ValueError, match="have changed since this command was started"):
-        task.refuse_changes(base=tmp_path / "base")
+        task.refuse_changes(mirror)
 
 
 @pytest.fixture

@@ -44,7 +44,7 @@ class ColumnTask(Part):
 
     Attributes:
         column: the column.
-        files: of a task in a folder of the user's, a digest of all local files that it reads.
+        files: a digest of the local files that the task reads; None where a version or the mirror stands for all of them.
     """
 
     column: Column
@@ -59,27 +59,35 @@ class ColumnTask(Part):
         return own if self.files is None else {**own, "files": self.files}
 
     @classmethod
-    def of(cls, column: Column, *, base: Path | None) -> "ColumnTask":
+    def of(cls, column: Column, documents: "WorldStage | Mirror | None") -> "ColumnTask":
         """The column with the digest of what its task reads now.
 
         Args:
             column: the column.
-            base: where relative paths of data sets begin; None where they are an artifact's.
+            documents: where it reads documents; None for the hub.
         """
-        return cls(column, task_files(column, base=base).digest)
+        return cls(column, _files_digest(column, documents))
 
-    def refuse_changes(self, *, base: Path | None) -> None:
+    def refuse_changes(self, documents: "WorldStage | Mirror | None") -> None:
         """Refuse to evaluate other files than those that the key was made of.
 
         Raises:
             UserError: a file of the user's own task has changed.
         """
-        if task_files(self.column, base=base).digest != self.files:
+        if _files_digest(self.column, documents) != self.files:
             raise UserError(
                 f"the files of the task '{self.column.task}' have changed since this command was started",
                 where=self.column.folder,
                 fix="Run the same command again",
             )
+
+
+def _files_digest(column: Column, documents: "WorldStage | Mirror | None") -> str | None:
+    """The digest of what a task reads beside ``documents``; relative paths begin there, or in the working directory."""
+    if isinstance(documents, WorldStage):  # whose key stands for its files
+        return task_files(column, base=None).digest
+    base = Path.cwd() if documents is None else Path(documents.root)
+    return task_files(column, base=base, mirrored=documents is not None).digest
 
 
 @dataclass(frozen=True)
@@ -133,16 +141,11 @@ class EvaluateStage(Stage):
             return self.documents.documents(work)
         return None if self.documents is None else Path(self.documents.root)
 
-    @property
-    def _base(self) -> Path | None:
-        """Where relative paths of data sets began when the stage was planned."""
-        return None if isinstance(self.documents, WorldStage) else data_base(self.documents)
-
     def _evaluate(self, work: Work) -> ColumnResult:
         from harness.evaluate import Documents, Pinned, evaluate_column, evaluate_with_vllm
 
         protocol, located, column = self.protocol, self.model.located(work), self.task.column
-        self.task.refuse_changes(base=self._base)
+        self.task.refuse_changes(self.documents)
         documents = Documents(self._root(work), limit=protocol.limit, chat_template=protocol.chat_template)
         tokenizer = located.load_tokenizer()
         if protocol.backend == "vllm":
@@ -163,11 +166,6 @@ class EvaluateStage(Stage):
         return evaluate_column(
             model, tokenizer, column, documents, batch_size=protocol.batch_size, progress=work.progress
         )
-
-
-def data_base(mirror: Mirror | None) -> Path:
-    """Where relative paths of data sets begin: the mirror, else the working directory."""
-    return Path.cwd() if mirror is None else Path(mirror.root)
 
 
 def read_result(folder: Path) -> ColumnResult:
