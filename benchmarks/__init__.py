@@ -1,1 +1,2 @@
-"""Speed and memory, measured beside the strongest peer on the same machine, inputs and threads; `make bench` runs all."""
+"""Benchmarks of speed and memory against the strongest other implementation, on the same machine, inputs and number of
+threads. `make bench` runs all."""

@@ -1,9 +1,9 @@
-"""Alignment against tokenization: what the spans cost beside the tokens that every training needs anyway.
+"""Time of span alignment relative to tokenization, which every training needs.
 
-Responses of real preference pairs where `../shared/data` is there (or `--data` names a file), else generated ones.
-Tokenization is one call of each fast tokenizer, ids and offsets asked for, one thread; `encode_batch` alone, which leaves
-ids and offsets on the other side of the language border, is recorded beside it. The alignment is `ctpd.text`'s batched
-path from offset arrays to span ids: cleaned ends of both sides, then the spans.
+Uses the responses of real preference pairs if `../shared/data` exists or `--data` names a file, else generated ones.
+Tokenization is one call of each fast tokenizer with ids and offsets, one thread. `encode_batch` alone, which does not
+convert ids and offsets to Python objects, is measured too. Alignment is the batched path of `ctpd.text` from offset
+arrays to span ids: cleaned ends of both sides, then the spans.
 """
 
 import argparse
@@ -79,15 +79,21 @@ Arrays = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
 
 
 def _tokenize(tokenizer: Any, texts: Sequence[str]) -> Any:
-    """As `ctpd.text.render` asks for it."""
+    """Tokenize with the arguments that `ctpd.text.render` uses."""
     return tokenizer(
-        list(texts), add_special_tokens=False, padding=False, truncation=False, return_attention_mask=False,
-        return_token_type_ids=False, verbose=False, return_offsets_mapping=True,
-    )  # fmt: skip
+        list(texts),
+        add_special_tokens=False,
+        padding=False,
+        truncation=False,
+        return_attention_mask=False,
+        return_token_type_ids=False,
+        verbose=False,
+        return_offsets_mapping=True,
+    )
 
 
 def _arrays(output: Any, rows: slice, space_ids: np.ndarray) -> Arrays:
-    """Starts, ends, where each row's tokens begin, and which tokens are a mark for a space only."""
+    """Starts, ends, where each row's tokens begin, and which tokens are only a space mark."""
     ids, pairs = output["input_ids"][rows], output["offset_mapping"][rows]
     offsets = np.fromiter(chain.from_iterable(chain.from_iterable(pairs)), dtype=np.int64).reshape(-1, 2)
     starts = np.concatenate([[0], np.cumsum([len(row) for row in ids])]).astype(np.int64)
@@ -107,9 +113,12 @@ def _align(texts: Sequence[str], teacher: Arrays, student: Arrays) -> int:
         for first, last, rows, marks in (teacher, student)
     ]
     batch = align_spans_batch(
-        ends[0], teacher_starts=teacher[2], student_ends=ends[1], student_starts=student[2],
+        ends[0],
+        teacher_starts=teacher[2],
+        student_ends=ends[1],
+        student_starts=student[2],
         lengths=np.fromiter(map(len, texts), dtype=np.int64, count=len(texts)),
-    )  # fmt: skip
+    )
     return len(batch.boundaries)
 
 
@@ -133,7 +142,7 @@ def _pairs(config: dict[str, Any]) -> list[Any]:
 
 
 def _tokenizer(role: str, config: dict[str, Any], texts: Sequence[str]) -> Any:
-    """The named one; else one trained on the responses: byte-level BPE (teacher), SentencePiece-like BPE (student)."""
+    """The tokenizer of ``config``, or one trained on the responses: byte-level BPE (teacher), SentencePiece-like BPE (student)."""
     from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -141,7 +150,7 @@ def _tokenizer(role: str, config: dict[str, Any], texts: Sequence[str]) -> Any:
 
     if config[role]:
         tok = find_tokenizer(config[role])
-        if tok.eos_token is None:  # a bare tokenizer.json names none; which one it is does not matter here
+        if tok.eos_token is None:  # a tokenizer.json alone names none; any token will do here
             tok.eos_token = tok.convert_ids_to_tokens(0)
         return tok
     special = ["<unk>", "</s>"]
@@ -155,8 +164,11 @@ def _tokenizer(role: str, config: dict[str, Any], texts: Sequence[str]) -> Any:
         core.normalizer = normalizers.Replace(" ", "▁")
         core.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="never")
     core.train_from_iterator(
-        texts, trainers.BpeTrainer(vocab_size=VOCABULARIES[role], special_tokens=special, initial_alphabet=alphabet, show_progress=False)
-    )  # fmt: skip
+        texts,
+        trainers.BpeTrainer(
+            vocab_size=VOCABULARIES[role], special_tokens=special, initial_alphabet=alphabet, show_progress=False
+        ),
+    )
     return PreTrainedTokenizerFast(tokenizer_object=core, eos_token="</s>", unk_token="<unk>", name_or_path=role)
 
 
@@ -165,13 +177,15 @@ def main() -> None:
     parser = arguments(__doc__, rounds=3)
     parser.add_argument("--data", type=Path, default=DATA if DATA.exists() else None, help="preference pairs, a file")
     parser.add_argument("--teacher", help="a folder with a tokenizer.json, or such a file; else one is trained")
-    parser.add_argument("--student", help="the same of the student")
+    parser.add_argument("--student", help="the same for the student")
     parser.add_argument("--limit", type=int, default=1000, help="pairs (%(default)s)")
     args = parser.parse_args()
     config = {
-        "data": str(args.data.resolve()) if args.data else None, "limit": 20 if args.quick else args.limit,
-        "teacher": _absolute(args.teacher), "student": _absolute(args.student),
-    }  # fmt: skip
+        "data": str(args.data.resolve()) if args.data else None,
+        "limit": 20 if args.quick else args.limit,
+        "teacher": _absolute(args.teacher),
+        "student": _absolute(args.student),
+    }
     found = alternate([Side("alignment", "benchmarks.alignment", config)], args)
     _write(found, args)
 
@@ -199,14 +213,37 @@ def _write(found: Found, args: argparse.Namespace) -> None:
         f"{one['responses']} responses of {data}, {one['characters']:,} characters; teacher's tokenizer: {names['teacher']}, "
         f"{one['teacher_tokens']:,} tokens; student's: {names['student']}, {one['student_tokens']:,} tokens; {one['spans']:,} spans."
     )
-    rows = [[label, spread([r[key] for r in rounds])] for label, key in (
-        ("tokenization by both, one thread", "tokenize_s"), ("`encode_batch` of both alone", "encode_s"), ("alignment, from offset arrays to span ids", "align_s"),
-        ("prepare_pairs as a whole", "prepare_s"))]  # fmt: skip
-    figure = bars([Bar(str(label), [r[key] for r in rounds], style=i) for i, (label, key) in enumerate(
-        (("tokenization", "tokenize_s"), ("alignment", "align_s"), ("prepare_pairs", "prepare_s")))],
-        title="Alignment beside tokenization", unit="seconds")  # fmt: skip
-    write(Result(name="alignment", title="Alignment beside tokenization", text=[text], claims=claims,
-                 tables=[Table("Seconds", ("What", "s"), rows)], measurements=found, figures={"alignment.svg": figure}), args)  # fmt: skip
+    rows = [
+        [label, spread([r[key] for r in rounds])]
+        for label, key in (
+            ("tokenization by both, one thread", "tokenize_s"),
+            ("`encode_batch` of both alone", "encode_s"),
+            ("alignment, from offset arrays to span ids", "align_s"),
+            ("prepare_pairs as a whole", "prepare_s"),
+        )
+    ]
+    figure = bars(
+        [
+            Bar(str(label), [r[key] for r in rounds], style=i)
+            for i, (label, key) in enumerate(
+                (("tokenization", "tokenize_s"), ("alignment", "align_s"), ("prepare_pairs", "prepare_s"))
+            )
+        ],
+        title="Alignment beside tokenization",
+        unit="seconds",
+    )
+    write(
+        Result(
+            name="alignment",
+            title="Alignment beside tokenization",
+            text=[text],
+            claims=claims,
+            tables=[Table("Seconds", ("What", "s"), rows)],
+            measurements=found,
+            figures={"alignment.svg": figure},
+        ),
+        args,
+    )
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""Evaluation beside lm-eval's own `HFLM` and evaluator: same tasks, documents, models, batch size and softmax.
+"""Evaluation compared with lm-eval's own `HFLM` and evaluator: same tasks, documents, models, batch size and softmax.
 
-Models have random weights: scores need only be equal, and generation never ends early, which is the case with the least
-to win. Without a mirror of the hub at ``--data-root`` only the testbed is measured.
+Models have random weights: scores need only be equal. Generation then never ends early, which is the least favourable
+case for this project. Without a mirror of the hub at ``--data-root`` only the testbed is measured.
 """
 
 import tempfile
@@ -42,8 +42,17 @@ def main() -> None:
                 claims.append(Claim(f"{name}: time / lm-eval's, {what}", "at most", TARGET, values))
             tables.append(Table(name[0].upper() + name[1:], HEADER, rows(found, config["tasks"])))
             measured[name] = {side: [without_documents(one) for one in rounds] for side, rounds in found.items()}
-    write(Result(name="evaluation", title="Evaluation beside lm-eval", text=TEXT, claims=claims, tables=tables,
-                 measurements=measured), args)  # fmt: skip
+    write(
+        Result(
+            name="evaluation",
+            title="Evaluation beside lm-eval",
+            text=TEXT,
+            claims=claims,
+            tables=tables,
+            measurements=measured,
+        ),
+        args,
+    )
 
 
 TEXT = [
@@ -59,7 +68,7 @@ HEADER = ("Task", "Documents", "Requests", "lm-eval, s", "Ours, s", "Ratio, all"
 
 
 def rows(found: Found, tasks: list[dict[str, Any]]) -> list[list[Any]]:
-    """One row a task and the total."""
+    """One row per task, and the total."""
     made = []
     for name in [task["name"] for task in tasks]:
         of_task: Found = {side: [one["tasks"][name] for one in rounds] for side, rounds in found.items()}
@@ -75,10 +84,10 @@ def _times(found: Found) -> list[Any]:
 
 
 def check_equal(found: Found) -> None:
-    """Refuse two sides that do not score the same.
+    """Raise an error if the two sides' scores differ.
 
     Raises:
-        RuntimeError: another document, a value that differs, or a document's score by more than 1e-4.
+        RuntimeError: different documents, a different value, or a document's score that differs by more than 1e-4.
     """
     for ours, theirs in zip(found["ours"], found["lm-eval"], strict=True):
         for name, task in ours["tasks"].items():
@@ -141,8 +150,14 @@ def _model(folder: Path, texts: list[str], kind: str, vocabulary: int, shape: di
 
     tokenizer = train_tokenizer(texts, kind=kind, vocab_size=vocabulary)
     config = PretrainConfig(
-        corpus="teacher", tokenizer="byte_bpe", vocab_size=vocabulary, steps=1, texts_per_step=1, learning_rate=1.0, **shape
-    )  # fmt: skip
+        corpus="teacher",
+        tokenizer="byte_bpe",
+        vocab_size=vocabulary,
+        steps=1,
+        texts_per_step=1,
+        learning_rate=1.0,
+        **shape,
+    )
     new_model(tokenizer, config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return str(folder)

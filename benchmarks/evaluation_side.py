@@ -1,18 +1,29 @@
-"""One side of the evaluation benchmark: models on tasks, this project's way or by lm-eval's own model and evaluator."""
+"""One side of the evaluation benchmark: models on tasks, with this project's evaluator or with lm-eval's own."""
 
 import contextlib
 import copy
 import io
 import tempfile
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from benchmarks.measuring import Meter, child
 
 
+@dataclass(frozen=True)
+class _Request:
+    """What to evaluate a model on: a column, its data, and the protocol."""
+
+    column: Any
+    root: Path
+    batch_size: int
+    limit: int | None
+
+
 def measure(config: dict[str, Any]) -> dict[str, Any]:
-    """Seconds of each task over all models, with everything and of the requests alone; values, scores of documents."""
+    """Per task over all models: seconds in total and of the requests alone, values, scores of documents."""
     import lm_eval.models.huggingface  # noqa: F401
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -24,17 +35,14 @@ def measure(config: dict[str, Any]) -> dict[str, Any]:
     root, run = Path(config["data_root"]), _ours if config["side"] == "ours" else _theirs
     tasks = {task["name"]: {"seconds": 0.0, "requests": 0.0, "results": []} for task in config["tasks"]}
     with Meter(config["device"]) as whole:
-        for place in config["models"]:
-            tokenizer = AutoTokenizer.from_pretrained(place)
-            model = AutoModelForCausalLM.from_pretrained(place, dtype=getattr(torch, config["dtype"]))
+        for folder in config["models"]:
+            tokenizer = AutoTokenizer.from_pretrained(folder)
+            model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, config["dtype"]))
             model = model.to(config["device"]).eval()
             for task in config["tasks"]:
-                clock = _Clock()
+                clock, request = _Clock(), _Request(_column(task), root, config["batch_size"], task["limit"])
                 with Meter(config["device"]) as meter:
-                    result = run(
-                        model, tokenizer, _column(task), root=root, batch=config["batch_size"], limit=task["limit"],
-                        clock=clock,
-                    )  # fmt: skip
+                    result = run(model, tokenizer, request, clock)
                 found = tasks[task["name"]]
                 found["seconds"] += meter.seconds
                 found["requests"] += clock.seconds
@@ -48,33 +56,35 @@ def measure(config: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _ours(model: Any, tokenizer: Any, column: Any, *, root: Path, batch: int, limit: int, clock: "_Clock") -> Any:
+def _ours(model: Any, tokenizer: Any, request: _Request, clock: "_Clock") -> Any:
     from harness.backends import SharedContextLM
     from harness.evaluate import Documents, score
     from harness.isolation import quiet
 
     with quiet("lm_eval"):
-        lm = SharedContextLM(model, tokenizer, batch_size=batch, progress=None)
+        lm = SharedContextLM(model, tokenizer, batch_size=request.batch_size, progress=None)
     clock.watch(lm)
-    result = score(lm, column, Documents(root, limit))
+    result = score(lm, request.column, Documents(request.root, request.limit))
     return {"value": result.value, "documents": [list(one) for one in result.scored]}
 
 
-def _theirs(model: Any, tokenizer: Any, column: Any, *, root: Path, batch: int, limit: int, clock: "_Clock") -> Any:
+def _theirs(model: Any, tokenizer: Any, request: _Request, clock: "_Clock") -> Any:
     from lm_eval.evaluator import evaluate
     from lm_eval.models.huggingface import HFLM
 
     from harness.isolation import dataset_cache, quiet
     from harness.loading import load_tasks
 
-    # Only the tasks' shots are set as ours are; the data of a mirror need a cache that no other mirror has filled.
+    # Our loader sets the tasks' shots. `datasets` caches by data set name, so each mirror needs its own cache.
     with tempfile.TemporaryDirectory() as folder, dataset_cache(folder), quiet("lm_eval"):
-        lm = HFLM(pretrained=model, tokenizer=copy.deepcopy(tokenizer), batch_size=batch, softmax_dtype="float32")
+        lm = HFLM(
+            pretrained=model, tokenizer=copy.deepcopy(tokenizer), batch_size=request.batch_size, softmax_dtype="float32"
+        )
         clock.watch(lm)
         with contextlib.redirect_stdout(io.StringIO()):
-            results = evaluate(
-                lm, load_tasks(column, data_root=root), limit=limit, bootstrap_iters=1000, fewshot_as_multiturn=True
-            )
+            tasks = load_tasks(request.column, data_root=request.root)
+            results = evaluate(lm, tasks, limit=request.limit, bootstrap_iters=1000, fewshot_as_multiturn=True)
+    column = request.column
     metric, name = column.metric.split(",")
     documents = [
         [sample["doc_hash"], float(sample[metric])]
@@ -86,7 +96,7 @@ def _theirs(model: Any, tokenizer: Any, column: Any, *, root: Path, batch: int, 
 
 
 class _Clock:
-    """Times the calls in which lm-eval hands over all requests of a task: tokenization and the model."""
+    """Times the calls in which lm-eval passes all requests of a task to the model, tokenization included."""
 
     def __init__(self) -> None:
         self.seconds, self.num_requests = 0.0, 0

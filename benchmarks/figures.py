@@ -32,7 +32,7 @@ BELOW = 46
 
 
 class Bar(NamedTuple):
-    """One bar: the median, the least and the greatest value, and a bound where one was promised."""
+    """One bar: the median, the range of the values, and the target if there is one."""
 
     label: str
     values: Sequence[float]
@@ -41,7 +41,7 @@ class Bar(NamedTuple):
 
 
 class Line(NamedTuple):
-    """Measured points (x, y), both above 0, joined by a line."""
+    """Measured points (x, y), both above 0, connected by a line."""
 
     label: str
     points: Sequence[tuple[float, float]]
@@ -50,7 +50,7 @@ class Line(NamedTuple):
 
 
 def bars(rows: Sequence[Bar], *, title: str, unit: str) -> str:
-    """Horizontal bars from 0; whiskers from the least to the greatest value, a bold mark at a bound.
+    """Horizontal bars from 0; whiskers from the least to the greatest value, a bold mark at the target.
 
     Raises:
         ValueError: no bar.
@@ -135,7 +135,7 @@ def _log_axes(axes: "Axes", measured: Sequence[float], *, x_label: str, y_label:
 
 
 def _powers(low: float, high: float) -> list[float]:
-    """1, 2 and 5 times powers of ten between 2**low and 2**high; on a long axis the powers alone."""
+    """1, 2 and 5 times powers of ten between 2**low and 2**high; on a long axis only the powers."""
     first, last = (math.floor(math.log10(2) * end) for end in (low, high))
     factors = (1, 2, 5) if last - first < 3 else (1,)
     found = [factor * 10.0**power for power in range(first, last + 1) for factor in factors]
@@ -158,7 +158,7 @@ def _label_ends(axes: "Axes", lines: Sequence[Line]) -> None:
 
 
 def _file(figure: ElementTree.Element) -> str:
-    """A file that needs no page: with the palettes of both themes, a background and a font."""
+    """The text of a standalone SVG file, with the palettes of both themes, a background and a font."""
     *_, width, height = figure.attrib["viewBox"].split()
     figure.attrib |= {"xmlns": "http://www.w3.org/2000/svg", "width": width}
     light, dark = (" ".join(f"--{name}: {colour};" for name, colour in palette.items()) for palette in (PALETTE, DARK))

@@ -1,6 +1,6 @@
-"""The log-probabilities of given tokens alone, forward and backward: tiles, full logits, and TRL's fused head.
+"""Only the log-probabilities of given tokens, forward and backward: our tiles, full logits, and TRL's fused head.
 
-All get the same hidden states, output embedding and targets, and must give the same sum and gradient norm.
+All three get the same hidden states, output embedding and targets, and must give the same sum and gradient norm.
 """
 
 import math
@@ -27,7 +27,7 @@ def measure(config: dict[str, Any]) -> dict[str, Any]:
     targets_N = torch.randint(config["vocab"], (config["rows"],), device=device)
     grad_N = torch.randn(config["rows"], device=device)
     logps = _way(config["way"])
-    logps(hidden_NH[:8], weight_VH, targets_N[:8]).sum().backward()  # kernels loaded, pools made
+    logps(hidden_NH[:8], weight_VH, targets_N[:8]).sum().backward()  # warm-up: loads kernels, allocates memory pools
     hidden_NH.grad = weight_VH.grad = None
     with Meter(device) as meter:
         found_N = logps(hidden_NH, weight_VH, targets_N)
@@ -80,15 +80,20 @@ def main() -> None:
         ours = f"{OURS}, {kind}"
         for other in (FULL, TRL):
             _check(found[ours][0], found[f"{other}, {kind}"][0], loose=args.dtype != "float32")
-            claims += [
-                Claim(f"{kind}: time / that of {other}", "at most", None, ratios(found, "seconds", of=ours, to=f"{other}, {kind}")),
-                Claim(f"{kind}: memory / that of {other}", "at most", None, ratios(found, "growth_mib", of=ours, to=f"{other}, {kind}")),
-            ]  # fmt: skip
+            for what, key in (("time", "seconds"), ("memory", "growth_mib")):
+                values = ratios(found, key, of=ours, to=f"{other}, {kind}")
+                claims.append(Claim(f"{kind}: {what} / that of {other}", "at most", None, values))
     rows = [
-        [name, spread([r["seconds"] for r in reported]), f"{median_of(found, name, 'growth_mib'):.0f}",
-         f"{reported[0]['sum']:.2f}", f"{reported[0]['grad_hidden']:.6g}", f"{max(r['other_cpu'] for r in reported):.2f}"]
+        [
+            name,
+            spread([r["seconds"] for r in reported]),
+            f"{median_of(found, name, 'growth_mib'):.0f}",
+            f"{reported[0]['sum']:.2f}",
+            f"{reported[0]['grad_hidden']:.6g}",
+            f"{max(r['other_cpu'] for r in reported):.2f}",
+        ]
         for name, reported in found.items()
-    ]  # fmt: skip
+    ]
     table = Table("Each way", ("Way", "s", "growth of memory, MiB", "sum", "gradient norm", "load of others"), rows)
     times = [
         Bar(name, [r["seconds"] for r in reported], style=i % 3) for i, (name, reported) in enumerate(found.items())
@@ -101,14 +106,24 @@ def main() -> None:
         "memory.svg": bars(memory, title="Memory that the log-probabilities need", unit="MiB"),
     }
     text = f"{size['rows']} rows, hidden {size['hidden']}, vocabulary {size['vocab']}. The frozen head has no gradient of its weight."
-    write(Result(name="head", title="The output head alone", text=[text], claims=claims, tables=[table],
-                 measurements=found, figures=figures), args)  # fmt: skip
+    write(
+        Result(
+            name="head",
+            title="The output head alone",
+            text=[text],
+            claims=claims,
+            tables=[table],
+            measurements=found,
+            figures=figures,
+        ),
+        args,
+    )
 
 
 def _check(ours: dict[str, Any], other: dict[str, Any], *, loose: bool) -> None:
     for name in ("sum", "grad_hidden", "grad_weight"):
         if not math.isclose(ours[name], other[name], rel_tol=2e-2 if loose else 1e-4, abs_tol=1e-6):
-            raise RuntimeError(f"{name} is {ours[name]} and {other[name]}: not the same work")
+            raise RuntimeError(f"{name} is {ours[name]} and {other[name]}: the results differ")
 
 
 if __name__ == "__main__":

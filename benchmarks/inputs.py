@@ -1,7 +1,7 @@
-"""The inputs that both sides of the step's benchmark read: a seeded model, and preference rows of exact token counts.
+"""The inputs of both sides of the step benchmark: a seeded model, and preference rows with exact token counts.
 
-A word is a token. A row is prompt, completion and end token; the prompt is not scored. The same seed gives the same
-model and rows as the comparison with TRL that this project was specified with, and so the same losses.
+Each word is one token. A row is prompt, completion and end token; the prompt is not scored. The seed gives the model and
+rows of the original comparison with TRL (bench/trl_dpo.py), and so the same losses.
 """
 
 import json
@@ -54,7 +54,7 @@ class TokenPair(NamedTuple):
 
 
 def word_rows(shape: Shape, num_pairs: int) -> list[dict[str, list[int]]]:
-    """Word numbers of prompts and completions; the first rows do not depend on how many follow."""
+    """Word ids of prompts and completions; the first rows do not depend on ``num_pairs``."""
     rng = random.Random(shape.seed)
     longest = shape.seq_len - shape.prompt_len - 1  # one end token follows each completion
 
@@ -71,7 +71,7 @@ def word_rows(shape: Shape, num_pairs: int) -> list[dict[str, list[int]]]:
 
 
 def token_pairs(shape: Shape, num_pairs: int) -> list[TokenPair]:
-    """The rows in tokens, as the word tokenizer reads their texts."""
+    """The rows as token ids, equal to those of the word tokenizer on the texts."""
     first = len(SPECIAL)
     pairs = []
     for row in word_rows(shape, num_pairs):
@@ -128,7 +128,7 @@ def make_model(shape: Shape) -> Any:
 
 
 def units(pairs: list[TokenPair], *, longest: int, seed: int) -> tuple[list[np.ndarray], list[int]]:
-    """The unit of each completion token, and the number of units, of each row (chosen and rejected in turn).
+    """The unit of each completion token, and the number of units, of each row (alternately chosen and rejected).
 
     Args:
         longest: units have 1 to ``longest`` tokens, drawn with ``seed``; 1 makes every token a unit.
@@ -144,5 +144,5 @@ def units(pairs: list[TokenPair], *, longest: int, seed: int) -> tuple[list[np.n
 
 
 def as_json(shape: Shape) -> dict[str, Any]:
-    """For a child's arguments; ``Shape(**as_json(shape))`` is the shape again."""
+    """The shape as JSON, for a child process; ``Shape(**as_json(shape)) == shape``."""
     return asdict(shape)

@@ -1,8 +1,8 @@
-"""What all benchmarks share: children that alternate, and measurements inside a child. `benchmarks.report` writes.
+"""Shared by all benchmarks: alternating child processes, and measurements inside a child. `benchmarks.report` writes results.
 
-A benchmark is a script `benchmarks/<name>.py`, run as ``python -m benchmarks.<name>``. Each thing that is measured is a
-`Side`: a module and its arguments. Every side of every round is a process of its own, and the sides of a round follow
-each other, so that a slow minute of the machine hits all of them; ratios are taken inside a round.
+A benchmark is a script `benchmarks/<name>.py`, run as ``python -m benchmarks.<name>``. Each measured implementation is
+a `Side`: a module and its arguments. Every side of every round runs in its own process. The sides of a round run one
+after the other, so that a slow minute of the machine affects all of them; ratios are taken inside a round.
 
 In the module of a side::
 
@@ -25,7 +25,7 @@ In the benchmark's script::
     write(Result(name="evaluation", title=..., text=[...], claims=[Claim("...", "at most", 0.5, values)],
                  tables=[Table(...)], measurements=found, figures={"evaluation.svg": svg}), args)
 
-`write` makes ``<to>/<name>/<name>.json``, ``<name>.md`` and the figures, and the summary ``<to>/README.md`` anew.
+`write` writes ``<to>/<name>/<name>.json``, ``<name>.md`` and the figures, and rewrites the summary ``<to>/README.md``.
 """
 
 import argparse
@@ -46,7 +46,7 @@ ROOT = Path(__file__).resolve().parents[1]
 MIB = 2**20
 _MARK = "RESULT "
 Found = dict[str, list[dict[str, Any]]]
-"""What the sides reported: name of the side -> one mapping a round."""
+"""The reports of the sides: name of the side -> one mapping per round."""
 
 
 @dataclass(frozen=True)
@@ -62,9 +62,9 @@ class Meter:
     """Wall and CPU time, other load, and peak memory of a block: resident on a CPU, allocated on a GPU.
 
     Attributes after the block:
-        seconds: wall time, the device's queue drained.
+        seconds: wall time, after synchronizing the device.
         cpu_seconds: CPU time of this process, all threads.
-        other_cpu: cores that other processes kept busy meanwhile; wall times mean little unless it is near 0.
+        other_cpu: average number of cores that other processes used; wall times are unreliable unless it is near 0.
         start_mib: memory when the block began.
         peak_mib: the peak inside it.
     """
@@ -95,7 +95,7 @@ class Meter:
 
 
 class StepClock:
-    """When each step ended, on either side; the first interval begins at the end of the first step."""
+    """Records the end of each step; the first interval begins at the end of the first step."""
 
     def __init__(self, device: str) -> None:
         self._cuda = device == "cuda"
@@ -119,7 +119,7 @@ class StepClock:
         return statistics.median(self._steps)
 
     def report(self) -> dict[str, Any]:
-        """Wall and CPU seconds of a step, and the cores that others kept busy meanwhile."""
+        """Wall and CPU seconds of a step, and the cores that other processes used."""
         wall = self._ends[-1] - self._ends[0]
         own, machine = (last - first for first, last in zip(self._marks[0], self._marks[-1], strict=True))
         return {
@@ -147,7 +147,7 @@ def peak_mib() -> float:
 
 
 def reset_peak() -> None:
-    """Let the peak begin again from now (Linux)."""
+    """Reset the peak of the resident memory (Linux)."""
     Path("/proc/self/clear_refs").write_text("5")
 
 
@@ -159,7 +159,7 @@ def _status(key: str) -> float:
 
 
 def machine_seconds() -> float:
-    """CPU seconds that the whole machine has spent, idle and waiting time left out."""
+    """CPU seconds of the whole machine since boot, without idle and waiting time."""
     values = [int(word) for word in Path("/proc/stat").read_text().splitlines()[0].split()[1:]]
     return (sum(values[:3]) + sum(values[5:8])) / os.sysconf("SC_CLK_TCK")
 
@@ -171,7 +171,7 @@ def child(measure: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
 
 
 def either(main: Callable[[], None], measure: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
-    """For a script that is its own side: measure if `alternate` called it, else the benchmark's ``main``."""
+    """For a benchmark script that is also a side: measure if started by `alternate`, else run ``main``."""
     if len(sys.argv) == 2 and sys.argv[1].startswith("{"):
         child(measure)
     else:
@@ -201,8 +201,12 @@ def run_child(side: Side, args: argparse.Namespace) -> dict[str, Any]:
     config = {"device": args.device, "dtype": args.dtype, "threads": args.threads, **side.config}
     done = subprocess.run(
         [sys.executable, "-m", side.module, json.dumps(config)],
-        env=child_environment(args.threads), cwd=ROOT, capture_output=True, text=True, check=False,
-    )  # fmt: skip
+        env=child_environment(args.threads),
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     lines = [line for line in done.stdout.splitlines() if line.startswith(_MARK)]
     if done.returncode or not lines:
         raise RuntimeError(f"{side.name} failed ({done.returncode})\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
@@ -211,19 +215,24 @@ def run_child(side: Side, args: argparse.Namespace) -> dict[str, Any]:
 
 
 def child_environment(threads: int) -> dict[str, str]:
-    """No network, no telemetry, a fixed number of threads that do not spin at barriers, and imports compiled once only."""
+    """Environment without network and telemetry, with a fixed number of threads that do not spin at barriers, and a shared
+    bytecode cache."""
     counts = {name: str(threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")}
     quiet = {
-        "OMP_WAIT_POLICY": "PASSIVE", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1",
-        "HF_HUB_DISABLE_TELEMETRY": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
-        "PYTHONPATH": str(ROOT), "PYTHONPYCACHEPREFIX": str(ROOT / "build" / "bytecode"),
-    }  # fmt: skip
+        "OMP_WAIT_POLICY": "PASSIVE",
+        "TOKENIZERS_PARALLELISM": "false",
+        "HF_HUB_OFFLINE": "1",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
+        "PYTHONPATH": str(ROOT),
+        "PYTHONPYCACHEPREFIX": str(ROOT / "build" / "bytecode"),
+    }
     given = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
     return {**given, **counts, **quiet}
 
 
 def ratios(found: Found, key: str, *, of: str, to: str) -> list[float]:
-    """``of / to`` for one reported number, round by round."""
+    """``of / to`` for one reported number, for each round."""
     return [ours[key] / theirs[key] for ours, theirs in zip(found[of], found[to], strict=True)]
 
 
@@ -244,5 +253,5 @@ def arguments(description: str | None, *, rounds: int = 3, steps: int | None = N
     parser.add_argument(
         "--to", type=Path, default=Path("results/benchmarks"), help="folder of the results (%(default)s)"
     )
-    parser.add_argument("--quick", action="store_true", help="small shapes: whether it runs, not how fast")
+    parser.add_argument("--quick", action="store_true", help="small shapes, to test that it runs")
     return parser

@@ -1,4 +1,4 @@
-"""Our side of the step's benchmark: the real trainer (`ctpd.train.fit.fit`) on the inputs of `benchmarks.inputs`."""
+"""Our side of the step benchmark: the real trainer (`ctpd.train.fit.fit`) on the inputs of `benchmarks.inputs`."""
 
 import dataclasses
 import tempfile
@@ -23,7 +23,7 @@ from benchmarks.inputs import (
     make_model,
     token_pairs,
     units,
-)  # fmt: skip
+)
 from benchmarks.measuring import MIB, StepClock, child, resident_mib
 from ctpd.models import add_lora, install_scorer, load_model, parameter_counts
 from ctpd.objectives.base import Objective
@@ -95,8 +95,8 @@ def loaded_model(shape: Shape, config: dict[str, Any]) -> Any:
 def rows_for(model: Any, pairs: Sequence[TokenPair], config: dict[str, Any]) -> ScoredRows:
     """The pairs as the trainer scores them, with the stored reference of the model as it is now.
 
-    CTPD's units are seeded spans; the teacher's reference on them is invented (the student's own, with noise), as are
-    the weights: what a number is does not change what it costs.
+    CTPD's units are random spans. The teacher's reference (the student's own with noise) and the weights are random too:
+    values do not affect time or memory.
     """
     objective = _objective(config)
     layout = objective.layout
@@ -119,18 +119,23 @@ def rows_for(model: Any, pairs: Sequence[TokenPair], config: dict[str, Any]) -> 
         weights = rng.uniform(0.5, 1.5, size=len(reference)).astype(np.float32)
     items = np.arange(2 * len(pairs), dtype=np.int64).reshape(-1, 2)[:, : len(objective.sides)]
     rows = ScoredRows(
-        input_ids=input_ids, row_starts=row_starts, unit=unit_T, unit_starts=unit_starts,
-        counted=np.ones(int(unit_starts[-1]), dtype=bool), items=_in_training_order(items),
-        reference=reference, weights=weights,
-    )  # fmt: skip
+        input_ids=input_ids,
+        row_starts=row_starts,
+        unit=unit_T,
+        unit_starts=unit_starts,
+        counted=np.ones(int(unit_starts[-1]), dtype=bool),
+        items=_in_training_order(items),
+        reference=reference,
+        weights=weights,
+    )
     return with_sharing(model, rows, config.get("share"))
 
 
 def with_sharing(model: Any, rows: ScoredRows, share: bool | None) -> ScoredRows:
-    """The one place that switches the sharing of prompts; None does what `ctpd` does: wherever the model can.
+    """Switch prompt sharing on or off; None shares prompts if the model supports it, as `ctpd` does.
 
     Raises:
-        ValueError: it was asked for, and the model cannot.
+        ValueError: sharing was requested, and the model does not support it.
     """
     shares = share is not False and rows.items.shape[1] > 1 and enable_prompt_sharing(model)
     if share and not shares:
@@ -139,18 +144,25 @@ def with_sharing(model: Any, rows: ScoredRows, share: bool | None) -> ScoredRows
 
 
 def train(model: Any, rows: ScoredRows, shape: Shape, config: dict[str, Any], *, clock: StepClock, folder: Path) -> Fit:
-    """One epoch, step by step as the other side does it: constant learning rate, AdamW, gradients clipped at 1."""
+    """Train one epoch with the settings of the other side: constant learning rate, AdamW, gradients clipped at 1."""
     pairs = config.get("micro_batch") or shape.batch
     sequences = rows.items.shape[1]
     objective = _objective(config)
     schedule = Schedule(
-        pairs_per_step=shape.batch, schedule="constant", warmup_ratio=0.0, weight_decay=0.0, max_grad_norm=1.0,
+        pairs_per_step=shape.batch,
+        schedule="constant",
+        warmup_ratio=0.0,
+        weight_decay=0.0,
+        max_grad_norm=1.0,
         activation_checkpointing=config.get("checkpointing", False),
-    )  # fmt: skip
+    )
     settings = FitSettings(
-        device=config["device"], micro_batch_tokens=pairs * sequences * shape.seq_len, checkpoint_seconds=1e9,
-        report_to=(), progress=clock,
-    )  # fmt: skip
+        device=config["device"],
+        micro_batch_tokens=pairs * sequences * shape.seq_len,
+        checkpoint_seconds=1e9,
+        report_to=(),
+        progress=clock,
+    )
     return fit(
         Training(model=model, objective=objective, rows=rows, forward_pass=UnitPass(objective)),
         Optimization(schedule=schedule, learning_rate=LEARNING_RATE, seed=SEED, precision=config["dtype"]),
@@ -166,17 +178,17 @@ def _objective(config: dict[str, Any]) -> Objective:
 def _reference(
     model: Any, input_ids: np.ndarray, row_starts: np.ndarray, unit_T: np.ndarray, unit_starts: np.ndarray
 ) -> np.ndarray:
-    """The model's own log-probability of every unit, by the scoring pass that stores signals."""
+    """The model's own log-probability of every unit, from a scoring pass."""
     rows = TokenRows(input_ids, row_starts, unit_T)
     settings = ScoringSettings(max_tokens=4096, progress=lambda done, total: None)
     logps = scoring_pass(model, rows, measure=token_logps, settings=settings)[TOKEN_LOGPS]
     scored = unit_T >= 0
-    place = (unit_T + np.repeat(unit_starts[:-1], np.diff(row_starts)))[scored]
-    return np.bincount(place, weights=logps, minlength=int(unit_starts[-1])).astype(np.float32)
+    index = (unit_T + np.repeat(unit_starts[:-1], np.diff(row_starts)))[scored]
+    return np.bincount(index, weights=logps, minlength=int(unit_starts[-1])).astype(np.float32)
 
 
 def _in_training_order(items: np.ndarray) -> np.ndarray:
-    """Items placed so that the sampler, which shuffles by (seed, epoch), takes them in the order given."""
+    """Permute items so that the sampler, which shuffles by (seed, epoch), yields them in the given order."""
     order = np.random.default_rng([SEED, 0]).permutation(len(items))
     placed = np.empty_like(items)
     placed[order] = items

@@ -1,4 +1,4 @@
-"""The peer's side of the step's benchmark: TRL's `DPOTrainer` on the inputs of `benchmarks.inputs`."""
+"""TRL's side of the step benchmark: `DPOTrainer` on the inputs of `benchmarks.inputs`."""
 
 import json
 import tempfile
@@ -43,9 +43,13 @@ def measure(config: dict[str, Any]) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as output:
         start = time.perf_counter()
         trainer = DPOTrainer(
-            model=model, args=_arguments(config, shape, output), train_dataset=dataset, processing_class=tokenizer,
-            peft_config=_adapters() if config.get("lora") else None, callbacks=[_Ends(clock)],
-        )  # fmt: skip
+            model=model,
+            args=_arguments(config, shape, output),
+            train_dataset=dataset,
+            processing_class=tokenizer,
+            peft_config=_adapters() if config.get("lora") else None,
+            callbacks=[_Ends(clock)],
+        )
         init = time.perf_counter() - start
         tokens = _check(trainer, shape)
         with Meter(config["device"]) as meter:
@@ -79,17 +83,30 @@ def _adapters() -> LoraConfig:
 
 def _arguments(config: dict[str, Any], shape: Shape, output: str) -> DPOConfig:
     return DPOConfig(
-        output_dir=output, per_device_train_batch_size=shape.batch, max_steps=config["steps"],
-        max_length=shape.seq_len, beta=BETA, learning_rate=LEARNING_RATE, lr_scheduler_type="constant",
-        precompute_ref_log_probs=config["precompute"], precompute_ref_batch_size=shape.batch,
-        gradient_checkpointing=config.get("checkpointing", True), use_liger_kernel=False,
-        train_sampling_strategy="sequential", use_cpu=config["device"] == "cpu", bf16=config["dtype"] == "bfloat16",
-        logging_steps=1, save_strategy="no", report_to="none", disable_tqdm=True, seed=SEED,
-    )  # fmt: skip
+        output_dir=output,
+        per_device_train_batch_size=shape.batch,
+        max_steps=config["steps"],
+        max_length=shape.seq_len,
+        beta=BETA,
+        learning_rate=LEARNING_RATE,
+        lr_scheduler_type="constant",
+        precompute_ref_log_probs=config["precompute"],
+        precompute_ref_batch_size=shape.batch,
+        gradient_checkpointing=config.get("checkpointing", True),
+        use_liger_kernel=False,
+        train_sampling_strategy="sequential",
+        use_cpu=config["device"] == "cpu",
+        bf16=config["dtype"] == "bfloat16",
+        logging_steps=1,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        seed=SEED,
+    )
 
 
 def _check(trainer: DPOTrainer, shape: Shape) -> int:
-    """The tokens of all rows; refuse to time a shape that is not the one asked for."""
+    """The number of tokens of all rows; raises an error if the batch does not have the requested shape."""
     rows = [trainer.train_dataset[i] for i in range(len(trainer.train_dataset))]
     batch = trainer.data_collator(rows[: shape.batch])
     found = list(batch["input_ids"].shape)

@@ -1,7 +1,7 @@
-"""Where `ctpd run testbed-demo` spends its time, from the manifests of the stages that it built.
+"""Time of `ctpd run testbed-demo` by stage, from the manifests of the stages.
 
-Without `--store` the run is made in a fresh store first. Passes of a frozen model over the pairs are counted from the
-plan: every (model, pairs) must be swept once.
+Without `--store` the recipe is run in a new store first. Passes of a frozen model over the pairs are counted from the
+plan: each model must have one scoring pass over the same pairs.
 """
 
 import json
@@ -18,7 +18,7 @@ from benchmarks.figures import Bar, bars
 from benchmarks.measuring import ROOT, arguments, child_environment
 from benchmarks.report import Claim, Result, Table, write
 
-SCORING = ("signals", "distributions")  # stages that pass a frozen model over the pairs
+SCORING = ("signals", "distributions")  # stages that make a scoring pass of a frozen model over the pairs
 
 
 def stage_seconds(manifests: Iterable[Mapping[str, Any]]) -> dict[str, list[float]]:
@@ -30,7 +30,7 @@ def stage_seconds(manifests: Iterable[Mapping[str, Any]]) -> dict[str, list[floa
 
 
 def passes(stages: Iterable[Any]) -> dict[str, int]:
-    """How often each frozen model passes over the same pairs; the key names the model's stage or external source."""
+    """Number of scoring passes of each frozen model over the same pairs; the key names the model's stage or external source."""
     counted: Counter[tuple[str, str]] = Counter()
     labels: dict[tuple[str, str], str] = {}
     for stage in stages:
@@ -80,21 +80,30 @@ def main() -> None:
         for kind in order
     ]
     rows.append(["start, planning, between stages", "", totals[0] - sum(v[0] for v in sums.values()), "", ""])
-    figure = bars([Bar(f"{kind} ({len(rounds[0][kind])})", sums[kind]) for kind in order],
-                  title=f"ctpd run {recipe}: seconds by kind of stage", unit="seconds")  # fmt: skip
+    figure = bars(
+        [Bar(f"{kind} ({len(rounds[0][kind])})", sums[kind]) for kind in order],
+        title=f"ctpd run {recipe}: seconds by kind of stage",
+        unit="seconds",
+    )
     write(
         Result(
-            name="pipeline", title=f"Where `ctpd run {recipe}` spends its time",
-            text=["Seconds of each stage from its manifest; with `--store` the total is their sum, else the command's wall time."],
-            claims=claims, measurements={"totals": totals, "stages": rounds, "passes": counted},
+            name="pipeline",
+            title=f"Where `ctpd run {recipe}` spends its time",
+            text=[
+                "Seconds of each stage from its manifest; with `--store` the total is their sum, else the command's wall time."
+            ],
+            claims=claims,
+            measurements={"totals": totals, "stages": rounds, "passes": counted},
             tables=[
                 Table("Stages by kind", ("Kind", "stages", "s", "of the total", "longest, s"), rows),
-                Table("Passes of frozen models over the pairs", ("Model", "passes"), [[k, n] for k, n in counted.items()]),
+                Table(
+                    "Passes of frozen models over the pairs", ("Model", "passes"), [[k, n] for k, n in counted.items()]
+                ),
             ],
             figures={"pipeline.svg": figure},
         ),
         args,
-    )  # fmt: skip
+    )
 
 
 def _run(recipe: str, store: Path, *, threads: int) -> float:
@@ -109,7 +118,7 @@ def _run(recipe: str, store: Path, *, threads: int) -> float:
 
 
 def _manifests(store: Path, stages: Iterable[Any]) -> list[dict[str, Any]]:
-    """The manifests of the plan's stages; others in the store are not this run's."""
+    """The manifests of the planned stages; other artifacts in the store are ignored."""
     paths = [store / stage.kind / stage.key / "manifest.json" for stage in stages]
     missing = [path for path in paths if not path.exists()]
     if missing:

@@ -18,7 +18,7 @@ _PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "tokenizers",
 
 @dataclass(frozen=True)
 class Claim:
-    """A number that is promised: the bound, and what each round measured. Without a target it is a record, no promise."""
+    """A measured number with a target. Without a target it is only recorded."""
 
     text: str
     kind: Literal["at most", "at least"]
@@ -33,7 +33,7 @@ class Claim:
 
     @property
     def met(self) -> bool | None:
-        """Whether the median keeps the bound; None without one."""
+        """Whether the median meets the target; None without one."""
         if self.target is None:
             return None
         return self.median <= self.target if self.kind == "at most" else self.median >= self.target
@@ -55,8 +55,8 @@ class Result:
     Attributes:
         name: folder and file name.
         title: heading of the Markdown file.
-        text: paragraphs: what is compared, how, and what the figures do not say.
-        claims: promised numbers.
+        text: paragraphs: what is compared and how, and limitations.
+        claims: numbers with targets.
         tables: of the Markdown file.
         measurements: all that was measured, for the JSON file.
         figures: file name -> SVG text.
@@ -72,7 +72,7 @@ class Result:
 
 
 def environment(args: argparse.Namespace) -> dict[str, Any]:
-    """What the numbers were measured with; no path and no host name."""
+    """Hardware and package versions; no path and no host name."""
     info = Path("/proc/cpuinfo").read_text()
     cpu = next(
         (line.split(":", 1)[1].strip() for line in info.splitlines() if line.startswith("model name")), "unknown"
@@ -105,7 +105,7 @@ def _version(package: str) -> str | None:
 def write(result: Result, args: argparse.Namespace) -> Path:
     """Write a result's files and the summary of all results beside it; returns the folder of the result.
 
-    On a GPU the name ends in ``-cuda``; at reduced shapes no claim is judged.
+    On a GPU the name ends in ``-cuda``; with ``--quick`` no claim is judged.
     """
     name = result.name if args.device == "cpu" else f"{result.name}-{args.device}"
     folder = args.to / name
@@ -137,7 +137,7 @@ def write(result: Result, args: argparse.Namespace) -> Path:
 
 
 def command(args: argparse.Namespace) -> str:
-    """The command that makes this result again; of a path only its last part."""
+    """The command that reproduces this result; paths are shortened to their last part."""
     words = [Path(sys.argv[0]).stem if sys.argv[0] else "benchmark"]
     given = iter(sys.argv[1:])
     for word in given:
@@ -156,8 +156,10 @@ def _markdown(result: Result, record: Mapping[str, Any]) -> str:
     lines += [
         f"{kind}: {env['cpu']}, {env['cores']} cores, {env['threads']} threads, {env['memory_gib']} GiB, {env['dtype']}; "
         f"{env['date']}; Python {env['python']}, {versions}.",
-        "", f"`{record['command']}`", "",
-    ]  # fmt: skip
+        "",
+        f"`{record['command']}`",
+        "",
+    ]
     for paragraph in result.text:
         lines += [paragraph, ""]
     if record["claims"]:
@@ -211,17 +213,20 @@ def write_summary(folder: Path) -> None:
         {f"{r['environment'].get('gpu') or r['environment']['cpu']}, {r['environment']['date']}" for r in records}
     )
     lines = [
-        "# Speed and memory", "",
+        "# Speed and memory",
+        "",
         "Written by `make bench`. Each side of a comparison ran in its own process on the same machine, the sides taking",
         "turns; a ratio is ours to the other's inside a round, so below 1 ours needs less. Benchmarks whose name ends in",
-        "`-cuda` were measured on a GPU, all others on a CPU: **a CPU figure says nothing about a GPU.**", "",
-        *(f"- {machine}" for machine in machines), "",
+        "`-cuda` were measured on a GPU, all others on a CPU: **a CPU figure says nothing about a GPU.**",
+        "",
+        *(f"- {machine}" for machine in machines),
+        "",
         *markdown_table(("Benchmark", *CLAIM_HEADER), rows),
-    ]  # fmt: skip
+    ]
     (folder / "README.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 def spread(values: Sequence[float], digits: int = 3) -> str:
-    """``median (least to greatest)``; one value alone stands alone."""
+    """``median (least to greatest)``; a single value is written without a range."""
     middle = f"{statistics.median(values):.{digits}g}"
     return middle if len(values) == 1 else f"{middle} ({min(values):.{digits}g} to {max(values):.{digits}g})"

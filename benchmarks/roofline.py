@@ -1,7 +1,7 @@
-"""A step against its own matrix products alone: how much of the time is what has to be computed.
+"""Compare a training step with its matrix products alone: the share of the time that is unavoidable.
 
-The products of one DPO step (forward, backward, and those the head computes again) are timed at their shapes in the
-same process, before and after the steps. The ratio's rest is everything else: soft-max, norms, the optimizer, the loop.
+The products of one DPO step (forward, backward, and those that the head recomputes) are timed with their shapes in the
+same process, before and after the steps. The rest of the step is softmax, norms, the optimizer and the loop.
 """
 
 import statistics
@@ -26,7 +26,7 @@ QUICK = Shape(batch=2, hidden=32, layers=2, heads=2, vocab=512, words=50, seq_le
 
 @dataclass(frozen=True)
 class Product:
-    """``count`` products [m, k] x [k, n], each over a batch of ``batch``; ``share`` of one is needed (causal: half).
+    """``count`` products [m, k] x [k, n], each over a batch of ``batch``; ``share`` of one is needed (half with a causal mask).
 
     ``layout`` names the transposed operand, as the step has it: "nt" ``a @ b.T``, "nn" ``a @ b``, "tn" ``a.T @ b``.
     """
@@ -42,7 +42,7 @@ class Product:
 
     @property
     def flops(self) -> float:
-        """Of all of them."""
+        """Floating-point operations of all ``count`` products."""
         return 2.0 * self.m * self.k * self.n * self.batch * self.count * self.share
 
 
@@ -83,7 +83,7 @@ def products(shape: Shape, *, sequences: int, length: int, scored: int, tile: tu
 
 
 def measure(config: dict[str, Any]) -> dict[str, Any]:
-    """Steps of the real trainer and its products alone; or, with `profile`, where the steps' time goes."""
+    """Time steps of the real trainer and their products alone; with `profile`, profile the steps instead."""
     import torch
 
     from benchmarks import ours
@@ -123,7 +123,7 @@ def _tile(rows: int, columns: int, device: Any) -> tuple[int, int]:
 
 
 def _seconds(product: Product, config: dict[str, Any]) -> float:
-    """What all of them take: the median of five, times their number."""
+    """Seconds of all ``count`` products: the median of five timings of one, times ``count``."""
     import torch
 
     options = {"dtype": getattr(torch, config["dtype"]), "device": config["device"]}
@@ -181,8 +181,18 @@ def main() -> None:
         ]
         print(f"{name}: step {median_of(found, name, 'step_s'):.2f} s", flush=True)
     svg = bars(figure, title="A step, and its matrix products alone", unit="seconds")
-    write(Result(name="roofline", title="A step against its matrix products", text=TEXT, claims=claims, tables=tables,
-                 measurements=measured, figures={"roofline.svg": svg}), args)  # fmt: skip
+    write(
+        Result(
+            name="roofline",
+            title="A step against its matrix products",
+            text=TEXT,
+            claims=claims,
+            tables=tables,
+            measurements=measured,
+            figures={"roofline.svg": svg},
+        ),
+        args,
+    )
 
 
 TEXT = (

@@ -1,6 +1,6 @@
 """How time and memory of scoring grow with vocabulary, response length and batch, forward and backward.
 
-The scorer (`ctpd.models.score`) beside full logits of the same model, where those fit.
+The scorer (`ctpd.models.score`) is compared with full logits of the same model, if those fit in memory.
 """
 
 import math
@@ -15,7 +15,7 @@ from benchmarks.report import Claim, Result, Table, write
 
 OURS, FULL = "ctpd", "full logits"
 PROMPT = 128
-FULL_LIMIT_MIB = 6144  # of what full logits and their gradient would need, in four copies
+FULL_LIMIT_MIB = 6144  # largest size of four copies of the full logits that is measured
 POINTS: dict[str, list[dict[str, int]]] = {
     "vocabulary": [{"vocab": 2**k, "response": 256, "pairs": 1} for k in range(13, 19)],
     "response": [{"vocab": 32000, "response": 2**k, "pairs": 1} for k in range(7, 13)],
@@ -31,7 +31,7 @@ LABELS = {"vocabulary": "vocabulary", "response": "response tokens of a row", "b
 
 
 def measure(config: dict[str, Any]) -> dict[str, Any]:
-    """All points of one sweep one way. ``config``: `way`, `points`, `hidden`, `layers`."""
+    """All points of one series with one implementation. ``config``: `way`, `points`, `hidden`, `layers`."""
     import torch
 
     from ctpd.models import Score, install_scorer, score
@@ -90,13 +90,13 @@ def exponent(points: Sequence[tuple[float, float]]) -> float:
 
 
 def main() -> None:
-    """Measure the sweeps, and write the result."""
+    """Measure all series, and write the result."""
     args = arguments(__doc__, rounds=2).parse_args()
     model = {"hidden": 32, "layers": 1} if args.quick else {"hidden": 256, "layers": 2}
     points = QUICK if args.quick else POINTS
     sides = [
-        Side(f"{sweep}, {way}", "benchmarks.scaling", {**model, "way": way, "points": points[sweep]})
-        for sweep in points
+        Side(f"{series}, {way}", "benchmarks.scaling", {**model, "way": way, "points": points[series]})
+        for series in points
         for way in (OURS, FULL)
     ]
     found = alternate(sides, args)
@@ -105,38 +105,49 @@ def main() -> None:
         Claim("exponent of memory in the vocabulary", "at most", None, _exponents(found, "vocabulary", "growth_mib")),
     ]
     figures = {}
-    for sweep in points:
+    for series in points:
         for file, key, unit in (("time", "seconds", "seconds"), ("memory", "growth_mib", "MiB")):
             lines = [
-                Line(way, _curve(found, sweep, way, key), number, number > 0) for number, way in enumerate((OURS, FULL))
+                Line(way, _curve(found, series, way, key), number, number > 0)
+                for number, way in enumerate((OURS, FULL))
             ]
-            title = f"{file.capitalize()} of scoring over the {LABELS[sweep]}"
-            figures[f"{sweep}-{file}.svg"] = log_lines(lines, title=title, x_label=LABELS[sweep], y_label=unit)
+            title = f"{file.capitalize()} of scoring over the {LABELS[series]}"
+            figures[f"{series}-{file}.svg"] = log_lines(lines, title=title, x_label=LABELS[series], y_label=unit)
     text = (
         f"A Llama of hidden {model['hidden']} and {model['layers']} layers; prompt {PROMPT} tokens; forward and backward, all "
         "weights trained. Memory is the growth during the pass, gradients of the weights included: these grow with the "
         "vocabulary whatever the scorer does. Full logits are left out where four copies would pass 6 GiB."
     )
-    tables = [_table(found, sweep) for sweep in points]
-    write(Result(name="scaling", title="How scoring scales", text=[text], claims=claims, tables=tables, measurements=found,
-                 figures=figures), args)  # fmt: skip
+    tables = [_table(found, series) for series in points]
+    write(
+        Result(
+            name="scaling",
+            title="How scoring scales",
+            text=[text],
+            claims=claims,
+            tables=tables,
+            measurements=found,
+            figures=figures,
+        ),
+        args,
+    )
 
 
-def _curve(found: Found, sweep: str, way: str, key: str) -> list[tuple[float, float]]:
-    rounds = [reported["points"] for reported in found[f"{sweep}, {way}"]]
+def _curve(found: Found, series: str, way: str, key: str) -> list[tuple[float, float]]:
+    rounds = [reported["points"] for reported in found[f"{series}, {way}"]]
     return [
-        (float(points[0][KEYS[sweep]]), max(statistics.median(point[key] for point in points), 1e-3))
+        (float(points[0][KEYS[series]]), max(statistics.median(point[key] for point in points), 1e-3))
         for points in zip(*rounds, strict=True)
     ]
 
 
-def _exponents(found: Found, sweep: str, key: str) -> list[float]:
-    rounds = [reported["points"] for reported in found[f"{sweep}, {OURS}"]]
-    return [exponent([(point[KEYS[sweep]], max(point[key], 1e-3)) for point in points]) for points in rounds]
+def _exponents(found: Found, series: str, key: str) -> list[float]:
+    rounds = [reported["points"] for reported in found[f"{series}, {OURS}"]]
+    return [exponent([(point[KEYS[series]], max(point[key], 1e-3)) for point in points]) for points in rounds]
 
 
-def _table(found: Found, sweep: str) -> Table:
-    full = {key: dict(_curve(found, sweep, FULL, key)) for key in ("seconds", "growth_mib")}
+def _table(found: Found, series: str) -> Table:
+    full = {key: dict(_curve(found, series, FULL, key)) for key in ("seconds", "growth_mib")}
     rows = [
         [
             int(x),
@@ -146,11 +157,11 @@ def _table(found: Found, sweep: str) -> Table:
             round(full["growth_mib"][x]) if x in full["growth_mib"] else None,
         ]
         for (x, seconds), (_, mib) in zip(
-            _curve(found, sweep, OURS, "seconds"), _curve(found, sweep, OURS, "growth_mib"), strict=True
+            _curve(found, series, OURS, "seconds"), _curve(found, series, OURS, "growth_mib"), strict=True
         )
     ]
-    header = (LABELS[sweep], f"{OURS}, s", f"{FULL}, s", f"{OURS}, MiB", f"{FULL}, MiB")
-    return Table(f"Over the {LABELS[sweep]}", header, rows)
+    header = (LABELS[series], f"{OURS}, s", f"{FULL}, s", f"{OURS}, MiB", f"{FULL}, MiB")
+    return Table(f"Over the {LABELS[series]}", header, rows)
 
 
 if __name__ == "__main__":

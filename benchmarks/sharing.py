@@ -1,4 +1,4 @@
-"""One prompt for both responses of a pair: a step with the prompt computed once, beside computing it twice."""
+"""Prompt sharing: a step that computes the prompt of a pair once, compared with computing it for each response."""
 
 from benchmarks.figures import Bar, bars
 from benchmarks.inputs import Shape, as_json
@@ -6,18 +6,18 @@ from benchmarks.measuring import Side, alternate, arguments, ratios
 from benchmarks.report import Claim, Result, Table, spread, write
 
 SHARES = (0.0, 0.25, 0.5, 0.75)
-BODY = Shape(batch=4, vocab=2048, heads=8)  # a head so small that a step's time is the body's
+BODY = Shape(batch=4, vocab=2048, heads=8)  # a small head, so that the decoder body dominates the step time
 HEAVY = Shape(batch=2, hidden=512, layers=8, heads=8, vocab=8192)
 QUICK = Shape(batch=2, hidden=32, layers=2, heads=2, vocab=64, words=50, seq_len=32)
 
 
 def bound(share: float) -> float:
-    """What the body may take where ``share`` of a sequence is prompt: 10 % above the tokens that are left."""
+    """Target of the body's time if ``share`` of a sequence is prompt: 10 % above the share of tokens that remain."""
     return 1.1 * (1 - share / 2)
 
 
 def with_prompt(shape: Shape, share: float) -> Shape:
-    """The shape with this share of prompt; at least one token, which predicts the first of the response."""
+    """The shape with this share of prompt; at least one token, which predicts the first response token."""
     return Shape(**{**as_json(shape), "prompt_len": max(1, round(share * shape.seq_len))})
 
 
@@ -50,20 +50,33 @@ def main() -> None:
             for side in (on, off)
         ]
         measured |= found
-    figure = bars([Bar(c.text.removesuffix(": time shared / not shared"), c.values, c.target) for c in claims],
-                  title="Time with shared prompts / without (mark: target)", unit="ratio, less is better")  # fmt: skip
+    figure = bars(
+        [Bar(c.text.removesuffix(": time shared / not shared"), c.values, c.target) for c in claims],
+        title="Time with shared prompts / without (mark: target)",
+        unit="ratio, less is better",
+    )
     text = (
         f"DPO, stored reference; sequences of {body.seq_len} tokens of which the prompt is a share f. Both ways must show the "
         f"same losses. Body: hidden {body.hidden}, {body.layers} layers, vocabulary {body.vocab}, so that the head hardly counts; "
         f"body-heavy: hidden {heavy.hidden}, {heavy.layers} layers, vocabulary {heavy.vocab}."
     )
     table = Table("Steps", ("Case", "s/step", "MiB beyond state", "load of others"), rows)
-    write(Result(name="sharing", title="Prompts computed once", text=[text], claims=claims, tables=[table],
-                 measurements=measured, figures={"sharing.svg": figure}), args)  # fmt: skip
+    write(
+        Result(
+            name="sharing",
+            title="Prompts computed once",
+            text=[text],
+            claims=claims,
+            tables=[table],
+            measurements=measured,
+            figures={"sharing.svg": figure},
+        ),
+        args,
+    )
 
 
 def check_equal(shared: list[float], separate: list[float]) -> None:
-    """Refuse two ways that do not train the same.
+    """Raise an error if the losses of both ways differ.
 
     Raises:
         RuntimeError: the losses differ by more than 1e-4.

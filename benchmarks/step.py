@@ -1,7 +1,7 @@
-"""One training step: DPO and CTPD of this project beside TRL's DPOTrainer, on the same model, rows and order.
+"""One training step: DPO and CTPD of this project compared with TRL's DPOTrainer, on the same model, rows and order.
 
 Our side stores the reference first (`ctpd` does so once for all runs); TRL computes it in every step (its default), or
-first as well (`precompute_ref_log_probs`). Both sides must show the same losses, or nothing is written.
+first as well (`precompute_ref_log_probs`). Both sides must have the same losses, or nothing is written.
 """
 
 import argparse
@@ -17,12 +17,12 @@ from benchmarks.measuring import Found, Side, alternate, arguments, median_of, r
 from benchmarks.report import Claim, Result, Table, environment, spread, write
 
 EXPECTED = (0.693147, 0.704426, 0.723767, 0.715635, 0.826981)
-"""Losses of the default shape, as TRL 1.16 showed them when this project was specified."""
+"""Losses of the default shape with TRL 1.16."""
 EXACT = {1: 0.7044421}
 """The same loss by step (from 0) in float64 throughout."""
 TOLERANCE = {"float32": 3e-5, "bfloat16": 2e-2}
-"""Between the sides. TRL subtracts sums of 384 log-probabilities, about 4535 in size, whose float32 neighbours lie 5e-4
-apart; ours subtracts token by token. So the second loss of TRL is 1.6e-5 from `EXACT`, ours 5e-7."""
+"""Largest difference between the sides. TRL subtracts sums of 384 log-probabilities, of magnitude 4535, where float32 has
+a spacing of 5e-4; ours subtracts token by token. Therefore the second loss of TRL is 1.6e-5 from `EXACT`, ours 5e-7."""
 TOLERANCE_OF_SAME, TOLERANCE_OF_EXACT = 1e-5, 5e-6
 DPO, CTPD, SFT, SMALL = "ctpd: DPO", "ctpd: CTPD", "ctpd: SFT", "ctpd: DPO, one pair at a time"
 TRL, PRECOMPUTED = "TRL: DPO", "TRL: DPO, precomputed"
@@ -31,11 +31,12 @@ TIME, MEMORY = "step_s", "extra_mib"
 
 @dataclass(frozen=True, kw_only=True)
 class Scenario:
-    """A shape and a setting, and what is promised for it.
+    """A shape and a setting, with its targets.
 
     Attributes:
-        rounds, steps: None for as many as asked for; the other scenarios cost as much and say less.
-        bounds: of time beside TRL precomputed and TRL as shipped, and of memory beside both.
+        rounds, steps: None for the numbers of the command line; scenarios of less interest run fewer.
+        bounds: targets of time relative to TRL with precomputed reference, of time relative to TRL's default, and of memory
+            relative to both.
     """
 
     title: str
@@ -50,25 +51,21 @@ class Scenario:
 
 SCENARIOS = {
     "default": Scenario(title="default shape", shape=Shape(), rounds=None, steps=None, extra=(SFT,)),
-    "no-checkpointing": Scenario(
-        title="no checkpointing", shape=Shape(), checkpointing=False, extra=(SMALL,)
-    ),
+    "no-checkpointing": Scenario(title="no checkpointing", shape=Shape(), checkpointing=False, extra=(SMALL,)),
     "ragged": Scenario(title="ragged completions", shape=Shape(ragged=True)),
-    "frozen-head": Scenario(
-        title="LoRA, frozen head", shape=Shape(), lora=True, bounds=(0.25, 0.25, 0.3)
-    ),
+    "frozen-head": Scenario(title="LoRA, frozen head", shape=Shape(), lora=True, bounds=(0.25, 0.25, 0.3)),
     "wide": Scenario(
         title="wider student",
         shape=Shape(hidden=1024, layers=8, heads=16, vocab=32000, batch=2, seq_len=256, prompt_len=64),
         rounds=2,
         bounds=(0.9, 0.7, None),
     ),
-}  # fmt: skip
+}
 QUICK = Shape(hidden=32, layers=2, heads=2, vocab=64, words=50, seq_len=32, prompt_len=8)
 
 
 def sides_of(scenario: Scenario, *, folder: Path, steps: int, share: bool | None) -> list[Side]:
-    """What a round of a scenario measures. Our DPO takes all steps of `EXPECTED` where the scenario has its shape."""
+    """The sides of a scenario. Our DPO takes all steps of `EXPECTED` where the scenario has its shape."""
     base = {
         "folder": str(folder),
         "shape": as_json(scenario.shape),
@@ -90,7 +87,7 @@ def sides_of(scenario: Scenario, *, folder: Path, steps: int, share: bool | None
 
 
 def check_losses(found: Found, *, dtype: str, expected: tuple[float, ...] | None) -> None:
-    """Refuse to compare trainings that are not the same.
+    """Raise an error if the compared trainings differ.
 
     Raises:
         RuntimeError: a DPO loss differs from the other side's, or from what is expected.
@@ -111,7 +108,7 @@ def _check_curve(name: str, losses: list[float], wanted: dict[int, float], *, bo
 
 
 def claims_of(scenario: Scenario, found: Found) -> list[Claim]:
-    """The promised ratios of a scenario."""
+    """The ratios of a scenario with their targets."""
     precomputed, shipped, memory = scenario.bounds
     claims = []
     for ours in (DPO, CTPD):
@@ -128,7 +125,7 @@ def claims_of(scenario: Scenario, found: Found) -> list[Claim]:
 
 
 def table_of(scenario: Scenario, found: Found) -> Table:
-    """What each side of a scenario needed."""
+    """Time and memory of each side of a scenario."""
     header = (
         "Side",
         "s/step",
@@ -141,13 +138,17 @@ def table_of(scenario: Scenario, found: Found) -> Table:
     )
     rows = [
         [
-            name, spread([r[TIME] for r in reported]), spread([r["cpu_s"] for r in reported]),
-            f"{median_of(found, name, 'tokens_per_s'):.0f}", f"{median_of(found, name, MEMORY):.0f}",
-            f"{median_of(found, name, 'peak_mib'):.0f}", f"{median_of(found, name, 'reference_s'):.3g}",
+            name,
+            spread([r[TIME] for r in reported]),
+            spread([r["cpu_s"] for r in reported]),
+            f"{median_of(found, name, 'tokens_per_s'):.0f}",
+            f"{median_of(found, name, MEMORY):.0f}",
+            f"{median_of(found, name, 'peak_mib'):.0f}",
+            f"{median_of(found, name, 'reference_s'):.3g}",
             f"{max(r['other_cpu'] for r in reported):.2f}",
         ]
         for name, reported in found.items()
-    ]  # fmt: skip
+    ]
     shape = scenario.shape
     about = f"hidden {shape.hidden}, {shape.layers} layers, vocabulary {shape.vocab}; {shape.batch} pairs of up to {shape.seq_len} tokens, prompt {shape.prompt_len}"
     checkpointing = "with" if scenario.checkpointing else "without"
@@ -180,16 +181,25 @@ def main() -> None:
     if memory:
         figures["memory.svg"] = bars(memory, title="Memory beyond the state, ours / TRL's (mark: target)", unit="ratio")
     earlier = f"Kept from an earlier run of the same command without `--only`: {', '.join(kept)}." if kept else ""
-    write(Result(name="step", title="A training step beside TRL's DPOTrainer", text=[*TEXT, *([earlier] if earlier else [])],
-                 claims=claims, tables=tables,
-                 measurements=measurements, figures=figures), args)  # fmt: skip
+    write(
+        Result(
+            name="step",
+            title="A training step beside TRL's DPOTrainer",
+            text=[*TEXT, *([earlier] if earlier else [])],
+            claims=claims,
+            tables=tables,
+            measurements=measurements,
+            figures=figures,
+        ),
+        args,
+    )
 
 
 def _earlier(args: argparse.Namespace) -> dict[str, Found]:
-    """What an earlier run measured of the scenarios that are not asked for now.
+    """The measurements of an earlier run for the scenarios that are not requested now.
 
     Raises:
-        RuntimeError: there is none, or it ran elsewhere or with other packages.
+        RuntimeError: there is none, or it ran on another machine or with other packages.
     """
     path = args.to / "step" / "step.json"
     if not path.exists():
@@ -204,7 +214,7 @@ def _earlier(args: argparse.Namespace) -> dict[str, Found]:
 
 
 TEXT = (
-    "Both sides train the same seeded model on the same rows in the same order (AdamW, constant step size), and show the "
+    "Both sides train the same seeded model on the same rows in the same order (AdamW, constant learning rate), and show the "
     "same DPO losses to 3e-5, which is the rounding of float32 sums, and ours the float64 loss to 5e-6; the benchmark fails "
     "otherwise. A step's time runs from the end of a step to the end of the next: "
     "batch, forward, backward, clipping, optimizer and logging. *Beyond state* is the peak resident memory of the training "
@@ -219,7 +229,7 @@ TEXT = (
 
 
 def run_scenario(name: str, args: argparse.Namespace) -> tuple[Scenario, Found]:
-    """All rounds of one scenario, the losses checked."""
+    """Run all rounds of one scenario and check the losses."""
     scenario = SCENARIOS[name]
     is_default = scenario.shape == Shape() and not scenario.lora and args.dtype == "float32" and not args.quick
     if args.quick:

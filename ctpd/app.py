@@ -44,7 +44,7 @@ class Experiment:
         recipe: a shipped name or a path.
         only: keep these runs and untrained rows.
         seeds: keep these seeds.
-        limit: evaluate on so many documents of each task; overrides the recipe's.
+        limit: number of documents of each task to evaluate; overrides the recipe's.
     """
 
     def __init__(
@@ -74,7 +74,7 @@ class Experiment:
 
     @cached_property
     def training(self) -> list[Stage]:
-        """The artifacts that stand for the models to be evaluated, ready-made ones left out."""
+        """The stages that make the evaluated models; ready-made models have none."""
         return [run.model.newest for run in self.runs if isinstance(run.model.newest, Stage)]
 
     @cached_property
@@ -97,7 +97,7 @@ class Experiment:
         return [self._record(run, self.evaluations[number]) for number, run in enumerate(self.runs)]
 
     def check_suite(self, store: Store) -> None:
-        """Load the tasks that are still to be evaluated: what is missing is said before hours of training, not after.
+        """Load the tasks that are still to be evaluated, so that missing data is reported before hours of training.
 
         Raises:
             UserError: an unknown task, another version than the suite's, missing data.
@@ -142,7 +142,8 @@ def run(
 ) -> "list[Table]":
     """Train, evaluate and compare everything that is missing; return the tables.
 
-    In this process, or those of the launcher that has started it: a recipe's `launch` block starts none here.
+    It runs in this process, or in the processes of the launcher that started it; `launch.num_processes` of the recipe
+    starts none.
 
     Args:
         recipe: a shipped name or a path.
@@ -167,7 +168,7 @@ def run(
 
 
 def plan(recipe: str | os.PathLike[str]) -> Graph:
-    """The whole graph of a recipe; nothing is computed."""
+    """The graph of all stages of a recipe; nothing is computed."""
     return Graph(Experiment(recipe).records)
 
 
@@ -180,11 +181,11 @@ def evaluation_stage(
     title: str,
     world: WorldStage | None = None,
 ) -> EvaluateStage:
-    """One model on one column, by the protocol of a recipe.
+    """The stage that evaluates one model on one column with a recipe's evaluation settings.
 
     Args:
-        precision: in which the model is evaluated.
-        title: of the model, for people.
+        precision: number format of the weights in evaluation.
+        title: the model's name in the stage's label.
         world: the testbed whose documents are read; None for the hub, or the mirror that ``spec`` names.
     """
     documents: WorldStage | Mirror | None = world
@@ -212,7 +213,11 @@ def _lm_eval_version() -> str:
 
 
 def read_records(experiment: Experiment, store: Store) -> list[Record]:
-    """The records that are there. Raises UserError if there is none."""
+    """Read the records that are in the store.
+
+    Raises:
+        UserError: there is none.
+    """
     found = _recorded(experiment, store)
     if not found:
         raise _no_records(experiment, store)
@@ -253,7 +258,7 @@ def _limit_of(store: Store, artifact: Artifact) -> int | None:
 
 
 def missing_runs(experiment: Experiment, store: Store) -> list[PlannedRun]:
-    """The runs whose record is not there."""
+    """The runs whose record is not in the store."""
     stages = zip(experiment.runs, experiment.records, strict=True)
     return [run for run, stage in stages if not store.has(stage.kind, stage.key)]
 

@@ -1,4 +1,4 @@
-"""A trained model as a plain directory that transformers, PEFT and everybody else load."""
+"""Export a trained model as a directory that transformers or PEFT can load."""
 
 import json
 import shutil
@@ -35,7 +35,7 @@ def export_model(store: Store, key: str, *, to: Path, form: ExportForm) -> str:
     """Copy a model out of the store, with its tokenizer and the template it was trained with; say what was written.
 
     Args:
-        key: the beginning of a key of a `train` or `pretrain` artifact.
+        key: the beginning of the key of a `train` or `pretrain` artifact.
         to: a directory that does not exist yet.
         form: whole weights or an adapter, and their number format.
 
@@ -151,10 +151,10 @@ def _save_merged(store: Store, chain: Mapping[str, Any], *, further: list[Path],
 
 
 def _resolve(store: Store, name: str, *, revision: str | None) -> Path:
-    """Where a part of a model is: `store:STAGE/KEY` names an artifact of this store, the rest a path or hub id.
+    """The folder or hub id of one part of a model; `store:STAGE/KEY` names an artifact of this store.
 
     Raises:
-        UserError: the path does not exist any more.
+        UserError: the path no longer exists.
     """
     if name.startswith("store:"):
         stage, _, key = name.removeprefix("store:").partition("/")

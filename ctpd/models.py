@@ -9,7 +9,7 @@ import json
 import math
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -181,8 +181,12 @@ def _fast_tokenizer(
     folder: str | Path, *, revision: str | None, where: str, fix: str | None
 ) -> PreTrainedTokenizerBase:
     try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(str(folder), revision=revision)
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            str(folder), revision=revision, trust_remote_code=False
+        )
     except (OSError, ValueError) as error:
+        if asks_for_code(error):
+            raise _custom_code("tokenizer", where) from error
         raise UserError(f"no tokenizer could be loaded ({_first_line(error)})", where=where, fix=fix) from error
     if not tokenizer.is_fast:
         raise UserError("the tokenizer is a slow one, which has no character offsets", where=where, fix=fix)
@@ -202,7 +206,8 @@ def load_model(
         revision: the pinned revision of a hub id.
 
     Raises:
-        UserError: the directory does not exist or holds no causal language model; 4 bits without bitsandbytes.
+        UserError: the directory does not exist or holds no causal language model, weights are missing or not in
+            safetensors files, or it needs code of its own; 4 bits without bitsandbytes.
     """
     if precision == "4bit" and adapters:
         with tempfile.TemporaryDirectory() as merged:
@@ -211,16 +216,7 @@ def load_model(
             ).save_pretrained(merged)
             return load_model(merged, precision=precision, device=device)
     options = _four_bits(device) if precision == "4bit" else {"dtype": DTYPES[precision]}
-    try:
-        config = AutoConfig.from_pretrained(str(folder), revision=revision)
-        _no_dropout(config)
-        model = AutoModelForCausalLM.from_pretrained(str(folder), config=config, revision=revision, **options)
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(
-            f"no causal language model could be loaded ({_first_line(error)})",
-            where=str(folder),
-            fix="Give a directory with config.json and safetensors weights, or a hub id with its revision",
-        ) from error
+    model = _checkpoint(str(folder), revision=revision, options=options)
     for adapter in adapters:
         with _peft_on_transformers():
             model = PeftModel.from_pretrained(model, str(adapter)).merge_and_unload()
@@ -230,6 +226,72 @@ def load_model(
     model.eval()
     install_scorer(model)
     return model
+
+
+def _checkpoint(folder: str, *, revision: str | None, options: Mapping[str, Any]) -> PreTrainedModel:
+    """The model of a checkpoint, with all of its weights and without dropout."""
+    try:
+        config = AutoConfig.from_pretrained(folder, revision=revision, trust_remote_code=False)
+        _no_dropout(config)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            folder,
+            config=config,
+            revision=revision,
+            trust_remote_code=False,
+            use_safetensors=True,
+            output_loading_info=True,
+            **options,
+        )
+    except (OSError, ValueError, KeyError) as error:
+        if asks_for_code(error):
+            raise _custom_code("model", folder) from error
+        raise UserError(
+            f"no causal language model could be loaded ({_first_line(error)})",
+            where=folder,
+            fix="Give a directory with config.json and safetensors weights, or a hub id with its revision",
+        ) from error
+    model: PreTrainedModel
+    model, found = loaded  # with `output_loading_info` the library returns both
+    _check_weights(found, where=folder)
+    return model
+
+
+def asks_for_code(error: BaseException) -> bool:
+    """Whether a library refused to load something because it comes with Python code of its own."""
+    return "custom code" in str(error) or "remote_code" in str(error)
+
+
+def _custom_code(what: str, where: str) -> UserError:
+    return UserError(
+        f"the {what} comes with Python code of its own (`auto_map` in its configuration), and ctpd runs no such code",
+        where=where,
+        fix="Use a model whose class is part of transformers",
+    )
+
+
+def _check_weights(found: Mapping[str, Any], *, where: str) -> None:
+    """Refuse a checkpoint that leaves weights of its model unset: the library would draw them at random.
+
+    Args:
+        found: what `from_pretrained` says of its loading.
+        where: the checkpoint.
+    """
+    missing = sorted({*found["missing_keys"], *(key for key, *_ in found["mismatched_keys"])})
+    if missing:
+        raise UserError(
+            f"the checkpoint lacks {len(missing)} of the model's weights, or has them in another shape: {_some(missing)}",
+            where=where,
+            fix="Bring the whole checkpoint; with a missing weight every load would give another model",
+        )
+    if unexpected := sorted(found["unexpected_keys"]):
+        warnings.warn(
+            f"{where}: the checkpoint holds weights that the model does not use: {_some(unexpected)}", stacklevel=3
+        )
+
+
+def _some(names: Sequence[str], *, most: int = 5) -> str:
+    more = len(names) - most
+    return ", ".join(names[:most]) + (f" and {more} more" if more > 0 else "")
 
 
 def _four_bits(device: str) -> dict[str, Any]:
@@ -250,7 +312,7 @@ def _four_bits(device: str) -> dict[str, Any]:
 
 def model_sizes(folder: str | Path, *, revision: str | None = None) -> tuple[int, int]:
     """(columns of the logits, hidden size) of a model, from its configuration alone."""
-    config = AutoConfig.from_pretrained(str(folder), revision=revision).get_text_config()
+    config = AutoConfig.from_pretrained(str(folder), revision=revision, trust_remote_code=False).get_text_config()
     return config.vocab_size, config.hidden_size
 
 

@@ -229,7 +229,7 @@ def _check_template(tokenizer: PreTrainedTokenizerBase, documents: Documents) ->
 
 
 def check_column(column: Column, *, data_root: Path | None) -> None:
-    """Build the tasks of a column, and keep them: what is missing is said before hours of training, not after.
+    """Build the tasks of a column, and keep them: so that missing data is reported before hours of training, not after.
 
     Raises:
         UserError: as ``load_tasks``.

@@ -19,7 +19,7 @@ def footnotes(
         spec: the table.
         rows: its finished rows.
         records: those that the rows show.
-        results: one evaluation of each column that some row has; comparable records agree on what is said here.
+        results: one evaluation of each column that some row has; equal in all comparable records.
     """
     yield from _partial(results)
     yield from _missing(rows)

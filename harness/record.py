@@ -357,7 +357,7 @@ def log_entries(history: Iterable[Mapping[str, Any]]) -> tuple[LogEntry, ...]:
 
 def _unreadable(path: Path, error: ValidationError) -> UserError:
     """The error for a file that is no record of this schema: its schema if it has another one, else what is wrong."""
-    again = "Run its recipe again with this version, which makes the record anew and keeps the trained models"
+    again = "Run its recipe again with this version, which rebuilds the record and keeps the trained models"
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except ValueError:

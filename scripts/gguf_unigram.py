@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 CONTROL, UNKNOWN = 3, 2  # GGUF token types
-PROBE = ("Hello world", [35378, 8999])  # as the published tokenizer reads it
+PROBE = ("Hello world", [35378, 8999])  # token ids of the published tokenizer
 
 
 def write(gguf_file: Path, to: Path) -> None:

@@ -1,7 +1,7 @@
-"""Memory of a training or a scoring pass, from a model's shape: the table of docs/scale.md (`python scripts/memory.py`).
+"""Estimate the memory of a training or a scoring pass from a model's shape (the table of docs/scale.md).
 
-Only arithmetic: what the formulas leave out is in docs/scale.md. Weights in training are float32, under autocast to
-bfloat16. All sizes are bytes for one GPU until they are printed; 1 GiB is 2**30 bytes.
+Run with `python scripts/memory.py`. docs/scale.md lists what the formulas leave out. Weights in training are float32,
+under autocast to bfloat16. All sizes are bytes for one GPU until they are printed; 1 GiB is 2**30 bytes.
 """
 
 import math
@@ -55,7 +55,7 @@ class Shape:
 
     @property
     def saved_by_layer(self) -> int:
-        """Bytes a token that one layer saves for the backward pass, under autocast; measured in test_memory.py."""
+        """Bytes per token that one layer saves for the backward pass, under autocast; measured in test_memory.py."""
         return 30 * self.hidden + 8 * self.intermediate + 4 * self.kv_width + 4 * self.heads + 8
 
 
@@ -83,34 +83,35 @@ class Training:
         tokens: padded tokens of one forward and backward pass (`micro_batch_tokens`, or one long pair).
         lora: the adapters' rank; None for full fine-tuning.
         base: bytes of a frozen weight (`lora.base`).
-        checkpointing: whether layers are computed again in the backward pass.
-        shares: over how many processes FSDP shares the weights out; 1 for none, DDP included.
+        checkpointing: whether layers are recomputed in the backward pass (activation checkpointing).
+        num_shards: number of processes over which FSDP shards the weights; 1 without FSDP.
     """
 
     tokens: int = 16384
     lora: int | None = None
     base: float = FLOAT32
     checkpointing: bool = True
-    shares: int = 1
+    num_shards: int = 1
     ddp: bool = False
 
 
 def training_bytes(shape: Shape, training: Training) -> dict[str, float]:
-    """The parts of a training's peak on one GPU; the scorer's tile is left to `head_bytes`."""
+    """The parts of a training's peak on one GPU; the scorer's tile is not included (`tile_bytes`)."""
     trained = shape.weights if training.lora is None else shape.adapters(training.lora)
     frozen = 0 if training.lora is None else shape.weights
     whole_layer, whole_head = FLOAT32 * shape.layer, FLOAT32 * shape.head * (1 if shape.tied else 2)
     # FSDP: the embeddings, this layer and the next one gathered, with one layer's and the embeddings' whole gradients.
-    gathered = 3 * whole_layer + 2 * whole_head if training.shares > 1 else 0
+    gathered = 3 * whole_layer + 2 * whole_head if training.num_shards > 1 else 0
     saved = shape.saved_by_layer * (1 if training.checkpointing else shape.layers)
     inputs = FLOAT32 * shape.hidden * (shape.layers if training.checkpointing else 0)
-    # A rounded copy of each weight: autocast's cache holds all of them, the backward pass those of what is not repeated.
-    copied_all = not training.checkpointing or (training.lora is None and training.shares == 1)
+    # Bfloat16 copies of weights. Autocast caches those of trained, unsharded weights of all layers; the backward pass
+    # needs those of all layers that are not recomputed.
+    copied_all = not training.checkpointing or (training.lora is None and training.num_shards == 1)
     copies = 0 if frozen and training.base < FLOAT32 else BFLOAT16 * shape.layer * (shape.layers if copied_all else 1)
     return {
-        "weights": (FLOAT32 * trained + training.base * frozen) / training.shares,
-        "gradients": FLOAT32 * trained * (2 if training.ddp else 1) / training.shares,
-        "AdamW": 2 * FLOAT32 * trained / training.shares,
+        "weights": (FLOAT32 * trained + training.base * frozen) / training.num_shards,
+        "gradients": FLOAT32 * trained * (2 if training.ddp else 1) / training.num_shards,
+        "AdamW": 2 * FLOAT32 * trained / training.num_shards,
         "gathered": gathered,
         "copies": copies,
         "activations": training.tokens * (saved + inputs),
@@ -119,12 +120,12 @@ def training_bytes(shape: Shape, training: Training) -> dict[str, float]:
 
 
 def tile_bytes(available: float) -> float:
-    """The scorer's tile on a GPU with so much memory (`ctpd.ops.logps.tile_bytes_for`), and its rounded copy."""
+    """The scorer's tile on a GPU with ``available`` bytes (`ctpd.ops.logps.tile_bytes_for`), and its rounded copy."""
     return min(max(available / 128, 64 * 2**20), GIB) * (1 + BFLOAT16 / FLOAT32)
 
 
 def scoring_bytes(shape: Shape, *, tokens: int = 32768) -> dict[str, float]:
-    """The parts of a signal's peak: a frozen model in bfloat16, and what one layer has at once."""
+    """The parts of a scoring pass's peak: a frozen model in bfloat16, and the activations of one layer."""
     layer = tokens * BFLOAT16 * (4 * shape.hidden + 3 * shape.intermediate + 2 * shape.kv_width)
     return {"weights": BFLOAT16 * shape.weights, "activations": layer, "head": 0}
 
@@ -151,10 +152,10 @@ CASES: dict[str, tuple[tuple[str, str, Training | None], ...]] = {
     ),
     "8 x 80 GB": (
         ("full, DDP", "Llama-3.2-1B", Training(ddp=True)),
-        ("full, FSDP", "Llama-3.1-8B", Training(shares=8)),
-        ("full, FSDP, not checkpointed", "Llama-3.1-8B", Training(shares=8, checkpointing=False, tokens=4096)),
-        ("teacher's SFT, full, FSDP", "Qwen2.5-7B", Training(shares=8)),
-        ("teacher's SFT, full, FSDP", "Qwen2.5-14B", Training(shares=8)),
+        ("full, FSDP", "Llama-3.1-8B", Training(num_shards=8)),
+        ("full, FSDP, not checkpointed", "Llama-3.1-8B", Training(num_shards=8, checkpointing=False, tokens=4096)),
+        ("teacher's SFT, full, FSDP", "Qwen2.5-7B", Training(num_shards=8)),
+        ("teacher's SFT, full, FSDP", "Qwen2.5-14B", Training(num_shards=8)),
     ),
 }  # fmt: skip
 PARTS = ("weights", "gradients", "AdamW", "gathered", "copies", "activations", "head")

@@ -1,8 +1,9 @@
-"""The span types of several tokenizers, each with each, on the responses of a file of pairs: results/mismatch.
+"""Span types of all combinations of several tokenizers on the responses of a file of pairs (results/mismatch).
 
     python scripts/mismatch.py --data PAIRS.parquet --to results/mismatch "Qwen 3=FOLDER" "Llama 3.1=FOLDER" ...
 
-Tokenizers are named NAME=PLACE, a PLACE as for `ctpd inspect`; each is the teacher of those after it and of itself.
+Tokenizers are given as NAME=MODEL, with MODEL as for `ctpd inspect`; each is the teacher of those after it and of
+itself.
 Writes mismatch.csv (all counts) and mismatch.md (percentages, fidelity, the published numbers beside ours).
 """
 
@@ -14,7 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 # A re-analysis by CTPD's authors on 2,000 UltraFeedback pairs, with the public code's alignment, which drops tokens
-# after characters of several bytes: (published pair, ours that is nearest to it, percentages of TYPES).
+# after characters of several bytes: (published pair, our pair that is closest to it, percentages of TYPES).
 PUBLISHED = (
     ("Qwen 2.5 -> Llama 3", ("Qwen 3", "Llama 3.1"), (98.60, 0.00, 0.80, 0.60)),
     ("Gemma 2 -> Llama 3", ("Gemma 3", "Llama 3.1"), (87.19, 1.78, 7.13, 3.90)),
@@ -53,7 +54,7 @@ def measure(tokenizers: Sequence[tuple[str, Any]], texts: Sequence[str]) -> list
 
 
 def to_csv(rows: Sequence[Row], path: Path) -> None:
-    """All counts and the percentages, a row a pair."""
+    """Write all counts and the percentages, one row per pair."""
     with path.open("w", encoding="utf-8", newline="") as handle:
         writer = csv.writer(handle, lineterminator="\n")
         writer.writerow(["teacher", "student", *rows[0].counts, *(f"{name} %" for name in TYPES)])
@@ -122,7 +123,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     try:
         named = [entry.partition("=") for entry in given.tokenizers]
-        tokenizers = [(name, find_tokenizer(place)) for name, _, place in named]
+        tokenizers = [(name, find_tokenizer(model)) for name, _, model in named]
         rows = measure(tokenizers, read_responses(given.data))
         given.to.mkdir(parents=True, exist_ok=True)
         to_csv(rows, given.to / "mismatch.csv")

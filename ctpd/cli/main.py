@@ -95,7 +95,7 @@ def main(args: list[str] | None = None) -> Any:
         error.show()
         sys.exit(error.exit_code)
     except click.Abort as error:
-        text = "Stopped. What is finished is kept; the same command goes on from there."
+        text = "Stopped. What is finished is kept; the same command continues from there."
         if not _left_to_parent(error, text, 130):
             click.echo(text, err=True)
         sys.exit(130)

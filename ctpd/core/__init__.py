@@ -1,1 +1,1 @@
-"""The parts that know nothing of models: errors, configuration, recipes, the store and the records."""
+"""Infrastructure that needs no model: errors, configuration, identities, processes and the artifact store."""

@@ -1,7 +1,7 @@
 """Strict configuration: parsed YAML into frozen pydantic models.
 
-Refuse, never repair: unknown and duplicate keys, wrong types, values out of range and missing fields are errors that
-name file, line and key.
+Nothing is repaired: unknown and duplicate keys, wrong types, values out of range and missing fields are errors that name
+file, line and key.
 """
 
 import dataclasses
@@ -28,7 +28,7 @@ class Config(BaseModel):
 
     @classmethod
     def of(cls, other: "Config") -> Self:
-        """The fields of this class out of a configuration that has them all."""
+        """Copy the fields of this class from another configuration that has all of them."""
         return cls.model_validate({name: getattr(other, name) for name in cls.model_fields})
 
 
@@ -37,7 +37,7 @@ PositiveInt = Annotated[int, Ge(1)]
 Positive = Annotated[float, Gt(0)]
 NonNegative = Annotated[float, Ge(0)]
 Share = Annotated[float, Ge(0), Le(1)]
-Seed = Annotated[int, Ge(0), Lt(2**32)]  # what numpy and torch both take
+Seed = Annotated[int, Ge(0), Lt(2**32)]  # the range that numpy and torch both accept
 Text = Annotated[str, MinLen(1)]
 Number = int | float
 
@@ -47,13 +47,13 @@ def validate(cls: type[C], data: Mapping[str, Any], *, source: str, path: str = 
 
     Args:
         cls: a ``Config``.
-        data: the mapping; a ``Located`` one gives errors their line.
+        data: the mapping; errors name the line if it is a ``Located`` one.
         source: the file, for errors.
         path: the dotted key of ``data`` inside the file, for errors.
 
     Raises:
-        UserError: unknown or missing key, a value of the wrong type or out of its range, or values that contradict
-            each other. One problem is reported, an unknown key before others.
+        UserError: unknown or missing key, a value of the wrong type or out of its range, or values that contradict each
+        other. Only one problem is reported, an unknown key before others.
     """
     try:
         return cls.model_validate(_plain(data))
@@ -62,7 +62,7 @@ def validate(cls: type[C], data: Mapping[str, Any], *, source: str, path: str = 
 
 
 def _plain(value: Any) -> Any:
-    """Mappings without their lines, sequences as tuples."""
+    """Convert mappings to plain dicts and sequences to tuples."""
     if isinstance(value, Mapping):
         return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -74,7 +74,7 @@ def to_plain(value: Any) -> Any:
     """Turn configurations, dataclasses, mappings and sequences into JSON's own types.
 
     Raises:
-        TypeError: a value has no canonical JSON form (so it can be no part of an identity).
+        TypeError: a value has no canonical JSON form, and so cannot be part of an identity.
     """
     if isinstance(value, BaseModel):
         return {name: to_plain(getattr(value, name)) for name in type(value).model_fields}

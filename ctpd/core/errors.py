@@ -1,4 +1,4 @@
-"""The two families of errors: wrong input (exit code 2), and everything else that can be said in one paragraph (1)."""
+"""Errors that the command line prints as one paragraph: `UserError` for wrong input (exit code 2), `CtpdError` otherwise (1)."""
 
 import difflib
 from collections.abc import Iterable

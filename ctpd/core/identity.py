@@ -1,7 +1,7 @@
-"""One canonical form of configuration for hashing, which can grow: fields at their default are left out.
+"""The canonical form of a configuration for hashing. Fields at their default are left out, so that fields can be added.
 
-A new field whose default is the old behaviour moves no key. A changed default must raise the version of the stages that
-read it: a test compares all defaults with a recorded list.
+A new field whose default keeps the old behaviour changes no key. A changed default needs a new version of the stages that
+read it; a test compares all defaults with a recorded list.
 """
 
 import hashlib
@@ -14,7 +14,7 @@ from pydantic import BaseModel
 
 
 def identity(value: Any) -> Any:
-    """A value as JSON, without the fields of configurations that equal their default.
+    """Convert a value to JSON types, without the fields of configurations that equal their default.
 
     Raises:
         TypeError: the value has no canonical form, and so cannot be part of an identity.
@@ -42,10 +42,10 @@ def _default(field: Any) -> Any:
 
 
 def canonical(value: Any) -> str:
-    """The one JSON text of an identity: sorted keys, no white space, no NaN."""
+    """Serialize JSON types in one canonical form: sorted keys, no white space, no NaN."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
 
 
 def digest(value: Any) -> str:
-    """sha256 of the canonical JSON of ``value``, which is of JSON types: 64 hex digits."""
+    """sha256 of the canonical JSON of ``value`` (JSON types only), as 64 hex digits."""
     return hashlib.sha256(canonical(value).encode()).hexdigest()

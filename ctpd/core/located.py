@@ -1,4 +1,4 @@
-"""YAML mappings that know their lines, by YAML 1.2's core schema; duplicate keys are refused."""
+"""Parse YAML by the core schema of YAML 1.2 into mappings with line numbers; duplicate keys are refused."""
 
 import re
 from typing import Any
@@ -9,9 +9,9 @@ from ctpd.core.errors import UserError
 
 
 class _StrictLoader(yaml.SafeLoader):
-    """SafeLoader by YAML 1.2's core schema: `5e-7` is a number, `no` a string, `010` ten; duplicate keys are refused."""
+    """SafeLoader with the core schema of YAML 1.2: `5e-7` is a number, `no` a string, `010` ten; duplicate keys are refused."""
 
-    yaml_implicit_resolvers: dict[str, list[Any]] = {}  # noqa: RUF012 (declared so by the library)
+    yaml_implicit_resolvers: dict[str, list[Any]] = {}  # noqa: RUF012 (declared like this in the library)
 
 
 # fmt: off
@@ -27,28 +27,28 @@ for _tag, _pattern, _first in (
 
 
 class Located(dict[str, Any]):
-    """A mapping that remembers the line on which it, and each of its keys, stands."""
+    """A mapping with the line number of each key."""
 
     lines: dict[str, int]
 
 
 def _construct_mapping(loader: _StrictLoader, node: yaml.MappingNode) -> Located:
-    written = {id(key_node) for key_node, _ in node.value}
-    loader.flatten_mapping(node)  # what `<<` merges comes first, and gives way to what is written here
+    own_nodes = {id(key_node) for key_node, _ in node.value}
+    loader.flatten_mapping(node)  # keys merged by `<<` come first; the mapping's own keys override them
     result, own = Located(), set()
     result.lines = {}
     for key_node, value_node in node.value:
         if not isinstance(key_node, yaml.ScalarNode):
-            raise yaml.constructor.ConstructorError(None, None, "a key is no text", key_node.start_mark)
-        key = key_node.value  # as it is written: a key `2026` or `true` is a name
+            raise yaml.constructor.ConstructorError(None, None, "a key is not a scalar", key_node.start_mark)
+        key = key_node.value  # the source text, so that keys such as `2026` or `true` stay strings
         line = key_node.start_mark.line + 1
         if key in own:
             raise UserError(
-                f"the key '{key}' stands twice, on lines {result.lines[key]} and {line}",
+                f"the key '{key}' is given twice, on lines {result.lines[key]} and {line}",
                 where=f"{key_node.start_mark.name}, line {line}",
                 fix="Remove one of the two",
             )
-        if id(key_node) in written:
+        if id(key_node) in own_nodes:
             own.add(key)
         result[key] = loader.construct_object(value_node, deep=True)
         result.lines[key] = line
@@ -60,12 +60,12 @@ def _construct_sequence(loader: _StrictLoader, node: yaml.SequenceNode) -> tuple
 
 
 def _construct_int(loader: _StrictLoader, node: yaml.ScalarNode) -> int:
-    """Decimal whatever it begins with; `0o` and `0x` name another base."""
+    """Parse an integer: decimal even with leading zeros; `0o` is octal, `0x` hexadecimal."""
     text = node.value
     try:
         return int(text, {"0o": 8, "0x": 16}.get(text[:2], 10))
     except ValueError as error:  # `!!int x`, or more digits than Python converts
-        raise yaml.constructor.ConstructorError(None, None, f"no whole number: {error}", node.start_mark) from error
+        raise yaml.constructor.ConstructorError(None, None, f"not an integer: {error}", node.start_mark) from error
 
 
 _StrictLoader.add_constructor("tag:yaml.org,2002:map", _construct_mapping)
@@ -77,7 +77,7 @@ def parse_yaml(text: str, *, source: str) -> Located:
     """Parse one YAML mapping; ``source`` names the file in errors.
 
     Raises:
-        UserError: the text is no YAML, no mapping, or repeats a key.
+        UserError: the text is not valid YAML, is not a mapping, or repeats a key.
     """
     try:
         loader = _StrictLoader(text)
@@ -87,8 +87,8 @@ def parse_yaml(text: str, *, source: str) -> Located:
         mark = error.problem_mark
         where = f"{source}, line {mark.line + 1}" if mark else source
         raise UserError(f"not valid YAML ({error.problem})", where=where, fix="Correct the syntax") from error
-    except yaml.YAMLError as error:  # a character that no YAML file may hold
+    except yaml.YAMLError as error:  # a character that YAML does not allow
         raise UserError(f"not valid YAML ({error})", where=source, fix="Correct the syntax") from error
     if not isinstance(data, Located):
-        raise UserError("the file holds no mapping", where=source, fix="Start it with `key: value` lines")
+        raise UserError("the file is not a mapping", where=source, fix="Start it with `key: value` lines")
     return data

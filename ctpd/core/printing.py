@@ -1,4 +1,4 @@
-"""Text for a terminal: names from users made safe, commands that can be pasted into a shell."""
+"""Text for a terminal: user-given names with control characters escaped, and commands that can be pasted into a shell."""
 
 import json
 import math
@@ -11,9 +11,9 @@ DEFAULT_STORE = "runs"  # the folder of the artifacts, relative to the working d
 
 
 def printable(text: str) -> str:
-    """The text on one line, with its code point in place of every character that does not print.
+    """The text with every non-printable character replaced by its code point, such as ``⟨U+001B⟩``.
 
-    A name with a line break or an escape sequence is shown, not obeyed.
+    A line break or an escape sequence in a name is shown and has no effect on the terminal.
     """
     if text.isprintable():
         return text

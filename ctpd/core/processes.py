@@ -1,7 +1,7 @@
-"""The processes of one launch, and the collective calls they need on CPU values.
+"""The processes of one launch, and collective operations on CPU values (a wrapper of `torch.distributed`).
 
 A launcher (`--num-processes`, `torchrun`, `accelerate launch`) sets RANK, WORLD_SIZE and LOCAL_RANK. Without them there
-is one process, and every call here returns at once.
+is one process, and every collective operation returns at once.
 """
 
 import contextlib
@@ -44,7 +44,8 @@ class Processes:
     def init_process_group(self, device: str = "cpu") -> None:
         """Initialize the default group: gloo for CPU tensors, NCCL for GPU tensors. A second call does nothing.
 
-        Call it before anything of `accelerate`, which then uses this group: its own has a short timeout.
+        Call it before `accelerate` is used, which then uses this group; the group that it would create has a short
+        timeout.
 
         Args:
             device: the torch device that this process computes on.
@@ -53,9 +54,9 @@ class Processes:
 
         if self.world_size == 1 or torch.distributed.is_initialized():
             return
-        # Ten functions of this module hold the group that exists when it is imported as a default argument. Imported
-        # after the next lines, it would keep the group alive after destroy_process_group, and gloo's threads would
-        # still run while the interpreter shuts down, which aborts the process.
+        # Import this module before the group exists: ten of its functions bind the current group as a default argument. That
+        # would keep the group alive after destroy_process_group, and gloo's threads, still running while the interpreter
+        # shuts down, would abort the process.
         import torch.distributed.nn.functional
 
         if device.startswith("cuda"):
@@ -65,7 +66,7 @@ class Processes:
             torch.distributed.init_process_group("gloo", timeout=_TIMEOUT)
 
     def destroy_process_group(self) -> None:
-        """Destroy the default group; the last call before the program ends without an error."""
+        """Destroy the default group; to be called last when the program ends without an error."""
         import torch
 
         if self.world_size > 1 and torch.distributed.is_initialized():
@@ -73,10 +74,10 @@ class Processes:
 
     def barrier(self) -> None:
         """Return when every process has called this."""
-        self.all_reduce(np.zeros(1, dtype=np.int64))  # after a broadcast rank 0 would not wait for the others
+        self.all_reduce(np.zeros(1, dtype=np.int64))  # a broadcast would not make rank 0 wait for the others
 
     def broadcast(self, number: int) -> int:
-        """The number of rank 0, in every process."""
+        """Broadcast an integer from rank 0; returned in every process."""
         if self.world_size == 1:
             return number
         import torch
@@ -87,7 +88,7 @@ class Processes:
         return int(value)
 
     def all_reduce(self, array: NDArray[np.generic]) -> NDArray[np.generic]:
-        """The sum over all processes of arrays of one shape: exact where at most one process has a nonzero entry."""
+        """Sum arrays of equal shape over all processes; exact wherever at most one process has a nonzero entry."""
         if self.world_size == 1:
             return array
         import torch
@@ -114,8 +115,8 @@ def processes() -> Processes:
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and "RANK" not in os.environ:
         raise UserError(
-            f"the environment says WORLD_SIZE={os.environ['WORLD_SIZE']} and no RANK",
-            fix="Start the processes with torchrun or accelerate, or take WORLD_SIZE out of the environment",
+            f"the environment sets WORLD_SIZE={os.environ['WORLD_SIZE']} and no RANK",
+            fix="Start the processes with torchrun or accelerate, or unset WORLD_SIZE",
         )
     rank, world_size, local_rank = (int(os.environ.get(name, "0")) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
     return Processes(rank, world_size, local_rank) if world_size > 1 else Processes()

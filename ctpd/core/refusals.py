@@ -1,4 +1,4 @@
-"""From pydantic's errors to one paragraph: file, line, dotted key, what was expected, and the nearest name."""
+"""Convert pydantic's validation errors to a `UserError` with file, line, dotted key, expected type and nearest name."""
 
 import types
 import typing
@@ -55,7 +55,7 @@ class Problem(NamedTuple):
 
 
 def first_problem(error: ValidationError, declared: Any, value: Any) -> Problem:
-    """The problem to report: an unknown key if there is one, as it explains a missing one, else the first."""
+    """Choose the problem to report: an unknown key if there is one, since it may be a misspelt missing one; else the first."""
     return _first(error, _kinds(declared), value, ())
 
 
@@ -72,7 +72,7 @@ def _first(error: ValidationError, kinds: list[_Kind], value: Any, keys: Keys) -
 
 
 def _in_union(kinds: list[_Kind], value: Any, keys: Keys) -> Problem:
-    """What is wrong by the one alternative that has the value's shape; pydantic reports the errors of all of them."""
+    """The problem in the alternative of a union that has the value's shape; pydantic reports errors of all alternatives."""
     shape = "mapping" if isinstance(value, Mapping) else "list" if isinstance(value, tuple) else "scalar"
     fitting = [kind for kind in kinds if kind.shape == shape]
     if len(fitting) == 1:
@@ -110,7 +110,7 @@ def refusal(problem: Problem, data: Mapping[str, Any], *, source: str, path: str
         fix = f"Use one of: {', '.join([*(f'`{name}`' for name in names), *others])}"
         return UserError(f"'{key}' is {value!r}.{nearest(value, names)}", where=where, fix=fix)
     numbers = [each for each in kinds if each.type in (int, float)]
-    named = [each for each in kinds if len(numbers) < 2 or each.type is not int]  # a whole number is a number
+    named = [each for each in kinds if len(numbers) < 2 or each.type is not int]  # float covers int
     expected = " or ".join(_described(each) for each in named) or "a value"
     return UserError(f"'{key}' must be {expected}, and is {_shown(value)}", where=where)
 
@@ -133,7 +133,7 @@ def _described(kind: _Kind) -> str:
     """A type and its range in plain words: `a whole number of at least 1`, `a number above 0`."""
     if _is_literal(kind):
         return "one of " + ", ".join(f"`{name}`" for name in typing.get_args(kind.type))
-    names = {str: "a text", int: "a whole number", float: "a number", bool: "true or false"}
+    names = {str: "a string", int: "a whole number", float: "a number", bool: "true or false"}
     noun = names.get(kind.type) or {"list": "a list", "mapping": "a mapping", "scalar": "a value"}[kind.shape]
     if any(isinstance(bound, MinLen) for bound in kind.bounds):
         return f"{noun} that is not empty"

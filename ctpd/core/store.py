@@ -71,7 +71,7 @@ class Store:
     def build(
         self, stage: str, key: str, *, identity: Mapping[str, Any], provenance: Mapping[str, Any]
     ) -> Iterator[Path]:
-        """Give a folder to build in; commit it when the block ends without an error.
+        """Yield a folder to build in; commit it when the block ends without an error.
 
         What an interrupted build left is removed first, except `RESUME_FOLDER`. Hold `lock`, and call `has` inside it,
         so that one process at a time builds a key.
@@ -125,7 +125,7 @@ class Store:
 
     @contextlib.contextmanager
     def try_lock(self, stage: str, key: str) -> Iterator[bool]:
-        """Hold the key's lock if nobody else does, without waiting; gives whether it is held.
+        """Take the key's lock if it is free, without waiting; yields whether it was taken.
 
         Raises:
             UserError: as `lock`.
@@ -139,12 +139,12 @@ class Store:
 
     def _acquired(self, stage: str, key: str, *, wait: bool) -> "FileLock | None":
         """The lock, held, or None if another holds it and ``wait`` is off."""
-        from filelock import FileLock, Timeout  # here: `import ctpd` stays fast
+        from filelock import FileLock, Timeout  # imported here so that `import ctpd` stays fast
 
         path = self.root / stage / f".{key}.lock"
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            lock = FileLock(path)  # flock underneath: it follows no symbolic link and truncates no file
+            lock = FileLock(path)  # uses flock; follows no symbolic link, truncates no file
             lock.acquire(blocking=wait)
         except Timeout:
             return None
@@ -231,7 +231,7 @@ def _damaged(folder: Path, what: str) -> DamagedArtifact:
     return DamagedArtifact(
         f"the stored artifact is damaged: {what}",
         where=str(folder),
-        fix="Run the same command again with `--rebuild`, which makes it anew",
+        fix="Run the same command again with `--rebuild`, which builds it again",
     )
 
 

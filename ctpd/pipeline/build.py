@@ -1,4 +1,4 @@
-"""Building the missing stages of a graph, with any number of other processes on the same store."""
+"""Build the missing stages of a graph. Any number of processes may share one store."""
 
 import contextlib
 import gc
@@ -13,8 +13,8 @@ from ctpd.pipeline.progress import Bar, Progress
 from ctpd.pipeline.runtime import Runtime, provenance
 from ctpd.pipeline.stage import Stage, Work
 
-POLL_SECONDS = 0.5  # how often a process that waits for others looks again
-FULL_COLLECTION_SECONDS = 30.0  # how often the garbage collector looks at all objects, imported modules included
+POLL_SECONDS = 0.5  # how often a process that waits for others checks the store
+FULL_COLLECTION_SECONDS = 30.0  # time between full garbage collections, which visit imported modules too
 NOTHING_MISSING, ONE_EACH = -1, -2  # broadcast by rank 0 instead of the index of a stage
 
 _last_full_collection = 0.0
@@ -23,9 +23,9 @@ _last_full_collection = 0.0
 def build_missing(graph: Graph, store: Store, *, runtime: Runtime, progress: Progress, rebuild: bool = False) -> int:
     """Build what is missing and check what is there; return the number of stages that were missing.
 
-    Any number of processes may do this on one store: each stage is built by one of them, or, a collective one, by all
-    processes of a launch, which must call this with the same targets.
-    With ``rebuild``, artifacts that are found damaged are removed and built anew.
+    Any number of processes may do this on one store. Each stage is built by one of them; a collective stage is built by all
+    processes of a launch, which must call this function with the same targets.
+    With ``rebuild``, damaged artifacts are removed and built again.
 
     Raises:
         DamagedArtifact: a target, or an input of a missing stage, is damaged and ``rebuild`` is off.
@@ -67,7 +67,7 @@ class _Builder:
                 self._pause(candidates)
 
     def run_collectively(self) -> None:
-        """The same by all processes of a launch: a collective stage comes first, the others are built one each."""
+        """Build with all processes of a launch: collective stages first, then one other stage per process at a time."""
         ranks = processes()
         index = ONE_EACH
         while index != NOTHING_MISSING:
@@ -80,7 +80,7 @@ class _Builder:
             _collect_garbage()
 
     def _choice(self, locks: contextlib.ExitStack) -> int:
-        """The index of a collective stage, whose lock is then held, or what there is to do instead."""
+        """The index of a collective stage to build, with its lock held; else ONE_EACH or NOTHING_MISSING."""
         missing = self.graph.missing(self.store)
         for stage in ready(missing):
             if not stage.collective or not locks.enter_context(self.store.try_lock(stage.kind, stage.key)):
@@ -95,11 +95,11 @@ class _Builder:
             bar = stack.enter_context(self._bar(stage))
             if ranks.is_main:
                 stack.enter_context(_artifact(stage, self.store, self.runtime))
-            ranks.barrier()  # the folder is there
+            ranks.barrier()  # the folder exists now
             stage.unlabelled().build(self._work(stage, bar, notes, writes=ranks.is_main))
-            ranks.barrier()  # rank 0 may finish before another
+            ranks.barrier()  # the other ranks may still be writing or computing
         self._show(stage, notes)
-        ranks.barrier()  # the artifact is there
+        ranks.barrier()  # the artifact is complete now
 
     def _build_one_each(self) -> None:
         """A round in which each process builds what it can lock of the stages that are ready now."""
@@ -113,7 +113,7 @@ class _Builder:
         processes().barrier()
 
     def _build_one(self, candidates: Sequence[Stage]) -> bool:
-        """Build the first stage that is neither there nor locked; says whether there was one."""
+        """Build the first stage that is neither finished nor locked; returns whether there was one."""
         for stage in candidates:
             with self.store.try_lock(stage.kind, stage.key) as locked:
                 if not locked or self.store.has(stage.kind, stage.key):
@@ -140,7 +140,7 @@ class _Builder:
         return Work(folder, self.runtime, bar.update, writes, folders, notes.append)
 
     def _pause(self, candidates: Sequence[Stage]) -> None:
-        """Wait a little for the processes that build these; say once what is waited for."""
+        """Sleep while other processes build these stages; report once which stage is waited for."""
         waiting = [stage for stage in candidates if not self.store.has(stage.kind, stage.key)]
         if waiting and not self.announced & {stage.key for stage in waiting}:
             self.progress.note(f"Another process builds: {waiting[0].label}")
@@ -151,8 +151,8 @@ class _Builder:
 def _collect_garbage() -> None:
     """Collect garbage between stages: models hold reference cycles, and their memory would be freed late.
 
-    Objects that survive, mostly imported modules, are frozen and looked at again only now and then: a full collection
-    takes longer than small stages.
+    Surviving objects, mostly imported modules, are frozen, and collected again only every FULL_COLLECTION_SECONDS: a full
+    collection takes longer than small stages.
     """
     global _last_full_collection
     if time.monotonic() - _last_full_collection > FULL_COLLECTION_SECONDS:

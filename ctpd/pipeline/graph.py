@@ -1,4 +1,4 @@
-"""The graph of the stages that some targets need: what is there, and what is missing."""
+"""The graph of the stages that some targets need: which are in the store, and which are missing."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -29,7 +29,7 @@ class Graph:
         self.stages = tuple(ordered.values())
 
     def plan(self, store: Store) -> list[PlanLine]:
-        """Hits and misses; builds nothing."""
+        """Which stages are in the store; builds nothing."""
         return [PlanLine(s.label, s.kind, s.key, store.has(s.kind, s.key)) for s in self.stages]
 
     def missing(self, store: Store) -> list[Stage]:
@@ -40,7 +40,7 @@ class Graph:
         return list(needed.values())
 
     def check(self, store: Store, *, rebuild: bool = False) -> None:
-        """Compare what a build would read with its manifests; with ``rebuild`` remove what is damaged.
+        """Compare the artifacts that a build would read with their manifests; with ``rebuild`` remove damaged ones.
 
         Raises:
             DamagedArtifact: an artifact is damaged and ``rebuild`` is off.
@@ -56,18 +56,18 @@ class Graph:
             if not rebuild:
                 store.open(stage.kind, stage.key)
             elif _remove_damaged(stage, store):
-                self.check(store, rebuild=True)  # its inputs are used now, and may be damaged too
+                self.check(store, rebuild=True)  # its inputs will be read now, and may be damaged too
                 return
 
 
 def ready(missing: Sequence[Stage]) -> list[Stage]:
-    """Those of the missing stages whose inputs are all there."""
+    """Those of the missing stages whose inputs are all in the store."""
     keys = {stage.key for stage in missing}
     return [stage for stage in missing if not any(source.key in keys for source in stage.inputs.values())]
 
 
 def _remove_damaged(stage: Stage, store: Store) -> bool:
-    """Compare an artifact byte for byte and remove it if it is damaged; says whether it was."""
+    """Compare an artifact byte for byte and remove it if it is damaged; returns whether it was."""
     with store.lock(stage.kind, stage.key):  # another process may be rebuilding it
         try:
             store.verify(stage.kind, stage.key)

@@ -34,12 +34,12 @@ METHODS: Mapping[str, str] = {
 
 @dataclass(frozen=True)
 class Method(Part):
-    """A method of the table with its parameters, and what it requires: data, no module.
+    """A method of `METHODS` with its parameters and requirements: data, not yet a module.
 
     Attributes:
-        name: in the table.
+        name: a key of `METHODS`.
         params: every parameter of the objective.
-        requires: what has to be prepared for the objective; follows from name and parameters.
+        requires: what has to be prepared for the objective; determined by name and parameters.
     """
 
     name: str
@@ -55,10 +55,10 @@ class Method(Part):
 
     @classmethod
     def make(cls, name: str, params: Mapping[str, Any], *, source: str) -> "Method":
-        """The method with these parameters; defaults fill the rest.
+        """Check the parameters of a method; missing ones get their defaults.
 
         Args:
-            name: a name of the table.
+            name: a key of `METHODS`.
             params: the recipe's values.
             source: the recipe and run, for errors.
 
@@ -68,7 +68,7 @@ class Method(Part):
         objective_class = _objective_class(name, source=source)
         try:
             checked = validate(objective_class.params_type, params, source=source)
-            # The module is made to read what it requires, and thrown away: it has no weights before it is bound.
+            # The module is constructed only to read its requirements; before `bind` it has no weights.
             return cls(name, checked, objective_class(checked).requirements)
         except UserError as error:
             if error.where is not None:
@@ -76,9 +76,9 @@ class Method(Part):
             raise UserError(error.what, where=source, fix=error.fix) from error
 
     def objective(self) -> "Objective":
-        """A new module."""
-        made: Objective = _objective_class(self.name, source=self.name)(self.params)
-        return made
+        """Construct the objective's module."""
+        module: Objective = _objective_class(self.name, source=self.name)(self.params)
+        return module
 
 
 def params_type(name: str) -> type[Config]:

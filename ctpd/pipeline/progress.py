@@ -1,4 +1,4 @@
-"""What a person sees while stages run: on a terminal a live bar for the running stage, and a line for each finished one."""
+"""Progress output while stages run: on a terminal a live bar for the running stage, and a line for each finished one."""
 
 import sys
 import time
@@ -22,12 +22,12 @@ class Bar(Protocol):
     """The progress of one stage."""
 
     def update(self, done: int, total: int) -> None:
-        """Show ``done`` of ``total``; may be called as often as one likes."""
+        """Show ``done`` of ``total``; may be called for every batch."""
         ...
 
 
 class _NoBar:
-    """Shows nothing: with `quiet`, and where the output is no terminal."""
+    """Shows nothing: with `quiet`, and where the output is not a terminal."""
 
     def update(self, done: int, total: int) -> None:
         """Do nothing."""
@@ -66,7 +66,7 @@ class Progress:
             self.note(f"{title:<{_LABEL_WIDTH}} {outcome} {_clock(time.monotonic() - start)}")
 
     def note(self, text: str) -> None:
-        """One line of its own."""
+        """Print one line."""
         if self._stream is not None:
             self._stream.write(printable(text) + "\n")
             self._stream.flush()

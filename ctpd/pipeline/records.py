@@ -1,4 +1,4 @@
-"""What is known of a run before it is executed: the head of its record."""
+"""The head of a record: what is known about a run before it is executed."""
 
 from collections.abc import Mapping
 
@@ -18,7 +18,7 @@ UNTRAINED: Mapping[Role, RowKind] = {"teacher": "untrained teacher", "student": 
 
 
 def record_head(run: PlannedRun, recipe: Recipe, stages: SharedStages, *, suite: str) -> RecordHead:
-    """Run, method, parameters, the settings that a comparison's runs share, and what the run reads."""
+    """Run, method, parameters, the shared settings of the comparison, and the frozen models that the run uses."""
     return RecordHead(
         recipe=recipe.name,
         run=run.name,
@@ -40,7 +40,7 @@ def _method(run: PlannedRun) -> Method | None:
 
 
 def _digests(recipe: Recipe, stages: SharedStages) -> dict[str, str]:
-    """Digests of what the recipe's `shared` block names by a path."""
+    """Digests of the files and folders that the recipe's `shared` block names by path."""
     found = {}
     for name in local_settings(recipe.shared):
         role, _, part = name.partition(".")
@@ -55,7 +55,7 @@ def _digests(recipe: Recipe, stages: SharedStages) -> dict[str, str]:
 
 
 def signals_read(run: PlannedRun) -> tuple[StoredSignal, ...]:
-    """The stored results of frozen models that a run reads, each of one pass over the pairs."""
+    """The stored results of frozen models that a run reads; each costs one scoring pass over the pairs."""
     training = run.training
     if training is None:
         return ()

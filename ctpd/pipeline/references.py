@@ -35,7 +35,7 @@ class External(Part):
 
     @property
     def identity(self) -> str:
-        """The digest: where a directory stands does not matter."""
+        """The digest; the directory's path is not part of a key."""
         return self.digest
 
     @property
@@ -50,7 +50,7 @@ def external_model(location: str, *, revision: str | None, role: str, in_recipe:
     Args:
         location: a directory, or a hub id.
         revision: a hub id's commit; None for a directory.
-        role: whose model it is, for messages.
+        role: "teacher", "student" or the like, for messages.
         in_recipe: whether ``location`` is written in a recipe, for messages; else it comes from `--model`.
 
     Raises:
@@ -78,7 +78,9 @@ def external_model(location: str, *, revision: str | None, role: str, in_recipe:
         problem = "does not exist" if not folder.exists() else "holds no config.json"
         fix = "Correct the path, which is relative to the working directory"
         if in_recipe:
-            fix = "Correct the path in the recipe (it is relative to the working directory), or make the model first; "
+            fix = (
+                "Correct the path in the recipe (it is relative to the working directory), or create the model first;  "
+            )
             fix += "the recipe's header says how"
         raise UserError(f"the model directory '{location}' of the {role} {problem}", fix=fix)
     # Absolute, because artifacts name their base model and are read from other working directories.
@@ -86,7 +88,7 @@ def external_model(location: str, *, revision: str | None, role: str, in_recipe:
 
 
 def cached_digest(folder: Path) -> str:
-    """The digest of a folder's files, computed once a process as long as none changes."""
+    """The digest of a folder's files; cached until a file changes."""
     return _folder_digest(folder.resolve(), _newest(folder))
 
 
@@ -104,7 +106,7 @@ Source = Stage | External
 
 
 def location(source: Source, work: Work) -> str:
-    """The directory or hub id of a source, for a build."""
+    """The directory or hub id of a source; used in `build`."""
     return source.location if isinstance(source, External) else str(work.path(source) / MODEL_FOLDER)
 
 
@@ -122,7 +124,7 @@ def read_tokenizer(source: Source, work: Work) -> Any:
 
 @dataclass(frozen=True, eq=False)
 class Model(Part):
-    """A model to be: a whole model, adapters merged into it in order, and the tokenizer."""
+    """A planned model: base weights, LoRA adapters to merge into them in order, and the tokenizer."""
 
     root: Source
     tokenizer: Source
@@ -130,11 +132,11 @@ class Model(Part):
 
     @property
     def newest(self) -> Source:
-        """What the last training made: the artifact that stands for this model."""
+        """The source of the last adapter, or of the base weights if there is none."""
         return self.adapters[-1] if self.adapters else self.root
 
     def located(self, work: Work) -> "LocatedModel":
-        """Where everything lies, for a build."""
+        """The paths or hub ids of all parts; used in `build`."""
         return LocatedModel(
             folder=location(self.root, work),
             revision=revision(self.root),
@@ -144,7 +146,7 @@ class Model(Part):
         )
 
     def chain(self) -> dict[str, Any]:
-        """Where the parts are, so that a model can be put together outside the graph (`ctpd export --merge`)."""
+        """References to the parts, from which `ctpd export --merge` loads the model without the graph."""
         return {
             "base": _reference(self.root),
             "revision": revision(self.root),

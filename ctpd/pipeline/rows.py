@@ -1,4 +1,4 @@
-"""From prepared pairs and stored signals to the rows that a training scores: units, references, weights."""
+"""Make the rows that a training scores from prepared pairs and stored signals: units, references, weights."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -37,7 +37,7 @@ def units_of(
 def unit_signal(
     prepared: PreparedPairs, role: Role, logps: NDArray[np.float32], *, granularity: Granularity, aggregate: Aggregate
 ) -> NDArray[np.float32]:
-    """A stored signal (one value a token of the model ``role``) as one value a unit, flat."""
+    """Aggregate a stored signal (one value per token of the model ``role``) to one value per unit, flat."""
     unit, unit_starts = units_of(prepared, role, granularity)
     sums = flat_unit_sums(
         torch.from_numpy(logps),
@@ -50,17 +50,17 @@ def unit_signal(
 
 
 def end_units(prepared: PreparedPairs, unit_starts: NDArray[np.int64]) -> NDArray[np.bool_]:
-    """Which units are end spans: the last one of every row that has its end."""
+    """Which units are end spans: the last unit of every row that has an end token."""
     is_end = np.zeros(int(unit_starts[-1]), dtype=bool)
     is_end[unit_starts[1:][prepared.has_end] - 1] = True
     return is_end
 
 
 class Constants(NamedTuple):
-    """What stays the same while a model is trained on its rows.
+    """Precomputed values of the rows that stay constant during training.
 
     Attributes:
-        reference: the role whose tokens the reference's log-probabilities have, and one of them per token.
+        reference: the role whose tokens were scored, and the reference model's log-probability of each of these tokens.
         weights: importance weights, one per unit, the units of all rows one after another.
     """
 
@@ -115,7 +115,7 @@ def _unit_reference(
 
 
 def text_rows(token_ids: Sequence[Sequence[int]]) -> ScoredRows:
-    """Whole texts, every token but the first scored: pretraining as fine-tuning without a prompt."""
+    """Rows of whole texts, of which every token but the first is scored (pretraining)."""
     lengths = np.array([len(ids) for ids in token_ids], dtype=np.int64)
     row_starts = starts_of(lengths)
     position = np.arange(row_starts[-1]) - np.repeat(row_starts[:-1], lengths)
@@ -148,5 +148,5 @@ def prompts_of(rows: TokenRows) -> list[NDArray[np.int32]]:
 
 
 def starts_of(lengths: NDArray[np.integer]) -> NDArray[np.int64]:
-    """Where each of consecutive stretches begins, and their total."""
+    """Start indices of consecutive segments with these lengths, and their total."""
     return np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)

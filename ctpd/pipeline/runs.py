@@ -1,4 +1,4 @@
-"""From a recipe to its runs: one per method and seed, ablations expanded, and the untrained rows."""
+"""Plan the runs of a recipe: one per method and seed, ablations expanded, and the untrained rows."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -30,12 +30,12 @@ class PlannedRun:
 
     @property
     def title(self) -> str:
-        """Name and seed, for people."""
+        """Name and seed, for display."""
         return self.name if self.seed is None else f"{self.name}, seed {self.seed}"
 
 
 def plan_runs(recipe: Recipe, stages: SharedStages, *, source: str) -> Iterator[PlannedRun]:
-    """Every run of a recipe: untrained rows first, then seed by seed, so that a stopped study has whole seeds."""
+    """Every run of a recipe: untrained rows first, then seed by seed, so that an interrupted study has complete seeds."""
     for name, role in recipe.untrained.items():
         yield PlannedRun(name, None, role, stages.sft[role])
     for seed in recipe.shared.seeds:

@@ -1,4 +1,4 @@
-"""How a run is executed, not what it computes: it is recorded, and part of no key."""
+"""How a run is executed. These settings are recorded and are not part of any key."""
 
 import functools
 import os
@@ -38,12 +38,14 @@ class Runtime:
     """Execution settings.
 
     Attributes:
-        device: torch device; `auto` is CUDA where torch finds a GPU, else the CPU; of several processes each takes its own GPU.
-        micro_batch_tokens: the most padded tokens in one forward and backward pass; it decides the pairs per pass.
+        device: torch device; `auto` is CUDA where torch finds a GPU, else the CPU; each process of a launch uses the
+            GPU of its local rank.
+        micro_batch_tokens: largest number of padded tokens in one forward and backward pass; it limits the pairs per
+            pass.
         signal_batch_tokens: the same for scoring passes, which need no gradient.
         checkpoint_seconds: seconds between two resume states of a training.
         report_to: loggers of `transformers` that receive the training's metrics.
-        fsdp: how the weights in training are sharded over the processes of a launch; None: each process holds all.
+        fsdp: how the trained weights are sharded over the processes of a launch; None: DDP.
     """
 
     device: str = "auto"

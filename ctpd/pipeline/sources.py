@@ -1,4 +1,4 @@
-"""Reading rows of pairs from files and from the hub. What the rows mean is `ctpd.text.pairs`' business."""
+"""Read rows of pairs from files and from the hub. `ctpd.text.pairs` interprets the rows."""
 
 import csv
 import hashlib
@@ -19,7 +19,7 @@ def read_rows(path: Path) -> Iterator[Row]:
     """The rows of a local jsonl, json, parquet or csv file.
 
     Raises:
-        UserError: no such file, an unknown ending, or a row that is no record.
+        UserError: no such file, an unknown ending, or a row that is not an object.
     """
     readers: dict[str, Callable[[Path], Iterator[Row]]] = {
         ".jsonl": _jsonl,
@@ -101,7 +101,7 @@ def _count_rows(path: Path, size: int, changed: int) -> int | None:
 
 
 def same_vocabulary(one: External, other: External) -> bool | None:
-    """Whether two tokenizer directories hold the same tokens under the same ids; None where their files do not say.
+    """Whether two tokenizer directories hold the same tokens under the same ids; None if a file does not say.
 
     Reads `tokenizer.json` alone: loading a tokenizer takes longer than a plan should.
     """
@@ -130,7 +130,7 @@ def _jsonl(path: Path) -> Iterator[Row]:
 def _json(path: Path) -> Iterator[Row]:
     data = _decode(path.read_text(encoding="utf-8"), str(path))
     if not isinstance(data, list):
-        raise UserError("the file holds no list of records", where=str(path), fix="Give a JSON list, or jsonl")
+        raise UserError("the file is not a list of objects", where=str(path), fix="Give a JSON list, or jsonl")
     for number, item in enumerate(data):
         yield _record(item, f"{path}, item {number}")
 
@@ -161,5 +161,7 @@ def _decode(text: str, where: str) -> Any:
 
 def _record(item: Any, where: str) -> Row:
     if not isinstance(item, dict):
-        raise UserError("the row is no record of columns", where=where, fix='Write {"prompt": ..., "chosen": ...}')
+        raise UserError(
+            "the row is not an object with columns", where=where, fix='Write {"prompt": ..., "chosen": ...}'
+        )
     return item

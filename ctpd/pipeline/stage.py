@@ -1,7 +1,7 @@
-"""What a stage is: a frozen configuration and its inputs, which together are its key, and how it is built.
+"""The base class of stages: a frozen configuration and inputs, which determine the key, and `build`.
 
 Every field of a stage but its label is part of the key, and so is every stage that it can read. `build` runs on a copy
-without the label, and `Work.path` knows the inputs alone: what is not in the key cannot reach an artifact.
+without the label, and `Work.path` gives the folders of inputs only, so nothing outside the key can affect an artifact.
 """
 
 import copy
@@ -21,13 +21,13 @@ from ctpd.pipeline.runtime import Runtime
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-    """What a build is given: its folder, its inputs' folders, and how to run.
+    """The arguments of a build: its folder, its inputs' folders, and execution settings.
 
     Attributes:
         folder: where the stage writes its files.
-        runtime: device, memory and loggers: nothing that moves a number beyond rounding.
+        runtime: device, memory and loggers; they change results by rounding at most.
         progress: called with (done, total).
-        writes: off in all but rank 0 of the processes that build a collective stage: they compute and write no file.
+        writes: whether this process writes files; in a collective stage only rank 0 does.
         folders: key -> folder of each input.
         note: called with a sentence for the user, which is shown when the stage has ended.
     """
@@ -43,22 +43,22 @@ class Work:
         """The folder of an input's artifact.
 
         Raises:
-            LookupError: the stage is no input of the stage that is built, and so no part of its key.
+            LookupError: the stage is not an input of the stage that is built, and so not part of its key.
         """
         if stage.key not in self.folders:
-            raise LookupError(f"{stage.kind} is read and is no input: it is not part of the key")
+            raise LookupError(f"the build reads {stage.kind}, which is not an input and so not part of the key")
         return self.folders[stage.key]
 
 
 class Part:
     """A frozen dataclass that several stages have in common, such as a model with its tokenizer and adapters.
 
-    All of its fields are part of the key, unless it says otherwise by an `identity` of its own.
+    All of its fields are part of the key, unless it overrides `identity`.
     """
 
     @property
     def identity(self) -> Any:
-        """What the key is made of, of JSON types."""
+        """The part's contribution to a key, as JSON types."""
         return {name: _identity(value) for name, value in _own_fields(self)}
 
     @property
@@ -70,10 +70,10 @@ class Part:
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
 class Stage(Part):
-    """One artifact to be. Subclasses are frozen dataclasses: their fields are the key; `build` makes the artifact.
+    """One artifact that can be built. Subclasses are frozen dataclasses whose fields determine the key.
 
     Attributes:
-        label: for people; not part of the key.
+        label: shown in progress and plans; not part of the key.
     """
 
     kind: ClassVar[str]
@@ -96,7 +96,7 @@ class Stage(Part):
 
     @cached_property
     def identity(self) -> dict[str, Any]:
-        """Everything that the key is made of."""
+        """Everything that determines the key, as JSON types."""
         fields = {name: _identity(value) for name, value in _own_fields(self)}
         return {"stage": self.kind, "version": self.version, **fields}
 
@@ -106,14 +106,14 @@ class Stage(Part):
         return identity.digest(self.identity)[:32]
 
     def unlabelled(self) -> Self:
-        """The stage as `build` sees it."""
+        """A copy without the label, on which `build` runs."""
         seen = copy.copy(self)
         del seen.__dict__["label"]
         return seen
 
 
 def _own_fields(part: Part) -> Iterator[tuple[str, Any]]:
-    """The fields that are part of a key: all but the label, and those that have another value than their default."""
+    """The fields that are part of a key: all but the label, without those that equal their default."""
     for field in dataclasses.fields(part):  # type: ignore[arg-type]
         if field.name == "label":
             continue

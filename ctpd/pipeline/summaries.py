@@ -1,4 +1,4 @@
-"""What a record keeps of the importance weights: their distribution, how well they tell right from wrong, examples."""
+"""Summary of the importance weights for a record: distribution, AUROC against right/wrong marks, examples."""
 
 from typing import NamedTuple
 
@@ -92,7 +92,7 @@ def _log_ratio_auroc(
 
 
 def auroc(scores: NDArray[np.floating], positive: NDArray[np.bool_]) -> float | None:
-    """Probability that a positive's score exceeds a negative's, ties counted half; None where one kind is absent."""
+    """Probability that a positive's score exceeds a negative's, ties counted half; None if one class is absent."""
     num_positive, num_negative = int(positive.sum()), int((~positive).sum())
     if not num_positive or not num_negative:
         return None

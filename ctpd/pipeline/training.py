@@ -1,4 +1,4 @@
-"""What the stages that train or score have in common: settings of this machine, and how results are saved."""
+"""Helpers of the stages that train or score: execution settings, and saving of results."""
 
 import json
 import shutil
@@ -22,7 +22,7 @@ TRAINING = "training.json"
 
 
 def fit_settings(work: Work) -> FitSettings:
-    """How this machine trains."""
+    """The settings of a training that depend on this machine."""
     runtime = work.runtime
     return FitSettings(
         device=runtime.torch_device(),
@@ -35,12 +35,12 @@ def fit_settings(work: Work) -> FitSettings:
 
 
 def resume_folder(work: Work) -> Path:
-    """Where a training keeps the states that it can resume from."""
+    """The folder of a training's resume states."""
     return work.folder / RESUME_FOLDER
 
 
 def save_trained(work: Work, model: nn.Module) -> None:
-    """Write the weights; every process of a launch must call it, since each may hold a shard of them."""
+    """Write the weights. All processes of a launch must call it, since each may hold a shard."""
     state = whole_state(model)
     if work.writes:
         save_model(model, work.folder / MODEL_FOLDER, state=state)

@@ -1,4 +1,4 @@
-"""Two vocabularies side by side: what distillation must know of both, and which of their tokens are compared."""
+"""The vocabularies of teacher and student: facts that distillation objectives need, and aligned tokens."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -32,7 +32,7 @@ def model_facts(located: LocatedModel) -> ModelFacts:
     """Vocabulary and sizes of a model, from its configuration and tokenizer alone."""
     tokenizer: Any = located.load_tokenizer()
     vocab_size, hidden_size = model_sizes(located.folder, revision=located.revision)
-    # A tokenizer may have more ids than the model has logits: what cannot be predicted is not part of its vocabulary.
+    # A tokenizer may have more ids than the model has logits: tokens without a logit are not part of its vocabulary.
     tokens = tokenizer.convert_ids_to_tokens(range(min(len(tokenizer), vocab_size)))
     added = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
     return ModelFacts(
@@ -46,7 +46,7 @@ def model_facts(located: LocatedModel) -> ModelFacts:
 def bind_objective(
     objective: DistillationObjective[Any], *, student: LocatedModel, teacher: LocatedModel, seed: int
 ) -> BothFacts:
-    """Read the facts of both models and let the objective make its maps and parameters from them.
+    """Read the facts of both models and bind the objective to them: it builds token maps and parameters.
 
     Raises:
         UserError: the objective compares token by token, and the models have two tokenizers.
@@ -104,7 +104,7 @@ def aligned_tokens(
     """For each token of the student the index of its aligned token among the scored ones of the teacher's row, or -1.
 
     Args:
-        rows: the rows that are trained or evaluated on; tokens of the others have none.
+        rows: the rows that are trained or evaluated on; tokens of other rows get -1.
     """
     student, teacher = prepared.student, prepared.teacher
     result = np.full(len(student.input_ids), -1, dtype=np.int32)
@@ -130,7 +130,7 @@ def aligned_tokens(
 
 
 def dropped_mass(teacher: TokenRows, stored: Mapping[str, NDArray[np.generic]], items: NDArray[np.int64]) -> float:
-    """The mean probability of what was not stored, over the scored tokens of the rows that are trained on."""
+    """Mean probability mass of the tokens that were not stored, over the scored tokens of the trained rows."""
     row = np.repeat(np.arange(len(teacher.row_starts) - 1), np.diff(teacher.row_starts))[teacher.unit >= 0]
     kept = np.exp(stored[TOP_LOGPS][np.isin(row, items)].astype(np.float64)).sum(axis=1)
     return float(np.clip(1.0 - kept, 0.0, None).mean())

@@ -12,23 +12,23 @@ def trials(recipe: Recipe, name: str) -> dict[str, RunSpec]:
         return {name: spec}
     points = [dict(zip(recipe.grid, values, strict=True)) for values in itertools.product(*recipe.grid.values())]
     return {
-        f"{name}: {', '.join(f'{field} {_written(value)}' for field, value in point.items())}": RunSpec(
+        f"{name}: {', '.join(f'{field} {_formatted(value)}' for field, value in point.items())}": RunSpec(
             method=spec.method, params=spec.params, tuned={**spec.tuned, **point}
         )
         for point in points
     }
 
 
-def _written(value: float) -> str:
-    """A number in six digits, or in as many as tell it from every other."""
+def _formatted(value: float) -> str:
+    """Format a number with six digits, or with as many as identify it."""
     short = f"{value:g}"
     return short if float(short) == value else repr(value)
 
 
 def expand(recipe: Recipe) -> dict[str, RunSpec]:
-    """All runs by name: those of the grid, and of the ablations: the base's block with one parameter replaced.
+    """All runs by name. A run of an ablation is its base run with one parameter replaced.
 
-    The replaced parameter may stand in the base's `params` or `tuned`; the ablation's value takes its place.
+    The parameter may be given in the base's `params` or `tuned`; the ablation's value replaces it.
     """
     runs = {trial: spec for name in recipe.runs for trial, spec in trials(recipe, name).items()}
     for name, ablation in recipe.ablations.items():

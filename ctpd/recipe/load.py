@@ -1,4 +1,4 @@
-"""Reading a recipe: its types are checked by `ctpd.recipe.model`, what several of its fields say together here."""
+"""Read a recipe. `ctpd.recipe.model` checks single fields; checks across fields are here."""
 
 import os
 from collections import Counter
@@ -34,7 +34,7 @@ def load_recipe(recipe: str | os.PathLike[str]) -> Recipe:
     try:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
-        raise UserError("the file is no UTF-8 text", where=source, fix="Save it as UTF-8") from error
+        raise UserError("the file is not UTF-8 text", where=source, fix="Save it as UTF-8") from error
     data = parse_yaml(text, source=source)
     loaded = validate(Recipe, data, source=source)
     checks = _Checks(loaded, data, source)
@@ -69,7 +69,7 @@ def run_position(recipe: str | os.PathLike[str], run: str) -> str:
 
 
 def _looks_local(model: str) -> bool:
-    """Whether a model name is meant as a path: it exists, or is written like one."""
+    """Whether a model name is a path: it exists, or does not have the form of a hub id."""
     return Path(model).expanduser().exists() or model.startswith((".", "/", "~")) or model.count("/") != 1
 
 
@@ -106,7 +106,7 @@ class _Checks:
             if model.model is not None and model.revision is None and not _looks_local(model.model):
                 self.refuse(
                     ("shared", role, "model"),
-                    f"'shared.{role}.model' is '{model.model}', which is no local directory, and no `revision` is given",
+                    f"'shared.{role}.model' is '{model.model}', which is not a local directory, and it has no `revision`",
                     "Check the path; for a hub model pin its revision (a commit), so that the run can be repeated",
                 )
 
@@ -145,7 +145,7 @@ class _Checks:
             if LEARNING_RATE in run.params:
                 self.refuse(
                     (*keys, "params", LEARNING_RATE),
-                    f"'runs.{name}.params' holds `{LEARNING_RATE}`, which stands in `tuned`",
+                    f"'runs.{name}.params' holds `{LEARNING_RATE}`, which belongs in `tuned`",
                     "Move it there",
                 )
             if LEARNING_RATE not in {*run.tuned, *self.recipe.grid}:
@@ -188,7 +188,7 @@ class _Checks:
                 self.refuse(keys, f"'{'.'.join(map(str, keys))}' must be a number above 0, and is {value!r}")
 
     def names(self) -> None:
-        """Rows of one name would replace each other."""
+        """Refuse two rows of the same name: one would replace the other."""
         rows: list[tuple[str, Keys]] = [(name, ("runs", name)) for name in self.recipe.runs]
         rows += [(name, ("untrained", name)) for name in self.recipe.untrained]
         for name, ablation in self.recipe.ablations.items():
@@ -220,7 +220,7 @@ class _Checks:
             if recipe.grid and table.base in recipe.runs:
                 self.refuse(
                     (*keys, "base"),
-                    f"'tables.{name}.base' is the run '{table.base}', which the grid makes several rows of",
+                    f"'tables.{name}.base' is the run '{table.base}', which the grid expands to several rows",
                     "Leave `base` out, or take an untrained row",
                 )
             known = recipe.ablations[table.ablation].values if table.ablation else {**recipe.runs, **recipe.untrained}

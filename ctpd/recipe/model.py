@@ -1,4 +1,4 @@
-"""What a recipe may say: one complete YAML file is one experiment. Data only; `ctpd.recipe.load` reads and checks it."""
+"""The types of a recipe. One YAML file describes one experiment; `ctpd.recipe.load` reads and checks it."""
 
 import re
 from collections.abc import Mapping
@@ -18,14 +18,15 @@ Precision = Literal["float32", "bfloat16"]
 
 def _holds_content(text: str) -> str:
     if text.count("{content}") != 1:
-        raise ValueError(f"the text {text!r} must hold {{content}} once, and holds it {text.count('{content}')} times")
+        found = text.count("{content}")
+        raise ValueError(f"the text {text!r} must contain {{content}} exactly once, and contains it {found} times")
     return text
 
 
 def _is_commit(revision: str) -> str:
     if not re.fullmatch(r"[0-9a-f]{40}", revision):
         raise UserError(
-            f"'{revision}' is no commit; a branch moves, and the run could not be repeated",
+            f"'{revision}' is not a commit; a branch changes, and the run could not be repeated",
             fix="Give the commit, 40 hex digits, which the hub shows under `History`",
         )
     return revision
@@ -34,7 +35,7 @@ def _is_commit(revision: str) -> str:
 def _is_unique(seeds: tuple[int, ...]) -> tuple[int, ...]:
     for seed in seeds:
         if seeds.count(seed) > 1:
-            raise ValueError(f"the seed {seed} stands twice")
+            raise ValueError(f"the seed {seed} is given twice")
     return seeds
 
 
@@ -48,7 +49,7 @@ class SftPhase(Schedule):
     learning_rate: Positive
     """Peak learning rate."""
     seed: Seed = 0
-    """Of the order of the pairs and of adapters' initial weights."""
+    """Seed of the order of the pairs and of the adapters' initial weights."""
 
 
 class ContrastivePhase(Schedule):
@@ -59,11 +60,11 @@ class ContrastivePhase(Schedule):
     beta: Positive = 0.1
     """Factor of the margin in DPO's loss."""
     seed: Seed = 0
-    """Of the order of the pairs and of adapters' initial weights."""
+    """Seed of the order of the pairs and of the adapters' initial weights."""
 
 
 class PlainSpec(Config):
-    """The turns of a base model without a chat template; each text holds `{content}` once."""
+    """The turns of a base model without a chat template; each text contains `{content}` once."""
 
     user: Turn
     """A user's turn, for example `"### Question:\\n{content}\\n\\n"`."""
@@ -117,7 +118,7 @@ class Source(Config):
     """The testbed's pairs of this split."""
 
     @model_validator(mode="after")
-    def _is_one_place(self) -> Self:
+    def _has_one_origin(self) -> Self:
         if sum(x is not None for x in (self.path, self.hub, self.testbed)) != 1:
             raise ValueError("exactly one of `path`, `hub` and `testbed` is needed")
         if self.hub is not None and (self.revision is None or self.split is None):
@@ -140,11 +141,11 @@ class EvaluationSpec(Config):
     suite: Text
     """A shipped suite (`testbed`, `card`, `paper`), or the path of a YAML file."""
     limit: PositiveInt | None = None
-    """Evaluate on so many documents of each task, which makes results partial; left out, on all."""
+    """Number of documents of each task to evaluate; results are then partial. Default: all."""
     batch_size: PositiveInt = 8
-    """Requests of one forward pass."""
+    """Requests in one forward pass."""
     chat_template: bool = False
-    """Put requests into the tokenizer's chat template."""
+    """Render requests with the tokenizer's chat template."""
     data_root: Text | None = None
     """A folder that mirrors the hub, for machines without a network; `testbed` for the testbed's own documents."""
     backend: Literal["hf", "vllm"] = "hf"
@@ -157,9 +158,9 @@ class Shared(Config):
     """Everything that is identical for all runs of a comparison."""
 
     teacher: ModelSpec
-    """The model that teaches: its reference and its contrastive pair."""
+    """The teacher, with its SFT model (the reference) and its contrastive pair."""
     student: ModelSpec
-    """The model that every run trains."""
+    """The student, which every run trains."""
     data: DataSpec
     """The pairs and their lengths."""
     train: Schedule
@@ -171,7 +172,7 @@ class Shared(Config):
     precision: Precision = "float32"
     """Number format of the computation; weights in training are float32."""
     testbed: WorldConfig | None = None
-    """The testbed's world, where a model or the pairs come from it."""
+    """The testbed's synthetic data; needed if a model or the pairs come from it."""
 
 
 class RunSpec(Config):
@@ -180,9 +181,9 @@ class RunSpec(Config):
     method: Text
     """The method's name."""
     params: Mapping[str, Any] = Field(default_factory=dict)
-    """Parameters of the method that define the run; what is left out has the method's defaults."""
+    """Parameters of the method that define the run; the others have the method's defaults."""
     tuned: Mapping[str, Number] = Field(default_factory=dict)
-    """Parameters chosen on the development split, `learning_rate` included; what the recipe's `grid` gives need not stand here."""
+    """Parameters chosen on the development split, `learning_rate` included; parameters of the recipe's `grid` are left out here."""
 
 
 class AblationSpec(Config):
@@ -191,9 +192,9 @@ class AblationSpec(Config):
     base: Text
     """The name of a run."""
     field: Text
-    """The parameter that is varied: one of the method's, or `learning_rate`. It may stand in the base's `params` or `tuned`."""
+    """The parameter that is varied: one of the method's, or `learning_rate`. The base may give it in `params` or `tuned`."""
     values: Annotated[Mapping[str, Any], MinLen(1)]
-    """Row label -> value."""
+    """Row label -> value of the parameter."""
 
 
 class TableEntry(Config):
@@ -210,16 +211,16 @@ class TableEntry(Config):
     note: str | None = None
     """Shown below the table."""
     published: Text | None = None
-    """A table of a paper, shown beside ours and labelled as such."""
+    """A published table to show beside this one, labelled as such."""
 
 
 class LaunchSpec(Config):
-    """On how many processes a recipe is meant to run: execution, in no key."""
+    """How a recipe is meant to be executed; not part of any key."""
 
     num_processes: PositiveInt = 1
     """Processes, one for each GPU."""
     fsdp: FsdpSpec | None = None
-    """Shard a model in training over the processes; left out, each process holds all of it."""
+    """FSDP: shard the trained model over the processes; default: DDP, each process holds the whole model."""
 
 
 class Recipe(Config):
@@ -236,13 +237,13 @@ class Recipe(Config):
     runs: Mapping[str, RunSpec]
     """The rows that are trained: name -> method and parameters."""
     grid: Mapping[str, Annotated[tuple[Number, ...], MinLen(1)]] = Field(default_factory=dict)
-    """Makes the recipe a search: every run is trained at every point of the one grid, so that each has the same number of trials."""
+    """Hyper-parameter search: every run is trained at every point of this grid, so that each has the same number of trials."""
     ablations: Mapping[str, AblationSpec] = Field(default_factory=dict)
-    """Runs of which one parameter is varied, as rows of a table of their own."""
+    """Runs with one parameter varied, as rows of a separate table."""
     tables: Annotated[Mapping[str, TableEntry], MinLen(1)]
     """The tables of the report: name -> rows."""
     launch: LaunchSpec = Field(default_factory=LaunchSpec)
-    """On how many processes the recipe is meant to run; in no key."""
+    """How the recipe is meant to be executed; not part of any key."""
 
 
 def ablation_run(ablation: str, label: str) -> str:

@@ -1,4 +1,4 @@
-"""The JSON Schema of a recipe, made from its types: with it an editor completes, describes and checks a recipe."""
+"""The JSON Schema of a recipe, generated from its types. Editors use it to complete, describe and check a recipe."""
 
 import json
 from collections.abc import Mapping
@@ -48,7 +48,7 @@ def schema_text(schema: Mapping[str, Any]) -> str:
 
 
 def _of_method(method: str, reference: Mapping[str, str], defs: Mapping[str, Any]) -> dict[str, Any]:
-    """What a run of this method may say: its parameters in `params`, numbers among them in `tuned` as well."""
+    """The schema of a run of this method: its parameters in `params`, numeric ones also in `tuned`."""
     fields = defs[reference["$ref"].removeprefix(DEFAULT_REF_TEMPLATE.format(model=""))]["properties"]
     tuned = {name: field for name, field in fields.items() if _types(field) & _NUMBERS}
     rate = {"type": "number", "exclusiveMinimum": 0, "description": "Peak learning rate."}
@@ -68,7 +68,10 @@ def _types(field: Mapping[str, Any]) -> set[str]:
 
 
 def _tidied(schema: Any, *, of_names: bool = False) -> Any:
-    """Without pydantic's titles, which repeat the names, and with descriptions on one line; ``of_names`` in a mapping of properties."""
+    """Remove pydantic's titles, which repeat the names, and put descriptions on one line.
+
+    ``of_names``: ``schema`` is a mapping from property names to schemas.
+    """
     if isinstance(schema, list):
         return [_tidied(item) for item in schema]
     if not isinstance(schema, dict):

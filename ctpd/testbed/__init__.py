@@ -1,1 +1,1 @@
-"""The built-in testbed: a small synthetic world with models of its own."""
+"""The built-in testbed: a small synthetic world (a data set) and models pretrained on it."""

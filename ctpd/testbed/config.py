@@ -1,6 +1,6 @@
-"""What a recipe may say about the testbed: the synthetic world, and the models pretrained on it.
+"""Configuration of the testbed: the synthetic world, and the models pretrained on it.
 
-Data only, so that a recipe can be read without torch. `ctpd.testbed` gives the fields their meaning.
+This module imports no torch, so that a recipe is read quickly. `ctpd.testbed.world` and `corpus` use the fields.
 """
 
 from typing import Literal, Self
@@ -16,9 +16,9 @@ class WorldConfig(Config):
     """The world, the preference pairs over it, the two pretraining corpora and the evaluation documents."""
 
     seed: Seed = 0
-    """Of everything drawn: names, facts, pairs, corpora, documents. Two worlds with one seed are the same files, byte for byte."""
+    """Seed of everything that is drawn: names, facts, pairs, corpora, documents. The same configuration gives the same files, byte for byte."""
     num_topics: PositiveInt = 28
-    """Made-up places. Each has four attributes, so this sets how many facts there are to know."""
+    """Number of invented towns (topics). Each has four attributes, so there are four times as many facts."""
     num_pairs: PositiveInt = 1500
     """Preference pairs to train on."""
     num_eval_pairs: PositiveInt = 200
@@ -26,11 +26,11 @@ class WorldConfig(Config):
     num_documents: PositiveInt = 200
     """Test documents of each lm-eval task; at most eight for each topic."""
     teacher_texts: PositiveInt = 12000
-    """Texts in the teacher's corpus, which always tells the truth."""
+    """Texts in the teacher's corpus, in which every answer is right."""
     student_texts: PositiveInt = 4000
     """Texts in the student's corpus."""
     student_error: Share = 0.6
-    """Mean rate at which the student's corpus states the popular error; every fact, sum and relation has its own rate around it."""
+    """Mean rate at which the student's corpus states the popular error; each fact, sum and relation has its own rate, spread around this mean."""
     chosen_right: Share = 0.85
     """Probability that an answer of a chosen response is right, before pairs whose chosen response is not the better one are redrawn."""
     rejected_right: Share = 0.35
@@ -64,7 +64,7 @@ class PretrainConfig(Config):
     tokenizer: Literal["byte_bpe", "unigram"]
     """Kind of tokenizer: byte-level BPE as in GPT-2, or unigram as in SentencePiece."""
     vocab_size: PositiveInt
-    """Upper bound of the vocabulary; a small corpus may have fewer pieces to offer."""
+    """Upper bound of the vocabulary size; a small corpus may give fewer pieces."""
     hidden: PositiveInt
     """Hidden size: an even number of channels for each head."""
     layers: PositiveInt
@@ -76,17 +76,17 @@ class PretrainConfig(Config):
     steps: PositiveInt
     """Optimizer steps."""
     texts_per_step: PositiveInt
-    """Texts of one optimizer step."""
+    """Texts in one optimizer step."""
     learning_rate: Positive
     """Peak learning rate of AdamW."""
     tokenizer_corpus: Literal["teacher", "student"] | None = None
-    """Which corpus the tokenizer is trained on; left out, the model's own. Two models with the same kind, size and corpus share it."""
+    """Which corpus the tokenizer is trained on; left out, the model's own. Two models with the same kind, size and corpus share one tokenizer."""
     max_position: PositiveInt = 256
     """Longest sequence in tokens."""
     warmup_ratio: Share = 0.1
-    """Share of the steps over which the learning rate rises; it then falls along a cosine."""
+    """Share of the steps with linear warm-up of the learning rate; a cosine decay follows."""
     seed: Seed = 0
-    """Of the initial weights and of the order of the texts."""
+    """Seed of the initial weights and of the order of the texts."""
 
     @model_validator(mode="after")
     def _sizes_fit(self) -> Self:

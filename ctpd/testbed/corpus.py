@@ -1,4 +1,4 @@
-"""The files of a testbed world: preference pairs, pretraining corpora, and evaluation documents."""
+"""Write the files of a testbed world: preference pairs, pretraining corpora, and evaluation documents."""
 
 from collections.abc import Collection, Sequence
 from pathlib import Path
@@ -9,15 +9,15 @@ from ctpd.testbed.config import WorldConfig
 from ctpd.testbed.documents import DATASET, draw_documents, write_hub, write_lines
 
 PROMPT_QUESTIONS = (1, 2, 3)
-"""How many questions a prompt of a pair asks, equally likely."""
+"""Numbers of questions in the prompt of a pair, equally likely."""
 POPULAR_SHARE = 0.75
 """Share of the wrong answers, in pairs and in the student's corpus, that are the popular error."""
 ERROR_SPREAD = 0.4
-"""The student's error rates of the items of a skill lie within this distance of the mean."""
+"""Largest distance of an item's error rate in the student's corpus from the mean rate."""
 TEXT_QUESTIONS = 3
-"""How many questions a text of a corpus answers: all texts are about as long, and little of a batch is padding."""
+"""Number of questions in each text of a corpus; texts have similar lengths, so batches need little padding."""
 EXCHANGE_QUESTIONS = (1, 1, 1, 2, 3)
-"""How many of them come in one prompt; a short prompt is the more common."""
+"""Numbers of questions in one prompt of a corpus text, equally likely; 1 is listed more often."""
 STATEMENT_SHARE = 0.25
 """Share of the exchanges that are plain statements, without a question."""
 

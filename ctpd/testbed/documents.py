@@ -14,7 +14,7 @@ DATASET = "ctpd/testbed"
 """The name under which lm-eval loads the documents, with the folder `hub` as working directory."""
 
 NUM_TEST_WORDINGS, NUM_DEVELOPMENT_WORDINGS = 2, 1
-"""Of the six wordings of each fact's question, how many are kept for either split."""
+"""How many of the six wordings of each fact's question are held out for each split."""
 NUM_STRANGERS = 2
 """Wrong choices of a facts document besides the myth in its two wordings."""
 
@@ -46,7 +46,8 @@ def draw_documents(world: w.World, skill: str, *, num: int) -> Documents:
 def _fact_questions(world: w.World, rng: Random, *, num: int) -> Documents:
     """Every fact is asked once before any is asked again.
 
-    Which wordings are kept for a split rotates from fact to fact: a model has met each fact and each wording, not both together.
+    The wordings held out for a split rotate from fact to fact: training texts contain each fact and each wording, but not this
+    combination.
     """
     rounds = []
     for turn in range(NUM_TEST_WORDINGS + NUM_DEVELOPMENT_WORDINGS):
@@ -80,11 +81,11 @@ def _facts_rows(question: w.Question, rng: Random) -> list[dict[str, object]]:
 
 
 def _resolution_rows(question: w.Question, rng: Random) -> list[dict[str, object]]:
-    made: list[dict[str, object]] = []
+    found: list[dict[str, object]] = []
     nouns = [answer.text.split()[0] for answer in question.right]
     for noun, answer in zip(nouns, question.right, strict=True):
         options = rng.sample(nouns, 2)
-        made.append(
+        found.append(
             {
                 "question": question.text,
                 "sentence": answer.text.replace(noun, "_"),
@@ -93,7 +94,7 @@ def _resolution_rows(question: w.Question, rng: Random) -> list[dict[str, object
                 "answer": str(options.index(noun) + 1),
             }
         )
-    return made
+    return found
 
 
 def write_hub(directory: Path, documents: Mapping[str, Documents], *, num: int) -> None:
@@ -104,8 +105,8 @@ def write_hub(directory: Path, documents: Mapping[str, Documents], *, num: int) 
         lines += [f"- config_name: {skill}", "  data_files:"]
         for split, size in (("test", num), ("development", num // 2)):
             if size:
-                made = rows(splits[split], skill, Random(f"choices/{skill}/{split}"))[:size]
-                write_lines(directory / skill / f"{split}.jsonl", made)
+                documents_of_split = rows(splits[split], skill, Random(f"choices/{skill}/{split}"))[:size]
+                write_lines(directory / skill / f"{split}.jsonl", documents_of_split)
                 lines += [f"  - split: {split}", f"    path: {skill}/{split}.jsonl"]
     lines += ["---", "The evaluation documents of a testbed world of ctpd.", ""]
     (directory / "README.md").write_text("\n".join(lines), encoding="utf-8", newline="\n")

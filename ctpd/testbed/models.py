@@ -1,4 +1,4 @@
-"""Tokenizers and untrained models for the testbed. Nothing here trains a model: the one Trainer does."""
+"""Tokenizers and untrained models for the testbed. Models are trained by `ctpd.train`."""
 
 import string
 from collections import Counter
@@ -98,7 +98,7 @@ def _unigram(texts: Iterable[str], vocab_size: int) -> Tokenizer:
 def new_model(tokenizer: PreTrainedTokenizerFast, config: PretrainConfig) -> LlamaForCausalLM:
     """An untrained Llama model in float32 with tied embeddings; the same seed gives the same weights.
 
-    Leaves the global random state alone.
+    The global random state is not changed.
     """
     llama = LlamaConfig(
         vocab_size=len(tokenizer),

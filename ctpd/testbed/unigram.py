@@ -1,8 +1,8 @@
 """Training of a Unigram vocabulary (Kudo 2018, arXiv 1804.10959), the same on every machine.
 
-The trainer of the `tokenizers` library gives another vocabulary in each process (its sums run in the order in which threads
-finish), and never considers a word that is part of no other word. This one is small because a testbed corpus has a few
-hundred different words.
+The trainer of the `tokenizers` library gives a different vocabulary in each process (it sums in the order in which threads
+finish), and never considers a word that is part of no other word. This trainer is simple because a testbed corpus has only
+a few hundred different words.
 """
 
 import math
@@ -12,13 +12,13 @@ from collections.abc import Mapping
 MAX_PIECE = 12
 """Longest piece in characters."""
 SEEDS_PER_PIECE = 4
-"""How many candidates there are at first for each piece that is wanted."""
+"""Number of initial candidates per wanted piece."""
 KEPT = 0.75
 """Share of the pieces that survives a round of pruning."""
 NUM_EM = 2
 """Rounds of expectation-maximisation before each pruning."""
 DECIMALS = 6
-"""Scores are rounded, so that the last bit of a platform's logarithm cannot be seen."""
+"""Decimals of the scores; rounding hides differences in the last bit of a platform's logarithm."""
 
 
 def train_unigram(words: Mapping[str, int], *, num_pieces: int, always: str) -> list[tuple[str, float]]:
@@ -69,7 +69,7 @@ def _expected_counts(words: Mapping[str, int], pieces: Mapping[str, float]) -> M
             if word[start:end] in pieces
         ]
         forward, backward = [1.0] + [0.0] * n, [0.0] * n + [1.0]
-        for start, end, p in edges:  # ascending starts: all ways into `start` are known
+        for start, end, p in edges:  # ascending starts: forward[start] is complete
             forward[end] += forward[start] * p
         for start, end, p in reversed(edges):
             backward[start] += backward[end] * p

@@ -1,9 +1,9 @@
 """The synthetic world: what can be asked, which answers are right, and which error is popular.
 
-Three skills. *arithmetic*: small sums; the popular error counts one too many. *facts*: attributes of made-up places; the popular
-error is the place's myth. *resolution*: which of two animals a quality is true of, decided by what the one does to the other;
-the popular error swaps the qualities. Pure functions of their seeds, on every platform: `random.Random` seeded with text draws
-the same everywhere.
+Three skills. *arithmetic*: small sums; the popular error counts one too many. *facts*: attributes of invented towns;
+the popular error is the town's myth. *resolution*: which of two animals a quality is true of, which follows from what
+one does to the other; the popular error swaps the qualities. All functions depend on their seeds alone: `random.Random`
+seeded with a string draws the same numbers on every platform.
 """
 
 from collections.abc import Collection, Mapping, Sequence
@@ -70,15 +70,15 @@ class Answer(NamedTuple):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Question:
-    """A question with the answers that the world knows to it."""
+    """A question with its right and wrong answers."""
 
     text: str
     premise: str
     """What a statement says before the answer ("" for facts, whose answer stands alone)."""
     key: str
-    """What is held out: no training prompt and no corpus shares it with an evaluation document."""
+    """Identifies the question for holding out: no training prompt or corpus text has a key of an evaluation document."""
     item: str
-    """What is known or mistaken: the student's corpus has one error rate for each item."""
+    """The piece of knowledge that is asked for; the student's corpus has one error rate for each item."""
     right: tuple[Answer, ...]
     popular: tuple[Answer, ...]
     """Wrong in the popular way."""
@@ -93,7 +93,7 @@ class Question:
 
 
 class Fact(NamedTuple):
-    """An attribute of a topic: its value, and what the myth says instead."""
+    """An attribute of a topic: its value, and the popular wrong value (the myth)."""
 
     topic: str
     attribute: str
@@ -103,14 +103,14 @@ class Fact(NamedTuple):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class World:
-    """Everything that differs from one world to another."""
+    """Everything that is drawn for one world."""
 
     seed: int
     names: tuple[str, ...]
     facts: tuple[Fact, ...]
     """Topic by topic, each with its attributes in order."""
     credulity: Mapping[str, float]
-    """Of each item, from -1 to 1: how much more, or less, than usual the student's corpus falls for its error."""
+    """Item -> number from -1 to 1: how far its error rate in the student's corpus lies below or above the mean rate."""
 
 
 def build_world(*, seed: int, num_topics: int) -> World:
@@ -160,7 +160,7 @@ def _relation_item(verb: str) -> str:
 
 
 def _fill(template: str, *, right: bool, value: str, **others: str) -> Answer:
-    """The template filled in; `value` is what the mark covers."""
+    """Fill in the template; the mark covers `value`."""
     before, after = (part.format(**others) for part in template.split("{value}"))
     return Answer(f"{before}{value}{after}", len(before), len(before) + len(value), right)
 
@@ -209,7 +209,7 @@ def facts_question(fact: Fact, *, wording: int) -> Question:
 
 
 def resolution_question(*, verb: str, hunter: str, quarry: str, wording: int) -> Question:
-    """Why `hunter` does what the verb says to `quarry`: each of the two is something, and naming either is an answer."""
+    """Why `hunter` does `verb` to `quarry`: each of the two has a quality, and naming either quality is a right answer."""
     names = {"hunter": hunter, "verb": verb, "quarry": quarry}
     verbs = list(RELATIONS)
 

@@ -1,8 +1,7 @@
 """Aligned span projection: the finest partition of a response that two tokenizations share (docs/method.md#offset-cleaning, docs/method.md#aligned-spans).
 
-Legend: R rows (responses), T teacher tokens, U student tokens, N tokens of either side, S spans. Ragged arrays are
-flat, row r in ``[starts[r], starts[r + 1])``. Offsets and boundaries count characters (code points) of the response,
-half open.
+Shapes: R rows (responses), T teacher tokens, U student tokens, N tokens of either side, S spans. Ragged arrays are
+flat, row r in ``[starts[r], starts[r + 1])``. Offsets are half-open ranges of characters (code points) of the response.
 """
 
 from collections.abc import Sequence
@@ -16,7 +15,7 @@ from ctpd.core.errors import UserError
 IntArray = NDArray[np.int64]
 BoolArray = NDArray[np.bool_]
 
-# U+3000 is the last white space character of Unicode; one entry more stands for everything beyond it.
+# U+3000 is the last white space character of Unicode; the last entry stands for all later code points.
 _WHITE_SPACE: BoolArray = np.array([chr(point).isspace() for point in range(0x3001)] + [False])
 
 
@@ -86,10 +85,11 @@ def align_spans_batch(
     """
     _check_rows(teacher_ends, teacher_starts, lengths, side="teacher")
     _check_rows(student_ends, student_starts, lengths, side="student")
-    # Row r owns the positions [bases[r], bases[r] + lengths[r]] of one long line, so that one pass serves all rows.
+    # Row r owns the positions [bases[r], bases[r] + lengths[r]] of one concatenated text, so that all rows are aligned
+    # at once.
     bases = row_starts(lengths + 1)
-    teacher_at = _places(teacher_ends, teacher_starts, lengths, bases)
-    student_at = _places(student_ends, student_starts, lengths, bases)
+    teacher_at = _positions(teacher_ends, teacher_starts, lengths, bases)
+    student_at = _positions(student_ends, student_starts, lengths, bases)
     common = np.zeros(bases[-1], dtype=bool)
     common[teacher_at] = True
     on_student = np.zeros_like(common)
@@ -97,7 +97,7 @@ def align_spans_batch(
     common &= on_student
     common[bases[:-1]] = False  # a boundary at 0 would close an empty span
     boundaries_at = np.flatnonzero(common)
-    # The number of common boundaries before a place is the index of the first one at or after it.
+    # The number of common boundaries before a position is the index of the first one at or after it.
     num_before = np.cumsum(common) - common
     span_starts = np.append(num_before[bases[:-1]], boundaries_at.size)
     return BatchedSpans(
@@ -114,7 +114,7 @@ def clean_offsets(offsets: ArrayLike, text: str, *, space_only: ArrayLike | None
     Args:
         offsets: ``[N, 2]`` a tokenizer's offsets relative to the response ``text``; parts outside of it are clipped.
         text: the response.
-        space_only: ``[N]`` whether a token spells nothing but the tokenizer's mark for a space; none does by default.
+        space_only: ``[N]`` whether a token is only the tokenizer's mark for a space; default: none.
 
     Returns:
         ``[N, 2]`` cleaned offsets.
@@ -129,13 +129,15 @@ def clean_offsets(offsets: ArrayLike, text: str, *, space_only: ArrayLike | None
 def clean_ends(
     starts: IntArray, ends: IntArray, *, token_starts: IntArray, texts: Sequence[str], space_only: BoolArray
 ) -> IntArray:
-    """The cleaned ends of the tokens of R responses (docs/method.md#offset-cleaning). The starts of cleaned offsets are used nowhere.
+    """The cleaned ends of the tokens of R responses (docs/method.md#offset-cleaning).
+
+    The alignment needs no starts, so only ends are returned.
 
     - Offsets are clipped to the response.
-    - A token that spells only a prefix which the tokenizer inserted ends where it starts: it is a space mark whose
-      characters the next token covers too. (Tokenizers give the inserted prefix the offset of the character after it.)
+    - A token for a prefix space that the tokenizer inserted ends where it starts. It is a space mark whose characters the
+      next token covers too, since tokenizers give the inserted prefix the offset of the character after it.
     - An end moves over the characters that follow it as long as no token of this side covers them and they are not
-      white space: marks that a normalizer composed away, characters that it removed.
+      white space. Such characters were removed by a normalizer, or composed with the one before (combining marks).
 
     Args:
         starts: ``[sum N]`` start of each token relative to its response.
@@ -152,7 +154,7 @@ def clean_ends(
     next_starts[token_starts[1:][counts > 0] - 1] = np.iinfo(np.int64).max
     ends = np.where(space_only & (next_starts < ends), np.minimum(starts, next_starts), ends)
 
-    # Nearly every end is where another token begins, or at white space. The others' rows are looked at in full.
+    # Nearly every end is the start of another token, or before white space. Only rows with other ends need `_extended`.
     at, line = ends + np.repeat(bases[:-1], counts), _code_points(texts)
     begun = np.zeros(line.size, dtype=bool)
     begun[(at - ends + starts)[starts < ends]] = True
@@ -168,14 +170,14 @@ def clean_ends(
 
 
 def _extended(starts: IntArray, ends: IntArray, counts: IntArray, texts: Sequence[str]) -> IntArray:
-    """Ends moved over what no token covers, up to white space; ``counts`` are the rows' numbers of tokens."""
+    """Move each end over characters that no token covers, up to white space; ``counts`` are the rows' numbers of tokens."""
     bases = row_starts(np.array([len(text) + 1 for text in texts]))
     token_bases, size = np.repeat(bases[:-1], counts), int(bases[-1])
     opened = np.bincount(np.minimum(starts, ends) + token_bases, minlength=size)
     covered = np.cumsum(opened - np.bincount(ends + token_bases, minlength=size)) > 0
     stops = covered | _is_white(_code_points(texts))
-    places = np.where(stops, np.arange(size), size)
-    next_stop = np.minimum.accumulate(places[::-1])[::-1]
+    positions = np.where(stops, np.arange(size), size)
+    next_stop = np.minimum.accumulate(positions[::-1])[::-1]
     extended: IntArray = next_stop[ends + token_bases] - token_bases
     return extended
 
@@ -186,7 +188,7 @@ def row_starts(counts: IntArray) -> IntArray:
 
 
 def _code_points(texts: Sequence[str]) -> NDArray[np.uint32]:
-    """All texts, each followed by a line feed: there every end stops."""
+    """The code points of all texts, each followed by a line feed, where every end stops."""
     return np.frombuffer("".join(f"{text}\n" for text in texts).encode("utf-32-le"), dtype=np.uint32)
 
 
@@ -194,14 +196,14 @@ def _is_white(points: NDArray[np.uint32]) -> BoolArray:
     return _WHITE_SPACE[np.minimum(points, _WHITE_SPACE.size - 1)]
 
 
-def _places(ends: IntArray, starts: IntArray, lengths: IntArray, bases: IntArray) -> IntArray:
-    """Monotone ends, each row's last one moved to the row's length, as places on the long line (docs/method.md#aligned-spans, step 1)."""
+def _positions(ends: IntArray, starts: IntArray, lengths: IntArray, bases: IntArray) -> IntArray:
+    """Monotone ends, each row's last one moved to the row's length, as positions in the
+    concatenated text (docs/method.md#aligned-spans, step 1)."""
     counts = np.diff(starts)
-    places = np.maximum.accumulate(
-        ends + np.repeat(bases[:-1], counts)
-    )  # a row's places are beyond those of the rows before
-    is_last = places == np.repeat(places[starts[1:] - 1], counts)
-    return np.where(is_last, np.repeat(bases[:-1] + lengths, counts), places)
+    # The positions of a row are greater than those of the rows before, so maxima do not cross rows.
+    positions = np.maximum.accumulate(ends + np.repeat(bases[:-1], counts))
+    is_last = positions == np.repeat(positions[starts[1:] - 1], counts)
+    return np.where(is_last, np.repeat(bases[:-1] + lengths, counts), positions)
 
 
 def _ends(offsets: ArrayLike, *, side: str) -> IntArray:
@@ -218,12 +220,12 @@ def _ends(offsets: ArrayLike, *, side: str) -> IntArray:
 def _check_rows(ends: IntArray, starts: IntArray, lengths: IntArray, *, side: str) -> None:
     counts = np.diff(starts)
     outside = (ends < 0) | (ends > np.repeat(lengths, counts))
+    has_outside = np.bincount(np.repeat(np.arange(counts.size), counts)[outside], minlength=counts.size) > 0
     for bad, what in (
         (lengths < 1, "the response is empty"),
         (counts < 1, f"the {side}'s tokenizer gives no token"),
-        (np.bincount(np.repeat(np.arange(counts.size), counts)[outside], minlength=counts.size) > 0,
-         f"an offset of the {side} lies outside of the response"),
-    ):  # fmt: skip
+        (has_outside, f"an offset of the {side} lies outside of the response"),
+    ):
         if bad.any():
             raise UserError(
                 what,

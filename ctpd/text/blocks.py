@@ -1,6 +1,7 @@
-"""One block of pairs, aligned and cut: from tokens of both sides to the rows that are trained on (docs/method.md#data-step).
+"""Tokenize, align and cut one block of pairs: the rows that are trained on (docs/method.md#data-step).
 
-Legend: N pairs; R = 2N rows, chosen and rejected of a pair in turn; S spans of a row. Ragged arrays are flat.
+Shapes: N pairs; R = 2N rows, alternately the chosen and the rejected response of a pair; S spans of a row. Ragged arrays
+are flat.
 """
 
 from collections import Counter
@@ -23,9 +24,8 @@ class TokenRows:
 
     input_ids: NDArray[np.int32]  # flat
     row_starts: NDArray[np.int64]  # [R + 1]
-    unit: NDArray[
-        np.int32
-    ]  # flat: the span of each token; -1 for the prompt and for text between response and end token
+    # flat: the span of each token; -1 for the prompt and for text between response and end token
+    unit: NDArray[np.int32]
 
 
 class Block(NamedTuple):
@@ -38,7 +38,7 @@ class Block(NamedTuple):
     has_end: BoolArray  # [R]
     boundaries: NDArray[np.int32]  # flat: character ends of the spans of the response
     boundary_counts: IntArray  # [R]
-    marks: NDArray[np.int8]  # as boundaries: +1 right, -1 wrong, 0 neutral
+    marks: NDArray[np.int8]  # one per boundary: +1 right, -1 wrong, 0 neutral
     dropped: Counter[str]
     report: Counter[str]
 
@@ -57,7 +57,7 @@ def build_block(
     Args:
         pairs: some pairs of one split.
         sides: teacher and student.
-        max_tokens: see `ctpd.text.prepare.prepare_pairs`, as the others.
+        max_tokens: longest row on either side, end token included.
         max_prompt_tokens: limit of the tokens before the response.
         cut_prompts: whether longer prompts are cut; they are dropped if not.
         where: names the split in errors.
@@ -71,7 +71,7 @@ def build_block(
     cut = cut_responses(encoded, spans, max_tokens=max_tokens)
     pairs = _cut_texts(pairs, spans, cut)
     is_empty = np.array([not (pair.chosen and pair.rejected) for pair in pairs], dtype=bool)
-    # Two responses that differ behind their cuts only have become one text.
+    # Two responses that differ only in what was cut off are equal now.
     both_cut = ~cut.has_end.reshape(-1, 2).any(axis=1)
     is_equal = both_cut & np.array([pair.chosen == pair.rejected for pair in pairs], dtype=bool) & ~is_empty
     dropped.update({"empty": int(is_empty.sum()), "equal": int(is_equal.sum())})
@@ -149,7 +149,7 @@ def _leading(counts: IntArray, num_kept: IntArray) -> BoolArray:
 
 
 def _span_marks(pairs: Sequence[Pair], boundaries: NDArray[np.int32], starts: IntArray) -> NDArray[np.int8]:
-    """A span takes the mark of a range that it overlaps, of the first one if of several (docs/method.md#marks)."""
+    """The mark of each span: that of the first marked range that it overlaps, or 0 (docs/method.md#marks)."""
     marks = np.zeros(boundaries.size, dtype=np.int8)
     for row, ranges in enumerate(ranges for pair in pairs for ranges in (pair.chosen_marks, pair.rejected_marks)):
         ends, marks_of_row = boundaries[starts[row] : starts[row + 1]], marks[starts[row] : starts[row + 1]]

@@ -1,4 +1,4 @@
-"""What a recipe may say about the pairs: data only."""
+"""Configuration of the pairs; imports neither torch nor tokenizers."""
 
 from typing import Literal, Self
 
@@ -18,12 +18,12 @@ class PairsConfig(Config):
     long_prompt: Literal["drop", "cut"] = "drop"
     """What happens to a longer prompt: its pair is left out, or the start of its last user message is cut."""
     max_dropped: Share = 0.05
-    """Largest share of a split's pairs that may be left out; with more, the run is refused."""
+    """Largest share of a split's pairs that may be dropped; with more, the run is refused."""
     select: Literal["all", "shortest"] = "all"
     """Which pairs `limit` keeps: the first, or those with the fewest characters. Only pairs that pass the checks
     without tokens (empty, equal, special_token_text) are selected."""
     limit: PositiveInt | None = None
-    """Keep so many pairs of each split; left out, all."""
+    """Number of pairs of each split to keep; default: all."""
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:

@@ -1,10 +1,10 @@
-"""Minimum edit distance between tokens: one response's tokens of two models paired, one vocabulary mapped into another.
+"""Minimum edit distance between tokens, to pair the tokens of one response from two tokenizers and to map vocabularies.
 
-Pairing is dynamic time warping as in DSKD's MinED (after FuseLLM), the map of vocabularies as in tokenkit
-(docs/method.md#mined). Distances are Levenshtein's, counted in code points of the tokenizers' own spelling; `rapidfuzz` computes
-them.
+Pairing is dynamic time warping as in DSKD's MinED (after FuseLLM), the mapping of vocabularies as in tokenkit
+(docs/method.md#mined). Distances are Levenshtein's, in code points of the vocabulary's token strings, computed by
+`rapidfuzz`.
 
-Shape legend: T teacher tokens, U student tokens, Q tokens of one batch, C candidates.
+Shapes: T teacher tokens, U student tokens, Q tokens of one batch, C candidates.
 """
 
 from collections.abc import Sequence
@@ -22,9 +22,9 @@ _UNREACHED = np.int64(2**40)
 
 
 def edit_distance_pairing(student_tokens: Sequence[str], teacher_tokens: Sequence[str]) -> list[int]:
-    """The teacher's token aligned with each of the student's: its index where warping gives exactly one, else -1.
+    """For each student token the index of its aligned teacher token, where the warping path has exactly one, else -1.
 
-    Costs about 1 ms for 100 x 100 tokens: every pair of distinct spellings is compared once. Space marks are removed
+    Takes about 1 ms for 100 x 100 tokens: every pair of distinct spellings is compared once. Space marks are removed
     before the comparison.
 
     Args:
@@ -95,7 +95,7 @@ def nearest_tokens(tokens: Sequence[str], among: Sequence[str]) -> IntArray:
     length, from the shortest for a token shorter than the median of ``among``, else from the longest; of one length
     the first, or the last, in the order of ``among``. Equal spellings count once, where they are first.
 
-    Costs a dictionary look-up for a token that both sides have, and 1 to 2 ms for each other one against 128,000
+    Takes a dictionary look-up for a token that both sides have, and 1 to 2 ms for each other one against 128,000
     candidates: one minute from Qwen 3 to Llama 3.1 (42,000 others), seven from Gemma 3 (237,000), on one core.
     """
     first: dict[str, int] = {}
@@ -107,7 +107,7 @@ def nearest_tokens(tokens: Sequence[str], among: Sequence[str]) -> IntArray:
     nearest = {"": -1, **first}
     unknown = [token for token in dict.fromkeys(tokens) if token not in nearest]
     candidates = sorted(first, key=len)
-    unknown.sort(key=len)  # tokens of about one length are compared side by side, in one vector register
+    unknown.sort(key=len)  # rapidfuzz compares tokens of similar length together (SIMD)
     for i in range(0, len(unknown), _BATCH):
         batch = unknown[i : i + _BATCH]
         for token, row in zip(batch, _nearest_candidates(batch, candidates), strict=True):
@@ -128,7 +128,7 @@ def _nearest_candidates(tokens: Sequence[str], by_length: Sequence[str]) -> list
 
 
 def _distinct(tokens: Sequence[str]) -> tuple[list[str], list[int]]:
-    """The different spellings without space marks, and the index of each token's own among them."""
+    """The distinct spellings without space marks, and for each token the index of its spelling."""
     index: dict[str, int] = {}
     found = []
     for token in tokens:

@@ -1,9 +1,9 @@
-"""Whether spans hold what they say: characters covered by offsets, and both sides' tokens decoded against the text.
+"""Check aligned spans: the characters that offsets cover, and the decoded tokens of both sides against the text.
 
 docs/method.md#properties-of-spans: coverage is complete; decoded text is equal after NFKC, case folding and removal of white space, with every
 class of exceptions counted.
 
-Legend: R texts, N tokens of one side, S spans; flat as in `ctpd.text.mismatch`.
+Shapes: R texts, N tokens of one side, S spans; flat as in `ctpd.text.mismatch`.
 """
 
 import json
@@ -26,14 +26,14 @@ MEANINGS = {
     "offsets": "characters inside a token's own offsets",
     "cleaning": "characters that an end was moved over: composed or removed by the normalizer",
     "white_space": "white space that the tokenizer drops",
-    "dropped": "other characters without a token before them: they join the first span behind them",
+    "dropped": "other characters without a token: they belong to the next span",
     "exact": "the tokens spell the span's text byte for byte",
     "inserted_prefix": "the text with a space before it, which the tokenizer inserted",
     "spacing": "the text with other white space",
     "case": "the text in another case",
     "compatibility": "the text in another Unicode form (NFKC)",
     "unknown_token": "a token for unknown text",
-    "cut_character": "bytes that are no whole characters: a span ends inside a character",
+    "cut_character": "bytes that are not complete characters: a span ends inside a character",
     "normalizer": "what the tokenizer's normalizer makes of the text",
     "dropped_text": "the text without some characters",
     "other": "none of these",
@@ -42,7 +42,7 @@ NUM_EXAMPLES = 3
 
 
 class SpanFidelity(NamedTuple):
-    """What `compare_spans` finds; the counters add up over blocks of texts."""
+    """The result of `compare_spans`; counters of several blocks of texts can be added."""
 
     both: Counter[str]  # spans; equal_exactly and equal: what the two sides spell, compared with each other
     teacher: Counter[str]  # spans by class (FORGIVEN, EXCEPTIONS): what a side spells, compared with the text
@@ -51,10 +51,10 @@ class SpanFidelity(NamedTuple):
 
 
 class Speller:
-    """What the tokens of one tokenizer spell, each alone, as bytes.
+    """The bytes that each token of one tokenizer stands for, independent of its neighbours.
 
-    `decode` of the libraries depends on the neighbours (it strips the first space, joins words with spaces); so the
-    vocabulary's own alphabet is read, as the tokenizer's decoder describes it.
+    `decode` of the libraries depends on neighbouring tokens (it strips the first space, puts spaces between words). This
+    class instead translates the vocabulary's alphabet as the tokenizer's decoder describes it.
     """
 
     def __init__(self, tokenizer: FastTokenizer) -> None:
@@ -94,7 +94,7 @@ class Speller:
 
 
 def coverage(aligned: AlignedTexts, side: Tokenized) -> Counter[str]:
-    """Characters by what covers them (`COVERAGE`); all are in a span, for a span reaches back to the one before.
+    """Count characters by what covers them (`COVERAGE`). Every character is in a span: a span begins where the last one ends.
 
     Args:
         aligned: the texts.
@@ -172,7 +172,7 @@ def difference(spelled: bytes, text: str, *, has_unknown: bool, normalize: Calla
 
 
 def readable(spelled: bytes) -> str:
-    """Bytes as text; those that are no whole characters as hexadecimal numbers, as in ``⟨F0 9F⟩``."""
+    """Bytes as text; incomplete characters as hexadecimal numbers, as in ``⟨F0 9F⟩``."""
     try:
         return spelled.decode()
     except UnicodeDecodeError as error:
@@ -242,7 +242,7 @@ _FORMS: dict[str, Callable[[str], str]] = {
 
 
 def _unknown_id(tokenizer: FastTokenizer) -> int | None:
-    """The id of the token for unknown text: a Unigram model names it by id and shows it in its state only."""
+    """The id of the token for unknown text: a Unigram model gives it only in its serialized state."""
     backend = tokenizer.backend_tokenizer
     if type(backend.model).__name__ == "Unigram":
         found = json.loads(backend.model.__getstate__())["unk_id"]
@@ -253,7 +253,7 @@ def _unknown_id(tokenizer: FastTokenizer) -> int | None:
 
 
 def _parts(decoder: Any) -> Iterator[dict[str, Any]]:
-    """A decoder's description and those inside of it."""
+    """A decoder's description, and those of the decoders in it."""
     if isinstance(decoder, dict):
         yield decoder
         for inner in decoder.get("decoders", ()):

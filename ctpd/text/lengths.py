@@ -1,6 +1,6 @@
-"""Lengths: prompts dropped or cut, responses cut at a common boundary, the same for both models (docs/method.md#lengths).
+"""Limit lengths: drop or cut prompts, cut responses at a common boundary of both models (docs/method.md#lengths).
 
-Legend: N pairs; R = 2N rows, chosen and rejected of a pair in turn; S spans of a row.
+Shapes: N pairs; R = 2N rows, alternately the chosen and the rejected response of a pair; S spans of a row.
 """
 
 from collections.abc import Sequence
@@ -55,7 +55,7 @@ def fit_prompts(
         excess: IntArray = longest - max_prompt_tokens
         if not cut or (excess <= 0).all():
             break
-        # A prompt may have other tokens before a response than alone: aim lower for those.
+        # Before a response, a prompt may have more tokens than alone. Lower the budget of such pairs and try again.
         budgets[index] -= np.maximum(excess, 0)
         again = index[excess > 0]
         shorter = _shorten([pairs[i] for i in again], budgets[again], sides=sides, where=where)
@@ -71,20 +71,20 @@ def fit_prompts(
 
 
 def cut_responses(encoded: tuple[Encoded, Encoded], spans: BatchedSpans, *, max_tokens: int) -> Cut:
-    """Keep whole rows of at most ``max_tokens`` tokens on both sides; cut others behind the last span that still fits.
+    """Keep rows of at most ``max_tokens`` tokens on both sides whole; cut others after the last span that fits.
 
-    A cut row has no end token, so none is reckoned with. No span may be left.
+    A cut row has no end token, so none is counted. A cut row may have no span left.
     """
     counts = np.diff(spans.span_starts)
     fits = np.ones(spans.boundaries.size, dtype=bool)
-    whole = np.ones(counts.size, dtype=bool)
+    fits_whole = np.ones(counts.size, dtype=bool)
     for side, num_tokens in zip(encoded, tokens_per_span(encoded, spans), strict=True):
-        # The tokens of a row up to and including a span: a running sum that begins anew in each row.
+        # The tokens of a row up to and including a span: a cumulative sum that restarts in each row.
         up_to = np.cumsum(num_tokens) - np.repeat(side.response_starts[:-1], counts)
         fits &= up_to + np.repeat(side.prompt_tokens, counts) <= max_tokens
-        whole &= np.diff(side.row_starts) <= max_tokens
+        fits_whole &= np.diff(side.row_starts) <= max_tokens
     rows = np.repeat(np.arange(counts.size), counts)
-    return Cut(np.where(whole, counts, np.bincount(rows[fits], minlength=counts.size)), whole)
+    return Cut(np.where(fits_whole, counts, np.bincount(rows[fits], minlength=counts.size)), fits_whole)
 
 
 def tokens_per_span(encoded: tuple[Encoded, Encoded], spans: BatchedSpans) -> tuple[IntArray, IntArray]:

@@ -1,6 +1,6 @@
-"""How two tokenizers cut the same texts: bare tokens, their aligned spans, span types and tokens per span (docs/method.md#aligned-spans).
+"""Compare how two tokenizers split the same texts: tokens without a template, aligned spans, span types and tokens per span (docs/method.md#aligned-spans).
 
-Legend: R texts, N tokens of one side, S spans. Ragged arrays are flat, text r in ``[starts[r], starts[r + 1])``.
+Shapes: R texts, N tokens of one side, S spans. Ragged arrays are flat, text r in ``[starts[r], starts[r + 1])``.
 The teacher's tokens come first: type ``1:n`` is one teacher token over several student tokens.
 """
 
@@ -20,7 +20,7 @@ SPAN_TYPES = ("1:1", "1:n", "n:1", "n:m")
 
 
 class Tokenized(NamedTuple):
-    """R texts as one tokenizer reads them bare: no template, no special tokens."""
+    """R texts tokenized without template and special tokens."""
 
     ids: NDArray[np.int64]  # [sum N]
     offsets: IntArray  # [sum N, 2] as the tokenizer gives them
@@ -29,13 +29,13 @@ class Tokenized(NamedTuple):
 
 
 class AlignedTexts(NamedTuple):
-    """The texts on which both sides have tokens, and their spans."""
+    """The texts for which both sides have tokens, and their spans."""
 
     texts: list[str]
     teacher: Tokenized
     student: Tokenized
     spans: BatchedSpans
-    num_skipped: int  # texts that are empty, or of which a side makes no token
+    num_skipped: int  # texts that are empty, or without tokens on a side
 
     @property
     def tokens_per_span(self) -> tuple[IntArray, IntArray]:
@@ -61,16 +61,22 @@ def span_types(teacher: IntArray, student: IntArray) -> NDArray[np.int64]:
 
 
 def tokenize_bare(tokenizer: FastTokenizer, texts: Sequence[str]) -> Tokenized:
-    """Tokenize texts alone, with cleaned ends.
+    """Tokenize texts without template and special tokens, and clean the ends of the offsets.
 
     Args:
         tokenizer: a fast tokenizer.
         texts: R texts, which may be empty.
     """
     output = tokenizer(
-        list(texts), add_special_tokens=False, padding=False, truncation=False, return_offsets_mapping=True,
-        return_attention_mask=False, return_token_type_ids=False, verbose=False,
-    )  # fmt: skip
+        list(texts),
+        add_special_tokens=False,
+        padding=False,
+        truncation=False,
+        return_offsets_mapping=True,
+        return_attention_mask=False,
+        return_token_type_ids=False,
+        verbose=False,
+    )
     counts = np.fromiter(map(len, output["input_ids"]), dtype=np.int64, count=len(texts))
     size = int(counts.sum())
     ids = np.fromiter(chain.from_iterable(output["input_ids"]), dtype=np.int64, count=size)
@@ -89,14 +95,17 @@ def align_texts(texts: Sequence[str], *, teacher: FastTokenizer, student: FastTo
     kept = [text for text, kept in zip(texts, keep, strict=True) if kept]
     first, second = (_select(side, keep) for side in sides)
     spans = align_spans_batch(
-        first.ends, teacher_starts=first.starts, student_ends=second.ends, student_starts=second.starts,
+        first.ends,
+        teacher_starts=first.starts,
+        student_ends=second.ends,
+        student_starts=second.starts,
         lengths=np.array([len(text) for text in kept], dtype=np.int64),
-    )  # fmt: skip
+    )
     return AlignedTexts(kept, first, second, spans, len(texts) - len(kept))
 
 
 def span_tokens(side: Tokenized, span: IntArray, span_starts: IntArray) -> list[tuple[int, int]]:
-    """Where each span's tokens begin and end in a side's flat arrays, for all spans of all texts.
+    """The half-open range of each span's tokens in a side's flat arrays, for all spans of all texts.
 
     Args:
         side: the tokens.
@@ -108,7 +117,7 @@ def span_tokens(side: Tokenized, span: IntArray, span_starts: IntArray) -> list[
 
 
 def mismatch_counts(aligned: AlignedTexts) -> Counter[str]:
-    """Counts that add up over blocks of texts: texts, characters (of them covered by spans), tokens, spans, span types."""
+    """Counts, which can be added over blocks of texts: texts, characters (of them covered by spans), tokens, spans, span types."""
     lasts = aligned.spans.span_starts[1:] - 1
     types = np.bincount(aligned.span_types, minlength=len(SPAN_TYPES))
     counts = Counter(

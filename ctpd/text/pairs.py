@@ -30,7 +30,8 @@ class Message(NamedTuple):
 class Pair:
     """A prompt and two responses to it.
 
-    Marks are character ranges ``(start, end, right)`` of a response, half open: what the testbed knows of its answers.
+    Marks are character ranges ``(start, end, right)`` of a response, half open; the testbed marks which of its answers
+    are right.
     """
 
     id: str
@@ -64,7 +65,8 @@ def parse_pairs(rows: Iterable[Mapping[str, object]], *, source: str) -> list[Pa
         source: names the file or data set in errors.
 
     Raises:
-        UserError: a missing column, a wrong type, tools, roles that make no pair; names source, row and column.
+        UserError: a missing column, a wrong type, tools, roles in an order that gives no pair; the error names source,
+        row and column.
     """
     return [_parse_row(row, id=str(number), where=f"{source}, row {number}") for number, row in enumerate(rows)]
 
@@ -90,11 +92,9 @@ def _parse_row(row: Mapping[str, object], *, id: str, where: str) -> Pair:
         assert isinstance(rejected, tuple)
         turns, responses = _from_messages(prompt, chosen, rejected, where=where)
     if not turns or turns[-1].role != "user":
-        what = (
-            f"the message before the response is the {turns[-1].role}'s"
-            if turns
-            else "chosen and rejected share no prompt"
-        )
+        what = "chosen and rejected share no prompt"
+        if turns:
+            what = f"the message before the response is the {turns[-1].role}'s"
         raise UserError(what, where=where, fix="A prompt must end with a user's message. " + _FORMS)
     marks = [
         _marks(row, column, response, where=where)

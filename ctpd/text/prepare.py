@@ -1,6 +1,6 @@
 """The one data step of a comparison: pairs become rows of tokens and aligned spans, the same for all stages (docs/method.md#data-step).
 
-Legend: N pairs; R = 2N rows, row 2i the chosen and row 2i + 1 the rejected response of pair i. Ragged arrays are flat,
+Shapes: N pairs; R = 2N rows, row 2i the chosen and row 2i + 1 the rejected response of pair i. Ragged arrays are flat,
 row r in ``[starts[r], starts[r + 1])``. Spans are numbered from 0 in each row; an end span is the last of its row.
 """
 
@@ -22,10 +22,10 @@ from ctpd.text.render import TemplatedTokenizer
 DROP_REASONS = ("empty", "equal", "special_token_text", "long_prompt")
 _ARRAYS = ("num_spans", "has_end", "boundaries", "boundary_starts")
 _TEXTS = ("pair_ids", "split", "prompts", "chosen", "rejected")
-_BLOCK = 512  # pairs tokenized at once: bounds the memory that the tokenizers' own objects take
+_BLOCK = 512  # pairs tokenized at once; bounds the memory of the tokenizers' output
 _FIX = (
-    "Mend the data; raise max_prompt_tokens or set `long_prompt: cut` if prompts are too long; "
-    "raise max_dropped if the loss is meant"
+    "Correct the data; raise max_prompt_tokens or set `long_prompt: cut` if prompts are too long; "
+    "raise max_dropped if dropping them is intended"
 )
 
 
@@ -39,7 +39,7 @@ class PreparedPairs:
     has_end: NDArray[np.bool_]  # [R] a cut response has no end span
     boundaries: NDArray[np.int32]  # flat: character ends of the spans of the response, without the end span
     boundary_starts: NDArray[np.int64]  # [R + 1]
-    marks: NDArray[np.int8] | None  # as boundaries: +1 right, -1 wrong, 0 neutral; None if the data has no marks
+    marks: NDArray[np.int8] | None  # one per boundary: +1 right, -1 wrong, 0 neutral; None without marks
     pair_ids: tuple[str, ...]
     split: tuple[str, ...]  # per pair
     prompts: tuple[str, ...]  # the last user message, as trained on
@@ -50,10 +50,10 @@ class PreparedPairs:
 
 
 class _Selection(NamedTuple):
-    """The pairs of one split to work on."""
+    """The selected pairs of one split."""
 
     pairs: list[Pair]
-    num_seen: int  # pairs looked at for it
+    num_seen: int  # pairs examined for the selection
     dropped: Counter[str]  # of these
 
 
@@ -101,7 +101,7 @@ def prepare_pairs(
         blocks += [(split, block) for block in built]
     if not blocks:
         raise UserError("there are no pairs", fix="Name at least one split")
-    return _joined(blocks, dropped, by_split)
+    return _concatenated(blocks, dropped, by_split)
 
 
 def _counts_of_split(split: str, blocks: Sequence[Block], *, num_dropped: int) -> dict[str, int]:
@@ -113,7 +113,7 @@ def _counts_of_split(split: str, blocks: Sequence[Block], *, num_dropped: int) -
 
 
 def arrays(prepared: PreparedPairs) -> dict[str, NDArray[Any]]:
-    """The arrays of prepared pairs by name. `texts` gives the rest, `from_arrays` puts both together again."""
+    """The arrays of prepared pairs by name. `texts` returns the other fields; `from_arrays` is the inverse of both."""
     sides = {"teacher": prepared.teacher, "student": prepared.student}
     result = {
         f"{name}.{field.name}": getattr(rows, field.name) for name, rows in sides.items() for field in fields(rows)
@@ -123,13 +123,13 @@ def arrays(prepared: PreparedPairs) -> dict[str, NDArray[Any]]:
 
 
 def texts(prepared: PreparedPairs) -> dict[str, Any]:
-    """All of prepared pairs that is no array, as JSON."""
+    """The fields of prepared pairs that are not arrays, as JSON."""
     lists = {name: list(getattr(prepared, name)) for name in _TEXTS}
     return {**lists, "dropped": prepared.dropped, "report": prepared.report}
 
 
 def from_arrays(arrays: Mapping[str, NDArray[Any]], texts: Mapping[str, Any]) -> PreparedPairs:
-    """The prepared pairs that `arrays` and `texts` took apart."""
+    """Make prepared pairs from the results of `arrays` and `texts`."""
     teacher, student = (
         TokenRows(**{field.name: arrays[f"{name}.{field.name}"] for field in fields(TokenRows)})
         for name in ("teacher", "student")
@@ -162,7 +162,7 @@ def _select(
 
 
 def _invalid(pair: Pair, sides: Sequence[TemplatedTokenizer]) -> str | None:
-    """The reason to drop a pair that shows before tokenization (docs/method.md#dropped-pairs)."""
+    """The reason to drop a pair before tokenization, or None (docs/method.md#dropped-pairs)."""
     if not (pair.chosen and pair.rejected):
         return "empty"
     if pair.chosen == pair.rejected:
@@ -172,7 +172,7 @@ def _invalid(pair: Pair, sides: Sequence[TemplatedTokenizer]) -> str | None:
 
 
 def _refuse_losses(split: str, selection: _Selection, late: Counter[str], *, max_dropped: float) -> None:
-    """Refuse a split that lost too much. Without a selection the share is that of the dropped pairs among all pairs."""
+    """Refuse a split if more than ``max_dropped`` of its pairs are dropped, before and after the selection together."""
     total = selection.dropped + late
     reasons = ", ".join(f"{reason} {total[reason]}" for reason in DROP_REASONS if total[reason])
     if len(selection.pairs) == late.total():
@@ -191,13 +191,15 @@ def _refuse_losses(split: str, selection: _Selection, late: Counter[str], *, max
         )
 
 
-def _joined(blocks: Sequence[tuple[str, Block]], dropped: Counter[str], by_split: Mapping[str, int]) -> PreparedPairs:
+def _concatenated(
+    blocks: Sequence[tuple[str, Block]], dropped: Counter[str], by_split: Mapping[str, int]
+) -> PreparedPairs:
     parts = [block for _, block in blocks]
     pairs = [pair for block in parts for pair in block.pairs]
     has_marks = any(pair.chosen_marks or pair.rejected_marks for pair in pairs)
     return PreparedPairs(
-        teacher=_joined_rows([block.teacher for block in parts]),
-        student=_joined_rows([block.student for block in parts]),
+        teacher=_concatenated_rows([block.teacher for block in parts]),
+        student=_concatenated_rows([block.student for block in parts]),
         num_spans=np.concatenate([block.num_spans for block in parts]),
         has_end=np.concatenate([block.has_end for block in parts]),
         boundaries=np.concatenate([block.boundaries for block in parts]),
@@ -214,14 +216,14 @@ def _joined(blocks: Sequence[tuple[str, Block]], dropped: Counter[str], by_split
 
 
 def _total(counters: Iterable[Counter[str]]) -> Counter[str]:
-    """The sum, with the counts that are zero."""
+    """The sum of counters; counts of zero are kept."""
     total: Counter[str] = Counter()
     for counter in counters:
         total.update(counter)
     return total
 
 
-def _joined_rows(rows: Sequence[TokenRows]) -> TokenRows:
+def _concatenated_rows(rows: Sequence[TokenRows]) -> TokenRows:
     return TokenRows(
         input_ids=np.concatenate([part.input_ids for part in rows]),
         row_starts=row_starts(np.concatenate([np.diff(part.row_starts) for part in rows])),

@@ -1,6 +1,6 @@
-"""Tokenizing: rendered rows become tokens with cleaned offsets, one tokenizer call for many rows (docs/method.md#tokenization).
+"""Render and tokenize many rows in one tokenizer call, with cleaned offsets (docs/method.md#tokenization).
 
-Legend: R rows, one rendered (prompt, response) each; N tokens of a row, up to and including its end token. Ragged
+Shapes: R rows, each one rendered (prompt, response); N tokens of a row, up to and including its end token. Ragged
 arrays are flat, row r in ``[starts[r], starts[r + 1])``.
 """
 
@@ -23,14 +23,14 @@ _SPACE_MARKS = ("▁", "Ġ")  # SentencePiece's, byte-level BPE's
 
 
 class Encoded(NamedTuple):
-    """R rows as tokens of one side: prompt, response, text up to the end token, and as the row's last the end token."""
+    """R rows tokenized for one side: prompt, response, template text up to the end token, end token."""
 
     ids: NDArray[np.int32]  # [sum N]
     row_starts: IntArray  # [R + 1]
     prompt_tokens: IntArray  # [R] tokens before the response, BOS included
     response_tokens: IntArray  # [R]
     response_ends: IntArray  # [sum of response_tokens] cleaned character ends, relative to the response
-    crossing: BoolArray  # [R] whether the first response token crosses the prompt/response border
+    crossing: BoolArray  # [R] whether the first response token also covers the end of the prompt
 
     @property
     def response_starts(self) -> IntArray:
@@ -52,7 +52,7 @@ class Encoded(NamedTuple):
 
 @final
 class TemplatedTokenizer:
-    """One model's way of reading text: a tokenizer and a template.
+    """A tokenizer with the template that one model is prompted with.
 
     Args:
         tokenizer: a fast tokenizer; its settings are not changed.
@@ -60,15 +60,16 @@ class TemplatedTokenizer:
         name: "teacher" or "student", for errors.
 
     Raises:
-        UserError: the tokenizer is a slow one, which knows no offsets; a plain template meets a tokenizer without EOS.
+        UserError: the tokenizer is slow, and so gives no offsets; a plain template is used with a tokenizer without
+            EOS.
     """
 
     def __init__(self, tokenizer: FastTokenizer, template: Template, name: str) -> None:
         self.tokenizer, self.template, self.name = tokenizer, template, name
         if not tokenizer.is_fast:
             raise UserError(
-                f"the {name}'s tokenizer '{tokenizer.name_or_path}' is a slow one, which does not say where in the "
-                "text its tokens stand",
+                f"the {name}'s tokenizer '{tokenizer.name_or_path}' is a slow one, which gives no character "
+                "offsets of its tokens",
                 fix="Give a model directory with a tokenizer.json; with sentencepiece and protobuf installed "
                 "transformers.AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR) writes one for most tokenizers",
             )
@@ -99,7 +100,7 @@ class TemplatedTokenizer:
         return [self.template.frame(prompt, where=at) for prompt, at in zip(prompts, where, strict=True)]
 
     def prompt_tokens(self, frames: Sequence[Frame]) -> IntArray:
-        """``[R]`` number of tokens of what stands before the response, tokenized alone, BOS included."""
+        """``[R]`` number of tokens of the text before the response, tokenized without it; BOS included."""
         ids = self._call([frame.before for frame in frames])["input_ids"]
         return np.fromiter(map(len, ids), dtype=np.int64, count=len(ids)) + int(self.adds_bos)
 
@@ -134,7 +135,7 @@ class TemplatedTokenizer:
             end = self._end_tokens(tokens, begin + length, first, stop, where)
         else:
             end = np.diff(tokens.starts)
-            stop = np.where(stop > first, end, first)  # nothing is written behind a plain response
+            stop = np.where(stop > first, end, first)  # a plain template has no text after the response
         in_row = np.arange(size) - np.repeat(tokens.starts[:-1], counts)
         in_response = (in_row >= np.repeat(first, counts)) & (in_row < np.repeat(stop, counts))
         response_starts = row_starts(stop - first)
@@ -170,13 +171,13 @@ class TemplatedTokenizer:
     def _end_tokens(
         self, tokens: "_Tokens", response_end: IntArray, first: IntArray, stop: IntArray, where: Sequence[str]
     ) -> IntArray:
-        """``[R]`` index in its row of the first special token behind the response: generation's end (docs/method.md#end-token)."""
+        """``[R]`` index in its row of the end token: the first special token after the response (docs/method.md#end-token)."""
         rows = tokens.rows
         is_end = np.isin(tokens.ids, self._special_ids) & (tokens.offsets[:, 0] >= response_end[rows])
         index, found = _first(is_end, tokens)
         if not found.all():
             raise UserError(
-                f"the {self.name}'s chat template writes no special token behind the response to stop generation",
+                f"the {self.name}'s chat template writes no special token after the response to stop generation",
                 where=where[int(np.argmin(found))],
                 fix="Use a template that ends the assistant's turn with a special token, or a plain template",
             )
@@ -185,11 +186,11 @@ class TemplatedTokenizer:
     def _crossing(
         self, tokens: "_Tokens", texts: Sequence[str], begin: IntArray, first: IntArray, stop: IntArray
     ) -> BoolArray:
-        """``[R]`` whether the first response token also spells the end of the prompt (docs/method.md#tokenization)."""
+        """``[R]`` whether the first response token also covers the end of the prompt (docs/method.md#tokenization)."""
         has_tokens = stop > first
         at = np.minimum(tokens.starts[:-1] + first, len(tokens.ids) - 1)
         starts = tokens.offsets[at, 0]
-        # Offsets may be trimmed: then a space that ends the prompt and that no token covers is the response token's.
+        # If offsets are trimmed, an uncovered space at the end of the prompt belongs to the first response token.
         hidden = has_tokens & (starts == begin) & self._uncovered_space(tokens, texts, begin, at)
         for row in np.flatnonzero(hidden):
             token = self.tokenizer.convert_ids_to_tokens(int(tokens.ids[at[row]]))
@@ -203,7 +204,7 @@ class TemplatedTokenizer:
         return _follows_space(texts, begin) & (previous_end < begin)
 
     def _closed(self, tokens: "_Tokens", kept: BoolArray) -> tuple[NDArray[np.int32], IntArray]:
-        """The kept tokens of each row, with BOS and EOS around them where the text does not hold them."""
+        """The kept tokens of each row, with BOS and EOS added where the text does not contain them."""
         ids, counts = tokens.ids[kept], np.bincount(tokens.rows[kept], minlength=tokens.starts.size - 1)
         if self.template.writes_end:
             return ids, row_starts(counts)
@@ -220,7 +221,7 @@ class TemplatedTokenizer:
 
 
 def space_mark_ids(tokenizer: FastTokenizer) -> IntArray:
-    """The ids of the tokens that spell nothing but the tokenizer's mark for a space."""
+    """The ids of the tokens that are only the tokenizer's mark for a space."""
     marks = {mark: tokenizer.convert_tokens_to_ids(mark) for mark in _SPACE_MARKS}
     found = [id for mark, id in marks.items() if id is not None and tokenizer.convert_ids_to_tokens(id) == mark]
     return np.array(found, dtype=np.int64)
@@ -239,11 +240,11 @@ class _Tokens(NamedTuple):
 
 
 def _response_range(tokens: _Tokens, texts: Sequence[str], begin: IntArray, end: IntArray) -> tuple[IntArray, IntArray]:
-    """``[R]`` indices in its row of the first response token and of the token behind the last; equal if there is none.
+    """``[R]`` indices in its row of the first response token and of the token after the last; equal if there is none.
 
-    A token with a character of the response in it is the response's. So is a token of no width at its border, which
-    trimmed offsets make: an inserted prefix, or a byte of a single character; unless it spells the prompt's last space.
-    Without response tokens both are the number of prompt tokens.
+    A token belongs to the response if it covers a character of it. So does a token of width 0 at the start of the response
+    (trimmed offsets give an inserted prefix, or a byte of one character, this width), unless it stands for the prompt's last
+    space. Without response tokens both indices are the number of prompt tokens.
     """
     rows, (starts, ends) = tokens.rows, tokens.offsets.T
     inside = (ends > begin[rows]) & ((starts < end[rows]) | (ends <= end[rows]))
@@ -260,7 +261,7 @@ def _response_range(tokens: _Tokens, texts: Sequence[str], begin: IntArray, end:
 
 
 def _first(flags: BoolArray, tokens: _Tokens) -> tuple[IntArray, BoolArray]:
-    """``[R]`` the index in its row of the first set flag, and whether there is one."""
+    """``[R]`` index in its row of the first true flag, and whether there is one."""
     at = np.flatnonzero(flags)
     begins = np.searchsorted(at, tokens.starts)
     found = begins[1:] > begins[:-1]

@@ -1,6 +1,6 @@
-"""Templates: each model reads a pair through its own, and the response must stand in it unchanged (docs/method.md#templates)."""
+"""Templates that render conversations as text. The rendering must contain the response unchanged (docs/method.md#templates)."""
 
-# ruff: noqa: D102 (the contract of a method is written once, on its Protocol)
+# ruff: noqa: D102 (methods are documented on the Protocol)
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -11,10 +11,13 @@ from jinja2.exceptions import TemplateError
 from ctpd.core.errors import UserError
 from ctpd.text.pairs import Message
 
-# Templates that write today's date would render other text tomorrow: a date is always set (docs/method.md#templates).
-_DATE = {"%Y": "2024", "%y": "24", "%m": "07", "%B": "July", "%b": "Jul", "%d": "26", "%-d": "26", "%A": "Friday",
-         "%a": "Fri", "%H": "12", "%M": "00", "%S": "00"}  # fmt: skip
-_DATE_STRING = "26 Jul 2024"  # the date that Llama 3's template falls back to
+# A template that writes today's date would render another text every day, so the date is fixed
+# (docs/method.md#templates).
+_DATE = {
+    **{"%Y": "2024", "%y": "24", "%m": "07", "%B": "July", "%b": "Jul", "%d": "26", "%-d": "26"},
+    **{"%A": "Friday", "%a": "Fri", "%H": "12", "%M": "00", "%S": "00"},
+}
+_DATE_STRING = "26 Jul 2024"  # the default of Llama 3's template
 _FIXED_CLOCK = (
     "{%- macro strftime_now(format) -%}{{ format"
     + "".join(
@@ -25,7 +28,7 @@ _FIXED_CLOCK = (
 
 
 class FastTokenizer(Protocol):
-    """What is used of a transformers tokenizer that is backed by the tokenizers library."""
+    """The members used here of a fast transformers tokenizer (backed by the tokenizers library)."""
 
     @property
     def is_fast(self) -> bool: ...
@@ -57,16 +60,16 @@ class Frame(NamedTuple):
 
 
 class Template(Protocol):
-    """How one model's conversations are written."""
+    """How one model's conversations are rendered."""
 
     @property
     def writes_end(self) -> bool:
-        """Whether the text holds the special tokens; if not, BOS (if the tokenizer adds it) and EOS are put around."""
+        """Whether the text contains the special tokens. If not, EOS, and BOS if the tokenizer adds it, are added as ids."""
         ...
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What decides the rendering, as JSON: part of the tokenizer's digest."""
+        """What determines the rendering, as JSON types; part of the tokenizer's digest."""
         ...
 
     def frame(self, prompt: Sequence[Message], *, where: str) -> Frame:
@@ -74,7 +77,7 @@ class Template(Protocol):
         ...
 
     def render(self, prompt: Sequence[Message], response: str, *, frame: Frame, where: str) -> str:
-        """The whole conversation: ``before + response + after``, or an error."""
+        """The whole conversation: ``before + response + after``. Raises UserError if the template gives another text."""
         ...
 
 
@@ -83,8 +86,8 @@ class Template(Protocol):
 class PlainTemplate:
     """A template for base models: one text for each role, each with exactly one ``{content}``.
 
-    The assistant's text before ``{content}`` is the generation prompt. What follows the last ``{content}`` is not
-    written: the EOS token follows the response. Without ``system``, system messages are refused.
+    The assistant's text before ``{content}`` is the generation prompt. The assistant's text after ``{content}`` is
+    left out: the EOS token follows the response. Without ``system``, system messages are refused.
     """
 
     user: str
@@ -95,10 +98,10 @@ class PlainTemplate:
         for role in ("user", "assistant", "system"):
             text = getattr(self, role)
             if not isinstance(text, str) and not (role == "system" and text is None):
-                raise UserError(f"the text is no string but {text!r}", where=f"plain template, role '{role}'")
+                raise UserError(f"the text is not a string but {text!r}", where=f"plain template, role '{role}'")
             if text is not None and text.count("{content}") != 1:
                 raise UserError(
-                    f"the text {text!r} holds {{content}} {text.count('{content}')} times",
+                    f"the text {text!r} contains {{content}} {text.count('{content}')} times",
                     where=f"plain template, role '{role}'",
                     fix='Write each role\'s text with exactly one {content}, as in "{content}\\n"',
                 )
@@ -137,11 +140,11 @@ class ChatTemplate:
     Args:
         tokenizer: a tokenizer with a chat template.
         variables: what the template reads besides the messages, such as ``enable_thinking``. ``date_string`` is set if
-            absent, and a template's own clock always tells one fixed day.
+            absent, and ``strftime_now`` gives a fixed date.
 
     Raises:
         UserError: the tokenizer has no chat template, or (on use) the template fails on a conversation, or its
-            rendering does not hold exactly the response behind the generation prompt (docs/method.md#templates).
+            rendering does not contain the exact response after the generation prompt (docs/method.md#templates).
     """
 
     def __init__(self, tokenizer: FastTokenizer, variables: Mapping[str, Any]) -> None:
@@ -168,18 +171,18 @@ class ChatTemplate:
 
     def frame(self, prompt: Sequence[Message], *, where: str) -> Frame:
         opening = self._apply(prompt, where=where, add_generation_prompt=True)
-        # A stand-in for the response finds the response's place, however short the response is.
+        # A placeholder locates the response: a short response could also occur elsewhere in the text.
         number = 0
-        while (stand_in := f"Response{number}") in opening:
+        while (placeholder := f"Response{number}") in opening:
             number += 1
-        full = self._apply([*prompt, Message("assistant", stand_in)], where=where, add_generation_prompt=False)
+        full = self._apply([*prompt, Message("assistant", placeholder)], where=where, add_generation_prompt=False)
         if not full.startswith(opening):
             raise self._refusal(
-                "the whole conversation is not rendered with the generation prompt at its place", where=where
+                "the rendered conversation does not begin with the prompt and the generation prompt", where=where
             )
-        parts = full[len(opening) :].split(stand_in)
+        parts = full[len(opening) :].split(placeholder)
         if len(parts) != 2:
-            raise self._refusal(f"the rendering holds the response {len(parts) - 1} times", where=where)
+            raise self._refusal(f"the rendering contains the response {len(parts) - 1} times", where=where)
         return Frame(opening + parts[0], parts[1])
 
     def render(self, prompt: Sequence[Message], response: str, *, frame: Frame, where: str) -> str:

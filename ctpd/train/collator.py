@@ -157,7 +157,7 @@ class StepSampler(BatchSampler):
     """Micro-batches of one process, in an order that depends on (seed, epoch) alone.
 
     Each epoch's permutation is cut into optimizer steps, and an incomplete last step is dropped. Inside a step the items
-    are sorted by length, longest first, cut into micro-batches, and dealt to the ranks in turn.
+    are sorted by length, longest first, cut into micro-batches, and assigned to the ranks in turn.
     """
 
     def __init__(
@@ -217,11 +217,11 @@ def micro_batch_size(
         fixed: use this size, for an objective whose loss depends on which items are in a micro-batch.
 
     Raises:
-        UserError: a step's items cannot be dealt evenly to the ranks, or not in micro-batches of the fixed size.
+        UserError: a step's items cannot be divided evenly over the ranks, or not in micro-batches of the fixed size.
     """
     if per_step % world_size:
         raise UserError(
-            f"{per_step} pairs of a step cannot be dealt evenly to {world_size} processes",
+            f"{per_step} pairs of a step cannot be divided evenly over {world_size} processes",
             fix="Make `pairs_per_step` a multiple of the number of processes",
         )
     share = per_step // world_size

@@ -35,7 +35,7 @@ class Optimization:
         learning_rate: its largest value.
         seed: of the order of the items.
         precision: `float32`, or `bfloat16` for autocast.
-        max_steps: optimizer steps, in place of the schedule's epochs; None for the epochs.
+        max_steps: optimizer steps; None for the number that the schedule's epochs give.
     """
 
     schedule: Schedule

@@ -1,4 +1,4 @@
-"""Documents say what is there: citations, links, paths and named functions are followed, examples are run."""
+"""Documents are correct: citations, links, paths and named functions exist, examples are run."""
 
 import re
 from pathlib import Path
@@ -39,7 +39,7 @@ def test_the_code_cites_the_method() -> None:
 
 
 def test_nothing_is_cited_by_number() -> None:
-    """The documents that had numbers are in no repository."""
+    """The documents with numbered sections are not in the repository."""
     found = {name_of(path): documents.numbered_citations(path.read_text(encoding="utf-8")) for path in TEXTS}
     assert {name: cited for name, cited in found.items() if cited and name not in HISTORY} == {}
 
@@ -65,6 +65,11 @@ def test_formulas_survive_markdown(path: Path) -> None:
     text = path.read_text(encoding="utf-8")
     assert documents.unsafe_formulas(text) == []
     assert documents.prose(text).count("$$") % 2 == 0
+
+
+@pytest.mark.parametrize("path", PAGES, ids=name_of)
+def test_each_row_of_a_table_is_one_line(path: Path) -> None:
+    assert documents.broken_rows(path.read_text(encoding="utf-8")) == []
 
 
 def test_the_example_of_the_method_prints_what_its_comments_say(capsys: pytest.CaptureFixture[str]) -> None:
@@ -131,6 +136,10 @@ def test_citations_by_number_are_found(rest: str) -> None:
 
 def test_formulas_that_markdown_breaks_are_found() -> None:
     assert documents.unsafe_formulas(r"$a\,b$ and $\{c\}$ but $\lbrace d \rbrace$, `$e\,f$`") == [r"$a\,b$", r"$\{c\}$"]
+
+
+def test_rows_of_a_table_that_are_cut_are_found() -> None:
+    assert documents.broken_rows("| a | b |\n|---|---|\n| c\nd | e |\n```\n| code\n```\n") == ["| c"]
 
 
 def test_steps_that_are_not_connected_are_found() -> None:

@@ -149,9 +149,20 @@ def test_any_model_directory_can_be_evaluated(
     """An exported model scores what the run that trained it scored."""
     world = next(path.parent for path in smoke.store.glob("world/*/manifest.json"))
     outcome = cli(
-        "eval", "--model", exported[1], "--suite", "testbed", "--data-root", world / "hub", "--limit", 4,
-        "--store", tmp_path, "--quiet", "--json",
-    )  # fmt: skip
+        "eval",
+        "--model",
+        exported[1],
+        "--suite",
+        "testbed",
+        "--data-root",
+        world / "hub",
+        "--limit",
+        4,
+        "--store",
+        tmp_path,
+        "--quiet",
+        "--json",
+    )
     assert outcome.code == 0, outcome.err
     limited = cli("eval", "testbed-smoke", "--only", "CTPD", "--limit", 4, "--store", smoke.store, "--quiet", "--json")
     theirs = next(iter(json.loads(outcome.out).values()))

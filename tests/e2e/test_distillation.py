@@ -19,7 +19,7 @@ def write_recipe(folder: Path, *, methods: list[str], one_tokenizer: bool) -> Pa
     recipe = yaml.safe_load(shipped_recipes()["testbed-smoke"].read_text())
     shared = recipe["shared"]
     shared["testbed"] |= {"num_pairs": 48, "num_eval_pairs": 16}
-    shared["student"]["pretrain"] |= {"steps": 150, "hidden": 64}  # or hardly an answer of its own comes to an end
+    shared["student"]["pretrain"] |= {"steps": 150, "hidden": 64}  # enough training that most generated responses end
     shared["train"] |= {"pairs_per_step": 8}
     if one_tokenizer:
         names = ("tokenizer", "vocab_size")

@@ -1,4 +1,4 @@
-"""Bad input through the command line: one paragraph that says what, where and how to mend it, and exit code 2."""
+"""Bad input through the command line: one paragraph that says what is wrong, where, and how to correct it, and exit code 2."""
 
 import json
 import shutil

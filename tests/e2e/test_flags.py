@@ -54,7 +54,7 @@ def test_a_hub_model_without_a_revision_is_asked_for_one(cli: Cli, tmp_path: Pat
 
 
 def test_evaluation_options_of_a_model_reach_the_plan(cli: Cli, smoke: SmokeRun, tmp_path: Path) -> None:
-    """Each of them makes another result, so each gives other keys; the defaults give those of no option."""
+    """Each option changes the result, and so the keys; options at their defaults change nothing."""
     import json
 
     model = next(smoke.store.glob("train/*/model"))

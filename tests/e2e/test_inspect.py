@@ -1,4 +1,4 @@
-"""`ctpd inspect` end to end: spans, tokenizers and weights, and what is said of bad input."""
+"""`ctpd inspect` end to end: spans, tokenizers and weights, and errors of bad input."""
 
 import json
 import re
@@ -37,7 +37,7 @@ def pairs(tmp_path: Path) -> Path:
 
 
 def test_spans_prints_tokens_types_and_fidelity(cli: Cli, sides: tuple[Path, Path]) -> None:
-    text = TEXT.replace("🙂", "fox")  # whose bytes may be tokens of their own
+    text = TEXT.replace("🙂", "fox")  # whose bytes may be separate tokens
     outcome = cli("inspect", "spans", *sides, "--text", text)
     assert outcome.code == 0, outcome.err
     lines = outcome.out.splitlines()

@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def program(*args: object) -> subprocess.CompletedProcess[str]:
-    """The command line as a program of its own, with as many threads as this process, which decide a sum's last digits."""
+    """The command line in a new process, with as many threads as this one: they affect the last digits of sums."""
     environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
     words = [sys.executable, "-m", "ctpd", *map(str, args)]
     return subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False)
@@ -78,7 +78,7 @@ def test_processes_of_one_launch_deal_out_evaluations_and_print_them_once(
 
 
 def test_processes_of_one_launch_train_as_one_process_does(smoke: SmokeRun, tmp_path: Path) -> None:
-    """Every stage that they build together: pretraining, signals, trainings; losses of DPO and CTPD and of all before."""
+    """All collective stages: pretraining, signals, trainings; losses of DPO, CTPD and all trainings before them."""
     words = ["train", "testbed-smoke", "--store", tmp_path, "--device", "cpu", "--only", "CTPD", "--only", "DPO"]
     done = program(*words, "--num-processes", 2)
     assert done.returncode == 0, done.stderr

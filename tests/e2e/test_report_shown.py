@@ -1,4 +1,4 @@
-"""The report in a real browser, and what `compare` says about records that are not there."""
+"""The report in a real browser, and the messages of `compare` about missing records."""
 
 import re
 import shlex
@@ -28,8 +28,18 @@ def compared(cli: Cli, smoke: SmokeRun, tmp_path_factory: pytest.TempPathFactory
 
 def browse(report: Path, profile: Path, *options: str) -> subprocess.CompletedProcess[str]:
     assert CHROMIUM is not None
-    command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--disable-dev-shm-usage",
-               "--enable-logging=stderr", f"--user-data-dir={profile}", *options, report.as_uri()]  # fmt: skip
+    command = [
+        CHROMIUM,
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--hide-scrollbars",
+        "--disable-dev-shm-usage",
+        "--enable-logging=stderr",
+        f"--user-data-dir={profile}",
+        *options,
+        report.as_uri(),
+    ]
     return subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
 
 
@@ -69,7 +79,7 @@ def test_a_browser_renders_the_report_without_an_error(compared: tuple[Path, Out
 def test_the_report_fills_a_screen_and_never_scrolls_sideways(
     compared: tuple[Path, Outcome], tmp_path: Path, width: int
 ) -> None:
-    """A copy with a probe says how wide the page is; wide tables scroll inside their own box."""
+    """A script in a copy of the page measures its width; wide tables scroll inside their own box."""
     probe = "<script>document.title = 'wide ' + document.documentElement.scrollWidth + ' of ' + innerWidth</script>"
     copy = tmp_path / "probed.html"
     copy.write_text((compared[0] / "report.html").read_text(encoding="utf-8").replace("</body>", probe + "</body>"))

@@ -35,7 +35,7 @@ class World(NamedTuple):
 
 
 def world(*, seed: int) -> World:
-    """Random models on random texts; a row's last token is its end, alone in the last span."""
+    """Random models on random texts; a row's last token is the end token, which is the last span."""
     generator = torch.Generator().manual_seed(seed)
     num_rows = 2 * NUM_PAIRS
     targets = torch.randint(V, (num_rows * NUM_TOKENS,), generator=generator)
@@ -63,7 +63,7 @@ def blocks(rows: Tensor) -> Tensor:
 
 
 def units(w: World, unit: Tensor, *, end_span: bool, strategy: str | None) -> Units:
-    """What a batch holds when units are ``unit``, with weights from the contrastive pair's stored signals."""
+    """The contents of a batch with the units ``unit``, with weights from the contrastive pair's stored signals."""
     counts = unit.amax(1) + 1
     width = int(counts.max())
     mask = torch.arange(width) < (counts if end_span else counts - 1).unsqueeze(1)

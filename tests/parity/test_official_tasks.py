@@ -28,7 +28,7 @@ TOTALS = {"ARC": 1172, "MMLU": 14042, "TruthfulQA": 817, "Winogrande": 1267, "GS
 
 @pytest.fixture(scope="module")
 def results() -> dict[str, Scores]:
-    """Results so far, by column: what two tests need is made once."""
+    """Cached results by column, shared by the tests."""
     return {}
 
 
@@ -46,7 +46,7 @@ def dummy(name: str, hub: Path, results: dict[str, Scores]) -> Scores:
 
 @pytest.mark.parametrize("name", COLUMNS)
 def test_a_suite_names_the_data_sets_that_its_tasks_read(name: str) -> None:
-    """They make the key of a result where the data come from a mirror."""
+    """They are part of the key of a result if the data come from a mirror."""
     assert sorted(COLUMNS[name].datasets) == datasets_of(COLUMNS[name])
 
 
@@ -86,9 +86,16 @@ def byte_model() -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast]:
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<end>")
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=1,
-        max_position_embeddings=8192, bos_token_id=None, eos_token_id=tokenizer.eos_token_id, pad_token_id=None,
-    )  # fmt: skip
+        vocab_size=len(tokenizer),
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=1,
+        max_position_embeddings=8192,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=None,
+    )
     return LlamaForCausalLM(config), tokenizer
 
 

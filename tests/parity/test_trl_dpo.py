@@ -16,7 +16,7 @@ from ctpd.objectives.base import Sums, Units
 from ctpd.ops.logps import token_logps
 from ctpd.ops.spans import unit_logps
 
-# TRL 1.16 asks transformers 5.23 for names that are on their way out.
+# TRL 1.16 uses names that transformers 5.23 has deprecated.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 
 BETA = 0.2
@@ -31,7 +31,7 @@ ROWS = [
 
 @pytest.fixture(scope="module", autouse=True)
 def offline() -> Iterator[None]:
-    """TRL reports every trainer to the hub unless told otherwise; the switches are read when hub code is imported."""
+    """By default TRL reports every trainer to the hub; the environment variables are read when hub code is imported."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("HF_HUB_OFFLINE", "1")
         patch.setenv("HF_HUB_DISABLE_TELEMETRY", "1")

@@ -1,6 +1,6 @@
-"""What keys are made of, in files that show every move in review: keys of testbed-smoke, and defaults by stage.
+"""Record the keys of testbed-smoke, and defaults by stage, in files that make every change visible in review.
 
-`python -m tests.regression.identities` writes both anew.
+`python -m tests.regression.identities` writes both files.
 """
 
 import dataclasses

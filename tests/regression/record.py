@@ -1,6 +1,6 @@
 """Record the losses and scores of testbed-smoke, for `test_smoke.py` to compare with.
 
-Run `make record-regression` after a change that is meant to move numbers, and say in CHANGELOG why they moved.
+Run `make record-regression` after a change that is meant to change numbers, and explain the change in CHANGELOG.
 """
 
 import argparse
@@ -41,7 +41,7 @@ def measured(store: Path) -> dict[str, Any]:
 
 
 def environment() -> dict[str, Any]:
-    """What can move a number beside the source."""
+    """What can change a number besides the source."""
     from ctpd.pipeline.runtime import versions
 
     found = versions()

@@ -1,4 +1,4 @@
-"""Keys and defaults against the recorded ones: what moves a key is seen in review, and a changed default raises a version."""
+"""Compare keys and defaults with the recorded ones, so that changes are seen in review; a changed default needs a new version."""
 
 import json
 from importlib import metadata
@@ -19,12 +19,14 @@ def recorded(path: Any) -> dict[str, Any]:
 def test_keys_of_the_smallest_recipe_are_the_recorded_ones() -> None:
     found = recorded(identities.KEYS)
     if found["lm_eval"] != metadata.version("lm_eval"):
-        pytest.skip("the keys of evaluations hold the version of lm-eval, and this is another one than the recorded")
+        pytest.skip(
+            "the keys of evaluations hold the version of lm-eval, and this version differs from the recorded one"
+        )
     assert identities.keys() == found["keys"], HOW
 
 
 def test_a_default_that_changes_raises_the_version_of_the_stages_that_read_it() -> None:
-    """A key leaves defaults out, so a changed one would make an old artifact a wrong hit."""
+    """Keys leave defaults out, so with a changed default an old artifact would be reused wrongly."""
     before, now = recorded(identities.DEFAULTS), identities.defaults()
     for kind in before.keys() & now.keys():
         if before[kind]["version"] == now[kind]["version"]:
@@ -35,7 +37,18 @@ def test_a_default_that_changes_raises_the_version_of_the_stages_that_read_it() 
 
 
 def test_every_stage_is_in_the_list() -> None:
-    kinds = {"world", "tokenizer", "pretrain", "pairs", "generate", "signals", "distributions", "weights", "train",
-             "evaluate", "record"}  # fmt: skip
+    kinds = {
+        "world",
+        "tokenizer",
+        "pretrain",
+        "pairs",
+        "generate",
+        "signals",
+        "distributions",
+        "weights",
+        "train",
+        "evaluate",
+        "record",
+    }
     assert identities.defaults().keys() == kinds
     assert any(name.endswith(".mu") for name in identities.defaults()["weights"]["defaults"])

@@ -1,4 +1,4 @@
-"""Numbers of testbed-smoke against those recorded in testbed-smoke.json: a change that is meant to move none moves none."""
+"""Compare the numbers of testbed-smoke with those recorded in testbed-smoke.json."""
 
 import json
 import subprocess
@@ -13,8 +13,8 @@ import pytest
 from tests.conftest import SmokeRun
 from tests.regression.record import REFERENCE, environment, measured
 
-# Other machines and thread counts add in another order; what that does to these numbers is far below the first limit,
-# and goes both ways, which the second one, on the mean of the signed differences, makes use of.
+# Other machines and thread counts sum in another order. The resulting differences are far below the first limit and have
+# both signs, so the second limit, on the mean of the signed differences, is smaller.
 MAX_DIFFERENCE = 2e-3
 MEAN_RESIDUAL = 2e-4
 
@@ -43,7 +43,7 @@ def leaves(value: Any, path: str = "") -> Iterator[tuple[str, float]]:
 
 @pytest.mark.parametrize("part", ["losses", "evaluation_losses", "scores", "weights"])
 def test_numbers_are_the_recorded_ones(part: str, recorded: dict[str, Any], found: dict[str, Any]) -> None:
-    """Not one differs by more than rounding, and together they do not drift to one side."""
+    """No number differs by more than rounding, and the mean difference is close to 0."""
     expected, actual = dict(leaves(recorded[part])), dict(leaves(found[part]))
     assert actual.keys() == expected.keys()
     difference = np.array([actual[name] - expected[name] for name in expected])

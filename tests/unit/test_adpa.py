@@ -23,9 +23,11 @@ def golden_batch(*, num_pairs=0, tile_rows=2):
     labels = torch.tensor(inputs["labels_already_shifted"])
     student = leaf(inputs["policy_logits_already_shifted"])
     teachers = [
-        stored(tokens(torch.tensor(inputs[f"{who}_teacher_logits_already_shifted"], dtype=torch.float64), labels), top_k=3)
+        stored(
+            tokens(torch.tensor(inputs[f"{who}_teacher_logits_already_shifted"], dtype=torch.float64), labels), top_k=3
+        )
         for who in ("dpo", "ref")
-    ]  # fmt: skip
+    ]
     batch = batch_of(tokens(student, labels, tile_rows=tile_rows), *teachers)
     return student, replace(batch, num_pairs=num_pairs)
 
@@ -33,7 +35,10 @@ def golden_batch(*, num_pairs=0, tile_rows=2):
 def test_advantages_equal_the_public_code():
     _, batch = golden_batch()
     tuned, reference = (teacher.rows[0:5] for teacher in batch.teachers)
-    found = [dict(zip(ids, row, strict=True)) for ids, row in zip(tuned.ids.tolist(), advantages(tuned, reference).tolist(), strict=True)]  # fmt: skip
+    found = [
+        dict(zip(ids, row, strict=True))
+        for ids, row in zip(tuned.ids.tolist(), advantages(tuned, reference).tolist(), strict=True)
+    ]
     golden = [
         dict(zip(one["indices"], one["values"], strict=True)) for row in VECTOR["expected"]["margin"] for one in row
     ]
@@ -66,7 +71,7 @@ def test_the_advantage_acts_on_the_students_own_response_and_cross_entropy_on_th
     (grad,) = torch.autograd.grad(nll.loss, student)
     assert (grad[1] == 0).all()
     logps = student[0].detach().log_softmax(-1)
-    expected = -sum(logps[place, label] for place, label in ((2, 2), (3, 5), (4, 1)))
+    expected = -sum(logps[position, label] for position, label in ((2, 2), (3, 5), (4, 1)))
     assert total(nll) == pytest.approx(float(expected), abs=1e-12)
     assert total(ADPA(ADPAParams(sft_weight=0.5, advantage_weight=2.0, top_k=3))(batch)) == pytest.approx(
         0.5 * total(nll) + 2.0 * total(gain), abs=1e-12

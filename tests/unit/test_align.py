@@ -13,7 +13,7 @@ from ctpd.text.align import AlignedSpans, align_spans, align_spans_batch, clean_
 from tests.fixtures.tokenizers import KINDS, tokenizer
 
 CASES = json.loads((Path(__file__).parents[1] / "fixtures" / "spans.json").read_text(encoding="utf-8"))["cases"]
-# Arbitrary Unicode, and text dense in what tokenizers disagree about.
+# Arbitrary Unicode, and text with many characters that tokenizers split differently.
 HARD = st.sampled_from(
     [
         *" \n\t\u00a0\u200b\u0301\u0308aeéxﬁ½Ü¨1",
@@ -59,12 +59,12 @@ def loop_align(teacher: list[tuple[int, int]], student: list[tuple[int, int]], l
 
 def loop_clean(offsets: list[tuple[int, int]], text: str, marks: list[bool]) -> list[int]:
     """docs/method.md#offset-cleaning as a plain loop over tokens and characters."""
-    clipped = [tuple(min(max(place, 0), len(text)) for place in offset) for offset in offsets]
+    clipped = [tuple(min(max(position, 0), len(text)) for position in offset) for offset in offsets]
     ends = []
     for i, (start, end) in enumerate(clipped):
         follows = clipped[i + 1][0] if i + 1 < len(clipped) else len(text) + 1
         ends.append(min(start, follows) if marks[i] and follows < end else end)
-    covered = {place for (start, _), end in zip(clipped, ends, strict=True) for place in range(start, end)}
+    covered = {position for (start, _), end in zip(clipped, ends, strict=True) for position in range(start, end)}
     for i, end in enumerate(ends):
         while end < len(text) and end not in covered and not text[end].isspace():
             end += 1
@@ -73,7 +73,7 @@ def loop_clean(offsets: list[tuple[int, int]], text: str, marks: list[bool]) -> 
 
 
 def check_invariants(spans: AlignedSpans, teacher: np.ndarray, student: np.ndarray, length: int) -> None:
-    """All that docs/method.md#properties-of-spans promises."""
+    """The properties of docs/method.md#properties-of-spans."""
     boundaries = spans.boundaries
     assert boundaries[-1] == length, "the spans cover the whole response"
     assert (np.diff(boundaries, prepend=0) > 0).all(), "spans are contiguous, in order and not empty"
@@ -121,7 +121,7 @@ def test_same_tokenizer_gives_one_token_per_span(kind: str, text: str) -> None:
     spans = align_spans(offsets, offsets, len(text))
     ends = np.array(monotone_ends(offsets.tolist(), len(text)))
     assert (spans.teacher_span == spans.student_span).all()
-    # A token with end 0 spells no character of the response: it joins the first span.
+    # A token with end 0 covers no character of the response: it belongs to the first span.
     ends[ends == 0] = spans.boundaries[0]
     assert len(spans.boundaries) == len(set(ends.tolist()))
 
@@ -210,8 +210,8 @@ def test_composed_marks_belong_to_the_token_before() -> None:
 def test_spans_of_byte_level_bpe_decode_to_the_same_text(text: str) -> None:
     """Without a normalizer both sides of every span spell the same characters.
 
-    docs/method.md#aligned-spans looks at the ends of tokens only: were a token to hold the last bytes of a character and its neighbour, the
-    spans around it would split that character. The vocabularies here hold no such token that these texts use.
+    Alignment uses only the ends of tokens (docs/method.md#aligned-spans). A token with the last bytes of a character and the
+    next character would make spans that split the first one; the tokens of these texts include none.
     """
     sides = [tokenizer("byte_bpe", size) for size in (420, 300)]
     ids = [side(text, add_special_tokens=False)["input_ids"] for side in sides]

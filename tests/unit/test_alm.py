@@ -83,10 +83,12 @@ def bound(params, inputs):
     facts = [
         ModelFacts(
             tokens=["Ġ" if is_space else "x" for is_space in inputs[f"space_mask_{side}"]],
-            special_ids=frozenset(), vocab_size=len(inputs[f"space_mask_{side}"]), hidden_size=1,
+            special_ids=frozenset(),
+            vocab_size=len(inputs[f"space_mask_{side}"]),
+            hidden_size=1,
         )
         for side in ("student", "teacher")
-    ]  # fmt: skip
+    ]
     objective.bind(*facts)
     return objective
 
@@ -98,11 +100,9 @@ def test_loss_and_gradient_equal_the_public_code(name):
     chunks = chunks_of(vector["inputs"], student)
     loss_R, weight_R = chunk_losses(chunks, params_of(vector))
     # The public code takes the mean of booleans in float32, whatever the rest of it is in.
-    places = chunks.num_tokens.numel()
-    share = (weight_R.sum().to(torch.float32) / places).double() if vector["params"]["numerator"] == "chunk_count" else (
-        weight_R.sum().double() / places
-    )  # fmt: skip
-    loss = loss_R.sum() / places / share
+    dtype = torch.float32 if vector["params"]["numerator"] == "chunk_count" else torch.float64
+    share = (weight_R.sum().to(dtype) / chunks.num_tokens.numel()).double()
+    loss = loss_R.sum() / chunks.num_tokens.numel() / share
     (grad,) = torch.autograd.grad(loss, student)
     assert float(loss.detach()) == pytest.approx(vector["expected"]["loss"], abs=vector["tol"])
     expected = torch.tensor(vector["expected"]["grad_student_logits"], dtype=torch.float64)

@@ -1,4 +1,4 @@
-"""Batches: their counts are those of the objectives, of every method, and torch and the Trainer can handle them."""
+"""Batches of every method: their counts equal the objective's, and torch and the Trainer can handle them."""
 
 import dataclasses
 from typing import Any
@@ -28,7 +28,7 @@ ITEMS = [4, 1, 3]
 
 
 def distill_rows(objective: DistillationObjective[Any]) -> DistillRows:
-    """The same spans as two models read them, and what the objective wants to be stored of the teacher."""
+    """Rows of two models with the same spans, and the stored teacher arrays that the objective needs."""
     rows = tiny_rows(6, sides=len(objective.sides))
     student = dataclasses.replace(rows, reference=None, weights=None)
     teacher = dataclasses.replace(student, input_ids=student.input_ids[::-1].copy())
@@ -101,7 +101,7 @@ def test_a_batch_is_moved_as_a_whole_and_keeps_its_type(number: int) -> None:
 
 @pytest.mark.parametrize("number", [0, 1], ids=["units, packed", "distillation, stored"])
 def test_a_data_loader_pins_every_tensor_of_a_batch(number: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """torch's own walk over a batch, here on a machine that may have no GPU to pin for."""
+    """torch's own traversal of a batch; pinning is patched, since there may be no GPU."""
     pinned: list[int] = []
 
     def pin(tensor: torch.Tensor, _device: Any = None) -> torch.Tensor:

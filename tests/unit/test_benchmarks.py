@@ -1,4 +1,4 @@
-"""The benchmarks' own arithmetic: inputs, ratios, claims, tables. What they measure is never a test."""
+"""The benchmarks' own arithmetic: inputs, ratios, claims, tables. Measured values are not tested."""
 
 import importlib.util
 import json
@@ -134,8 +134,9 @@ def test_losses_that_differ_are_refused() -> None:
 def test_claims_of_a_step_compare_time_and_memory_with_both_settings_of_the_peer() -> None:
     reported = [{"step_s": 1.0, "extra_mib": 10.0}]
     found = dict.fromkeys(("ctpd: DPO", "ctpd: CTPD"), reported) | {
-        TRL: [{"step_s": 4.0, "extra_mib": 40.0}], PRECOMPUTED: [{"step_s": 2.0, "extra_mib": 20.0}],
-    }  # fmt: skip
+        TRL: [{"step_s": 4.0, "extra_mib": 40.0}],
+        PRECOMPUTED: [{"step_s": 2.0, "extra_mib": 20.0}],
+    }
     claims = {claim.text: claim for claim in claims_of(SCENARIOS["default"], found)}
     assert len(claims) == 8
     precomputed = claims["default shape: CTPD time / TRL's precomputed DPO time"]
@@ -153,8 +154,15 @@ def test_results_name_what_was_measured_and_the_summary_holds_every_claim(
     args = Namespace(device="cpu", dtype="float32", threads=2, to=tmp_path, quick=False)
     claims = [Claim("fast", "at most", 0.5, [0.4, 0.6, 0.45]), Claim("small", "at most", 0.3, [0.4])]
     figure = bars([Bar("a", [1.0, 2.0], 1.5)], title="t", unit="s")
-    result = Result(name="step", title="A step", text=["words"], claims=claims, figures={"x.svg": figure},
-                    tables=[Table("numbers", ("a", "b"), [[1, 2.0]])], measurements={"k": [1]})  # fmt: skip
+    result = Result(
+        name="step",
+        title="A step",
+        text=["words"],
+        claims=claims,
+        figures={"x.svg": figure},
+        tables=[Table("numbers", ("a", "b"), [[1, 2.0]])],
+        measurements={"k": [1]},
+    )
     folder = write(result, args)
     write(Result(name="head", title="The head", text=[], claims=[Claim("record", "at most", None, [2.0])]), args)
     record = json.loads((folder / "step.json").read_text())

@@ -47,7 +47,7 @@ def test_items_of_a_step_depend_on_seed_and_epoch_alone(micro_batch: int, world_
 
 
 def test_lengths_do_not_move_an_item_to_another_step() -> None:
-    """Methods whose rows differ in length (spans or tokens, teacher or student) see the same pairs in the same order."""
+    """Methods with rows of different lengths (spans or tokens, teacher or student) train on the same pairs in the same order."""
     assert steps(LENGTHS[::-1].copy(), micro_batch=4) == steps(micro_batch=4)
 
 
@@ -128,7 +128,7 @@ def test_micro_batch_is_the_largest_divisor_that_fits(max_tokens: int, world_siz
 
 
 def test_step_that_cannot_be_dealt_evenly_is_refused() -> None:
-    with pytest.raises(UserError, match="16 pairs of a step cannot be dealt evenly to 3 processes"):
+    with pytest.raises(UserError, match="16 pairs of a step cannot be divided evenly over 3 processes"):
         micro_batch_size(LENGTHS, rows=2, per_step=16, world_size=3, max_tokens=1)
 
 

@@ -1,4 +1,4 @@
-"""Strict configuration: what YAML means here, what is refused and in which words, and the one canonical form."""
+"""Strict configuration: parsing of YAML, errors and their texts, and the canonical form."""
 
 import math
 from collections.abc import Mapping
@@ -117,9 +117,14 @@ def test_scalars_mean_what_yaml_1_2_says(text: str, value: object) -> None:
 def test_complete_file_becomes_the_dataclass() -> None:
     text = "inner: {rate: 1}\ncount: 3\non: true\nkind: second\nnumbers: [1, 2]\neither: {rate: 2e-1}\ntable: {a: 1, b: .5}"
     assert read(text) == Outer(
-        inner=Inner(rate=1.0), count=3, on=True, kind="second", numbers=(1, 2), either=Inner(rate=0.2),
+        inner=Inner(rate=1.0),
+        count=3,
+        on=True,
+        kind="second",
+        numbers=(1, 2),
+        either=Inner(rate=0.2),
         table={"a": 1.0, "b": 0.5},
-    )  # fmt: skip
+    )
     assert isinstance(read(text).inner.rate, float)
     assert read("inner: {rate: 1}\neither: skip").either == "skip"
     assert read("inner: {rate: 1}\neither: null").either is None
@@ -142,17 +147,17 @@ REFUSED = {
     "inner: {rate: 1}\nshare: 7": ("'share' must be a number from 0 to 1, and is 7",),
     "inner: {rate: 1}\nnames: []": ("'names' must be a list that is not empty, and is []",),
     "inner: {rate: 1}\nword: al": ("'word' is 'al'. Did you mean 'all'? Use one of: `all`, a list that is not empty",),
-    "inner: {rate: 1}\nword: [a, 1]": ("'word[1]' must be a text, and is 1",),
+    "inner: {rate: 1}\nword: [a, 1]": ("'word[1]' must be a string, and is 1",),
     "inner: {rate: 1}\nword: []": ("'word' must be", "a list that is not empty"),
     "inner: {rate: 1}\nword: 3": ("'word' must be one of `all` or a list that is not empty, and is 3",),
-    "inner: {rate: 1}\neither: 3": ("'either' must be a mapping or a text, and is 3",),
+    "inner: {rate: 1}\neither: 3": ("'either' must be a mapping or a string, and is 3",),
     "inner: {rate: 1}\neither: {rate: x}": ("line 2: 'either.rate' must be a number, and is 'x'",),
     "inner: {rate: 1}\neither: {name: x}": ("line 2: the key 'either.rate' is missing",),
     "inner: {rate: 1}\nnumber: x": ("line 2: 'number' must be a number, and is 'x'.",),
     "inner: {rate: 1}\nnumber: true": ("line 2: 'number' must be a number, and is True.",),
     "inner: {rate: 1}\neven: 3": ("line 2: 'even': 3 is odd.",),
     "inner: {rate: 1}\ncount: 101": ("a `count` above 100 needs `on`. Write `on: true`",),
-    "? [1, 2]\n: 3": ("not valid YAML", "a key is no text"),
+    "? [1, 2]\n: 3": ("not valid YAML", "a key is not a scalar"),
     "count: " + "9" * 5000: ("not valid YAML", "a.yaml, line 1"),
     "a: \x00": ("not valid YAML",),
     "inner: {rate: true}": ("'inner.rate'", "a number"),
@@ -164,17 +169,17 @@ REFUSED = {
     "inner: {rate: 1}\ntable: {a: b}": ("'table.a'", "a number"),
     "inner: 3": ("'inner'", "a mapping"),
     "inner:": ("'inner'", "a mapping", "nothing"),
-    "inner: {rate: 1}\ninner: {rate: 2}": ("'inner' stands twice", "lines 1 and 2"),
-    "inner:\n  rate: 1\n  rate: 2": ("'rate' stands twice", "lines 2 and 3"),
+    "inner: {rate: 1}\ninner: {rate: 2}": ("'inner' is given twice", "lines 1 and 2"),
+    "inner:\n  rate: 1\n  rate: 2": ("'rate' is given twice", "lines 2 and 3"),
     "inner: [": ("not valid YAML", "a.yaml, line"),
-    "- a": ("no mapping",),
-    "": ("no mapping",),
+    "- a": ("not a mapping",),
+    "": ("not a mapping",),
     "inner: !!python/object:os.system {}": ("not valid YAML",),
 }
 
 
 @pytest.mark.parametrize("text", REFUSED)
-def test_refused_with_place_and_remedy(text: str) -> None:
+def test_errors_name_line_and_correction(text: str) -> None:
     message = refusal(text)
     assert message.startswith("a.yaml")
     for part in REFUSED[text]:
@@ -185,7 +190,7 @@ def test_anchors_and_merge_keys_work_without_counting_as_duplicates() -> None:
     assert read("inner: &i {rate: 1, name: b}\neither: {<<: *i}").either == Inner(rate=1.0, name="b")
     assert read("inner: &i {rate: 1, name: b}\neither: {<<: *i, name: c}").either == Inner(rate=1.0, name="c")
     assert read("inner: &i {rate: 1, name: b}\neither: {name: c, <<: *i}").either == Inner(rate=1.0, name="c")
-    assert "stands twice" in refusal("inner: &i {rate: 1, name: b}\neither: {<<: *i, name: c, name: d}")
+    assert "is given twice" in refusal("inner: &i {rate: 1, name: b}\neither: {<<: *i, name: c, name: d}")
 
 
 def test_nearest_is_silent_when_nothing_is_near() -> None:
@@ -212,14 +217,14 @@ def test_canonical_form_ignores_the_order_of_keys(value: dict[str, Any]) -> None
 
 
 def test_canonical_form_is_pinned() -> None:
-    """Keys in the store outlive versions of the program: this text and this digest may never change."""
+    """Stores are used across versions of the program, so this text and this digest must never change."""
     value = {"b": (1, 2.5, None, True), "a": {"é": "x"}, "i": Inner(rate=5e-7)}
     assert canonical(identity(value)) == '{"a":{"é":"x"},"b":[1,2.5,null,true],"i":{"rate":5e-07}}'
     assert digest({"a": 1}) == "015abd7f5cc57a2dd94b7590f04ad8084273905ee33ec5cebeae62276a97f862"
 
 
 @pytest.mark.parametrize("value", [{1, 2}, object(), Path("a"), b"x", lambda: None])
-def test_a_value_without_a_canonical_form_is_an_error_and_no_guess(value: object) -> None:
+def test_a_value_without_a_canonical_form_is_an_error(value: object) -> None:
     with pytest.raises(TypeError, match="no canonical JSON form"):
         to_plain({"a": [value]})
     with pytest.raises(TypeError, match="no canonical JSON form"):
@@ -227,7 +232,7 @@ def test_a_value_without_a_canonical_form_is_an_error_and_no_guess(value: object
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_numbers_that_are_none_have_no_canonical_form(value: float) -> None:
+def test_numbers_that_are_not_finite_have_no_canonical_form(value: float) -> None:
     with pytest.raises(ValueError, match="JSON"):
         canonical(value)
 
@@ -258,7 +263,7 @@ def test_hub_model_without_a_revision_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"shared\.student\.model.*pin its revision"):
         load_recipe(path)
     path.write_text(text.replace(line, "    model: org/name\n    revision: main"))
-    with pytest.raises(UserError, match="no commit; a branch moves"):
+    with pytest.raises(UserError, match="not a commit; a branch changes"):
         load_recipe(path)
     path.write_text(text.replace(line, f"    model: org/name\n    revision: {'a1' * 20}"))
     assert load_recipe(path).shared.student.revision == "a1" * 20
@@ -269,7 +274,7 @@ def test_hub_model_without_a_revision_is_refused(tmp_path: Path) -> None:
     [
         ({"grid": {"learning_rate": []}}, "'grid.learning_rate' must be a list that is not empty"),
         ({"grid": {"learning_rate": [1e-3], "beta": [0.1]}}, "fixes `beta`, which the grid varies"),
-        ({"base": "DPO"}, "which the grid makes several rows of"),
+        ({"base": "DPO"}, "which the grid expands to several rows"),
     ],
 )
 def test_a_grid_that_contradicts_the_recipe_is_refused_before_anything_runs(

@@ -27,9 +27,11 @@ def per_token(*, row):
     """The golden divergences of one response's tokens, from the public code's 4 buckets."""
     expected = VECTOR["expected"]
     labels = torch.tensor(VECTOR["inputs"]["labels_already_shifted"])[row]
-    places = (labels >= 0).nonzero()[:, 0]
-    # The public code lays both from the first response token on; the golden arrays keep those places.
-    t, p = (torch.tensor(expected[f"{who}_k_plus_1"], dtype=torch.float64)[row][places] for who in ("target", "policy"))
+    positions = (labels >= 0).nonzero()[:, 0]
+    # The public code lays both from the first response token on; the golden arrays keep those positions.
+    t, p = (
+        torch.tensor(expected[f"{who}_k_plus_1"], dtype=torch.float64)[row][positions] for who in ("target", "policy")
+    )
     return (t * (t.log() - p.log())).sum(-1)
 
 
@@ -58,7 +60,7 @@ def test_cross_entropy_is_of_the_chosen_response_alone():
     student, batch = golden_batch(num_pairs=1)
     sums = DCKD(DCKDParams(sft_weight=2.0, distillation_weight=0.0, top_k=3))(batch)
     logps = student[0].detach().log_softmax(-1)
-    expected = -sum(logps[place, label] for place, label in ((2, 2), (3, 5), (4, 1)))
+    expected = -sum(logps[position, label] for position, label in ((2, 2), (3, 5), (4, 1)))
     assert total(sums) == pytest.approx(2.0 * float(expected), abs=1e-12)
     (grad,) = torch.autograd.grad(sums.loss, student)
     assert (grad[1] == 0).all()

@@ -1,4 +1,4 @@
-"""`--device`: what exists is used, by the training too; anything else is refused before the first stage."""
+"""`--device`: an existing device is used, also by the training; anything else is refused before the first stage."""
 
 import os
 
@@ -51,7 +51,7 @@ def test_a_number_beyond_the_gpus_is_refused() -> None:
 
 
 def test_the_command_line_shows_the_libraries_the_named_gpu_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The trainer takes the first GPU that it sees, so this must be the only one."""
+    """The trainer uses the first visible GPU, so only this one must be visible."""
     assert prepare(offline=False, device="cuda:1") == "cuda"
     assert os.environ["CUDA_VISIBLE_DEVICES"] == "1"
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,GPU-6f")
@@ -85,8 +85,6 @@ def test_a_wrong_device_is_said_before_the_first_stage(
 
 
 def test_one_device_for_several_processes_is_refused_where_they_are_started(cli: Cli, tmp_path: object) -> None:
-    outcome = cli(
-        "train", "testbed-smoke", "--store", f"{tmp_path}/s", "--device", "cuda:1", "--num-processes", 2
-    )  # fmt: skip
+    outcome = cli("train", "testbed-smoke", "--store", f"{tmp_path}/s", "--device", "cuda:1", "--num-processes", 2)
     assert outcome.code == 2
     assert "names one device for all 2 processes" in outcome.err

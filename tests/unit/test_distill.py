@@ -95,18 +95,26 @@ class Projected(DistillationObjective[LogitTokens]):
 
 
 def train(
-    model: nn.Module, objective: DistillationObjective[Any], folder: Path, *, rows: DistillRows | None = None,
-    micro_batch_tokens: int = 10**6, checkpoint_seconds: float = 1e9,
+    model: nn.Module,
+    objective: DistillationObjective[Any],
+    folder: Path,
+    *,
+    rows: DistillRows | None = None,
+    micro_batch_tokens: int = 10**6,
+    checkpoint_seconds: float = 1e9,
     progress: Callable[[int, int], None] = lambda done, total: None,
-) -> Fit:  # fmt: skip
+) -> Fit:
     torch.manual_seed(5)
     objective.bind(FACTS, FACTS)
     rows = both_rows() if rows is None else rows
     teachers = [] if rows.stored else [teacher_model()]
     settings = FitSettings(
-        device="cpu", micro_batch_tokens=micro_batch_tokens, checkpoint_seconds=checkpoint_seconds, report_to=(),
+        device="cpu",
+        micro_batch_tokens=micro_batch_tokens,
+        checkpoint_seconds=checkpoint_seconds,
+        report_to=(),
         progress=progress,
-    )  # fmt: skip
+    )
     training = Training(model=model, objective=objective, rows=rows, forward_pass=DistillPass(objective, teachers))
     optimization = Optimization(schedule=SCHEDULE, learning_rate=1e-3, seed=3, precision="float32")
     return fit(training, optimization, folder=folder, settings=settings)
@@ -122,8 +130,8 @@ def test_a_batch_says_which_token_of_the_teacher_is_aligned() -> None:
     batch = rows.collate(items)
     student_row = batch.student.predictors // batch.student.input_ids.shape[1]
     teacher_row = batch.teacher.predictors // batch.teacher.input_ids.shape[1]
-    for place, item in enumerate(items):
-        mine, theirs = (student_row == place).nonzero()[:, 0], (teacher_row == place).nonzero()[:, 0]
+    for position, item in enumerate(items):
+        mine, theirs = (student_row == position).nonzero()[:, 0], (teacher_row == position).nonzero()[:, 0]
         expected = [int(theirs[k]) if k < len(theirs) else -1 for k in range(len(mine))]
         assert batch.aligned[mine].tolist() == expected
         assert batch.student.targets[mine].tolist() == rows.student.input_ids[scored(rows.student, item)].tolist()
@@ -188,11 +196,11 @@ def test_a_stored_boundary_is_the_probability_of_the_boundary_after_each_token()
         for row in (0, 4):
             tokens = rows.input_ids[rows.row_starts[row] : rows.row_starts[row + 1]].astype(np.int64)
             logps = teacher_model()(input_ids=torch.from_numpy(tokens)[None]).logits[0].log_softmax(-1)
-            places = scored(rows, row) - rows.row_starts[row]
+            positions = scored(rows, row) - rows.row_starts[row]
             first = int((rows.unit[: rows.row_starts[row]] >= 0).sum())
-            mine = torch.from_numpy(columns[first : first + len(places)])
-            torch.testing.assert_close(mine[:, 0], logps[places - 1, tokens[places]], atol=1e-5, rtol=0)
-            torch.testing.assert_close(mine[:, 1], logps[places][:, ids].logsumexp(-1), atol=1e-5, rtol=0)
+            mine = torch.from_numpy(columns[first : first + len(positions)])
+            torch.testing.assert_close(mine[:, 0], logps[positions - 1, tokens[positions]], atol=1e-5, rtol=0)
+            torch.testing.assert_close(mine[:, 1], logps[positions][:, ids].logsumexp(-1), atol=1e-5, rtol=0)
 
 
 def test_parameters_of_an_objective_train_at_their_own_learning_rate_and_stay_out_of_the_model(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Several processes: what is dealt to them gives what one of them gives."""
+"""Scoring and training in several processes give the results of one process."""
 
 import math
 from pathlib import Path
@@ -21,7 +21,7 @@ from tests.fixtures.tiny import tiny_model
 
 
 class Found(NamedTuple):
-    """What each of two processes wrote, and what one process alone writes."""
+    """The results of each of two processes, and of one process."""
 
     ranks: tuple[dict[str, Any], dict[str, Any]]
     alone: dict[str, Any]
@@ -31,7 +31,7 @@ class Found(NamedTuple):
 def launched(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One launch of two processes for all tests of this module."""
     folder = tmp_path_factory.mktemp("launched")
-    launch("tests.fixtures.fsdp", "all_of_it", folder)
+    launch("tests.fixtures.fsdp", "run_all", folder)
     return folder
 
 
@@ -50,7 +50,7 @@ def found(launched: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
 @pytest.mark.parametrize("rows", ["many", "one batch"])
 @pytest.mark.parametrize("signal", ["logps", "top"])
 def test_a_signal_does_not_depend_on_the_number_of_processes(found: dict[str, Found], rows: str, signal: str) -> None:
-    """Bit for bit, integers too, in each process, and where one of them has no batch at all."""
+    """Bit for bit, also for integers, in each process, and if one process has no batch."""
     expected = found["scoring_passes"].alone[f"{rows}, {signal}"]
     for of_rank in found["scoring_passes"].ranks:
         values = of_rank[f"{rows}, {signal}"]
@@ -109,7 +109,7 @@ def test_peak_memory_is_the_largest_of_the_processes(found: dict[str, Found]) ->
 
 
 def test_an_interrupted_training_of_two_processes_goes_on_bit_for_bit(launched: Path, found: dict[str, Found]) -> None:
-    """The state is written by the first one's clock: the other one's never asks."""
+    """Rank 0 decides when the state is written; the other process's clock never requests one."""
     for rank, straight in enumerate(found["trainings"].ranks):
         made = torch.load(launched / "interrupted" / f"{rank}.pt", weights_only=False)
         assert made["resumed"]["steps"] == [5, 6, 7, 8]
@@ -144,10 +144,9 @@ def of_ranks(launched: Path, name: str) -> tuple[dict[str, Any], dict[str, Any]]
 
 
 @pytest.mark.parametrize(("name", "plan"), fsdp.SHARED)
-def test_shared_weights_give_the_loss_and_gradients_of_whole_ones(launched: Path, name: str, plan: str) -> None:
-    """`fully_shard`: the scorer reads an output embedding that nobody calls; its weight must be whole, and get its gradient.
-
-    Twice: a pass without a gradient comes before each, and leaves some weights gathered.
+def test_sharded_weights_give_the_loss_and_gradients_of_unsharded_ones(launched: Path, name: str, plan: str) -> None:
+    """`fully_shard`: the scorer reads the output embedding's weight without calling the module, so it must be gathered, and get
+    its gradient. Checked twice: each pass follows one without gradients, which leaves some weights gathered.
     """
     expected = fsdp.expected(name)
     for rank, of_rank in enumerate(of_ranks(launched, "passes")):
@@ -179,7 +178,7 @@ def assert_close_histories(made: list[dict[str, float]], expected: list[dict[str
 
 @pytest.mark.parametrize("name", ["untied", "tied", "lora"])
 def test_fsdp_trains_and_exports_what_one_process_does(launched: Path, tmp_path: Path, name: str) -> None:
-    """accelerate's own path, on CPUs that it is told are GPUs; `Told` asserts that it says FSDP."""
+    """accelerate's own path, on CPUs that are presented as GPUs; `GpuTrainer` asserts that accelerate uses FSDP."""
     alone = fsdp.trained(tmp_path, name)
     for of_rank in of_ranks(launched, "accelerated"):
         assert of_rank[name]["parameters"] == {"DTensor"}

@@ -38,8 +38,8 @@ def test_warping_equals_the_public_code(vector):
     assert [list(pair) for pair in matches] == expected["matches"]
     np.testing.assert_array_equal(total, np.array(expected["matrix"]))
     assert total[-1, -1] == expected["cost"]
-    partners = [found[0] if len(found) == 1 else -1 for found in expected["student_to_teacher"]]
-    assert edit_distance_pairing(inputs["student_tokens"], inputs["teacher_tokens"]) == partners
+    aligned = [found[0] if len(found) == 1 else -1 for found in expected["student_to_teacher"]]
+    assert edit_distance_pairing(inputs["student_tokens"], inputs["teacher_tokens"]) == aligned
 
 
 def test_vocabulary_map_equals_the_public_code():
@@ -114,7 +114,7 @@ def test_nearest_is_the_first_of_the_least_distance_in_the_published_order():
     assert found == [token if token in vocabulary else scanned(token, vocabulary) for token in tokens]
 
 
-def test_ids_without_a_token_are_nobodys_neighbour():
+def test_ids_without_a_token_are_never_the_nearest():
     assert nearest_tokens(["a", "", "bb"], ["", "b", "a", "b"]).tolist() == [2, -1, 1]
     assert nearest_tokens(["a"], ["", ""]).tolist() == [-1]
 

@@ -30,7 +30,7 @@ NUM_DOCS = 12
 
 @pytest.fixture(autouse=True)
 def _own_dataset_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """lm-eval's own entry point, which some tests compare with, caches by the text of a data set's card alone."""
+    """lm-eval's own entry point, which some tests compare with, caches data sets by the text of their card only."""
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "cache"))
 
 
@@ -48,10 +48,17 @@ def tokenizer() -> PreTrainedTokenizerFast:
 def model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
-        max_position_embeddings=160, bos_token_id=None, eos_token_id=tokenizer.eos_token_id, pad_token_id=None,
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=160,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=None,
         initializer_range=0.4,
-    )  # fmt: skip
+    )
     return LlamaForCausalLM(config)
 
 
@@ -74,23 +81,35 @@ def write_tasks(folder: Path) -> Path:
     folder.mkdir(parents=True)
     mean = {"aggregation": "mean", "higher_is_better": True}
     shared = {
-        "dataset_path": "someone/colours", "dataset_name": "main", "test_split": "test", "fewshot_split": "test",
-        "doc_to_text": "Q: {{question}}\nA:", "metadata": {"version": 1.0}, "tag": "colours",
-    }  # fmt: skip
+        "dataset_path": "someone/colours",
+        "dataset_name": "main",
+        "test_split": "test",
+        "fewshot_split": "test",
+        "doc_to_text": "Q: {{question}}\nA:",
+        "metadata": {"version": 1.0},
+        "tag": "colours",
+    }
     choice = shared | {
-        "task": "colour_choice", "output_type": "multiple_choice", "doc_to_choice": "{{choices}}",
-        "doc_to_target": "label", "metric_list": [mean | {"metric": "acc"}, mean | {"metric": "acc_norm"}],
-    }  # fmt: skip
+        "task": "colour_choice",
+        "output_type": "multiple_choice",
+        "doc_to_choice": "{{choices}}",
+        "doc_to_target": "label",
+        "metric_list": [mean | {"metric": "acc"}, mean | {"metric": "acc_norm"}],
+    }
     generation = shared | {
-        "task": "colour_words", "output_type": "generate_until", "doc_to_target": "{{choices[label]}}",
+        "task": "colour_words",
+        "output_type": "generate_until",
+        "doc_to_target": "{{choices[label]}}",
         "metric_list": [mean | {"metric": "exact_match"}],
         "generation_kwargs": {"until": ["\n"], "max_gen_toks": 6, "do_sample": False},
         "filter_list": [
             {"name": "whole", "filter": [{"function": "take_first"}]},
-            {"name": "letter", "filter": [{"function": "regex", "regex_pattern": "([a-z])"},
-                                          {"function": "take_first"}]},
+            {
+                "name": "letter",
+                "filter": [{"function": "regex", "regex_pattern": "([a-z])"}, {"function": "take_first"}],
+            },
         ],
-    }  # fmt: skip
+    }
     fixed = choice | {"task": "colour_fixed", "num_fewshot": 0}
     for config in (choice, generation, fixed):
         (folder / f"{config['task']}.yaml").write_text(yaml.safe_dump(config))
@@ -105,9 +124,14 @@ def data_root(tmp_path: Path) -> Path:
 @pytest.fixture
 def choice(tmp_path: Path) -> Column:
     return Column(
-        name="Choice", task="colour_choice", metric="acc_norm,none", version=1.0, shots=1, also=("acc,none",),
+        name="Choice",
+        task="colour_choice",
+        metric="acc_norm,none",
+        version=1.0,
+        shots=1,
+        also=("acc,none",),
         folder=str(write_tasks(tmp_path / "tasks")),
-    )  # fmt: skip
+    )
 
 
 @pytest.fixture
@@ -197,7 +221,7 @@ def test_a_model_without_logits_to_keep_falls_back_to_full_logits(tokenizer: Any
 def test_an_adapter_on_a_model_is_evaluated_as_the_merged_model_is(
     model: LlamaForCausalLM, tokenizer: Any, choice: Column, data_root: Path
 ) -> None:
-    """A PEFT model keeps the last logits too, and is handed back as it came."""
+    """A PEFT model computes only the last logits too, and is left unchanged."""
     from peft import LoraConfig, get_peft_model
 
     adapted = get_peft_model(copy.deepcopy(model), LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
@@ -288,7 +312,7 @@ def test_a_result_can_be_written_and_read_and_repeats_itself(
 def test_two_mirrors_with_one_data_set_name_are_not_mixed_up(
     model: LlamaForCausalLM, tokenizer: Any, choice: Column, data_root: Path, tmp_path: Path
 ) -> None:
-    """`datasets` caches both under one key; a second world must not be evaluated on the documents of the first."""
+    """`datasets` caches both under one key; the second mirror must not be evaluated on the documents of the first."""
     other = write_data(tmp_path / "other", answers="one two three")
     results = [evaluate_column(model, tokenizer, choice, Documents(root), batch_size=5) for root in (data_root, other)]
     assert results[0].protocol.task_hash != results[1].protocol.task_hash
@@ -403,8 +427,12 @@ def test_vllm_is_given_the_model_its_tokenizer_and_the_precision(monkeypatch: py
     monkeypatch.setitem(sys.modules, "lm_eval.models.vllm_causallms", module)
     assert open_vllm("a", "b", precision="bfloat16", revision="c" * 40, tokenizer_revision="d" * 40) == "the model"
     assert given == {
-        "pretrained": "a", "tokenizer": "b", "dtype": "bfloat16", "revision": "c" * 40, "tokenizer_revision": "d" * 40,
-    }  # fmt: skip
+        "pretrained": "a",
+        "tokenizer": "b",
+        "dtype": "bfloat16",
+        "revision": "c" * 40,
+        "tokenizer_revision": "d" * 40,
+    }
 
 
 def test_prompts_are_built_once_for_many_models_and_anew_for_another_limit_or_a_template(

@@ -1,4 +1,4 @@
-"""Fidelity of spans: what tokens spell, what covers a character, and the class of every difference (docs/method.md#properties-of-spans)."""
+"""Fidelity of spans: decoded tokens, coverage of characters, and the class of every difference (docs/method.md#properties-of-spans)."""
 
 import unicodedata
 

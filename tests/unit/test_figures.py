@@ -1,4 +1,4 @@
-"""Figures from numbers: marks stand where the numbers are, words say the same, and nothing breaks on odd numbers."""
+"""Figures from numbers: positions of marks, texts, and unusual numbers."""
 
 import re
 import subprocess

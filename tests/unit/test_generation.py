@@ -1,4 +1,4 @@
-"""Responses that a model generates: greedy, the same in any batch, unfinished ones told apart."""
+"""Responses that a model generates: greedy, independent of the batch, unfinished ones marked."""
 
 import copy
 from collections import Counter
@@ -16,10 +16,18 @@ from ctpd.pipeline.stages.generate import refuse_losses
 from tests.fixtures.tiny import CONFIGS, VOCABULARY, tiny_model
 
 HYBRID = Lfm2Config(
-    vocab_size=VOCABULARY, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
-    num_key_value_heads=2, layer_types=["conv", "full_attention"], initializer_range=0.3, pad_token_id=0,
-    bos_token_id=1, eos_token_id=2,
-)  # fmt: skip
+    vocab_size=VOCABULARY,
+    hidden_size=16,
+    intermediate_size=32,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    num_key_value_heads=2,
+    layer_types=["conv", "full_attention"],
+    initializer_range=0.3,
+    pad_token_id=0,
+    bos_token_id=1,
+    eos_token_id=2,
+)
 PROMPTS = [np.random.default_rng(n).integers(1, VOCABULARY, n).astype(np.int32) for n in (3, 9, 5, 7, 4, 6)]
 
 
@@ -30,7 +38,7 @@ def decoded(model: Any, prompts: list[np.ndarray], *, end_token: int) -> list[li
 
 
 def one_by_one(model: Any, prompt: np.ndarray, *, end_token: int, max_new: int) -> list[int] | None:
-    """The loop that greedy decoding is, without a cache."""
+    """Greedy decoding as a plain loop without a cache."""
     ids = prompt.tolist()
     with torch.no_grad():
         for _ in range(max_new):
@@ -48,7 +56,7 @@ def hybrid() -> Any:
 
 @pytest.mark.parametrize("name", [*CONFIGS, "hybrid"])
 def test_a_response_is_the_greedy_one_whatever_its_batch(name: str) -> None:
-    """With windows shorter than a prompt, and for a model that takes no mask of ours."""
+    """With windows shorter than a prompt, and for a model that does not support 4D attention masks."""
     model: Any = hybrid() if name == "hybrid" else tiny_model(name, seed=3)
     before = copy.deepcopy(model.config)
     assert takes_padded_prompts(model) == takes_padded_prompts(model) == (name != "hybrid")

@@ -65,9 +65,12 @@ def golden_batch(vector, *, tile_rows=2, dtype=torch.float64):
         shifted_RT = torch.full_like(labels_RT, IGNORED)
         shifted_RT[:, :-1] = labels_RT[:, 1:]
         made[side] = tokens(
-            logits_RTV.to(dtype), shifted_RT, unit=torch.tensor(units[side]),
-            input_ids=torch.tensor(inputs[f"{side}_input_ids"]), tile_rows=tile_rows,
-        )  # fmt: skip
+            logits_RTV.to(dtype),
+            shifted_RT,
+            unit=torch.tensor(units[side]),
+            input_ids=torch.tensor(inputs[f"{side}_input_ids"]),
+            tile_rows=tile_rows,
+        )
     return student, batch_of(made["student"], made["teacher"], aligned=torch.full_like(made["student"].row, -1))
 
 

@@ -1,4 +1,4 @@
-"""The graph: what a key depends on, what is built, and what happens to damage."""
+"""The graph: what a key depends on, what is built, and damaged artifacts."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -20,7 +20,7 @@ from tests.fixtures.stages import SmallStage, small_stage
 
 
 class Recorder:
-    """Makes stages whose builders note that they ran and concatenate their inputs."""
+    """Makes stages whose builds are recorded and concatenate their inputs."""
 
     def __init__(self) -> None:
         self.built: list[str] = []
@@ -79,13 +79,13 @@ def test_key_ignores_the_label_and_the_order_of_settings(recorder: Recorder) -> 
     assert len(first.key) == 32
 
 
-def test_key_ignores_where_an_outside_file_stands(recorder: Recorder) -> None:
-    first, second = (recorder.stage("a", external=(External(place, "1"),)) for place in ("here", "there"))
+def test_key_ignores_the_path_of_an_outside_file(recorder: Recorder) -> None:
+    first, second = (recorder.stage("a", external=(External(location, "1"),)) for location in ("here", "there"))
     assert first.key == second.key
 
 
 def test_a_field_at_its_default_is_left_out_of_the_key() -> None:
-    """So a new field moves no key."""
+    """Therefore a new field changes no key."""
 
     @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
     class Grown(SmallStage):
@@ -97,19 +97,19 @@ def test_a_field_at_its_default_is_left_out_of_the_key() -> None:
 
 
 def test_a_build_that_reads_what_is_not_in_the_key_fails(recorder: Recorder, store: Store) -> None:
-    """The label, and a stage that is no input."""
+    """The label, and a stage that is not an input."""
     stranger = recorder.stage("stranger")
 
     def reads_label(stage: Stage, work: Work) -> None:
         (work.folder / "text").write_text(stage.label)
 
-    def reads_stranger(stage: Stage, work: Work) -> None:
+    def reads_other_stage(stage: Stage, work: Work) -> None:
         work.path(stranger)
 
     with pytest.raises(AttributeError, match="label"):
         run(store, small_stage("a", reads_label))
     with pytest.raises(LookupError, match="not part of the key"):
-        run(store, stranger, small_stage("b", reads_stranger))
+        run(store, stranger, small_stage("b", reads_other_stage))
     assert [artifact.stage for artifact in store.artifacts()] == ["stranger"]
 
 
@@ -171,7 +171,7 @@ def test_damage_is_refused_before_anything_is_built(recorder: Recorder, store: S
     assert recorder.built == []
 
 
-def test_rebuild_makes_the_damaged_artifact_and_its_missing_inputs_anew(recorder: Recorder, store: Store) -> None:
+def test_rebuild_builds_the_damaged_artifact_and_its_missing_inputs(recorder: Recorder, store: Store) -> None:
     base = recorder.stage("base")
     top = recorder.stage("top", base)
     run(store, top)
@@ -205,13 +205,13 @@ def edited(tmp_path: Path, old: str, new: str) -> Experiment:
 
 
 def changed_kinds(experiment: Experiment) -> set[str]:
-    """Which artifacts a change makes anew; the records name the recipe's values and always follow."""
+    """The kinds of the artifacts that a change rebuilds, without records, which contain the recipe's values."""
     before = {stage.key for stage in Graph(Experiment(SMOKE).records).stages}
     return {s.kind for s in Graph(experiment.records).stages if s.key not in before} - {"record"}
 
 
 CHANGES = {
-    "runs' step size": ("tuned: {learning_rate: 1e-3,", "tuned: {learning_rate: 2e-3,", {"train", "evaluate"}),
+    "runs' learning rate": ("tuned: {learning_rate: 1e-3,", "tuned: {learning_rate: 2e-3,", {"train", "evaluate"}),
     "documents": ("batch_size: 16", "batch_size: 8", {"evaluate"}),
     "caption": ("caption: Main results", "caption: Other words", set()),
     "longest row": ("max_prompt_tokens: 128", "max_prompt_tokens: 127", {"pairs", "signals", "weights", "train", "evaluate"}),
@@ -222,7 +222,7 @@ CHANGES = {
 
 
 @pytest.mark.parametrize("name", CHANGES)
-def test_a_change_of_a_recipe_makes_anew_exactly_what_depends_on_it(name: str, tmp_path: Path) -> None:
+def test_a_change_of_a_recipe_rebuilds_exactly_what_depends_on_it(name: str, tmp_path: Path) -> None:
     old, new, kinds = CHANGES[name]
     assert changed_kinds(edited(tmp_path, old, new)) == kinds
 

@@ -67,8 +67,16 @@ def test_flags_that_contradict_each_other_or_the_launcher_are_refused(
 def test_a_helper_builds_for_the_same_command_and_prints_nothing() -> None:
     argv = ["run", "mine.yaml", "--jobs", "3", "--rebuild", "--device=auto", "--only", "CTPD", "--json"]
     assert launch._helping(argv, device="cuda:1") == [
-        "eval", "--quiet", "--device", "cuda:1", "--num-processes", "1", "mine.yaml", "--only", "CTPD",
-    ]  # fmt: skip
+        "eval",
+        "--quiet",
+        "--device",
+        "cuda:1",
+        "--num-processes",
+        "1",
+        "mine.yaml",
+        "--only",
+        "CTPD",
+    ]
     assert launch._helping(["train", "mine.yaml", "--jobs=2"], device="cpu")[0] == "train"
 
 
@@ -121,7 +129,7 @@ def test_a_helper_sees_one_gpu_of_those_that_this_process_sees(monkeypatch: pyte
 
 
 def test_an_environment_that_does_not_say_which_process_this_is_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Otherwise every process would take itself for the first one, and write."""
+    """Otherwise every process would act as rank 0, and write files."""
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.delenv("RANK", raising=False)
     with pytest.raises(UserError, match="WORLD_SIZE=2 and no RANK"):

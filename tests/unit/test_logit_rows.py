@@ -1,4 +1,4 @@
-"""Rows of logits formed tile by tile: the same numbers and gradients as the whole matrix, and nothing of its size kept."""
+"""Rows of logits formed tile by tile: the same numbers and gradients as the whole matrix, without keeping a tensor of its size."""
 
 from collections.abc import Callable
 

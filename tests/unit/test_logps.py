@@ -128,7 +128,7 @@ def test_bfloat16_inputs_give_float32_results(trained: bool) -> None:
 
 
 def test_autocast_decides_the_dtype_of_the_products() -> None:
-    """Under autocast float32 parameters are used as the library's own head would use them, with float32 gradients."""
+    """Under autocast float32 parameters are used as in the library's own head, with float32 gradients."""
     hidden, weight, _, targets, incoming = problem(torch.float32)
     hidden.requires_grad_()
     weight.requires_grad_()
@@ -174,7 +174,7 @@ def test_frozen_head_needs_no_tile_in_the_backward_pass() -> None:
 
 
 def test_only_the_bias_or_only_the_weight_may_be_trained() -> None:
-    """Each input gets its gradient alone, whatever the others need."""
+    """Each input gets its gradient, whether or not the others require one."""
     hidden, weight, bias, targets, incoming = problem()
     for trained in range(3):
         inputs = [x.clone().requires_grad_(i == trained) for i, x in enumerate((hidden, weight, bias))]
@@ -263,7 +263,7 @@ def test_module_head_equals_full_logits(variant: str) -> None:
 
 
 def test_16_bit_weight_gradients_of_a_large_vocabulary() -> None:
-    """A vocabulary of several blocks: each block's gradient lands in its place, summed in float32 over tiles."""
+    """A vocabulary of several blocks: each block's gradient is written at its offset, summed in float32 over tiles."""
     num_vocabulary = 2**15 + 3
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(6, 4, generator=generator).bfloat16()

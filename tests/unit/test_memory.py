@@ -21,17 +21,22 @@ PUBLISHED = {
 }  # fmt: skip
 TINY = [
     Shape(vocabulary=64, hidden=hidden, intermediate=96, layers=3, heads=4, kv_heads=kv_heads, tied=False)
-    for hidden in (64, 128) for kv_heads in (1, 4)
-]  # fmt: skip
+    for hidden in (64, 128)
+    for kv_heads in (1, 4)
+]
 
 
 def built(shape: Shape, *, layers: int | None = None, device: str = "meta") -> Any:
     kind, make = (Qwen2Config, Qwen2ForCausalLM) if shape.qkv_bias else (LlamaConfig, LlamaForCausalLM)
     config = kind(
-        vocab_size=shape.vocabulary, hidden_size=shape.hidden, intermediate_size=shape.intermediate,
-        num_hidden_layers=layers or shape.layers, num_attention_heads=shape.heads, num_key_value_heads=shape.kv_heads,
+        vocab_size=shape.vocabulary,
+        hidden_size=shape.hidden,
+        intermediate_size=shape.intermediate,
+        num_hidden_layers=layers or shape.layers,
+        num_attention_heads=shape.heads,
+        num_key_value_heads=shape.kv_heads,
         tie_word_embeddings=shape.tied,
-    )  # fmt: skip
+    )
     with torch.device(device):
         return make(config)
 
@@ -52,7 +57,7 @@ def test_adapters_are_counted_as_peft_makes_them(shape: Shape) -> None:
 
 
 def saved_bytes(shape: Shape, *, layers: int, checkpointing: bool) -> int:
-    """What the forward pass of 256 tokens keeps for the backward pass, without the weights themselves."""
+    """Bytes that the forward pass of 256 tokens keeps for the backward pass, without the weights."""
     model = built(shape, layers=layers, device="cpu").train()
     if checkpointing:
         model.activation_checkpointing_enable()
@@ -81,10 +86,10 @@ def test_a_layer_saves_what_the_formula_says(shape: Shape) -> None:
     assert (more - less) / 2 == 256 * memory.FLOAT32 * shape.hidden
 
 
-def test_states_of_full_fine_tuning_are_sixteen_bytes_a_weight_shared_by_the_processes() -> None:
+def test_states_of_full_fine_tuning_are_sixteen_bytes_a_weight_sharded_over_the_processes() -> None:
     shape = SHAPES["Llama-3.1-8B"]
     states = ("weights", "gradients", "AdamW")
-    alone, shared = training_bytes(shape, Training()), training_bytes(shape, Training(shares=8))
+    alone, shared = training_bytes(shape, Training()), training_bytes(shape, Training(num_shards=8))
     assert sum(alone[part] for part in states) == 16 * shape.weights
     assert sum(shared[part] for part in states) == 2 * shape.weights
     assert alone["gathered"] == 0 < shared["gathered"]

@@ -78,7 +78,7 @@ def test_scorer_uses_an_adapter_on_the_head_itself(name: str) -> None:
 @pytest.mark.parametrize("name", CONFIGS)
 @pytest.mark.parametrize("lora", [False, True])
 def test_probe_accepts_the_scorer_and_changes_nothing(name: str, lora: bool) -> None:
-    """No warning (an error here), the weights as they were, zeros of a fresh adapter included, and no gradient left."""
+    """It warns of nothing (a warning is an error here), changes no weight (a new adapter's zeros included), leaves no gradient."""
     model: Any = tiny_model(name)
     if lora:
         model = add_lora(model, r=2, alpha=4, targets="all-linear", seed=0)
@@ -102,7 +102,7 @@ class Doubled(LlamaForCausalLM):
         return output
 
 
-def test_probe_falls_back_to_full_logits_when_the_head_is_changed_behind_its_back() -> None:
+def test_probe_falls_back_to_full_logits_when_a_model_changes_its_logits() -> None:
     torch.manual_seed(0)
     model = install_scorer(Doubled(CONFIGS["llama"]()).eval())
     with pytest.warns(UserWarning, match="does not reproduce Doubled; full logits are used"):
@@ -152,8 +152,9 @@ def test_saved_adapter_merges_to_the_adapted_model_and_names_no_path(tmp_path: P
     adapted = with_random_adapters(load_model(tmp_path / "base", precision="float32", device="cpu"))
     save_model(adapted, tmp_path / "adapter")
     assert {path.name for path in (tmp_path / "adapter").iterdir()} == {
-        "adapter_config.json", "adapter_model.safetensors",
-    }  # fmt: skip
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    }
     assert str(tmp_path) not in (tmp_path / "adapter" / "adapter_config.json").read_text()
     merged = load_model(tmp_path / "base", adapters=[tmp_path / "adapter"], precision="float32", device="cpu")
     torch.testing.assert_close(score(merged, IDS, REQUEST), score(adapted, IDS, REQUEST), rtol=1e-5, atol=1e-5)
@@ -240,7 +241,7 @@ def test_four_bit_weights_train_adapters_and_keep_their_count(tmp_path: Path) ->
 
 
 def test_a_slow_tokenizer_is_refused(tmp_path: Path) -> None:
-    """Only fast ones have character offsets; ByT5 has a tokenizer in Python alone."""
+    """Only fast ones have character offsets; ByT5 has only a tokenizer in Python."""
     ByT5Tokenizer().save_pretrained(str(tmp_path))
     for load in (load_tokenizer, find_tokenizer):
         with pytest.raises(UserError, match="a slow one"):
@@ -249,7 +250,7 @@ def test_a_slow_tokenizer_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("lora", [False, True])
 def test_a_probe_answers_the_same_again_and_changes_nothing(lora: bool) -> None:
-    """Neither weights, nor the mode, nor the random state, nor how the model is scored."""
+    """It changes neither weights, mode, random state nor the way the model is scored."""
     model: Any = tiny_model()
     base = model
     if lora:

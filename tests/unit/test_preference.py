@@ -90,11 +90,11 @@ def test_golden_losses_and_gradients(cell: str, trained: bool) -> None:
     logps = [golden_logps(z, d["student_labels"], trained=trained) for z, d in zip(logits, data, strict=True)]
     counts = [len(d["weights"]) for d in data]
     policy = unit_logps(pad(logps), pad([torch.tensor(d["student_span"]) for d in data], -1), num_units=max(counts))
-    anchor = {"teacher": "teacher", "student": "student_sft"}[objective.params.reference]
+    reference_model = {"teacher": "teacher", "student": "student_sft"}[objective.params.reference]
     units = Units(
         policy=policy,
         mask=torch.arange(max(counts)) < torch.tensor(counts).unsqueeze(1),
-        reference=pad([golden_signal(anchor, side) for side in SIDES], 99.0),
+        reference=pad([golden_signal(reference_model, side) for side in SIDES], 99.0),
         weights=pad(golden_weights(), 99.0) if objective.layout.weighting is not None else None,
     )
     sums = objective(units)
@@ -204,7 +204,7 @@ def test_defaults_are_ctpd() -> None:
 
 
 def test_uniform_weights_need_nothing() -> None:
-    """`uniform` is the absence of weights: no signal is asked for, and the loss is that of weight 1."""
+    """`uniform` means no weights: no signal is needed, and the loss is that of weight 1."""
     objective = Preference(PreferenceParams(weights="uniform"))
     assert objective.layout.weighting is None
     units = random_units()
@@ -223,6 +223,6 @@ def test_uniform_weights_need_nothing() -> None:
     ],
 )
 def test_bad_cells_are_refused(params: dict[str, Any], message: str) -> None:
-    """Unknown strategies and cells that have no meaning are the user's error, with the way out."""
+    """Unknown strategies and combinations without a meaning are refused, with a way to correct them."""
     with pytest.raises(ValidationError, match=message):
         Preference(PreferenceParams(**params))

@@ -47,7 +47,7 @@ def row(rows: TokenRows, r: int) -> tuple[list[int], list[int]]:
 
 
 def check_rows(prepared: PreparedPairs, sides: Sequence[TemplatedTokenizer], *, max_tokens: int) -> None:
-    """What every prepared row must be, whatever the lengths."""
+    """The properties of every prepared row."""
     responses = [text for both in zip(prepared.chosen, prepared.rejected, strict=True) for text in both]
     assert prepared.boundary_starts[-1] == len(prepared.boundaries)
     for r, response in enumerate(responses):
@@ -283,7 +283,7 @@ def test_marks_fall_on_the_spans_that_they_overlap() -> None:
 
 
 def test_limit_and_selection_act_on_each_split() -> None:
-    """The first or the shortest valid pairs, in the data's order; what is not looked at is not counted as dropped."""
+    """The first or the shortest valid pairs, in the data's order; pairs that are not examined are not counted as dropped."""
     pairs = [pair("a" * n, "no", id=str(n)) for n in (9, 3, 7, 5)]
     pairs.insert(1, pair("", id="empty"))
     sides = {"teacher": side("byte_bpe"), "student": side("unigram")}
@@ -358,8 +358,8 @@ def test_arrays_and_texts_hold_everything(marks: dict) -> None:
     )
 
 
-def test_blocks_do_not_show(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Pairs are worked on in blocks; where these end makes no difference."""
+def test_the_size_of_blocks_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pairs are processed in blocks, whose size does not change the result."""
     rows = [{"prompt": f"what is {i}?", "chosen": f"yes {i}" * (1 + i % 3), "rejected": "no 日本"} for i in range(7)]
     pairs = parse_pairs(rows, source="rows")
     whole = prepare(pairs)

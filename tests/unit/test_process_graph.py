@@ -1,4 +1,4 @@
-"""Several processes on one graph: each stage is built once, whoever comes, waits, fails or dies."""
+"""Several processes on one graph: each stage is built once, also when processes wait, fail or are killed."""
 
 import subprocess
 import sys
@@ -118,7 +118,7 @@ def launched(store: Store, *mode: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_processes_of_a_launch_build_collective_stages_together_and_one_each_of_the_rest(store: Store) -> None:
+def test_processes_of_a_launch_build_collective_stages_together_and_the_others_one_each(store: Store) -> None:
     done = launched(store)
     assert done.returncode == 0, done.stderr
     graph = process_graph()

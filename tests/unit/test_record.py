@@ -16,9 +16,16 @@ from tests.fixtures.records import DEMO, changed, demo, record, remeasured, resu
 
 FIT: dict[str, Any] = {
     "history": [{"loss": 2.5, "epoch": 0.5, "step": 1}, {"loss": float("nan"), "grad_norm": float("inf"), "step": 2}],
-    "steps": 2, "seconds": 1.0, "peak_memory_mib": None, "weights_mib": 1.5, "trainable_parameters": 3, "parameters": 3,
-    "objective_parameters": 0, "micro_batch": 4, "shares_prompts": False,
-}  # fmt: skip
+    "steps": 2,
+    "seconds": 1.0,
+    "peak_memory_mib": None,
+    "weights_mib": 1.5,
+    "trainable_parameters": 3,
+    "parameters": 3,
+    "objective_parameters": 0,
+    "micro_batch": 4,
+    "shares_prompts": False,
+}
 
 
 def refuse(constant: str) -> float:
@@ -112,7 +119,9 @@ def test_shared_settings_hold_digests_in_the_place_of_paths(tmp_path: Path) -> N
         assert path not in text
     elsewhere = changed(mine, student=changed(student, model="/srv/student"))
     assert shared_settings(elsewhere, {name: f"sha256 of {name}" for name in names}) == first
-    other = shared_settings(mine, {name: "other contents" if name == "student.sft" else f"sha256 of {name}" for name in names})  # fmt: skip
+    other = shared_settings(
+        mine, {name: "other contents" if name == "student.sft" else f"sha256 of {name}" for name in names}
+    )
     assert other.digest != first.digest
 
 

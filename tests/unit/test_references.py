@@ -1,4 +1,4 @@
-"""Models as chains: what a training changes of a model, and what it leaves as it was."""
+"""Models with adapters and tokenizers: which parts a training changes."""
 
 from pathlib import Path
 
@@ -18,7 +18,7 @@ def build(stage: Stage, work: Work) -> None:
 
 
 def test_a_fine_tuned_hub_model_keeps_the_pinned_revision_of_its_tokenizer() -> None:
-    """The model is an artifact then; the tokenizer still comes from the hub, at the commit of the recipe."""
+    """The trained model is an artifact; the tokenizer still comes from the hub, at the commit of the recipe."""
     stage = small_stage("train", build)
     work = Work(Path(), Runtime(), lambda done, total: None, folders={stage.key: Path("store")})
     located = Model(HUB, HUB).trained(stage, adapter=False).located(work)
@@ -26,7 +26,7 @@ def test_a_fine_tuned_hub_model_keeps_the_pinned_revision_of_its_tokenizer() -> 
     assert (located.tokenizer, located.tokenizer_revision) == ("org/name", "abc")
 
 
-def test_an_adapter_stands_on_the_pinned_base() -> None:
+def test_an_adapter_refers_to_the_pinned_base() -> None:
     stage = small_stage("train", build)
     chain = Model(HUB, HUB).trained(stage, adapter=True).chain()
     assert chain["base"] == "org/name"
@@ -71,7 +71,7 @@ def model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
-def test_a_local_directory_never_stands_in_for_a_pinned_hub_model(model: Path, tmp_path: Path) -> None:
+def test_a_local_directory_is_never_used_for_a_pinned_hub_model(model: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"'org/name' with the revision 'abc' .* give './org/name' without a revision"):
         external_model("org/name", revision="abc", role="student")
     assert external_model("org/name", revision=None, role="student").revision is None

@@ -1,4 +1,4 @@
-"""Rendering and tokenizing (docs/method.md#data-step): what is prompt, what is response, where the end token stands."""
+"""Rendering and tokenizing (docs/method.md#data-step): the tokens of prompt and response, and the end token."""
 
 from types import SimpleNamespace
 
@@ -43,8 +43,8 @@ def chat(template: str, kind: str = "byte_bpe", **variables: object) -> Template
     return TemplatedTokenizer(side_tokenizer, ChatTemplate(side_tokenizer, variables), "student")
 
 
-def test_plain_rows_end_with_eos_and_hold_no_more() -> None:
-    """A plain row is the turns, the response and EOS; what follows the last {content} is not written."""
+def test_plain_rows_end_with_eos_and_have_no_other_special_token() -> None:
+    """A plain row is the turns, the response and EOS; text after the last {content} is left out."""
     side = TemplatedTokenizer(tokenizer("byte_bpe"), PLAIN, "teacher")
     turns = (Message("system", "Hi."), Message("user", "a"), Message("assistant", "b"), Message("user", "c"))
     encoded = encode(side, "yes", turns)
@@ -70,7 +70,7 @@ def _with(side: TemplatedTokenizer) -> tuple[TemplatedTokenizer, Encoded]:
 @pytest.mark.parametrize("template", [CHATML, LLAMA3, THINKING], ids=["chatml", "llama3", "thinking"])
 @pytest.mark.parametrize("response", ["yes it is", "a", "e", "assistant", "user\n", "im_end", "{{ x }}", "think"])
 def test_chat_rows_hold_exactly_the_response(template: str, response: str) -> None:
-    """Any response, even one whose text occurs in the template, is found at its one place and ends the row."""
+    """Any response, even one whose text occurs in the template, is found at its position and ends the row."""
     response = response.strip()
     side = chat(template)
     encoded = encode(side, response)
@@ -91,11 +91,11 @@ def test_text_between_response_and_end_token_is_neither() -> None:
 @pytest.mark.parametrize(
     ("template", "message"),
     [
-        (CHATML.replace("message.content", "message.content | upper"), "holds the response 0 times"),
+        (CHATML.replace("message.content", "message.content | upper"), "contains the response 0 times"),
         (CHATML.replace("message.content", "message.content | replace('yes', 'no')"), "changes the response"),
         (
             CHATML.replace("{{ message.content }}", "{{ message.content }}{{ message.content }}"),
-            "holds the response 2 times",
+            "contains the response 2 times",
         ),
         (CHATML.replace("assistant\n{% endif", "assistant:\n<think>{% endif"), "generation prompt"),
         ("{{ raise_exception('roles must alternate') }}", "roles must alternate"),
@@ -112,16 +112,18 @@ def test_a_template_that_cannot_be_aligned_is_refused(template: str, message: st
 
 
 def test_a_template_without_end_of_turn_is_refused() -> None:
-    side = chat("{% for message in messages %}{{ message.role }}: {{ message.content }}\n{% endfor %}"
-                "{% if add_generation_prompt %}assistant: {% endif %}")  # fmt: skip
+    side = chat(
+        "{% for message in messages %}{{ message.role }}: {{ message.content }}\n{% endfor %}"
+        "{% if add_generation_prompt %}assistant: {% endif %}"
+    )
     with pytest.raises(
-        UserError, match="row 0: the student's chat template writes no special token behind the response"
+        UserError, match="row 0: the student's chat template writes no special token after the response"
     ):
         encode(side, "yes")
 
 
-def test_the_date_never_is_todays() -> None:
-    """Templates that write a date write the same one for ever; the recipe may set the variable."""
+def test_the_date_is_fixed() -> None:
+    """Templates that write a date always write the same one; the recipe may set the variable."""
     clock = chat("{{ strftime_now('%d %B %Y') }}|" + CHATML)
     assert clock.tokenizer.decode(encode(clock, "yes").ids).startswith("26 July 2024|")
     variable = "{{ date_string }}|" + CHATML
@@ -148,13 +150,13 @@ def test_a_slow_tokenizer_is_refused_with_the_way_out() -> None:
 @pytest.mark.parametrize(
     ("texts", "message"),
     [
-        ({"user": "x", "assistant": "{content}"}, "role 'user': the text 'x' holds {content} 0 times"),
+        ({"user": "x", "assistant": "{content}"}, "role 'user': the text 'x' contains {content} 0 times"),
         ({"user": "{content}", "assistant": "{content}{content}"}, "role 'assistant': .* 2 times"),
         ({"user": "{content}", "assistant": "{content}", "system": ""}, "role 'system'"),
-        ({"user": 3, "assistant": "{content}"}, "role 'user': the text is no string"),
+        ({"user": 3, "assistant": "{content}"}, "role 'user': the text is not a string"),
     ],
 )
-def test_a_plain_template_needs_one_place_for_the_content(texts: dict, message: str) -> None:
+def test_each_text_of_a_plain_template_needs_content_exactly_once(texts: dict, message: str) -> None:
     with pytest.raises(UserError, match=message):
         PlainTemplate(**texts)
 
@@ -168,7 +170,7 @@ def test_a_system_message_needs_a_text_in_the_plain_template() -> None:
 
 
 @pytest.mark.parametrize("kind", ["byte_bpe", "byte_bpe_trimmed", "byte_bpe_prefixed"])
-def test_tokens_across_the_border_are_the_responses_and_counted(kind: str) -> None:
+def test_tokens_across_the_border_belong_to_the_response_and_are_counted(kind: str) -> None:
     """Such a token is clipped and counted, with trimmed offsets too; a template that ends with a line feed has none."""
     side = TemplatedTokenizer(
         tokenizer(kind), PlainTemplate(user="{content}\n", assistant="Answer: {content}"), "student"
@@ -183,7 +185,7 @@ def test_tokens_across_the_border_are_the_responses_and_counted(kind: str) -> No
     assert encode(line, "yes, it is").crossing.tolist() == [False]
 
 
-def test_a_trimmed_space_at_the_end_of_the_prompt_is_the_prompts() -> None:
+def test_a_trimmed_space_at_the_end_of_the_prompt_belongs_to_the_prompt() -> None:
     """With trimmed offsets the prompt's last space is a token of no width at the border."""
     few_merges = tokenizer("byte_bpe_trimmed", 266)
     side = TemplatedTokenizer(few_merges, PlainTemplate(user="{content}\n", assistant="Answer: {content}"), "student")
@@ -195,10 +197,13 @@ def test_a_trimmed_space_at_the_end_of_the_prompt_is_the_prompts() -> None:
 
 
 @pytest.mark.parametrize("kind", ["byte_bpe_trimmed", "sentencepiece_bpe"])
-def test_an_inserted_prefix_is_the_responses(kind: str) -> None:
+def test_an_inserted_prefix_belongs_to_the_response(kind: str) -> None:
     """A prefix that is inserted behind the generation prompt would be generated: a response token with end 0."""
-    side = chat("{% for m in messages %}<|im_start|>{{ m.content }}<|im_end|>{% endfor %}"
-                "{% if add_generation_prompt %}<|im_start|>{% endif %}", kind)  # fmt: skip
+    side = chat(
+        "{% for m in messages %}<|im_start|>{{ m.content }}<|im_end|>{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>{% endif %}",
+        kind,
+    )
     for text in "жZ½\u0301":
         encoded = encode(side, text)
         prompt, response, rest = parts(side, encoded)

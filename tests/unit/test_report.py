@@ -1,4 +1,4 @@
-"""The report: complete in itself, well formed, the same numbers as the tables, and for runs that lack things too."""
+"""The report: self-contained, well formed, with the numbers of the tables, also for runs without some data."""
 
 import re
 from collections.abc import Sequence
@@ -17,8 +17,14 @@ from harness.tables import build_tables
 from tests.fixtures.records import changed, demo
 
 NAMES = ("Teacher", "Student", "DPO", "TIS-DPO", "CTPD")
-SPEC = TableSpec("main", "Main results", tuple((name, name) for name in NAMES), base="DPO", unranked=("Teacher",),
-                 published="table1_qwen14b_llama8b")  # fmt: skip
+SPEC = TableSpec(
+    "main",
+    "Main results",
+    tuple((name, name) for name in NAMES),
+    base="DPO",
+    unranked=("Teacher",),
+    published="table1_qwen14b_llama8b",
+)
 VOID = {"meta", "br", "link", "img"}
 
 
@@ -132,7 +138,13 @@ def test_a_run_without_margins_or_weights_is_left_out_of_those_figures_alone() -
         for entry in ctpd.training.history
     ]
     records.append(changed(ctpd, training=changed(ctpd.training, history=history), weights=None))
-    lines = dict(zip(("Loss", "Reward margin", "Reward accuracy"), re.findall(r"<desc>(\w.* over step\..*?)</desc>", made(records)), strict=True))  # fmt: skip
+    lines = dict(
+        zip(
+            ("Loss", "Reward margin", "Reward accuracy"),
+            re.findall(r"<desc>(\w.* over step\..*?)</desc>", made(records)),
+            strict=True,
+        )
+    )
     assert "CTPD: from" in lines["Loss"]
     assert all("CTPD: from" not in lines[title] and "TIS-DPO: from" in lines[title] for title in list(lines)[1:])
     assert "Weights of CTPD" not in made(records)

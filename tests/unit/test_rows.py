@@ -1,4 +1,4 @@
-"""From prepared pairs to the rows of a training: units, end spans, sides, references."""
+"""The rows of a training made from prepared pairs: units, end spans, sides, references."""
 
 import numpy as np
 import pytest
@@ -25,11 +25,21 @@ def token_rows(units: list[list[int]]) -> TokenRows:
 def prepared() -> PreparedPairs:
     has_end = np.array([True, True, False, True])
     return PreparedPairs(
-        teacher=token_rows(TEACHER_UNITS), student=token_rows(STUDENT_UNITS), num_spans=np.array(NUM_SPANS, dtype=np.int32),
-        has_end=has_end, boundaries=np.array([2, 5, 3, 4, 6, 2], dtype=np.int32),
-        boundary_starts=starts_of(np.array(NUM_SPANS) - has_end), marks=None, pair_ids=("0", "1"), split=("train", "eval"),
-        prompts=("p", "q"), chosen=("abcde", "abcdef"), rejected=("abc", "ab"), dropped={}, report={},
-    )  # fmt: skip
+        teacher=token_rows(TEACHER_UNITS),
+        student=token_rows(STUDENT_UNITS),
+        num_spans=np.array(NUM_SPANS, dtype=np.int32),
+        has_end=has_end,
+        boundaries=np.array([2, 5, 3, 4, 6, 2], dtype=np.int32),
+        boundary_starts=starts_of(np.array(NUM_SPANS) - has_end),
+        marks=None,
+        pair_ids=("0", "1"),
+        split=("train", "eval"),
+        prompts=("p", "q"),
+        chosen=("abcde", "abcdef"),
+        rejected=("abc", "ab"),
+        dropped={},
+        report={},
+    )
 
 
 def rows_of(prepared: PreparedPairs, *, layout: Layout | None = None, split: str = "train", **changes: object):  # type: ignore[no-untyped-def]

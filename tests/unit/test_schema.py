@@ -1,4 +1,4 @@
-"""The JSON Schema of a recipe: it is that of the types, the shipped recipes keep it, and it refuses what they refuse."""
+"""The JSON Schema of a recipe: it matches the types, accepts the shipped recipes, and refuses what the types refuse."""
 
 import copy
 import json
@@ -34,7 +34,7 @@ def test_the_command_prints_it(cli: Cli) -> None:
 
 
 @pytest.mark.parametrize("name", sorted(shipped_recipes()))
-def test_every_shipped_recipe_names_the_schema_and_keeps_it(name: str) -> None:
+def test_every_shipped_recipe_names_the_schema_and_is_valid(name: str) -> None:
     path = shipped_recipes()[name]
     first = path.read_text(encoding="utf-8").splitlines()[0]
     assert first == "# yaml-language-server: $schema=recipe.schema.json"

@@ -1,4 +1,4 @@
-"""Sequence-level distillation is fine-tuning on answers that the teacher wrote."""
+"""Sequence-level distillation is fine-tuning on responses that the teacher generated."""
 
 import torch
 

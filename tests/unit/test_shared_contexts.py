@@ -1,4 +1,4 @@
-"""What requests share is computed once, and scores and texts stay those of lm-eval's own model."""
+"""Common prefixes of requests are computed once; scores and texts equal those of lm-eval's own model."""
 
 import copy
 from collections.abc import Callable
@@ -32,10 +32,19 @@ from harness.prefixes import GROUP_COST, Request, common, cost, pack, plain_cost
 from tests.fixtures.tokenizers import tokenizer, with_bos
 
 SHAPE: dict[str, Any] = {
-    "vocab_size": 460, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2,
-    "num_key_value_heads": 1, "head_dim": 16, "max_position_embeddings": 128, "initializer_range": 0.4,
-    "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": None,
-}  # fmt: skip
+    "vocab_size": 460,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 16,
+    "max_position_embeddings": 128,
+    "initializer_range": 0.4,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": None,
+}
 MIXED = ["sliding_attention", "full_attention"]
 SHARING: dict[str, Callable[[], PreTrainedModel]] = {
     "llama": lambda: LlamaForCausalLM(LlamaConfig(**SHAPE)),
@@ -47,10 +56,18 @@ SHARING: dict[str, Callable[[], PreTrainedModel]] = {
     ),
     "mistral, window in all layers": lambda: MistralForCausalLM(MistralConfig(**SHAPE, sliding_window=8)),
     "gpt2, absolute positions": lambda: GPT2LMHeadModel(
-        GPT2Config(vocab_size=460, n_embd=32, n_layer=2, n_head=2, n_positions=128, bos_token_id=1, eos_token_id=2,
-                   initializer_range=0.4)
+        GPT2Config(
+            vocab_size=460,
+            n_embd=32,
+            n_layer=2,
+            n_head=2,
+            n_positions=128,
+            bos_token_id=1,
+            eos_token_id=2,
+            initializer_range=0.4,
+        )
     ),
-}  # fmt: skip
+}
 SHOTS = "Question: what is it?\nAnswer: yes, it is. no, it is not.\n\n" * 2
 
 
@@ -103,7 +120,7 @@ def test_far_fewer_tokens_are_computed_and_the_prefix_only_once(monkeypatch: pyt
     assert shared < 0.35 * sum(rows * width for rows, width in sizes)
 
 
-def test_progress_and_the_response_cache_hear_of_every_request_once() -> None:
+def test_progress_and_the_response_cache_get_every_request_once() -> None:
     model, tok = made("llama"), tokenizer("byte_bpe")
     seen: list[tuple[int, int]] = []
     requests = asked()
@@ -123,7 +140,7 @@ def test_progress_and_the_response_cache_hear_of_every_request_once() -> None:
     assert sorted(heard, key=repr) == sorted(expected, key=repr)
 
 
-def test_a_model_that_takes_no_mask_of_ours_is_called_plainly_and_the_reason_kept() -> None:
+def test_a_model_without_4d_masks_is_called_plainly_and_the_reason_recorded() -> None:
     torch.manual_seed(0)
     model = BloomForCausalLM(BloomConfig(vocab_size=460, hidden_size=32, n_layer=2, n_head=2)).eval()
     tok = tokenizer("byte_bpe")
@@ -133,16 +150,16 @@ def test_a_model_that_takes_no_mask_of_ours_is_called_plainly_and_the_reason_kep
     assert ours.loglikelihood(requests) == stock(model, tok).loglikelihood(requests, disable_tqdm=True)
 
 
-def test_a_model_that_ignores_what_it_is_given_is_found_out() -> None:
-    """It takes every argument and gives other logits: only the trial tells."""
+def test_a_model_that_ignores_its_arguments_is_refused() -> None:
+    """It accepts every argument and gives different logits, which only the probe finds."""
 
-    class Deaf(LlamaForCausalLM):
+    class IgnoresPositions(LlamaForCausalLM):
         def forward(self, *args: Any, position_ids: Any = None, **kwargs: Any) -> Any:
             return super().forward(*args, **kwargs)
 
     torch.manual_seed(0)
     with pytest.raises(Unsupported, match="logits differ"):
-        BranchingModel(Deaf(LlamaConfig(**SHAPE)))
+        BranchingModel(IgnoresPositions(LlamaConfig(**SHAPE)))
 
 
 @pytest.mark.parametrize(
@@ -153,7 +170,7 @@ def test_a_model_that_ignores_what_it_is_given_is_found_out() -> None:
         ({"attn_implementation": "flex_attention"}, "takes no mask of ours"),
     ],
 )
-def test_what_cannot_be_shared_is_told_by_the_configuration(changes: dict[str, Any], reason: str) -> None:
+def test_unsupported_models_are_recognised_by_their_configuration(changes: dict[str, Any], reason: str) -> None:
     config = LlamaConfig(**SHAPE, **{k: v for k, v in changes.items() if k != "layer_types"})
     model = LlamaForCausalLM(config)
     if "layer_types" in changes:

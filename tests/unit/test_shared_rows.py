@@ -62,11 +62,11 @@ def test_every_token_of_every_row_is_found_in_the_packed_sequences() -> None:
         sequences, shared = packed
         assert sequences.size <= MOST_OF_SEPARATE * ids.size
         for row, length in enumerate(lengths):
-            place = shared.unpack[row, :length].numpy()
-            assert (sequences.reshape(-1)[place] == ids[row, :length]).all()
-            assert (shared.positions.reshape(-1)[place].numpy() == np.arange(length)).all()
-            assert len(set(place.tolist())) == length
-            assert (place // sequences.shape[1] == row % num_pairs).all()
+            index = shared.unpack[row, :length].numpy()
+            assert (sequences.reshape(-1)[index] == ids[row, :length]).all()
+            assert (shared.positions.reshape(-1)[index].numpy() == np.arange(length)).all()
+            assert len(set(index.tolist())) == length
+            assert (index // sequences.shape[1] == row % num_pairs).all()
         # every packed token belongs to some row, and only padding to none
         used = {int(p) for row, length in enumerate(lengths) for p in shared.unpack[row, :length]}
         assert used == set(np.flatnonzero(sequences.reshape(-1)).tolist())
@@ -104,15 +104,15 @@ def test_attention_of_packed_rows_and_its_gradients_are_those_of_one_masked_sequ
         torch.randn(2, 2, packed[0].shape[1], 4, dtype=torch.float64, generator=generator).requires_grad_()
         for _ in range(3)
     ]
-    together = torch.zeros(2, packed[0].shape[1], packed[0].shape[1], dtype=torch.bool)
+    visible = torch.zeros(2, packed[0].shape[1], packed[0].shape[1], dtype=torch.bool)
     for row, length in enumerate(lengths):
-        place = shared.unpack[row, :length] % packed[0].shape[1]
+        index = shared.unpack[row, :length] % packed[0].shape[1]
         for i in range(length):
             first = 0 if window is None else max(0, i - window + 1)
-            together[row % 2, place[i], place[first : i + 1]] = True
+            visible[row % 2, index[i], index[first : i + 1]] = True
     is_token = torch.from_numpy(packed[0] > 0)
-    together[~is_token] = True  # padding attends to anything; it is not looked at
-    expected, _ = naive_attention(*states, together[:, None])
+    visible[~is_token] = True  # padding may attend to anything; it is not compared
+    expected, _ = naive_attention(*states, visible[:, None])
     found, _ = packed_attention(naive_attention, *states, layout=shared, sliding_window=window)
     torch.testing.assert_close(found[is_token], expected[is_token])
     weights = torch.randn(found[is_token].shape, dtype=torch.float64, generator=generator)
@@ -172,14 +172,14 @@ def test_a_model_with_attention_of_its_own_keeps_it_and_separate_rows() -> None:
 def test_a_model_whose_shared_rows_differ_is_refused_and_left_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_model()
     rotary = type(model.model.rotary_emb)
-    told = rotary.forward
-    counted = lambda self, x, position_ids: told(self, x, torch.arange(x.shape[1])[None])  # noqa: E731
-    monkeypatch.setattr(rotary, "forward", counted)  # positions are counted, not told
+    original = rotary.forward
+    counted = lambda self, x, position_ids: original(self, x, torch.arange(x.shape[1])[None])  # noqa: E731
+    monkeypatch.setattr(rotary, "forward", counted)  # positions are counted; position_ids are ignored
     assert not enable_prompt_sharing(model)
     assert model.config._attn_implementation == "sdpa"
     monkeypatch.undo()
     assert can_share_prompts(model)
-    assert model.config._attn_implementation == "sdpa", "a question changes nothing"
+    assert model.config._attn_implementation == "sdpa", "a probe changes nothing"
     for _ in range(2):
         assert enable_prompt_sharing(model)
         assert model.config._attn_implementation == SHARING
@@ -188,15 +188,34 @@ def test_a_model_whose_shared_rows_differ_is_refused_and_left_as_it_was(monkeypa
 
 HYBRIDS: dict[str, Any] = {
     "convolutions by layer": lambda: Lfm2Config(
-        vocab_size=VOCABULARY, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=2, layer_types=["conv", "full_attention"], pad_token_id=0, bos_token_id=1, eos_token_id=2,
+        vocab_size=VOCABULARY,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        layer_types=["conv", "full_attention"],
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
     ),
     "state spaces beside attention": lambda: FalconH1Config(
-        vocab_size=VOCABULARY, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=2, mamba_d_ssm=32, mamba_n_heads=4, mamba_d_head=8, mamba_d_state=8, mamba_chunk_size=8,
-        pad_token_id=0, bos_token_id=1, eos_token_id=2,
+        vocab_size=VOCABULARY,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        mamba_d_ssm=32,
+        mamba_n_heads=4,
+        mamba_d_head=8,
+        mamba_d_state=8,
+        mamba_chunk_size=8,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", HYBRIDS)
@@ -209,7 +228,7 @@ def test_a_model_that_mixes_positions_otherwise_is_refused_however_little_it_doe
     assert model.config._attn_implementation == "sdpa"
 
 
-def test_a_window_that_attention_is_not_told_of_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_window_that_only_the_mask_applies_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its 16 tokens are fewer than any real window; the probe shortens windows."""
     model = tiny_model("gemma3")
     model.config.sliding_window = 512
@@ -217,9 +236,9 @@ def test_a_window_that_attention_is_not_told_of_is_noticed(monkeypatch: pytest.M
         layer.self_attn.sliding_window = None  # only the mask knows
     assert not enable_prompt_sharing(model)
     assert model.config.sliding_window == 512
-    told = tiny_model("gemma3")
-    assert enable_prompt_sharing(told)
-    assert told.config.sliding_window == told.model.layers[0].self_attn.sliding_window == 4
+    original = tiny_model("gemma3")
+    assert enable_prompt_sharing(original)
+    assert original.config.sliding_window == original.model.layers[0].self_attn.sliding_window == 4
 
 
 def test_any_error_of_the_probe_leaves_the_model_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -255,9 +274,12 @@ def trained(folder: Path, rows: ScoredRows, *, micro_batch_tokens: int = 10**6) 
     model = tiny_model()
     assert enable_prompt_sharing(model)
     settings = FitSettings(
-        device="cpu", micro_batch_tokens=micro_batch_tokens, checkpoint_seconds=1e9, report_to=(),
+        device="cpu",
+        micro_batch_tokens=micro_batch_tokens,
+        checkpoint_seconds=1e9,
+        report_to=(),
         progress=lambda done, total: None,
-    )  # fmt: skip
+    )
     schedule = Schedule(epochs=2, pairs_per_step=8, activation_checkpointing=True)
     objective = DPO(DPOParams())
     training = Training(model=model, objective=objective, rows=rows, forward_pass=UnitPass(objective))
@@ -289,8 +311,10 @@ def test_layout_is_moved_like_the_rest_of_a_batch() -> None:
 
 
 MEASURES: dict[str, Measure] = {
-    "log-probabilities": token_logps, "top": top_k(3, 2.0), "with boundary": logps_with_boundary([1, 5, 9]),
-}  # fmt: skip
+    "log-probabilities": token_logps,
+    "top": top_k(3, 2.0),
+    "with boundary": logps_with_boundary([1, 5, 9]),
+}
 
 
 @pytest.mark.parametrize("name", MEASURES)

@@ -1,4 +1,4 @@
-"""Intervals of paired differences: against scipy, against theory, and under the rules for missing seeds."""
+"""Intervals of paired differences: compared with scipy and theory, and rules for missing seeds."""
 
 from collections.abc import Iterable
 
@@ -55,7 +55,7 @@ def simulated(
     """Differences per document of two columns, [D, data sets] each, and of the Average per seed, [S, data sets].
 
     Each column has 200 documents of 0/1, crossed with seeds; their difficulty is shared by both systems. `effect` is the
-    standard deviation of a training run's own luck.
+    standard deviation of the random effect of a training run.
     """
     rng = np.random.default_rng(seed)
     luck, base_luck = rng.normal(0.0, effect, size=(2, num_seeds, num_sets))
@@ -80,7 +80,9 @@ def test_intervals_cover_a_known_difference() -> None:
     assert 0.93 <= coverage(found.average, 0.1) <= 0.97
 
 
-def test_intervals_over_documents_leave_the_luck_of_a_training_out_and_t_intervals_over_seeds_count_it() -> None:
+def test_intervals_over_documents_leave_the_effect_of_a_training_run_out_and_t_intervals_over_seeds_include_it() -> (
+    None
+):
     differences, per_seed = simulated(1000, gain=0.1, seed=11, num_seeds=5, effect=0.03)
     over_documents = bootstrap_differences(differences, draws=2000).average
     assert coverage(over_documents, 0.1) < 0.85
@@ -153,7 +155,7 @@ def test_blocks_of_draws_do_not_change_the_result(monkeypatch: pytest.MonkeyPatc
     assert means.std() == pytest.approx(values.std() / np.sqrt(9_000), rel=0.1)
 
 
-def test_only_common_seeds_count_and_a_system_without_seeds_meets_all() -> None:
+def test_only_common_seeds_count_and_a_system_without_seeds_is_compared_with_all() -> None:
     system = {0: np.array([1.0, 1.0]), 1: np.array([0.0, 1.0]), 2: np.array([0.0, 0.0])}
     base = {0: np.array([0.0, 1.0]), 1: np.array([0.0, 0.0])}
     np.testing.assert_allclose(difference_per_document(system, base), [0.5, 0.5])

@@ -36,7 +36,7 @@ def test_artifact_holds_its_files_and_a_manifest_that_describes_them(store: Stor
     assert store.open("train", KEY) == store.verify("train", KEY) == folder
 
 
-def test_nothing_is_there_before_the_block_ends(store: Store) -> None:
+def test_no_artifact_exists_before_the_block_ends(store: Store) -> None:
     with store.build("train", KEY, identity={}, provenance={}) as folder:
         (folder / "file").write_text("x")
         assert not store.has("train", KEY)
@@ -47,7 +47,7 @@ def test_nothing_is_there_before_the_block_ends(store: Store) -> None:
 
 
 def test_interrupted_build_leaves_no_artifact_but_its_resume_states(store: Store) -> None:
-    """Half-written files are gone: a builder that makes its folders finds none, and none slips into the artifact."""
+    """Half-written files are removed, so that none can become part of the artifact."""
 
     def interrupted() -> None:
         with store.build("train", KEY, identity={}, provenance={}) as folder:
@@ -91,7 +91,7 @@ DAMAGES = {
 
 
 @pytest.mark.parametrize("name", DAMAGES)
-def test_damage_is_named_with_place_and_remedy(name: str, store: Store) -> None:
+def test_damage_is_named_with_path_and_correction(name: str, store: Store) -> None:
     damage, text = DAMAGES[name]
     folder = commit(store)
     damage(folder)

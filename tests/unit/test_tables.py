@@ -27,7 +27,7 @@ from tests.fixtures.records import changed, record, remeasured, result
 
 
 def study() -> list[Record]:
-    """A teacher without seeds, and two methods with two seeds: on four documents of GSM8K and two of Wino."""
+    """A teacher without seeds, and two methods with two seeds, on four documents of GSM8K and two of Wino."""
     return [
         record("teacher", None, result("GSM8K", [1, 1, 1, 1]), result("Wino", [1, 1])),
         record("dpo", 0, result("GSM8K", [1, 0, 0, 0]), result("Wino", [1, 0])),
@@ -129,7 +129,14 @@ def test_p_values_are_corrected_for_the_comparisons_of_their_table() -> None:
 
 
 def test_html_is_one_escaped_page_with_the_best_and_the_second_marked() -> None:
-    spec = TableSpec(name="main", caption="<b>Main</b>", rows=(("Teacher", "teacher"), ("<DPO>", "dpo"), ("CTPD", "ctpd")), base="dpo", unranked=("teacher",), note="Run `ctpd run a`.")  # fmt: skip
+    spec = TableSpec(
+        name="main",
+        caption="<b>Main</b>",
+        rows=(("Teacher", "teacher"), ("<DPO>", "dpo"), ("CTPD", "ctpd")),
+        base="dpo",
+        unranked=("teacher",),
+        note="Run `ctpd run a`.",
+    )
     page = to_html(build(study(), spec))
     assert "&lt;b&gt;Main&lt;/b&gt;" in page
     assert '<th scope="row">&lt;DPO&gt;</th>' in page
@@ -197,8 +204,16 @@ def test_limited_runs_are_marked_partial_everywhere() -> None:
 
 def test_footnotes_name_documents_shots_seeds_versions_and_what_the_interval_is_conditional_on() -> None:
     text = " ".join(build(study()).footnotes)
-    for needed in ("gsm8k v1.0, 4 documents, 5-shot", "training seeds (0, 1)", "lm-evaluation-harness 0.4.13", "95%",
-                   "conditional on the trained seeds", "not ranked: Teacher", "float32", "to DPO"):  # fmt: skip
+    for needed in (
+        "gsm8k v1.0, 4 documents, 5-shot",
+        "training seeds (0, 1)",
+        "lm-evaluation-harness 0.4.13",
+        "95%",
+        "conditional on the trained seeds",
+        "not ranked: Teacher",
+        "float32",
+        "to DPO",
+    ):
         assert needed in text
     single = build([one for one in study() if one.seed in (None, 0)])
     assert any("One training seed (0)" in note for note in single.footnotes)
@@ -365,8 +380,9 @@ def test_rows_for_json_hold_null_where_nothing_was_measured() -> None:
 def test_importing_tables_and_formats_loads_neither_torch_nor_lm_eval() -> None:
     """`ctpd compare` is to answer within seconds."""
     code = "import sys, harness.tables, harness.formats; print({'torch', 'lm_eval', 'transformers'} & set(sys.modules))"
-    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True,
-                           cwd=Path(__file__).parents[2])  # fmt: skip
+    found = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=Path(__file__).parents[2]
+    )
     assert found.stdout.strip() == "set()"
 
 

@@ -1,4 +1,4 @@
-"""The testbed: a world that knows what is right, says so truthfully, and keeps its evaluation apart."""
+"""The testbed: answers are marked correctly, and evaluation questions are held out."""
 
 import hashlib
 import json
@@ -33,9 +33,18 @@ CONFIG = WorldConfig(
     seed=3, num_topics=8, num_pairs=400, num_eval_pairs=40, num_documents=24, teacher_texts=400, student_texts=400
 )
 SHAPE: dict[str, Any] = {
-    "corpus": "teacher", "tokenizer": "byte_bpe", "vocab_size": 300, "hidden": 32, "layers": 1, "heads": 2,
-    "intermediate": 48, "max_position": 128, "steps": 1, "texts_per_step": 1, "learning_rate": 1e-3,
-}  # fmt: skip
+    "corpus": "teacher",
+    "tokenizer": "byte_bpe",
+    "vocab_size": 300,
+    "hidden": 32,
+    "layers": 1,
+    "heads": 2,
+    "intermediate": 48,
+    "max_position": 128,
+    "steps": 1,
+    "texts_per_step": 1,
+    "learning_rate": 1e-3,
+}
 
 
 def rows(path: Path) -> list[dict[str, object]]:
@@ -74,7 +83,7 @@ def tokenizers(texts: dict[str, list[str]]) -> tuple[PreTrainedTokenizerFast, Pr
 
 
 def sentence_is_right(world: w.World, prompt: str, sentence: str) -> bool:
-    """Whether the sentence is a right answer to some question of the prompt, by another way than the generator's."""
+    """Whether the sentence is a right answer to some question of the prompt, independently of the generator."""
     if found := re.fullmatch(r"(\w+) has (\d+) (\w+)\.", sentence):
         name, value, item = found.groups()
         asked = re.findall(rf"{name} has (\d+) {item} and \w+ (\d+) more", prompt)
@@ -152,12 +161,12 @@ def test_marks_are_true_and_cover_the_words_that_decide(world: w.World, pairs: l
             sentences = re.findall(r"[^.]+\.", response)
             marks = pair[f"{role}_marks"]
             assert len(sentences) == len(marks)
-            place = 0
+            offset = 0
             for sentence, (start, end, right) in zip(sentences, marks, strict=True):
-                assert place < start < end < place + len(sentence)
+                assert offset < start < end < offset + len(sentence)
                 assert re.search(r"(?:has|is) (\w+)", sentence).group(1) == response[start:end]
                 assert sentence_is_right(world, str(pair["prompt"]), sentence.strip()) == right
-                place += len(sentence)
+                offset += len(sentence)
 
 
 def test_chosen_has_more_right_answers_and_both_hold_errors(pairs: list[dict[str, object]]) -> None:
@@ -221,7 +230,7 @@ def test_what_is_asked_can_be_learned_from_the_pairs(folder: Path, pairs: list[d
 # --- corpora --------------------------------------------------------------------------------------------------------------------
 
 
-def told(world: w.World, corpus: list[str]) -> dict[str, list[bool]]:
+def answers_of(world: w.World, corpus: list[str]) -> dict[str, list[bool]]:
     """For each kind of answer in a corpus, which ones are right."""
     found: dict[str, list[bool]] = {skill: [] for skill in w.SKILLS}
     for text in corpus:
@@ -242,8 +251,8 @@ def told(world: w.World, corpus: list[str]) -> dict[str, list[bool]]:
 def test_the_teachers_corpus_is_true_and_the_students_as_wrong_as_asked(
     world: w.World, texts: dict[str, list[str]]
 ) -> None:
-    assert all(all(rights) for rights in told(world, texts["teacher"]).values())
-    for rights in told(world, texts["student"]).values():
+    assert all(all(rights) for rights in answers_of(world, texts["teacher"]).values())
+    for rights in answers_of(world, texts["student"]).values():
         assert len(rights) > 300
         assert sum(rights) / len(rights) == pytest.approx(1 - CONFIG.student_error, abs=0.08)
 
@@ -339,8 +348,8 @@ def test_a_model_is_its_seed_and_leaves_the_global_one_alone(
 # --- lm-eval tasks --------------------------------------------------------------------------------------------------------------
 
 
-class Sage(LM):
-    """Answers as the world does, or always wrongly: what the tasks must score 1 and 0."""
+class Oracle(LM):
+    """Answers rightly, or always wrongly; the tasks must score it 1 or 0."""
 
     def __init__(self, world: w.World, *, wrong: bool) -> None:
         super().__init__()
@@ -366,7 +375,7 @@ class Sage(LM):
 @pytest.mark.parametrize("wrong", [False, True])
 def test_tasks_score_right_answers_1_and_popular_errors_0(folder: Path, world: w.World, *, wrong: bool) -> None:
     for column in load_suite("testbed").columns:
-        result = score(Sage(world, wrong=wrong), column, Documents(folder / "hub"))
+        result = score(Oracle(world, wrong=wrong), column, Documents(folder / "hub"))
         assert result.value == pytest.approx(0.0 if wrong else 1.0, abs=1e-9), column.name
         assert result.num_docs == result.num_total == CONFIG.num_documents
 
@@ -374,7 +383,7 @@ def test_tasks_score_right_answers_1_and_popular_errors_0(folder: Path, world: w
 def test_tasks_run_on_a_model_of_the_testbed(
     folder: Path, tokenizers: tuple[PreTrainedTokenizerFast, PreTrainedTokenizerFast]
 ) -> None:
-    """An untrained model finds the tasks hard, fits them, and takes the facts for what their wordings' number makes likely."""
+    """An untrained model scores near chance, which for facts follows from the number of wordings; no prompt is truncated."""
     model: LlamaForCausalLM = new_model(tokenizers[1], PretrainConfig(**SHAPE))
     for column in load_suite("testbed").columns:
         result = evaluate_column(model, tokenizers[1], column, Documents(folder / "hub"), batch_size=8)

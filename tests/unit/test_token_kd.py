@@ -62,7 +62,10 @@ def test_skewed_reverse_kl_is_its_formula():
     vector = VECTORS["divergence.reverse_kl.dskd"]
     _, batch = golden_batch(vector)
     keep = torch.tensor(vector["inputs"]["label"]).flatten() >= 0
-    p, q = ((float64(vector["inputs"][f"{who}_logits"]).flatten(0, 1)[keep] / 2).softmax(-1) for who in ("teacher", "student"))  # fmt: skip
+    p, q = (
+        (float64(vector["inputs"][f"{who}_logits"]).flatten(0, 1)[keep] / 2).softmax(-1)
+        for who in ("teacher", "student")
+    )
     expected = (q * (q / (0.9 * p + 0.1 * q)).log()).sum()
     assert total(TokenKD(params_of("skewed_reverse_kl"))(batch)) == pytest.approx(float(expected), abs=1e-12)
 
@@ -152,10 +155,13 @@ def test_stored_rows_that_lack_at_most_one_token_lose_nothing(top_k):
 def test_fewer_kept_tokens_never_raise_the_divergence():
     _, batch = golden_batch(VECTORS["divergence.forward_kl.dskd"])
     losses = [
-        total(TokenKD(params_of("forward_kl", top_k=k))(
-            replace(batch, teachers=(stored(batch.teachers[0], top_k=k, temperature=2.0),))))
+        total(
+            TokenKD(params_of("forward_kl", top_k=k))(
+                replace(batch, teachers=(stored(batch.teachers[0], top_k=k, temperature=2.0),))
+            )
+        )
         for k in range(1, 7)
-    ]  # fmt: skip
+    ]
     assert all(fewer <= more + 1e-12 for fewer, more in pairwise(losses))
     assert losses[0] < losses[-1]
 

@@ -1,4 +1,4 @@
-"""The one Trainer: accumulation, resume, identity at the start, metrics, adapters."""
+"""The trainer: accumulation, resume, identity at the start, metrics, adapters."""
 
 import dataclasses
 import math
@@ -54,13 +54,20 @@ def train(
 ) -> Fit:
     objective = OBJECTIVES[method]()
     settings = FitSettings(
-        device="cpu", micro_batch_tokens=micro_batch_tokens, checkpoint_seconds=checkpoint_seconds, report_to=(),
+        device="cpu",
+        micro_batch_tokens=micro_batch_tokens,
+        checkpoint_seconds=checkpoint_seconds,
+        report_to=(),
         progress=progress,
-    )  # fmt: skip
+    )
     training = Training(
-        model=model, objective=objective, rows=rows if rows is not None else rows_for(objective, 35),
-        forward_pass=UnitPass(objective), eval_rows=eval_rows, constants={"weights/mean": 1.5},
-    )  # fmt: skip
+        model=model,
+        objective=objective,
+        rows=rows if rows is not None else rows_for(objective, 35),
+        forward_pass=UnitPass(objective),
+        eval_rows=eval_rows,
+        constants={"weights/mean": 1.5},
+    )
     optimization = Optimization(schedule=schedule, learning_rate=1e-3, seed=3, precision="float32")
     return fit(training, optimization, folder=folder, settings=settings)
 
@@ -89,7 +96,7 @@ def test_one_micro_batch_of_eight_equals_eight_of_one(method: str, tmp_path: Pat
 
 
 class Interrupted(Exception):
-    """Power went out."""
+    """Raised to simulate an interruption."""
 
 
 def interrupt_at(step: int) -> Callable[[int, int], None]:
@@ -148,9 +155,11 @@ def own_reference(model: Any, rows: ScoredRows) -> ScoredRows:
     settings = ScoringSettings(max_tokens=64, progress=lambda done, total: None)
     logps[rows.unit >= 0] = scoring_pass(model, rows.tokens, measure=token_logps, settings=settings)[TOKEN_LOGPS]
     sums = flat_unit_sums(
-        torch.from_numpy(logps), torch.from_numpy(rows.unit), token_starts=torch.from_numpy(rows.row_starts),
+        torch.from_numpy(logps),
+        torch.from_numpy(rows.unit),
+        token_starts=torch.from_numpy(rows.row_starts),
         unit_starts=torch.from_numpy(rows.unit_starts),
-    )  # fmt: skip
+    )
     return dataclasses.replace(rows, reference=sums.numpy().astype(np.float32))
 
 

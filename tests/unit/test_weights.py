@@ -163,7 +163,7 @@ def test_clamped_fractions_leave_out_end_units() -> None:
 
 
 def test_shuffled_keeps_each_response_its_own_histogram() -> None:
-    """Every response keeps its weights and only their places change."""
+    """Every response keeps its weights in another order."""
     teacher, shuffled = rows(compute("teacher").weights), rows(compute("shuffled").weights)
     assert [sorted(row) for row in teacher] == [sorted(row) for row in shuffled]
     assert teacher != shuffled
@@ -187,14 +187,17 @@ def test_draws_depend_on_seed_and_pair_alone(strategy: str) -> None:
 
 
 def test_rounding_comes_before_the_clamp() -> None:
-    """`round_decimals` rounds the log ratio, as the authors' code does, and then the formula follows."""
+    """`round_decimals` rounds the log ratio before the clamp, as the authors' code does."""
     given = signals()
     ratios = rows(given["teacher_positive"] - given["teacher_negative"])
-    expected = [1.0 if e else w for e, w in zip(
-        layout().is_end.tolist(),
-        [weight(ratio, i, decimals=1) for i, row in enumerate(ratios) for ratio in row],
-        strict=True,
-    )]  # fmt: skip
+    expected = [
+        1.0 if e else w
+        for e, w in zip(
+            layout().is_end.tolist(),
+            [weight(ratio, i, decimals=1) for i, row in enumerate(ratios) for ratio in row],
+            strict=True,
+        )
+    ]
     result = compute("teacher", round_decimals=1).weights
     torch.testing.assert_close(result, torch.tensor(expected, dtype=torch.float64))
 

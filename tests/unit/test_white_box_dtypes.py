@@ -1,4 +1,4 @@
-"""Every objective over one teacher's distributions, as trained: half precision, stored in half precision too."""
+"""Every objective that reads a teacher's distributions, in the number formats of training: half precision, also stored."""
 
 from dataclasses import replace
 

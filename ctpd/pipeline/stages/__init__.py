@@ -1,1 +1,1 @@
-"""One file a stage: its configuration, its inputs, how it is built, and how others read what it has written."""
+"""One module per stage: configuration, inputs, `build`, and methods that read the artifact."""

@@ -1,4 +1,4 @@
-"""What an objective needs of a frozen model's distributions, stored for every scored token."""
+"""Store the part of a frozen model's distributions that an objective needs, for every scored token."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,18 +18,18 @@ DISTRIBUTIONS = "distributions.safetensors"
 
 
 class DistributionsConfig(Config):
-    """What is kept of each distribution: the likeliest tokens, or two numbers."""
+    """What is stored of each distribution: the K likeliest tokens, or two log-probabilities."""
 
     role: Role
-    """Whose tokens."""
+    """The model whose tokens are scored."""
     precision: str
-    """Of the model."""
+    """Number format of the model's weights: float32 or bfloat16."""
     top_k: int | None = None
     """The K likeliest tokens with their log-probabilities."""
     temperature: float = 1.0
-    """Of these log-probabilities."""
+    """Softmax temperature of these log-probabilities."""
     boundary: bool = False
-    """Instead of them the log-probability of the token, and that of a boundary after it."""
+    """Store instead the log-probability of the token and that of a boundary after it."""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -37,7 +37,7 @@ class DistributionsStage(Stage):
     """One scoring pass of a frozen model over all pairs."""
 
     kind = "distributions"
-    version = 2
+    version = 3
     collective = True
 
     config: DistributionsConfig
@@ -60,7 +60,7 @@ class DistributionsStage(Stage):
             save_file(kept, work.folder / DISTRIBUTIONS)
 
     def arrays(self, work: Work) -> "Mapping[str, NDArray[np.generic]]":
-        """The kept numbers by name, one entry per scored token."""
+        """The stored arrays by name; the first axis counts scored tokens."""
         from safetensors.numpy import load_file
 
         found: Mapping[str, NDArray[np.generic]] = load_file(work.path(self) / DISTRIBUTIONS)

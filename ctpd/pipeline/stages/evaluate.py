@@ -1,4 +1,4 @@
-"""lm-evaluation-harness: one model on one column of a suite."""
+"""Evaluate one model on one column of a suite with lm-evaluation-harness."""
 
 import contextlib
 import tempfile
@@ -25,13 +25,13 @@ class Protocol(Config):
     """How a column is evaluated."""
 
     limit: int | None = None
-    """The first so many documents of each task; None takes all."""
+    """Evaluate the first N documents of each task; None: all."""
     batch_size: int
-    """Rows of one forward pass."""
+    """Rows in one forward pass."""
     chat_template: bool = False
     """Whether prompts are rendered with the chat template."""
     precision: str
-    """Of the model."""
+    """Number format of the model's weights: float32 or bfloat16."""
     backend: Literal["hf", "vllm"] = "hf"
     """What computes the scores."""
     lm_eval: str
@@ -40,7 +40,7 @@ class Protocol(Config):
 
 @dataclass(frozen=True)
 class ColumnTask(Part):
-    """A column of a suite; its name and where its files lie are not part of the key.
+    """A column of a suite; its name and the folders of its files are not part of the key.
 
     Attributes:
         column: the column.
@@ -92,7 +92,7 @@ def _files_digest(column: Column, documents: "WorldStage | Mirror | None") -> st
 
 @dataclass(frozen=True)
 class Mirror(Part):
-    """A folder that mirrors the hub; what it holds for the column is part of the key, where it stands is not.
+    """A folder that mirrors the hub; the contents that a column reads are part of the key, the folder's path is not.
 
     Attributes:
         root: the folder.
@@ -109,7 +109,7 @@ class Mirror(Part):
 
     @classmethod
     def of(cls, root: str, column: Column) -> "Mirror":
-        """The mirror, with the digests of what a column reads; without named data sets, of all of it."""
+        """The mirror with digests of the data sets that a column names, or of the whole folder if it names none."""
         folder = Path(root).expanduser()
         folders = {name: folder / name for name in column.datasets} or {"all": folder}
         return cls(str(folder), {name: cached_digest(part) for name, part in folders.items() if part.is_dir()})
@@ -132,7 +132,7 @@ class EvaluateStage(Stage):
         (work.folder / RESULT).write_text(self._evaluate(work).model_dump_json(), encoding="utf-8")
 
     def result(self, work: Work) -> ColumnResult:
-        """What `build` has written."""
+        """Read the result."""
         return read_result(work.path(self))
 
     def _root(self, work: Work) -> Path | None:
@@ -169,7 +169,7 @@ class EvaluateStage(Stage):
 
 
 def read_result(folder: Path) -> ColumnResult:
-    """The result of an artifact."""
+    """Read the result of an artifact."""
     return ColumnResult.model_validate_json((folder / RESULT).read_bytes())
 
 

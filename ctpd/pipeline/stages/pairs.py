@@ -1,4 +1,4 @@
-"""The one data step of a comparison: pairs are rendered, tokenized by both models and aligned."""
+"""The data step of a comparison: render pairs, tokenize them for both models and align the tokens."""
 
 import json
 from abc import abstractmethod
@@ -52,7 +52,7 @@ class WorldPairs(PairSource):
         return self.world.config.num_pairs if self.split == "train" else self.world.config.num_eval_pairs
 
     def read(self, work: Work) -> "list[Pair]":
-        """Read them from the world's artifact."""
+        """Read the pairs from the world's artifact."""
         return read_pair_file(self.world.pairs(work, self.split))
 
 
@@ -65,7 +65,7 @@ class FilePairs(PairSource):
 
     @property
     def identity(self) -> Any:
-        """The digest: where the file stands does not matter."""
+        """The digest; the file's path is not part of a key."""
         return {"sha256": self.digest}
 
     @property
@@ -108,7 +108,7 @@ def read_pair_file(path: Path) -> "list[Pair]":
 
 @dataclass(frozen=True)
 class ModelInput(Part):
-    """How one model reads text: its tokenizer, and the template that writes conversations."""
+    """The tokenizer and the template of one model."""
 
     tokenizer: Source
     template: Literal["chat"] | PlainSpec
@@ -168,7 +168,7 @@ class PairsStage(Stage):
             work.note(f"pairs: {pairs_text(num_pairs, prepared.dropped, prepared.report)}")
 
     def read(self, work: Work) -> "PreparedPairs":
-        """What `build` has written."""
+        """Read the prepared pairs."""
         return read_prepared(work.path(self))
 
     def read_meta(self, work: Work) -> dict[str, Any]:
@@ -178,7 +178,7 @@ class PairsStage(Stage):
 
 
 def read_prepared(folder: Path) -> "PreparedPairs":
-    """The prepared pairs of an artifact."""
+    """Read the prepared pairs of an artifact."""
     from safetensors.numpy import load_file
 
     from ctpd.text.prepare import from_arrays

@@ -1,4 +1,4 @@
-"""A testbed model, trained from scratch on whole texts by the one Trainer."""
+"""A testbed model, pretrained from scratch on whole texts with the same trainer as every other training."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -24,7 +24,7 @@ class PretrainStage(Stage):
     tokenizer: TokenizerStage
 
     def build(self, work: Work) -> None:
-        """Draw the weights and train on the corpus."""
+        """Initialize the weights and train on the corpus."""
         from ctpd.models import install_scorer
         from ctpd.pipeline.methods import Method
         from ctpd.pipeline.training import finish_training, fit_settings, resume_folder, save_trained

@@ -1,4 +1,4 @@
-"""The record of one run and seed: all that tables and reports are made from."""
+"""The record of one run and seed: the only input of tables and reports."""
 
 import json
 import time
@@ -21,7 +21,7 @@ RECORD = "record.json"
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class RecordStage(Stage):
-    """What is known of a run before it is executed, and what its stages have measured."""
+    """The head of the record and the measurements of the run's stages."""
 
     kind = "record"
     version = 2
@@ -34,15 +34,15 @@ class RecordStage(Stage):
     weights: WeightsStage | None = None
 
     def build(self, work: Work) -> None:
-        """Gather and write."""
-        made = {**provenance(work.runtime), "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
+        """Collect the results and write the record."""
+        origin = {**provenance(work.runtime), "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
         Record(
             **dict(self.head),
             training=self._training(work),
             weights=None if self.weights is None else self.weights.summary(work),
             data=self._data(work),
             evaluation={column: stage.result(work) for column, stage in self.evaluations.items()},
-            provenance=Provenance.model_validate_json(json.dumps(to_plain(made))),
+            provenance=Provenance.model_validate_json(json.dumps(to_plain(origin))),
         ).write(work.folder / RECORD)
 
     def _data(self, work: Work) -> DataSummary:

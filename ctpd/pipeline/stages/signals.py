@@ -20,9 +20,9 @@ class SignalsConfig(Config):
     """Which tokens are scored, and how."""
 
     role: Role
-    """Whose tokens."""
+    """The model whose tokens are scored."""
     precision: str
-    """Of the model."""
+    """Number format of the model's weights: float32 or bfloat16."""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

@@ -13,9 +13,9 @@ class TokenizerConfig(Config):
     """Which texts a tokenizer is trained on, and its kind and size."""
 
     corpus: Corpus
-    """The texts."""
+    """The corpus."""
     tokenizer: Literal["byte_bpe", "unigram"]
-    """Its kind."""
+    """Kind of tokenizer: byte-level BPE or unigram."""
     vocab_size: int
     """Upper bound of the number of tokens."""
 

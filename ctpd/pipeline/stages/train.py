@@ -27,20 +27,20 @@ CHAIN = "chain.json"
 
 
 class TrainConfig(Config):
-    """How a model is trained, beside the method."""
+    """How a model is trained, except for the method."""
 
     role: Role
-    """Whose tokens are trained on."""
+    """The model that is trained; its tokens are used."""
     schedule: Schedule
     """Epochs, pairs per step and the like."""
     learning_rate: float
     """The peak learning rate."""
     seed: int
-    """Of the order of the pairs, of adapters and of an objective's own parameters."""
+    """Seed of the order of the pairs and of the initial values of adapters and of the objective's parameters."""
     precision: str
-    """Of the computation."""
+    """Number format of the computation: float32 or bfloat16 autocast."""
     swap: bool = False
-    """Chosen and rejected responses change sides (the negative contrastive model)."""
+    """Swap chosen and rejected responses (for the negative contrastive model)."""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -162,7 +162,7 @@ class TrainStage(Stage):
             seed=self.config.seed,
         )
         stored = [stage.arrays(work) for stage in self.stored]
-        made = distill_rows(prepared, objective, rows, facts=facts, stored=stored)
+        by_split = distill_rows(prepared, objective, rows, facts=facts, stored=stored)
         in_memory = []
         if not stored:
             device, precision = work.runtime.torch_device(), self.config.precision
@@ -175,8 +175,8 @@ class TrainStage(Stage):
         return Training(
             model=model,
             objective=objective,
-            rows=made["train"],
-            eval_rows=made.get("eval"),
+            rows=by_split["train"],
+            eval_rows=by_split.get("eval"),
             forward_pass=DistillPass(objective, in_memory),
             constants=constants,
         )
@@ -192,7 +192,7 @@ class TrainStage(Stage):
         }
 
     def _save_tokenizer(self, work: Work) -> None:
-        """Beside whole weights the tokenizer; beside an adapter where its base and tokenizer are."""
+        """With whole weights, save the tokenizer; with an adapter, save references to its base model and tokenizer."""
         from ctpd.pipeline.references import MODEL_FOLDER
 
         if self.config.schedule.lora is None:

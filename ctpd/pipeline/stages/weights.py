@@ -29,11 +29,11 @@ class WeightsConfig(Config):
     weighting: Weighting
     """The strategy and its parameters."""
     granularity: Granularity
-    """Of the units."""
+    """Units that are weighted: spans or tokens."""
     aggregate: Aggregate
-    """How the log-probabilities of a unit's tokens become the unit's."""
+    """How the log-probabilities of a unit's tokens are aggregated: sum or mean."""
     seed: int
-    """Of the strategies that draw."""
+    """Seed of the random strategies."""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -79,7 +79,7 @@ class WeightsStage(Stage):
         return np.asarray(load_file(work.path(self) / WEIGHTS)["weights"], dtype=np.float32)
 
     def summary(self, work: Work) -> WeightsSummary:
-        """Their distribution, per side, and examples."""
+        """The distribution of the weights, per side, and examples."""
         return read_summary(work.path(self))
 
     def _result(
@@ -110,7 +110,7 @@ class WeightsStage(Stage):
         )
 
     def _marks(self, prepared: "PreparedPairs", unit_starts: "NDArray[np.int64]") -> "NDArray[np.int8] | None":
-        """The data's marks per unit, neutral on end spans; only spans have characters."""
+        """The data's marks per unit, 0 on end spans; None for units that are tokens, which have no character ranges."""
         import numpy as np
 
         from ctpd.pipeline.rows import end_units
@@ -123,7 +123,7 @@ class WeightsStage(Stage):
 
 
 def read_summary(folder: Path) -> WeightsSummary:
-    """The summary of an artifact."""
+    """Read the summary of an artifact."""
     return WeightsSummary.model_validate_json((folder / SUMMARY).read_bytes())
 
 

@@ -13,7 +13,7 @@ Corpus = Literal["teacher", "student"]
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class WorldStage(Stage):
-    """A synthetic world that knows which spans of a response are right."""
+    """A synthetic world whose responses have marks on right and wrong spans."""
 
     kind = "world"
 
