@@ -22,7 +22,7 @@ def pairs_text(pairs: int, dropped: Mapping[str, int], counts: Counts) -> str:
 
 def cut_text(pairs: int, counts: Counts) -> str | None:
     """How many responses and prompts were cut, in all and by split; None if none was."""
-    whole = _cut(counts["responses_cut"], counts["cut_prompts"], pairs=pairs) if "responses_cut" in counts else ""
+    whole = _cut(counts.get("responses_cut", 0), counts.get("cut_prompts", 0), pairs=pairs)
     splits = [name.removesuffix("_responses_cut") for name in counts if name.endswith("_responses_cut")]
     parts = {
         split: _cut(

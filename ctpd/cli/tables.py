@@ -126,8 +126,7 @@ def _folder(root: Path, experiment: "Experiment") -> Path:
     Tables of an evaluation with `--limit` have a folder of their own.
     """
     name = experiment.recipe.name + ("" if experiment.limit is None else f".limit-{experiment.limit}")
-    file = root / OWNERS
-    owners: dict[str, str] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    owners = _owners(root)
     mine = _source(experiment.source, root)
     names = [name if number == 1 else f"{name}-{number}" for number in range(1, len(owners) + 2)]
     own = [one for one in names if owners.get(one) == mine]
@@ -141,8 +140,19 @@ def _folder(root: Path, experiment: "Experiment") -> Path:
         )
     if owners.get(chosen) != mine:
         root.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps(owners | {chosen: mine}, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        new = root / f"{OWNERS}.{os.getpid()}"
+        new.write_text(json.dumps(owners | {chosen: mine}, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        os.replace(new, root / OWNERS)
     return root / chosen
+
+
+def _owners(root: Path) -> dict[str, str]:
+    """Folder of tables -> the recipe that wrote it; empty where the file is not there or cannot be read."""
+    try:
+        found: dict[str, str] = json.loads((root / OWNERS).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found
 
 
 def _source(recipe: str, root: Path) -> str:
