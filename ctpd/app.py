@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ctpd.core.config import nearest
-from ctpd.core.errors import DamagedArtifact, UserError
+from ctpd.core.errors import UserError
 from ctpd.core.printing import command
 from ctpd.core.processes import processes
 from ctpd.core.store import Artifact, Store
@@ -25,7 +25,7 @@ from ctpd.pipeline.stage import Stage
 from ctpd.pipeline.stages.evaluate import ColumnTask, EvaluateStage, Mirror, Protocol
 from ctpd.pipeline.stages.generate import generated_by
 from ctpd.pipeline.stages.pretrain import PretrainStage
-from ctpd.pipeline.stages.record import RECORD, RecordStage
+from ctpd.pipeline.stages.record import RECORD, Head, RecordStage
 from ctpd.pipeline.stages.train import TrainStage
 from ctpd.pipeline.stages.weights import WeightsStage
 from ctpd.pipeline.stages.world import WorldStage
@@ -124,7 +124,7 @@ class Experiment:
         newest = run.model.newest
         return RecordStage(
             label=f"record: {run.title}",
-            head=record_head(run, self.recipe, self.stages, suite=self.suite.name),
+            head=Head(record_head(run, self.recipe, self.stages, suite=self.suite.name), run.method),
             pairs=pairs,
             evaluations=evaluations,
             generated=generated_by(pairs),
@@ -252,7 +252,7 @@ def evaluated_parts(recipe: str | os.PathLike[str], store: Store) -> list[Experi
 def _limit_of(store: Store, artifact: Artifact) -> int | None:
     try:
         limit = store.manifest(artifact.stage, artifact.key)["identity"]["protocol"].get("limit")
-    except (DamagedArtifact, LookupError):
+    except (UserError, LookupError):
         return None
     return limit if isinstance(limit, int) else None
 

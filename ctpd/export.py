@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from ctpd.core.errors import DamagedArtifact, UserError
+from ctpd.core.errors import UserError
 from ctpd.core.store import Artifact, Store
 from ctpd.pipeline.references import ADAPTER_CONFIG, MODEL_FOLDER
 from ctpd.pipeline.stages.train import CHAIN
@@ -193,7 +193,7 @@ def _plain_template(store: Store, artifact: Artifact) -> dict[str, str] | None:
         identity = store.manifest(artifact.stage, artifact.key)["identity"]
         stage, _, key = identity["pairs"].partition("/")
         template = store.manifest(stage, key)["identity"][identity["config"]["role"]]["template"]
-    except (DamagedArtifact, LookupError):
+    except (UserError, LookupError):
         return None
     from ctpd.recipe import PlainSpec
 

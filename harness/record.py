@@ -240,6 +240,11 @@ class ColumnResult(Config):
     unshared: str | None
     seconds: float
 
+    @property
+    def is_finite(self) -> bool:
+        """Whether the score, and that of every document, is a number."""
+        return self.value is not None and all(document.score is not None for document in self.documents)
+
 
 class Sharding(Config):
     """How FSDP sharded the weights in training: the classes of the layers that it wrapped, and whether to the CPU."""

@@ -1,5 +1,6 @@
 """The commands about artifacts and the environment: export, store, doctor."""
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,7 @@ def du(*, store: Path, as_json: bool) -> None:
     from ctpd.inspection.artifacts import artifact_label
 
     opened = Store(store)
+    opened.check_marked()
     found = [(artifact, artifact_label(opened, artifact)) for artifact in opened.artifacts()]
     if as_json:
         rows = [{"stage": a.stage, "key": a.key, "bytes": a.bytes, "label": label} for a, label in found]
@@ -75,6 +77,7 @@ def rm(keys: tuple[str, ...], *, store: Path) -> None:
     from ctpd.core.store import Store
 
     opened = Store(store)
+    opened.check_removable()
     for artifact in [opened.find(key) for key in keys]:
         with opened.try_lock(artifact.stage, artifact.key) as free:
             if not free:
@@ -101,6 +104,10 @@ def gc(recipes: tuple[str, ...], *, store: Path, dry_run: bool) -> None:
     from ctpd.pipeline.graph import Graph
 
     opened = Store(store)
+    if dry_run:
+        opened.check_marked()
+    else:
+        opened.check_removable()
     parts = [part for recipe in recipes for part in evaluated_parts(recipe, opened)]
     kept = {stage.key for part in parts for stage in Graph(part.records).stages}
     unneeded = {(a.stage, a.key): (a.bytes, artifact_label(opened, a)) for a in opened.artifacts() if a.key not in kept}
@@ -108,7 +115,7 @@ def gc(recipes: tuple[str, ...], *, store: Path, dry_run: bool) -> None:
     left = [(stage, key) for stage, key in partials if key not in kept]
     lines, removed, num_busy = [], set(), 0
     for stage, key in sorted({*unneeded, *left}):
-        with opened.try_lock(stage, key) as free:
+        with contextlib.nullcontext(True) if dry_run else opened.try_lock(stage, key) as free:
             if not free:
                 num_busy += 1
                 continue

@@ -125,7 +125,9 @@ def _folder(root: Path, experiment: "Experiment") -> Path:
 
     Tables of an evaluation with `--limit` have a folder of their own.
     """
-    name = experiment.recipe.name + ("" if experiment.limit is None else f".limit-{experiment.limit}")
+    from harness.files import file_stem
+
+    name = file_stem(experiment.recipe.name) + ("" if experiment.limit is None else f".limit-{experiment.limit}")
     owners = _owners(root)
     mine = _source(experiment.source, root)
     names = [name if number == 1 else f"{name}-{number}" for number in range(1, len(owners) + 2)]

@@ -8,6 +8,8 @@ from pathlib import Path
 import yaml
 
 from ctpd.core.errors import UserError
+from ctpd.core.names import LONGEST_NAME, unfit_name, unfit_text
+from ctpd.core.printing import printable
 from ctpd.pipeline.sources import count_rows
 from ctpd.recipe.schema import schema_file
 
@@ -77,12 +79,13 @@ def write_recipe(to: Path, *, teacher: str, student: str, data: Path) -> None:
     schedule, sft_schedule = (_schedule(pairs, most=most) for most in (PAIRS_PER_STEP, SFT_PAIRS_PER_STEP))
     chat = {"teacher": _has_chat_template(teacher), "student": _has_chat_template(student)}
     sft = "skip  # an instruct model is fine-tuned already; for a base model give a training like the ones below"
+    about = f"Preference distillation from {teacher} to {student}."
     text = _TEMPLATE.format(
         schema=_schema(to),
         title=" ".join(f"{teacher} teaches {student} with the pairs of {data}.".split()),
         command=" ".join(shlex.join(["ctpd", "run", str(to)]).split()),
-        name=_quoted(to.stem),
-        about=_quoted(f"Preference distillation from {teacher} to {student}."),
+        name=_quoted(to.stem if unfit_name(to.stem) is None else printable(to.stem)[:LONGEST_NAME]),
+        about=_quoted(about if unfit_text(about) is None else printable(about)),
         data=_quoted(str(data)),
         teacher_model=_model(teacher),
         student_model=_model(student),

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from ctpd.core.errors import DamagedArtifact
+from ctpd.core.errors import UserError
 from ctpd.core.store import Artifact, Store
 
 
@@ -12,7 +12,7 @@ def artifact_label(store: Store, artifact: Artifact) -> str:
     what their identity says."""
     try:
         manifest = store.manifest(artifact.stage, artifact.key)
-    except DamagedArtifact:
+    except UserError:
         return "damaged"
     label = manifest["provenance"].get("label")
     return label if isinstance(label, str) else _of_identity(manifest["identity"])

@@ -90,15 +90,16 @@ class _Builder:
         return ONE_EACH if missing else NOTHING_MISSING
 
     def _build_collective(self, stage: Stage) -> None:
-        ranks, notes = processes(), list[str]()
+        ranks, remarks = processes(), list[str]()
         with contextlib.ExitStack() as stack:
             bar = stack.enter_context(self._bar(stage))
             if ranks.is_main:
                 stack.enter_context(_artifact(stage, self.store, self.runtime))
-            ranks.barrier()  # the folder exists now
-            stage.unlabelled().build(self._work(stage, bar, notes, writes=ranks.is_main))
+            work = self._work(stage, bar, remarks, writes=ranks.is_main)
+            ranks.barrier()  # the folder exists now, and the inputs are checked
+            stage.unlabelled().build(work)
             ranks.barrier()  # the other ranks may still be writing or computing
-        self._show(stage, notes)
+        self._show(stage, remarks)
         ranks.barrier()  # the artifact is complete now
 
     def _build_one_each(self) -> None:
@@ -118,10 +119,10 @@ class _Builder:
             with self.store.try_lock(stage.kind, stage.key) as locked:
                 if not locked or self.store.has(stage.kind, stage.key):
                     continue
-                notes: list[str] = []
+                remarks: list[str] = []
                 with self._bar(stage) as bar, _artifact(stage, self.store, self.runtime):
-                    stage.unlabelled().build(self._work(stage, bar, notes))
-                self._show(stage, notes)
+                    stage.unlabelled().build(self._work(stage, bar, remarks))
+                self._show(stage, remarks)
             _collect_garbage()
             return True
         return False
@@ -130,14 +131,16 @@ class _Builder:
         done = self.total - len(self.graph.missing(self.store))
         return self.progress.stage(stage.label, index=done + 1, total=self.total)
 
-    def _show(self, stage: Stage, notes: Sequence[str]) -> None:
-        for text in notes:
+    def _show(self, stage: Stage, remarks: Sequence[str]) -> None:
+        for text in remarks:
             self.progress.note(f"Note: {stage.label}: {text}.")
 
-    def _work(self, stage: Stage, bar: Bar, notes: list[str], *, writes: bool = True) -> Work:
-        folders = {source.key: self.store.path(source.kind, source.key) for source in stage.inputs.values()}
+    def _work(self, stage: Stage, bar: Bar, remarks: list[str], *, writes: bool = True) -> Work:
+        """The arguments of a build; the process that writes checks the inputs now, right before they are read."""
+        find = self.store.open if writes else self.store.path
+        folders = {source.key: find(source.kind, source.key) for source in stage.inputs.values()}
         folder = self.store.partial(stage.kind, stage.key)
-        return Work(folder, self.runtime, bar.update, writes, folders, notes.append)
+        return Work(folder, self.runtime, bar.update, writes, folders, self.progress.note, remarks.append)
 
     def _pause(self, candidates: Sequence[Stage]) -> None:
         """Sleep while other processes build these stages; report once which stage is waited for."""
