@@ -26,6 +26,7 @@ from ctpd.core.config import to_plain
 from ctpd.core.errors import UserError
 from ctpd.core.hashes import HashMemory
 from ctpd.core.manifests import MANIFEST
+from ctpd.core.printing import command
 
 MARKER = "ctpd-store.json"
 VERSION = 1  # of the folder's layout
@@ -283,7 +284,7 @@ class Store:
         if len(found) != 1:
             raise UserError(
                 f"{len(found) or 'no'} artifact{'s' if found else ''} in {self.root} begin{'' if found else 's'} with '{prefix}'",
-                fix="Give more of the key; `ctpd store du` lists them",
+                fix=f"Give more of the key; `{command('store', 'du', store=self.root)}` lists them",
             )
         return found[0]
 
