@@ -164,7 +164,7 @@ def _end(started: Sequence[tuple[subprocess.Popen[bytes], Path]], *, quiet: bool
             helper.wait()
     for log, code in ended:
         if not quiet:
-            click.echo(f"Note: a helper of `--jobs` ended early. {_last_line(log, code)}", err=True)
+            click.echo(f"Note: a helper of `--jobs` ended early. {printable(_last_line(log, code))}", err=True)
 
 
 def _helping(argv: Sequence[str], *, device: str) -> list[str]:
