@@ -95,7 +95,7 @@ def _find(name_or_path: str | Path) -> Path:
 
 
 def _locate(folder: str | None, *, beside: Path) -> str | None:
-    """A folder that stands beside the suite's file, as an absolute path; any other name as it is."""
+    """The absolute path of a folder beside the suite's file; any other name unchanged."""
     if folder is not None and exists(beside.parent / folder) and (beside.parent / folder).is_dir():
         return str((beside.parent / folder).resolve())
     return folder

@@ -95,13 +95,12 @@ def main(args: list[str] | None = None) -> Any:
         error.show()
         sys.exit(error.exit_code)
     except click.Abort as error:
-        text = "Stopped. What is finished is kept; the same command goes on from there."
+        text = "Stopped. What is finished is kept; the same command continues from there."
         if not _left_to_parent(error, text, 130):
             click.echo(text, err=True)
         sys.exit(130)
     except Exception as error:
-        code = error.exit_code if isinstance(error, CtpdError) else 1
-        text = _paragraph(error)
+        code, text = _paragraph(error)
         if not _left_to_parent(error, traceback.format_exc() if debug else text, code):
             if debug:
                 raise
@@ -132,10 +131,14 @@ def _left_to_parent(error: Exception, text: str, code: int) -> bool:
     return leave_error(error, text, code)
 
 
-def _paragraph(error: Exception) -> str:
+def _paragraph(error: Exception) -> tuple[int, str]:
+    """The exit code and the text of an error."""
+    from ctpd.core.disk import explained
+
+    error = explained(error) or error
     if isinstance(error, CtpdError):
-        return str(error)
-    return (
+        return error.exit_code, str(error)
+    return 1, (
         f"{type(error).__name__}: {' '.join(str(error).split())} This is a fault of ctpd; what is finished is kept. "
         "Run the same command with --debug for the traceback."
     )

@@ -1,7 +1,7 @@
 """Errors that the command line prints as one paragraph: `UserError` for wrong input (exit code 2), `CtpdError` otherwise (1)."""
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 
 class CtpdError(Exception):
@@ -34,6 +34,16 @@ class UserError(CtpdError, ValueError):
 
 class DamagedArtifact(UserError):
     """A stored artifact whose files do not match its manifest."""
+
+
+class NotFinite(UserError):
+    """A number that a model, a training or an evaluation gave is NaN or infinite: nothing is made of it."""
+
+
+def listed(names: Sequence[str], *, most: int = 8) -> str:
+    """The names for a sentence: ``'a', 'b' and 7 more``."""
+    shown = ", ".join(f"'{name}'" for name in names[:most])
+    return shown if len(names) <= most else f"{shown} and {len(names) - most} more"
 
 
 def _sentence(text: str) -> str:
