@@ -37,6 +37,7 @@ def export_model(store: Store, key: str, *, to: Path, merge: bool) -> str:
             return f"Wrote the adapter to {to}. Use --merge to merge it into the base model."
         return f"Wrote the model to {to}." + (" It has no adapters: there was nothing to merge." if merge else "")
     from ctpd.models import load_model, load_tokenizer, save_model
+    from ctpd.saving import save_tokenizer
 
     chain = json.loads(chain_file.read_text(encoding="utf-8"))
     adapters = [_resolve(store, name, revision=None) for name in chain["adapters"]]
@@ -49,7 +50,7 @@ def export_model(store: Store, key: str, *, to: Path, merge: bool) -> str:
     )
     save_model(merged, to)
     tokenizer = _resolve(store, chain["tokenizer"], revision=chain["tokenizer_revision"])
-    load_tokenizer(tokenizer, revision=chain["tokenizer_revision"]).save_pretrained(str(to))
+    save_tokenizer(load_tokenizer(tokenizer, revision=chain["tokenizer_revision"]), to)
     return f"Wrote the merged model to {to}."
 
 

@@ -30,6 +30,7 @@ from transformers import (
 from transformers.utils.logging import disable_progress_bar
 
 from ctpd.core.errors import NotFinite, UserError
+from ctpd.core.printing import printable
 from ctpd.ops.logit_rows import Head, LogitRows, is_sharded
 from ctpd.ops.logps import LogitTransform
 from ctpd.ops.shared_rows import PackedLayout
@@ -298,7 +299,7 @@ def _check_weights(found: Mapping[str, Any], *, where: str) -> None:
 
 def _some(names: Sequence[str], *, most: int = 5) -> str:
     more = len(names) - most
-    return ", ".join(names[:most]) + (f" and {more} more" if more > 0 else "")
+    return ", ".join(map(printable, names[:most])) + (f" and {more} more" if more > 0 else "")
 
 
 def _four_bits(device: str) -> dict[str, Any]:

@@ -17,6 +17,7 @@ import click
 
 from ctpd.cli.options import visible_gpu
 from ctpd.core.errors import CtpdError, UserError
+from ctpd.core.printing import printable
 from ctpd.core.processes import ProcessLost, processes
 from ctpd.recipe import LaunchSpec
 
