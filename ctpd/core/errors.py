@@ -3,6 +3,8 @@
 import difflib
 from collections.abc import Iterable, Sequence
 
+_LONGEST_WORD, _LONGEST = 300, 2000  # characters of what is wrong: names and values of a user can be of any length
+
 
 class CtpdError(Exception):
     """Base of every error that the command line prints as one paragraph."""
@@ -22,6 +24,7 @@ class UserError(CtpdError, ValueError):
     exit_code = 2
 
     def __init__(self, what: str, *, where: str | None = None, fix: str | None = None) -> None:
+        what = shortened(" ".join(shortened(word, most=_LONGEST_WORD) for word in what.split()), most=_LONGEST)
         parts = [_sentence(what)]
         if where is not None:
             parts.insert(0, f"{where}:")
