@@ -28,6 +28,7 @@ from harness.isolation import Progress, compiled_templates, dataset_cache, quiet
 from harness.loading import SEEDS, datasets_of, load_tasks
 from harness.record import ColumnResult, DocumentScore, Protocol
 from harness.suites import Column
+from harness.task_files import TaskFiles, task_files
 
 
 class Documents(NamedTuple):
@@ -252,7 +253,7 @@ class _Kept:
 
     Attributes:
         tasks: what ``load_tasks`` gave.
-        folder: the cache of ``datasets`` for a mirror's files, which tasks go on to use; None where they are the hub's.
+        folder: the cache of ``datasets`` for local files, which tasks go on to use; None where they are the hub's.
         prompts: the limit that the tasks' prompts were built for, in a tuple; None if they must be built.
     """
 
@@ -261,7 +262,7 @@ class _Kept:
     prompts: tuple[int | None] | None = None
 
     def dataset_cache(self) -> contextlib.AbstractContextManager[None]:
-        """A cache of its own for a mirror's files; the hub's are cached by revision, where they always are."""
+        """A cache of its own for local files; the hub's are cached by revision, where they always are."""
         return contextlib.nullcontext() if self.folder is None else dataset_cache(self.folder)
 
     def ready(self, *, limit: int | None, chat_template: bool) -> Any:
@@ -291,7 +292,8 @@ def _kept(column: Column, *, data_root: Path | None) -> _Kept:
     """The column's tasks, loaded once in a process for each state of the files; raises as ``load_tasks``."""
     key = column, _state(column, data_root)
     if key not in _KEPT:
-        new = _Kept(None, None if data_root is None else tempfile.mkdtemp(prefix="ctpd-datasets-"))
+        local = data_root is not None or bool(_own_files(column, data_root).data)
+        new = _Kept(None, tempfile.mkdtemp(prefix="ctpd-datasets-") if local else None)
         if new.folder is not None:
             weakref.finalize(new, shutil.rmtree, new.folder, ignore_errors=True)  # at the end of the process at last
         with new.dataset_cache():
@@ -302,13 +304,18 @@ def _kept(column: Column, *, data_root: Path | None) -> _Kept:
     return _KEPT[key]
 
 
-def _state(column: Column, data_root: Path | None) -> tuple[tuple[str, int, int], ...] | None:
-    """Path, size and time of each file that a column reads from a mirror."""
+def _state(column: Column, data_root: Path | None) -> tuple[tuple[str, int, int], ...]:
+    """Path, size and time of each file that a column reads from a mirror, or that the user's own task reads."""
+    own = _own_files(column, data_root).state
     if data_root is None:
-        return None
+        return own
     folders = [data_root.resolve() / name for name in column.datasets or datasets_of(column)]
     files = [path for folder in folders for path in sorted(folder.rglob("*")) if path.is_file()]
-    return tuple((str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files)
+    return (*own, *((str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files))
+
+
+def _own_files(column: Column, data_root: Path | None) -> TaskFiles:
+    return task_files(column, base=Path.cwd() if data_root is None else data_root, mirrored=data_root is not None)
 
 
 def _task_hash(samples: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:

@@ -178,7 +178,11 @@ def _grid(table: Table) -> tuple[list[str], list[list[Styled]]]:
     rows = []
     for row in table.rows:
         cells = [Styled(row.label), *(_score(cell, row) for cell in row.cells)]
-        cells += [Styled(percent_interval(row.difference)), Styled(p_text(row.p_value))] if compared else []
+        cells += (
+            [Styled(percent_interval(row.difference)), Styled(p_text(row.p_value, is_bound=row.p_is_bound))]
+            if compared
+            else []
+        )
         cells += [Styled(percent_interval(row.seed_difference))] if over_seeds else []
         cells += [Styled(_seeds(row))] if with_seeds else []
         rows.append(cells)
@@ -200,15 +204,23 @@ def percent_interval(interval: Interval | None) -> str:
     """A difference in percentage points, signed, with the ends of its interval."""
     if interval is None:
         return NOTHING
-    value, low, high = (f"{100 * end:+.2f}".replace("-", "−") for end in interval)
+    value, low, high = (_signed(100 * end) for end in interval)
     return f"{value} [{low}, {high}]"
 
 
-def p_text(p_value: float | None) -> str:
-    """A p-value at three decimals."""
+def _signed(points: float) -> str:
+    """Two decimals with their sign; what rounds to zero has none."""
+    text = f"{points:+.2f}".replace("-", "−")
+    return text if float(f"{points:.2f}") else "0.00"
+
+
+def p_text(p_value: float | None, *, is_bound: bool = False) -> str:
+    """A p-value at three decimals; ``is_bound`` where it is only known to be no larger."""
     if p_value is None:
         return NOTHING
-    return "< 0.001" if p_value < 0.001 else f"{p_value:.3f}"
+    if p_value < 0.001:
+        return "< 0.001"
+    return f"≤ {p_value:.3f}" if is_bound else f"{p_value:.3f}"
 
 
 def _seeds(row: Row) -> str:

@@ -1,7 +1,7 @@
 """Errors that the command line prints as one paragraph: `UserError` for wrong input (exit code 2), `CtpdError` otherwise (1)."""
 
 import difflib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 _LONGEST_WORD, _LONGEST = 300, 2000  # characters of what is wrong: names and values of a user can be of any length
 
@@ -43,15 +43,6 @@ class NotFinite(UserError):
     """A number that a model, a training or an evaluation gave is NaN or infinite: nothing is made of it."""
 
 
-def listed(names: Sequence[str], *, most: int = 8, to: str | None = None) -> str:
-    """The names for a sentence: ``'a', 'b' and 7 more``; of many, those nearest to ``to`` if it is given."""
-    if to is not None and len(names) > most:
-        near = difflib.get_close_matches(to, names, n=most, cutoff=0.0)
-        return f"{listed(near)} and {len(names) - len(near):,} more"
-    shown = ", ".join(f"'{shortened(name)}'" for name in names[:most])
-    return shown if len(names) <= most else f"{shown} and {len(names) - most:,} more"
-
-
 def _sentence(text: str) -> str:
     text = " ".join(text.split())
     return text if text.endswith((".", "!", "?", ":", "`")) else text + "."
@@ -61,6 +52,16 @@ def nearest(name: str, options: Iterable[str]) -> str:
     """Return ``" Did you mean 'x'?"`` for the option closest to ``name``, or an empty string."""
     matches = difflib.get_close_matches(name, list(options), n=1, cutoff=0.5)
     return f" Did you mean '{matches[0]}'?" if matches else ""
+
+
+def listed(names: Iterable[object], *, most: int = 8, to: str | None = None) -> str:
+    """Names for a message, in quotes: all of them, or those nearest to ``to`` and how many more there are."""
+    texts = [str(name) for name in names]
+    shown = texts[:most]
+    if to is not None and len(texts) > most:
+        shown = difflib.get_close_matches(to, texts, n=most, cutoff=0.0)
+    quoted = ", ".join(repr(shortened(name)) for name in shown)
+    return quoted if len(shown) == len(texts) else f"{quoted} and {len(texts) - len(shown):,} more"
 
 
 def shortened(text: str, *, most: int = 100) -> str:

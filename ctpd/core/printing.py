@@ -1,7 +1,11 @@
 """Text for a terminal: user-given names with control characters escaped, and commands that can be pasted into a shell."""
 
+import json
+import math
 import shlex
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from ctpd.core.names import unfit_text
 
@@ -35,3 +39,16 @@ def command(*words: str, store: Path) -> str:
     """The command `ctpd WORDS`, quoted for a shell; with --store where it is not the default."""
     named = [] if str(store) == DEFAULT_STORE else ["--store", str(store)]
     return shlex.join(["ctpd", *words, *named])
+
+
+def json_text(value: Any) -> str:
+    """A value as JSON, which knows neither NaN nor infinity: a number that is not finite is null."""
+    return json.dumps(_finite(value), allow_nan=False)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(name): _finite(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -12,7 +12,8 @@ from pydantic import ValidationError
 from safetensors.numpy import load_file
 
 from ctpd.core.errors import DamagedArtifact, UserError
-from ctpd.core.store import MANIFEST, Store
+from ctpd.core.manifests import MANIFEST
+from ctpd.core.store import Store
 from ctpd.objectives.base import Weighting
 from ctpd.ops.weights import clamp_weights
 from ctpd.pipeline.rows import end_units, units_of

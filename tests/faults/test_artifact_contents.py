@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from ctpd.core.errors import DamagedArtifact
-from ctpd.core.store import MANIFEST, Store
+from ctpd.core.manifests import MANIFEST
+from ctpd.core.store import Store
 from ctpd.inspection.weights import inspect_weights
 from ctpd.models import load_tokenizer
 from ctpd.saving import save_tokenizer

@@ -48,16 +48,59 @@ SCALARS = st.one_of(
     st.integers(),
     st.floats(),
     st.text(max_size=12),
-    st.sampled_from(["", "\0", "\x1b", "\ud800", "../..", "1e999", "x" * 300, "chat", "testbed", "learning_rate", "~x/y"]),
+    st.sampled_from(
+        ["", "\0", "\x1b", "\ud800", "../..", "1e999", "x" * 300, "chat", "testbed", "learning_rate", "~x/y"]
+    ),
 )
 VALUES = st.recursive(
-    SCALARS, lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4), max_leaves=8
+    SCALARS,
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4),
+    max_leaves=8,
 )
 FRAGMENTS = st.sampled_from(
     [
-        *(b"&a ", b"*a", b"<<: ", b"!!binary ", b"!!float ", b"!!map ", b"!!str ", b"!!python/name:os ", b"? ", b"- ", b": "),
-        *(b"[" * 400, b"{a: " * 400, b'"', b"'", b"|\n", b"\t", b"\r", b"\0", b"\xff", b"\xef\xbb\xbf", b"\xff\xfe", b'"\\ud800"'),
-        *(b"1e999", b".nan", b"9" * 5000, b"0x" + b"f" * 5000, b"null", b"~", b"%YAML 9.9\n", b"---\n", b"\n", b",", b"#", b"@", b"`"),
+        *(
+            b"&a ",
+            b"*a",
+            b"<<: ",
+            b"!!binary ",
+            b"!!float ",
+            b"!!map ",
+            b"!!str ",
+            b"!!python/name:os ",
+            b"? ",
+            b"- ",
+            b": ",
+        ),
+        *(
+            b"[" * 400,
+            b"{a: " * 400,
+            b'"',
+            b"'",
+            b"|\n",
+            b"\t",
+            b"\r",
+            b"\0",
+            b"\xff",
+            b"\xef\xbb\xbf",
+            b"\xff\xfe",
+            b'"\\ud800"',
+        ),
+        *(
+            b"1e999",
+            b".nan",
+            b"9" * 5000,
+            b"0x" + b"f" * 5000,
+            b"null",
+            b"~",
+            b"%YAML 9.9\n",
+            b"---\n",
+            b"\n",
+            b",",
+            b"#",
+            b"@",
+            b"`",
+        ),
     ]
 )
 
@@ -161,7 +204,10 @@ def contents() -> Iterator[tuple[str, Any]]:
     """Endings with strategies of bytes."""
     rows = st.lists(replaced(json.loads(line())), max_size=3)
     yield ".jsonl", damaged(JSONL) | rows.map(lambda items: "\n".join(map(json.dumps, items)).encode())
-    yield ".json", damaged(b"[" + JSONL.replace(b"\n", b",", 1) + b"]") | VALUES.map(lambda value: json.dumps(value).encode())
+    yield (
+        ".json",
+        damaged(b"[" + JSONL.replace(b"\n", b",", 1) + b"]") | VALUES.map(lambda value: json.dumps(value).encode()),
+    )
     yield ".csv", damaged(CSV) | st.binary(max_size=200)
 
 
@@ -194,6 +240,17 @@ def test_damaged_parquet(tmp_path: Path, data: st.DataObject) -> None:
 
 
 @fuzzed
-@given(st.lists(replaced({"prompt": [{"role": "user", "content": "x"}], "chosen": "a", "rejected": "b", "chosen_marks": [[0, 1, True]]})))
+@given(
+    st.lists(
+        replaced(
+            {
+                "prompt": [{"role": "user", "content": "x"}],
+                "chosen": "a",
+                "rejected": "b",
+                "chosen_marks": [[0, 1, True]],
+            }
+        )
+    )
+)
 def test_rows_of_any_shape(rows: list[Any]) -> None:
     refuses_or_reads(lambda: parse_pairs(rows, source="rows"))
