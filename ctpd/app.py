@@ -12,6 +12,7 @@ from ctpd.core.errors import UserError
 from ctpd.core.printing import command
 from ctpd.core.processes import processes
 from ctpd.core.store import Store
+from ctpd.core.temporary import kept_in
 from ctpd.pipeline.build import build_missing
 from ctpd.pipeline.graph import Graph
 from ctpd.pipeline.plan import SharedStages
@@ -102,9 +103,10 @@ class Experiment:
             return
         from harness.evaluate import check_column
 
-        for column in self.suite.columns:
-            if column.name in missing:
-                check_column(column, data_root=None if root is None else Path(root).expanduser())
+        with kept_in(store.root):
+            for column in self.suite.columns:
+                if column.name in missing:
+                    check_column(column, data_root=None if root is None else Path(root).expanduser())
 
     def _evaluation(self, run: PlannedRun, column: Column) -> EvaluateStage:
         spec = self.recipe.shared.evaluation
@@ -152,7 +154,8 @@ def run(
     experiment, artifacts = Experiment(recipe), Store(Path(store))
     runtime = runtime or Runtime.of(experiment.recipe.launch)
     experiment.check_suite(artifacts)
-    build_missing(Graph(experiment.records), artifacts, runtime=runtime, progress=Progress(quiet=quiet))
+    with kept_in(artifacts.root):
+        build_missing(Graph(experiment.records), artifacts, runtime=runtime, progress=Progress(quiet=quiet))
     processes().destroy_process_group()
     columns = [column.name for column in experiment.suite.columns]
     return tables(experiment.recipe, read_records(experiment, artifacts), columns=columns)

@@ -7,7 +7,6 @@ import contextlib
 import importlib.util
 import json
 import math
-import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -30,6 +29,7 @@ from transformers import (
 from transformers.utils.logging import disable_progress_bar
 
 from ctpd.core.errors import UserError
+from ctpd.core.temporary import temporary_folder
 from ctpd.ops.logit_rows import Head, LogitRows, is_sharded
 from ctpd.ops.logps import LogitTransform
 from ctpd.ops.shared_rows import PackedLayout
@@ -210,7 +210,7 @@ def load_model(
             safetensors files, or it needs code of its own; 4 bits without bitsandbytes.
     """
     if precision == "4bit" and adapters:
-        with tempfile.TemporaryDirectory() as merged:
+        with temporary_folder("merged") as merged:
             load_model(
                 folder, adapters=adapters, precision="bfloat16", device="cpu", revision=revision
             ).save_pretrained(merged)

@@ -4,8 +4,6 @@ The tasks of a column are loaded once in a process, for all models that are eval
 """
 
 import contextlib
-import shutil
-import tempfile
 import time
 import weakref
 from collections.abc import Mapping, Sequence
@@ -22,6 +20,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from ctpd.core.errors import UserError
+from ctpd.core.temporary import TemporaryFolder
 from harness.backends import SharedContextLM, open_vllm
 from harness.isolation import Progress, compiled_templates, dataset_cache, quiet, seeded, shown
 from harness.loading import SEEDS, datasets_of, load_tasks
@@ -282,9 +281,10 @@ def _kept(column: Column, *, data_root: Path | None) -> _Kept:
     """The column's tasks, loaded once in a process for each state of the files; raises as ``load_tasks``."""
     key = column, _state(column, data_root)
     if key not in _KEPT:
-        new = _Kept(None, None if data_root is None else tempfile.mkdtemp(prefix="ctpd-datasets-"))
-        if new.folder is not None:
-            weakref.finalize(new, shutil.rmtree, new.folder, ignore_errors=True)  # at the end of the process at last
+        cache = None if data_root is None else TemporaryFolder("datasets")
+        new = _Kept(None, None if cache is None else str(cache.path))
+        if cache is not None:
+            weakref.finalize(new, cache.remove)  # at the end of the process at last
         with new.dataset_cache():
             new.tasks = load_tasks(column, data_root=data_root)
         while len(_KEPT) >= MAX_KEPT:

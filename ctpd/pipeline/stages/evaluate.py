@@ -1,7 +1,6 @@
 """Evaluate one model on one column of a suite with lm-evaluation-harness."""
 
 import contextlib
-import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any, Literal
 from ctpd.core.config import Config
 from ctpd.core.errors import UserError
 from ctpd.core.processes import processes
+from ctpd.core.temporary import temporary_folder
 from ctpd.pipeline.references import LocatedModel, Model, cached_digest
 from ctpd.pipeline.stage import Part, Stage, Work
 from ctpd.pipeline.stages.world import WorldStage
@@ -141,6 +141,6 @@ def _one_folder(located: LocatedModel, *, precision: str) -> Iterator[tuple[str,
         return
     from ctpd.models import save_model
 
-    with tempfile.TemporaryDirectory() as temporary:
-        save_model(located.load(precision=precision, device="cpu"), Path(temporary))
-        yield temporary, None
+    with temporary_folder("merged") as merged:
+        save_model(located.load(precision=precision, device="cpu"), merged)
+        yield str(merged), None
