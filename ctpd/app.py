@@ -25,7 +25,7 @@ from ctpd.pipeline.stage import Stage
 from ctpd.pipeline.stages.evaluate import ColumnTask, EvaluateStage, Mirror, Protocol
 from ctpd.pipeline.stages.generate import generated_by
 from ctpd.pipeline.stages.pretrain import PretrainStage
-from ctpd.pipeline.stages.record import RECORD, RecordStage
+from ctpd.pipeline.stages.record import RECORD, Head, RecordStage
 from ctpd.pipeline.stages.train import TrainStage
 from ctpd.pipeline.stages.weights import WeightsStage
 from ctpd.pipeline.stages.world import WorldStage
@@ -119,7 +119,7 @@ class Experiment:
         newest = run.model.newest
         return RecordStage(
             label=f"record: {run.title}",
-            head=record_head(run, self.recipe, self.stages, suite=self.suite.name),
+            head=Head(record_head(run, self.recipe, self.stages, suite=self.suite.name), run.method),
             pairs=pairs,
             evaluations=evaluations,
             generated=generated_by(pairs),

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache, GenerationConfig
 from transformers.cache_utils import DynamicLayer
 
+from ctpd.core.errors import NotFinite
 from ctpd.models import Outputs
 from ctpd.probes import other_mixing, same_logits, short_windows
 
@@ -204,6 +205,9 @@ def greedy_responses(
         model: frozen, in evaluation mode, with the scorer installed.
         max_tokens: tokens of a prompt and its response, the end token included.
         progress: called with the prompts done and the number of all prompts.
+
+    Raises:
+        NotFinite: the model gives logits that are NaN or infinite.
     """
     masked = MaskedModel(model) if takes_padded_prompts(model) else None
 
@@ -232,6 +236,9 @@ def greedy_tokens(
 
     Args:
         room: the largest number of new tokens of each row.
+
+    Raises:
+        NotFinite: the model gives logits that are NaN or infinite.
     """
     generated: list[list[int]] = [[] for _ in prompts]
     live = {row for row in range(len(prompts)) if room[row] > 0}
@@ -244,8 +251,9 @@ def greedy_tokens(
     rows = list(range(len(prompts)))  # the rows of the cache: finished ones stay until at most half are left
     logits_BV = model.prefill(ids_BT.to(model.device), padding, cache)
     while True:
-        chosen_B = logits_BV.argmax(-1)
-        for row, token in zip(rows, chosen_B.tolist(), strict=True):
+        likeliest_B2 = _likeliest(logits_BV)
+        chosen_B = likeliest_B2[:, 0]
+        for row, token in zip(rows, _tokens(likeliest_B2), strict=True):
             if row in live:
                 generated[row].append(token)
                 if len(generated[row]) == room[row] or finished(generated[row]):
@@ -276,12 +284,28 @@ def _without_cache(
         last_B = torch.tensor([index * width + len(text) - 1 for index, text in enumerate(texts)], device=device)
 
         def likeliest(outputs: Outputs, last_B: Tensor = last_B) -> Tensor:
-            return outputs.every.select(last_B).map(lambda logits_BV: logits_BV.argmax(-1))
+            return outputs.every.select(last_B).map(_likeliest)
 
-        for row, token in zip(live, model(input_ids=ids_BT, score=likeliest).tolist(), strict=True):
+        for row, token in zip(live, _tokens(model(input_ids=ids_BT, score=likeliest)), strict=True):
             generated[row].append(token)
         live = [row for row in live if len(generated[row]) < room[row] and not finished(generated[row])]
     return generated
+
+
+def _likeliest(logits_BV: Tensor) -> Tensor:
+    """[B, 2]: the likeliest token, and whether the logits are finite: the largest is NaN if one of them is."""
+    return torch.stack([logits_BV.argmax(-1), logits_BV.amax(-1).isfinite().long()], dim=1)
+
+
+def _tokens(likeliest_B2: Tensor) -> list[int]:
+    """The tokens of `_likeliest`. Waits for the device."""
+    found = likeliest_B2.tolist()
+    if not all(finite for _, finite in found):
+        raise NotFinite(
+            "the logits of the model are not finite, so that no token is the likeliest",
+            fix="Give a model whose numbers are finite; `precision: float32` helps where one overflows in bfloat16",
+        )
+    return [token for token, _ in found]
 
 
 def is_plainly_greedy(config: GenerationConfig | None) -> bool:

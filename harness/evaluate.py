@@ -22,6 +22,7 @@ from transformers import PreTrainedTokenizerBase
 from ctpd.core.errors import UserError
 from ctpd.core.temporary import TemporaryFolder
 from harness.backends import SharedContextLM, open_vllm
+from harness.finite import finite_logits, refuse_non_finite
 from harness.isolation import Progress, compiled_templates, dataset_cache, quiet, seeded, shown
 from harness.loading import SEEDS, datasets_of, load_tasks
 from harness.record import ColumnResult, DocumentScore, Protocol
@@ -96,15 +97,19 @@ def evaluate_column(
 
     Raises:
         UserError: unknown task, other version than the suite's, missing data, missing metric or chat template.
+        NotFinite: a logit, a likelihood or a score is NaN or infinite.
     """
     _check_template(tokenizer, documents)
     modes = [(module, module.training) for module in model.modules()]
     start = time.perf_counter()
     try:
         report = shown(progress) if progress is not None else None
-        with quiet("lm_eval"):
-            lm = SharedContextLM(model, tokenizer, batch_size=batch_size, progress=report)
-        scores = score(lm, column, documents)
+        with finite_logits(model) as check:
+            with quiet("lm_eval"):
+                lm = SharedContextLM(model, tokenizer, batch_size=batch_size, progress=report)
+            check()  # its trials, before hours of evaluation
+            scores = score(lm, column, documents)
+            check()
     finally:
         for module, training in modes:
             module.training = training
@@ -173,17 +178,21 @@ def score(lm: LM, column: Column, documents: Documents) -> Scores:
     scores, samples = results["results"][column.task], results["samples"]
     metric, filter_name = column.metric.split(",")
     stderr = scores.get(f"{metric}_stderr,{filter_name}")
+    scored = tuple(
+        DocumentScore(sample["doc_hash"], float(sample[metric]))
+        for name in sorted(samples)
+        for sample in samples[name]
+        if sample["filter"] == filter_name
+    )
+    values = {key: float(scores[key]) for key in (column.metric, *column.also)}
+    of_documents = {f"{metric} of document {n}": float(one.score or 0.0) for n, one in enumerate(scored)}
+    refuse_non_finite(samples, values | of_documents)
     counts = [results["n-samples"][name] for name in samples]
     return Scores(
-        value=float(scores[column.metric]),
+        value=values[column.metric],
         stderr=float(stderr) if isinstance(stderr, int | float) else None,
-        also={key: float(scores[key]) for key in column.also},
-        scored=tuple(
-            DocumentScore(sample["doc_hash"], float(sample[metric]))
-            for name in sorted(samples)
-            for sample in samples[name]
-            if sample["filter"] == filter_name
-        ),
+        also={key: values[key] for key in column.also},
+        scored=scored,
         shots=next(iter(loaded["tasks"].values())).config.num_fewshot,
         num_docs=sum(count["effective"] for count in counts),
         num_total=sum(count["original"] for count in counts),
@@ -227,7 +236,7 @@ def _check_template(tokenizer: PreTrainedTokenizerBase, documents: Documents) ->
 
 
 def check_column(column: Column, *, data_root: Path | None) -> None:
-    """Build the tasks of a column, and keep them: what is missing is said before hours of training, not after.
+    """Build the tasks of a column, and keep them: so that missing data is reported before hours of training, not after.
 
     Raises:
         UserError: as ``load_tasks``.

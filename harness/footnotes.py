@@ -18,7 +18,7 @@ def footnotes(
         spec: the table.
         rows: its finished rows.
         records: those that the rows show.
-        results: one evaluation of each column that some row has; comparable records agree on what is said here.
+        results: one evaluation of each column that some row has; equal in all comparable records.
     """
     yield from _partial(results)
     yield from _missing(rows, records)
@@ -133,7 +133,10 @@ def _not_finite(records: Sequence[Record]) -> Iterator[str]:
         f"{record.run}{'' if record.seed is None else f' (seed {record.seed})'} on {name}"
         for record in records
         for name, result in record.evaluation.items()
-        if result.value is None
+        if not result.is_finite
     ]
     if lost:
-        yield f"Not finite, and so shown as missing: {', '.join(lost)}. Such a model's training has diverged."
+        yield (
+            f"Not finite: {', '.join(lost)}. Such a row is neither ranked nor compared; the training of such a model has "
+            "diverged."
+        )

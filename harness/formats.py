@@ -16,6 +16,7 @@ from harness.sheet import AVERAGE, Cell, Row, Table
 from harness.statistics import Interval
 
 MISSING = "missing"
+NOT_FINITE = "not finite"
 NOTHING = "–"
 
 NOT_OURS = "Reported by others; not our measurements."
@@ -51,7 +52,7 @@ def frame(table: Table) -> pd.DataFrame:
             "missing_seeds": " ".join(map(str, row.missing_seeds)),
         }
         for name, cell in zip((*table.columns, AVERAGE), row.cells, strict=True):
-            line[name] = None if cell is None else 100 * cell.mean
+            line[name] = None if cell is None or cell.mean is None else 100 * cell.mean
             line[f"{name} std"] = None if cell is None or cell.spread is None else 100 * cell.spread
         for end in ("value", "low", "high"):
             name = "difference" if end == "value" else f"difference {end}"
@@ -176,6 +177,8 @@ def _grid(table: Table) -> tuple[list[str], list[list[Styled]]]:
 def _score(cell: Cell | None, row: Row) -> Styled:
     if cell is None:
         return Styled(MISSING)
+    if cell.mean is None:
+        return Styled(NOT_FINITE)
     text = f"{100 * cell.mean:.2f}" + (f" ± {100 * cell.spread:.2f}" if cell.spread is not None else "")
     if cell.num_seeds < len(row.seeds):
         text += f" ({cell.num_seeds} of {len(row.seeds)})"

@@ -18,7 +18,7 @@ def render(template: str, **values: object) -> str:
 
 @cache
 def _environment() -> Any:
-    import jinja2  # only who writes HTML pays for it
+    import jinja2  # imported late: only HTML needs it
 
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(TEMPLATES),

@@ -232,6 +232,11 @@ class ColumnResult(Config):
     unshared: str | None
     seconds: float
 
+    @property
+    def is_finite(self) -> bool:
+        """Whether the score, and that of every document, is a number."""
+        return self.value is not None and all(document.score is not None for document in self.documents)
+
 
 class Sharding(Config):
     """How FSDP sharded the weights in training: the classes of the layers that it wrapped, and whether to the CPU."""
@@ -349,7 +354,7 @@ def log_entries(history: Iterable[Mapping[str, Any]]) -> tuple[LogEntry, ...]:
 
 def _unreadable(path: Path, error: ValidationError) -> UserError:
     """The error for a file that is no record of this schema: its schema if it has another one, else what is wrong."""
-    again = "Run its recipe again with this version, which makes the record anew and keeps the trained models"
+    again = "Run its recipe again with this version, which rebuilds the record and keeps the trained models"
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except ValueError:

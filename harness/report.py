@@ -52,6 +52,7 @@ def _summary(table: Table) -> Iterator[str]:
     for row in best[:1]:
         cell = row.cells[-1]
         assert cell is not None
+        assert cell.mean is not None
         names = " and ".join(row.label for row in best)
         yield f"Best {AVERAGE}: {names}, {100 * cell.mean:.2f}\N{NO-BREAK SPACE}%."
         if row.difference is not None:

@@ -34,9 +34,12 @@ class TableSpec:
 
 
 class Cell(NamedTuple):
-    """One score: mean over seeds, their standard deviation (None below two) and rank (1 best, 2 second, else None)."""
+    """One score: mean over seeds, their standard deviation (None below two) and rank (1 best, 2 second, else None).
 
-    mean: float
+    The mean is None where the score of a seed, or of a document, is not finite.
+    """
+
+    mean: float | None
     spread: float | None
     num_seeds: int
     rank: int | None = None
@@ -45,6 +48,8 @@ class Cell(NamedTuple):
 @dataclass(frozen=True, slots=True)
 class Row:
     """One line. ``cells`` has a cell per column and one for the Average; None where nothing was measured.
+
+    A row with a score that is not finite has no ranks, and nothing compares it with the base.
 
     ``seeds`` are those measured, ``missing_seeds`` those that other rows have; a row without any record has
     ``missing`` set. What compares the row with the table's base, None for the base itself: ``difference`` of the Average
@@ -64,6 +69,11 @@ class Row:
     p_value: float | None = None
     seed_difference: Interval | None = None
     mcnemar: Mapping[str, Mapping[int | None, McNemar]] | None = None
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether all measured scores are numbers."""
+        return all(cell is None or cell.mean is not None for cell in self.cells)
 
 
 @dataclass(frozen=True, slots=True)

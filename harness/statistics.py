@@ -106,8 +106,14 @@ def bootstrap_differences(
         draws: number of bootstrap samples.
         confidence: probability that an interval should cover the difference.
 
+    Raises:
+        ValueError: a difference is not finite: draws that are NaN would count as none beyond zero.
+
     Reference: Efron and Tibshirani, An Introduction to the Bootstrap (1993), chapters 6, 13 and 15.
     """
+    for name, values_DK in differences.items():
+        if not np.isfinite(values_DK).all():
+            raise ValueError(f"a difference of column '{name}' is not finite")
     means = {name: resampled_means(values_DK, key=name, draws=draws) for name, values_DK in differences.items()}
     values = {name: values_DK.mean(axis=0) for name, values_DK in differences.items()}
     average_NK = _mean(means)

@@ -8,7 +8,9 @@ from annotated_types import Ge
 from pydantic import AfterValidator
 
 from ctpd.core.config import Config, Positive, Text, nearest, parse_yaml, validate
-from ctpd.core.errors import UserError
+from ctpd.core.errors import UserError, shortened
+from ctpd.core.names import unfit_name
+from ctpd.core.userfiles import CONFIGURATION_BYTES, exists, read_text, regular_file
 
 SUITES = Path(__file__).parent / "suites"
 
@@ -67,7 +69,9 @@ def load_suite(name_or_path: str | Path) -> Suite:
         UserError: no such suite, an unknown or missing key, a wrong type, two columns of one name, or no column.
     """
     path = _find(name_or_path)
-    suite = validate(Suite, parse_yaml(path.read_text(encoding="utf-8"), source=str(path)), source=str(path))
+    data = parse_yaml(read_text(path, most_bytes=CONFIGURATION_BYTES), source=str(path))
+    suite = validate(Suite, data, source=str(path))
+    _check_names(suite, source=str(path))
     _check(suite.columns, source=str(path))
     columns = [column.model_copy(update={"folder": _locate(column.folder, beside=path)}) for column in suite.columns]
     return suite.model_copy(update={"columns": tuple(columns)})
@@ -76,13 +80,12 @@ def load_suite(name_or_path: str | Path) -> Suite:
 def _find(name_or_path: str | Path) -> Path:
     path = Path(name_or_path)
     if path.suffix in {".yaml", ".yml"}:
-        if path.is_file():
-            return path
-        raise UserError(
-            f"there is no suite file '{path}'", fix="Give the path of a YAML file with `name` and `columns`"
-        )
+        fix = "Give the path of a YAML file with `name` and `columns`"
+        if not exists(path):
+            raise UserError(f"there is no suite file '{path}'", fix=fix)
+        return regular_file(path, what="suite file", fix=fix)
     shipped = SUITES / f"{name_or_path}.yaml"
-    if path.name == str(name_or_path) and shipped.is_file():
+    if path.name == str(name_or_path) and exists(shipped):
         return shipped
     names = suite_names()
     raise UserError(
@@ -92,10 +95,21 @@ def _find(name_or_path: str | Path) -> Path:
 
 
 def _locate(folder: str | None, *, beside: Path) -> str | None:
-    """A folder that stands beside the suite's file, as an absolute path; any other name as it is."""
-    if folder is not None and (beside.parent / folder).is_dir():
+    """The absolute path of a folder beside the suite's file; any other name unchanged."""
+    if folder is not None and exists(beside.parent / folder) and (beside.parent / folder).is_dir():
         return str((beside.parent / folder).resolve())
     return folder
+
+
+def _check_names(suite: Suite, *, source: str) -> None:
+    """Refuse names that cannot be shown in a table, or be part of a file's name."""
+    names = {"name": suite.name}
+    for number, column in enumerate(suite.columns):
+        names |= {f"columns[{number}].{key}": getattr(column, key) for key in ("name", "task", "metric")}
+    for key, name in names.items():
+        if problem := unfit_name(name):
+            what = f"the name in '{key}' {problem}: {shortened(ascii(name), most=40)}"
+            raise UserError(what, where=source, fix="Give it another name")
 
 
 def _check(columns: Sequence[Column], *, source: str) -> None:

@@ -3,6 +3,7 @@
 Scores stay fractions here; ``harness/formats.py`` writes them as percentages.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
@@ -96,42 +97,52 @@ def _one_result_each(records: Sequence[Record], columns: Sequence[str]) -> dict[
 def _row(
     label: str, run: str, records: Mapping[int | None, Record], *, columns: tuple[str, ...], seeds: tuple[int, ...]
 ) -> Row:
-    per_column = [list(_values(records, name).values()) for name in columns]
-    complete = list(_averages(records, columns).values())
+    cells = [_cell(list(_values(records, name).values())) for name in columns]
+    average = _cell(list(_averages(records, columns).values()))
     measured = tuple(sorted(records, key=lambda seed: (seed is not None, seed)))
     seedless = None in records
     return Row(
         label=label,
         run=run,
-        cells=tuple(
-            Cell(float(np.mean(values)), spread(values), len(values)) if values else None
-            for values in (*per_column, complete)
-        ),
+        cells=(*cells, average),
         seeds=measured,
         missing_seeds=() if seedless or not records else tuple(seed for seed in seeds if seed not in records),
         missing=not records,
     )
 
 
+def _cell(values: Sequence[float]) -> Cell | None:
+    """The mean over seeds; one seed that is not finite makes the cell not finite."""
+    if not values:
+        return None
+    if not np.isfinite(values).all():
+        return Cell(None, None, len(values))
+    return Cell(float(np.mean(values)), spread(values), len(values))
+
+
 def _with_ranks(rows: Sequence[Row], unranked: Sequence[str]) -> list[Row]:
     """Mark the best and the second best of each column, at the precision that is shown; equal scores share a rank."""
-    ranked = [row for row in rows if row.run not in unranked and not row.missing]
+    ranked = [row for row in rows if row.run not in unranked and not row.missing and row.is_finite]
+
+    def shown(cell: Cell | None) -> float | None:
+        return None if cell is None or cell.mean is None else round(cell.mean, 4)
+
     orders = [
-        sorted({round(cell.mean, 4) for row in ranked if (cell := row.cells[i]) is not None}, reverse=True)[:2]
+        sorted({value for row in ranked if (value := shown(row.cells[i])) is not None}, reverse=True)[:2]
         for i in range(len(rows[0].cells) if rows else 0)
     ]
 
     def rank(row: Row, i: int, cell: Cell | None) -> Cell | None:
-        if cell is None or row not in ranked or len(orders[i]) < 2 or round(cell.mean, 4) not in orders[i]:
+        if cell is None or row not in ranked or len(orders[i]) < 2 or shown(cell) not in orders[i]:
             return cell
-        return cell._replace(rank=orders[i].index(round(cell.mean, 4)) + 1)
+        return cell._replace(rank=orders[i].index(round(cell.mean or 0.0, 4)) + 1)
 
     return [replace(row, cells=tuple(rank(row, i, cell) for i, cell in enumerate(row.cells))) for row in rows]
 
 
 def _with_differences(rows: Sequence[Row], runs: Runs, base: str | None, columns: tuple[str, ...]) -> list[Row]:
     """Add what compares each row with the base: intervals, p-values, and McNemar's tests."""
-    if base is None or base not in runs:
+    if base is None or base not in runs or not all(row.is_finite for row in rows if row.run == base):
         return list(rows)
     base_scores = {name: _scores(runs[base], name) for name in columns}
     compared = []
@@ -139,7 +150,11 @@ def _with_differences(rows: Sequence[Row], runs: Runs, base: str | None, columns
     tests: dict[str, dict[str, dict[int | None, McNemar]]] = {}
     for row in rows:
         scores = {name: _scores(runs.get(row.run, {}), name) for name in columns}
-        if row.run == base or not all(_overlap(scores[name], base_scores[name]) for name in columns):
+        if (
+            row.run == base
+            or not row.is_finite
+            or not all(_overlap(scores[name], base_scores[name]) for name in columns)
+        ):
             continue
         compared.append(row.run)
         tests[row.run] = {name: _mcnemar(scores[name], base_scores[name]) for name in columns}
@@ -186,9 +201,12 @@ def _averages(records: Mapping[int | None, Record], columns: tuple[str, ...]) ->
 
 
 def _values(records: Mapping[int | None, Record], column: str) -> dict[int | None, float]:
-    """The score of every seed that has one in a column; one that is not finite counts as none."""
+    """The score of every seed that has one in a column; NaN where it, or the score of a document, is not finite."""
     found = {seed: record.evaluation[column] for seed, record in records.items() if column in record.evaluation}
-    return {seed: result.value for seed, result in found.items() if result.value is not None}
+    return {
+        seed: math.nan if result.value is None or not result.is_finite else result.value
+        for seed, result in found.items()
+    }
 
 
 def _mcnemar(system: Mapping[int | None, Floats], base: Mapping[int | None, Floats]) -> dict[int | None, McNemar]:

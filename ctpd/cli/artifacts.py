@@ -1,5 +1,6 @@
 """The commands about artifacts and the environment: export, store, doctor."""
 
+import contextlib
 import json
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,9 @@ def du(*, store: Path, as_json: bool) -> None:
     """List the artifacts and their sizes, largest first."""
     from ctpd.core.store import Store
 
-    found = Store(store).artifacts()
+    opened = Store(store)
+    opened.check_marked()
+    found = opened.artifacts()
     if as_json:
         click.echo(json.dumps([{"stage": a.stage, "key": a.key, "bytes": a.bytes} for a in found]))
         return
@@ -61,6 +64,7 @@ def rm(keys: tuple[str, ...], *, store: Path) -> None:
     from ctpd.core.store import Store
 
     opened = Store(store)
+    opened.check_removable()
     for artifact in [opened.find(key) for key in keys]:
         with opened.try_lock(artifact.stage, artifact.key) as free:
             if not free:
@@ -81,6 +85,10 @@ def gc(recipes: tuple[str, ...], *, store: Path, dry_run: bool) -> None:
     from ctpd.core.store import Store
 
     opened = Store(store)
+    if dry_run:
+        opened.check_marked()
+    else:
+        opened.check_removable()
     kept = {stage.key for recipe in recipes for stage in plan(recipe).stages}
     sizes = {(artifact.stage, artifact.key): artifact.bytes for artifact in opened.artifacts()}
     partials = [(path.parent.name, path.name.removesuffix(".partial")) for path in opened.partials()]
@@ -88,7 +96,7 @@ def gc(recipes: tuple[str, ...], *, store: Path, dry_run: bool) -> None:
     for stage, key in sorted({*sizes, *partials}):
         if key in kept:
             continue
-        with opened.try_lock(stage, key) as free:
+        with contextlib.nullcontext(True) if dry_run else opened.try_lock(stage, key) as free:
             if not free:
                 num_busy += 1
                 continue

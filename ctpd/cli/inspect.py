@@ -157,11 +157,9 @@ def _weight_keys(recipe: str, store: "Store", *, only: tuple[str, ...], seed: tu
         else:
             missing.append(title)
     if not keys:
-        what = (
-            f"no importance weights of it are in the store {store.root}"
-            if stages
-            else "none of its runs has importance weights"
-        )
+        what = "none of its runs has importance weights"
+        if stages:
+            what = f"no importance weights of it are in the store {store.root}"
         training = command("train", recipe, store=store.root)
         raise UserError(what, where=recipe, fix=f"Run `{training}` first, or give another --store")
     if missing:

@@ -13,7 +13,7 @@ from ctpd.cli.signals import Stopped, end_with_parent, stopped_by_signals
 from ctpd.core.errors import CtpdError
 from ctpd.core.printing import printable
 
-_RESUME = "What is finished is kept; the same command goes on from there."
+_RESUME = "What is finished is kept; the same command continues from there."
 COMMANDS = {
     "run": "ctpd.cli.recipes:run",
     "train": "ctpd.cli.recipes:train",
@@ -104,8 +104,7 @@ def main(args: list[str] | None = None) -> Any:
     except click.Abort as error:
         _stop(error, f"Stopped. {_RESUME}", 128 + signal.SIGINT)
     except Exception as error:
-        code = error.exit_code if isinstance(error, CtpdError) else 1
-        text = _paragraph(error)
+        code, text = _paragraph(error)
         if not _left_to_parent(error, traceback.format_exc() if debug else text, code):
             if debug:
                 raise
@@ -136,10 +135,14 @@ def _left_to_parent(error: BaseException, text: str, code: int) -> bool:
     return leave_error(error, text, code)
 
 
-def _paragraph(error: Exception) -> str:
+def _paragraph(error: Exception) -> tuple[int, str]:
+    """The exit code and the text of an error."""
+    from ctpd.core.disk import explained
+
+    error = explained(error) or error
     if isinstance(error, CtpdError):
-        return str(error)
-    return (
+        return error.exit_code, str(error)
+    return 1, (
         f"{type(error).__name__}: {' '.join(str(error).split())} This is a fault of ctpd; what is finished is kept. "
         "Run the same command with --debug for the traceback."
     )

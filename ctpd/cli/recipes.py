@@ -185,6 +185,7 @@ def _print_tables(
     """Write every table and the report, print all tables or the main one; with ``to`` write the records too."""
     from ctpd import app
     from harness import comparison
+    from harness.files import file_stem
     from harness.formats import FORMATS, json_rows
 
     records = app.read_records(experiment, store)
@@ -193,7 +194,7 @@ def _print_tables(
     for lost in app.missing_runs(experiment, store):
         click.echo(f"Missing: {printable(lost.title)}. To build it: {_building(experiment, lost, store)}", err=True)
     made = comparison.tables(experiment.recipe, records, columns=[c.name for c in experiment.suite.columns])
-    folder = (store.root / "tables" if to is None else to) / experiment.recipe.name
+    folder = (store.root / "tables" if to is None else to) / file_stem(experiment.recipe.name)
     written = comparison.write_tables(made, folder)
     report = comparison.write_report(experiment.recipe, made, records, folder)
     if not first_only:  # `run` leaves them to `compare`: they take longer than everything else that it prints

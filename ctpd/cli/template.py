@@ -6,6 +6,8 @@ from pathlib import Path
 import yaml
 
 from ctpd.core.errors import UserError
+from ctpd.core.names import LONGEST_NAME, unfit_name, unfit_text
+from ctpd.core.printing import printable
 from ctpd.recipe.schema import schema_file
 
 _TEMPLATE = """\
@@ -65,12 +67,13 @@ def write_recipe(to: Path, *, teacher: str, student: str, data: Path) -> None:
         raise UserError(f"the data file '{data}' does not exist", fix="Correct --data")
     if not to.parent.is_dir():
         raise UserError(f"the folder '{to.parent}' does not exist", fix="Make it, or give another name with --to")
+    about = f"Preference distillation from {teacher} to {student}."
     text = _TEMPLATE.format(
         schema=_schema(to),
         title=" ".join(f"{teacher} teaches {student} with the pairs of {data}.".split()),
         command=" ".join(shlex.join(["ctpd", "run", str(to)]).split()),
-        name=_quoted(to.stem),
-        about=_quoted(f"Preference distillation from {teacher} to {student}."),
+        name=_quoted(to.stem if unfit_name(to.stem) is None else printable(to.stem)[:LONGEST_NAME]),
+        about=_quoted(about if unfit_text(about) is None else printable(about)),
         data=_quoted(str(data)),
         teacher_model=_model(teacher),
         student_model=_model(student),

@@ -1,7 +1,7 @@
 """Errors that the command line prints as one paragraph: `UserError` for wrong input (exit code 2), `CtpdError` otherwise (1)."""
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 
 class CtpdError(Exception):
@@ -36,6 +36,16 @@ class DamagedArtifact(UserError):
     """A stored artifact whose files do not match its manifest."""
 
 
+class NotFinite(UserError):
+    """A number that a model, a training or an evaluation gave is NaN or infinite: nothing is made of it."""
+
+
+def listed(names: Sequence[str], *, most: int = 8) -> str:
+    """The names for a sentence: ``'a', 'b' and 7 more``."""
+    shown = ", ".join(f"'{name}'" for name in names[:most])
+    return shown if len(names) <= most else f"{shown} and {len(names) - most} more"
+
+
 def _sentence(text: str) -> str:
     text = " ".join(text.split())
     return text if text.endswith((".", "!", "?", ":", "`")) else text + "."
@@ -45,3 +55,17 @@ def nearest(name: str, options: Iterable[str]) -> str:
     """Return ``" Did you mean 'x'?"`` for the option closest to ``name``, or an empty string."""
     matches = difflib.get_close_matches(name, list(options), n=1, cutoff=0.5)
     return f" Did you mean '{matches[0]}'?" if matches else ""
+
+
+def listed(names: Iterable[object], *, most: int = 8, to: str | None = None) -> str:
+    """Names for a message, in quotes: all of them, or those nearest to ``to`` and how many more there are."""
+    texts = [str(name) for name in names]
+    if len(texts) <= most:
+        return ", ".join(map(repr, texts))
+    shown = difflib.get_close_matches(to, texts, n=most, cutoff=0.0) if to is not None else texts[:most]
+    return f"{', '.join(map(repr, shown))} and {len(texts) - len(shown):,} more"
+
+
+def shortened(text: str, *, most: int = 100) -> str:
+    """The text, or its beginning and how many characters follow."""
+    return text if len(text) <= most else f"{text[:most]}... ({len(text) - most:,} more characters)"

@@ -9,7 +9,7 @@ from annotated_types import Ge, Gt, Le, Lt, MinLen
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 from pydantic_core import ErrorDetails
 
-from ctpd.core.errors import UserError, nearest
+from ctpd.core.errors import UserError, nearest, shortened
 from ctpd.core.located import Located
 
 Keys = tuple[str | int, ...]
@@ -108,7 +108,7 @@ def refusal(problem: Problem, data: Mapping[str, Any], *, source: str, path: str
     if names and isinstance(value, str):
         others = [_described(each) for each in kinds if not _is_literal(each)]
         fix = f"Use one of: {', '.join([*(f'`{name}`' for name in names), *others])}"
-        return UserError(f"'{key}' is {value!r}.{nearest(value, names)}", where=where, fix=fix)
+        return UserError(f"'{key}' is {shortened(repr(value))}.{nearest(value, names)}", where=where, fix=fix)
     numbers = [each for each in kinds if each.type in (int, float)]
     named = [each for each in kinds if len(numbers) < 2 or each.type is not int]  # float covers int
     expected = " or ".join(_described(each) for each in named) or "a value"
@@ -148,7 +148,7 @@ def _described(kind: _Kind) -> str:
 def _shown(value: Any) -> str:
     if isinstance(value, Mapping):
         return "a mapping"
-    return "nothing" if value is None else repr(list(value) if isinstance(value, tuple) else value)
+    return "nothing" if value is None else shortened(repr(list(value) if isinstance(value, tuple) else value))
 
 
 def _dotted(path: str, keys: Keys) -> str:

@@ -2,28 +2,41 @@
 
 `<root>/<stage>/<key>/` holds an artifact's files and, written last, `manifest.json` (identity, provenance, sha256 of
 each file). An artifact is built in `<key>.partial/` and renamed when it is complete, which is atomic: an interrupted
-build never leaves a folder that looks like an artifact.
+build never leaves a folder that looks like an artifact. Beside them are `.<key>.lock` (held while the key is built),
+`.<key>.hashes` (a memory of the hashes of large files) and `.<key>.damaged` (an artifact that was removed because it was
+damaged, and is to be built again). `<root>/ctpd-store.json` marks the folder as a store.
+
+Nothing in the folder is trusted: an artifact is a folder whose name is a key and whose manifest gives the same stage and
+key, and a symbolic link in the place of an artifact, of a partial build or of a lock is refused.
 """
 
 import contextlib
 import hashlib
 import json
 import os
+import re
 import shutil
+import stat
+import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from ctpd.core import disk, locks
 from ctpd.core.config import to_plain
 from ctpd.core.errors import DamagedArtifact, UserError
-
-if TYPE_CHECKING:
-    from filelock import FileLock
+from ctpd.core.hashes import HashMemory, sha256
 
 MANIFEST = "manifest.json"
+MARKER = "ctpd-store.json"
+VERSION = 1  # of the folder's layout
 RESUME_FOLDER = "checkpoints"  # in a folder that is being built: kept after an interruption, unlike the rest
-ALWAYS_HASHED_BYTES = 256 * 2**20  # `open` hashes files up to this size, and compares the size of larger ones
+PARTIAL = ".partial"
+_OWN_HASH = "sha256"  # in a manifest: of all the rest of it; older ones have none
+_MANIFEST_FIELDS = {"stage", "key", "identity", "provenance", "files", _OWN_HASH}
+_STAGE = re.compile(r"[a-z][a-z0-9_]*")
+_KEY = re.compile(r"[0-9a-f]{32}")
 
 
 @dataclass(frozen=True)
@@ -48,23 +61,50 @@ class Store:
 
     def partial(self, stage: str, key: str) -> Path:
         """The folder in which the artifact is built, and which an interrupted build leaves."""
-        return self.root / stage / f"{key}.partial"
+        return self.root / stage / f"{key}{PARTIAL}"
 
     def has(self, stage: str, key: str) -> bool:
-        """Whether the artifact is finished (its manifest is written last)."""
-        return (self.path(stage, key) / MANIFEST).is_file()
+        """Whether something is in the artifact's place: a build puts it there when it is complete. `open` checks it."""
+        return os.path.lexists(self.path(stage, key))
 
     def open(self, stage: str, key: str) -> Path:
         """Return the folder of a finished artifact after comparing its files with the manifest.
 
+        Files up to `hashes.REMEMBERED_BYTES` are hashed, larger ones too unless they are in the state in which they were
+        hashed last (size, times, inode).
+
         Raises:
-            DamagedArtifact: a file is missing, or has another size or other contents.
+            DamagedArtifact: a file is missing, was added, or has another size or other contents.
+            UserError: a file cannot be read.
         """
-        return self._check(stage, key, hash_up_to=ALWAYS_HASHED_BYTES)
+        return self._check(stage, key, HashMemory(self._beside(stage, key, "hashes")))
 
     def verify(self, stage: str, key: str) -> Path:
-        """Like `open`, with every file compared byte for byte, however large."""
-        return self._check(stage, key, hash_up_to=None)
+        """Like `open`, with every file hashed, however large."""
+        return self._check(stage, key, None)
+
+    def manifest(self, stage: str, key: str) -> dict[str, Any]:
+        """What is known of a finished artifact: `identity`, `provenance`, `files`.
+
+        Raises:
+            DamagedArtifact: it cannot be read, or is of another artifact.
+            UserError: there is no permission to read it.
+        """
+        folder = self.path(stage, key)
+        if folder.is_symlink():
+            raise _damaged(folder, "it is a symbolic link")
+        try:
+            found = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        except OSError as error:
+            raise _unreadable(folder / MANIFEST, error) or _damaged(folder, f"{MANIFEST} cannot be read") from error
+        except ValueError as error:
+            raise _damaged(folder, f"{MANIFEST} cannot be read") from error
+        if not _is_manifest(found) or found.get(_OWN_HASH, _hash_of(found)) != _hash_of(found):
+            raise _damaged(folder, f"{MANIFEST} is not as a build writes it")
+        if (found["stage"], found["key"]) != (stage, key):
+            raise _damaged(folder, f"{MANIFEST} is of another artifact")
+        manifest: dict[str, Any] = {"identity": {}, "provenance": {}} | found
+        return manifest
 
     @contextlib.contextmanager
     def build(
@@ -76,35 +116,38 @@ class Store:
         so that one process at a time builds a key.
 
         Raises:
-            UserError: the folder was removed or replaced while it was built in.
+            UserError: the folder is a symbolic link, cannot be written to, or was removed or replaced while it was built
+                in; the disk is full.
         """
-        target = self.path(stage, key)
         partial = self.partial(stage, key)
-        partial.mkdir(parents=True, exist_ok=True)
-        for left in partial.iterdir():
-            if left.is_dir() and left.name != RESUME_FOLDER:
-                shutil.rmtree(left)
-            elif not left.is_dir():
-                left.unlink()
-        folder = partial.stat().st_ino
-        yield partial
-        if not partial.is_dir() or partial.stat().st_ino != folder:
-            raise UserError(
-                "the folder was removed or replaced while an artifact was built in it",
-                where=str(partial),
-                fix="Run the same command again",
-            )
-        manifest = {
-            "stage": stage,
-            "key": key,
-            "identity": to_plain(identity),
-            "provenance": to_plain(provenance),
-            "files": {str(path.relative_to(partial)): _describe(path) for path in _files(partial)},
-        }
+        try:
+            self._mark()
+            folder = _emptied(partial)
+            yield partial
+            if _inode(partial) != folder:
+                raise UserError(
+                    "the folder was removed or replaced while an artifact was built in it",
+                    where=str(partial),
+                    fix="Run the same command again",
+                )
+            self._commit(stage, key, {"identity": to_plain(identity), "provenance": to_plain(provenance)})
+        except Exception as error:
+            if found := disk.explained(error, folder=partial):
+                raise found from error
+            raise
+
+    def _commit(self, stage: str, key: str, facts: Mapping[str, Any]) -> None:
+        partial, target = self.partial(stage, key), self.path(stage, key)
+        memory = HashMemory(self._beside(stage, key, "hashes"))
+        files = {name: _describe(path, name, memory) for name, path in _files(partial)}
+        manifest = {"stage": stage, "key": key, **facts, "files": files}
+        manifest[_OWN_HASH] = _hash_of(manifest)
         _write_synced(partial / MANIFEST, json.dumps(manifest, indent=1, ensure_ascii=False))
-        if target.exists():
-            shutil.rmtree(target)
-        os.replace(partial, target)
+        if os.path.lexists(target):  # another process has finished it, on a file system without working locks
+            shutil.rmtree(partial)
+        else:
+            os.replace(partial, target)
+        self._beside(stage, key, "damaged").unlink(missing_ok=True)
 
     @contextlib.contextmanager
     def lock(self, stage: str, key: str) -> Iterator[None]:
@@ -113,14 +156,10 @@ class Store:
         The operating system frees the lock of a process that has died.
 
         Raises:
-            UserError: the lock file cannot be written, or its file system has no locks.
+            UserError: the store cannot be written to, or a symbolic link is in the lock's place.
         """
-        lock = self._acquired(stage, key, wait=True)
-        assert lock is not None
-        try:
+        with self._acquired(stage, key, wait=True):
             yield
-        finally:
-            lock.release()
 
     @contextlib.contextmanager
     def try_lock(self, stage: str, key: str) -> Iterator[bool]:
@@ -129,54 +168,130 @@ class Store:
         Raises:
             UserError: as `lock`.
         """
-        lock = self._acquired(stage, key, wait=False)
+        with self._acquired(stage, key, wait=False) as taken:
+            yield taken
+
+    @contextlib.contextmanager
+    def _acquired(self, stage: str, key: str, *, wait: bool) -> Iterator[bool]:
+        path = self._beside(stage, key, "lock")
+        if path.is_symlink():
+            raise _refused_link(path)
+        try:
+            self._mark()
+            lock = locks.acquired(path, wait=wait, store=self.root)
+        except OSError as error:
+            raise self._unwritable(error) from error
         try:
             yield lock is not None
         finally:
             if lock is not None:
                 lock.release()
 
-    def _acquired(self, stage: str, key: str, *, wait: bool) -> "FileLock | None":
-        """The lock, held, or None if another holds it and ``wait`` is off."""
-        from filelock import FileLock, Timeout  # imported here so that `import ctpd` stays fast
+    def building(self) -> list[str]:
+        """The artifacts that processes are building now, as `stage/key`: those whose locks are held."""
+        found = [path for ending in ("lock", "softlock") for path in self.root.glob(f"*/.*.{ending}")]
+        known = {(path.parent.name, path.name.removeprefix(".").rpartition(".")[0]) for path in found}
+        names = sorted((stage, key) for stage, key in known if _STAGE.fullmatch(stage) and _KEY.fullmatch(key))
+        return [f"{stage}/{key}" for stage, key in names if locks.is_held(self._beside(stage, key, "lock"))]
 
-        path = self.root / stage / f".{key}.lock"
+    def remove(self, stage: str, key: str, *, rebuild: bool = False) -> None:
+        """Delete an artifact and what an interrupted build left of it. Hold the lock of the key.
+
+        A folder in the artifact's place that is none is left, unless it is to be rebuilt. The artifact is renamed first:
+        a removal that is interrupted leaves no artifact without some of its files.
+
+        Args:
+            rebuild: leave a mark by which `is_removed` knows that the artifact was damaged and is to be built again.
+
+        Raises:
+            UserError: it cannot be removed.
+        """
+        target, partial = self.path(stage, key), self.partial(stage, key)
+        mark = self._beside(stage, key, "damaged")
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            lock = FileLock(path)  # uses flock; follows no symbolic link, truncates no file
-            lock.acquire(blocking=wait)
-        except Timeout:
-            return None
+            _delete(partial)
+            mark.unlink(missing_ok=True)
+            if rebuild:
+                mark.touch(exist_ok=False)  # follows no link
+            if os.path.lexists(target) and (rebuild or self._is_artifact(stage, key)):
+                os.replace(target, partial)
+                _delete(partial)
+            self._beside(stage, key, "hashes").unlink(missing_ok=True)
         except OSError as error:
             raise UserError(
-                f"the lock cannot be taken ({error.strerror})",
-                where=str(path),
-                fix="A store needs a folder that can be written to, on a file system with locks",
+                f"{stage}/{key} could not be removed ({disk.reason(error)})",
+                where=str(self.root),
+                fix="Change the permissions of the store's folder, or remove the folder by hand",
             ) from error
-        return lock
 
-    def remove(self, stage: str, key: str) -> None:
-        """Delete an artifact and what an interrupted build left of it. Hold the lock of the key."""
-        for path in (self.path(stage, key), self.partial(stage, key)):
-            shutil.rmtree(path, ignore_errors=True)
+    def is_removed(self, stage: str, key: str) -> bool:
+        """Whether the artifact was damaged, was removed by `--rebuild`, and is not built again yet."""
+        return self._beside(stage, key, "damaged").is_file()
 
-    def artifacts(self) -> list[Artifact]:
-        """Every finished artifact, largest first."""
-        found = [
-            Artifact(
-                path.parent.parent.name,
-                path.parent.name,
-                path.parent,
-                sum(f.stat().st_size for f in _files(path.parent)),
+    def check_removable(self) -> None:
+        """Refuse to remove anything from a folder that is no store, cannot be written to, or is being built in.
+
+        Raises:
+            UserError: one of these; nothing was removed.
+        """
+        self.check_marked()
+        try:
+            self._mark()
+            probe = self.root / f".{MARKER}.{os.getpid()}"
+            probe.touch()
+            probe.unlink()
+        except OSError as error:
+            raise self._unwritable(error, "; nothing was removed") from error
+        if building := self.building():
+            more = f" and {len(building) - 1} more" if len(building) > 1 else ""
+            raise UserError(
+                f"another process is working on {building[0]}{more}, and may read other artifacts of the store; nothing "
+                "was removed",
+                where=str(self.root),
+                fix="Wait until it has finished, or end it",
             )
-            for path in sorted(self.root.glob(f"*/*/{MANIFEST}"))
-            if not path.parent.name.endswith(".partial")
+
+    def check_marked(self) -> None:
+        """Refuse a folder that is no store.
+
+        Raises:
+            UserError: it has neither the marker nor an artifact, or the marker is of a newer version.
+        """
+        marker = self.root / MARKER
+        try:
+            found = json.loads(marker.read_text(encoding="utf-8"))
+            version = found["version"] if isinstance(found, dict) else None
+        except FileNotFoundError:
+            version = VERSION if self._keys("*") else None
+        except (OSError, ValueError, KeyError):
+            version = None
+        if not isinstance(version, int):
+            raise UserError(
+                f"this is no store of ctpd: it holds neither {MARKER} nor artifacts",
+                where=str(self.root),
+                fix="Give the folder that `--store` names in `ctpd run`",
+            )
+        if version > VERSION:
+            raise UserError(
+                "the store was written by a newer version of ctpd", where=str(marker), fix="Install that one"
+            )
+
+    def artifacts(self, stage: str = "*") -> list[Artifact]:
+        """Every finished artifact (of one stage), largest first."""
+        found = [
+            Artifact(kind, key, path, sum(file.stat().st_size for _, file in _files(path)))
+            for kind, key in self._keys(stage)
+            for path in [self.path(kind, key)]
         ]
         return sorted(found, key=lambda artifact: -artifact.bytes)
 
     def partials(self) -> list[Path]:
         """The folders that interrupted builds left, and those of builds that run now."""
-        return sorted(self.root.glob("*/*.partial"))
+        return sorted(
+            path
+            for path in self.root.glob(f"*/*{PARTIAL}")
+            if _is_name(path.parent.name, path.name.removesuffix(PARTIAL)) and path.is_dir() and not path.is_symlink()
+        )
 
     def find(self, prefix: str) -> Artifact:
         """The one artifact whose key begins with ``prefix`` (optionally ``stage/prefix``).
@@ -193,24 +308,68 @@ class Store:
             )
         return found[0]
 
-    def _check(self, stage: str, key: str, *, hash_up_to: int | None) -> Path:
-        folder = self.path(stage, key)
+    def _keys(self, stage: str) -> list[tuple[str, str]]:
+        """Stage and key of each folder whose manifest is as a build writes it."""
+        found = []
+        for path in sorted(self.root.glob(f"{stage}/*/{MANIFEST}")):
+            kind, key = path.parts[-3:-1]
+            if _is_name(kind, key) and self._is_artifact(kind, key):
+                found.append((kind, key))
+        return found
+
+    def _is_artifact(self, stage: str, key: str) -> bool:
+        """Whether a folder's manifest is as a build writes it; its files are not compared."""
         try:
-            files = json.loads((folder / MANIFEST).read_text())["files"]
-        except (OSError, ValueError, KeyError) as error:
-            raise _damaged(folder, "its manifest cannot be read") from error
-        for name, expected in files.items():
-            path = folder / name
-            if not path.is_file():
-                raise _damaged(folder, f"the file {name} is missing")
-            if path.stat().st_size != expected["bytes"]:
-                raise _damaged(
-                    folder, f"the file {name} has {path.stat().st_size} bytes instead of {expected['bytes']}"
-                )
-            hashed = hash_up_to is None or expected["bytes"] <= hash_up_to
-            if hashed and _sha256(path) != expected["sha256"]:
-                raise _damaged(folder, f"the contents of {name} have changed")
+            self.manifest(stage, key)
+        except UserError:
+            return False
+        return True
+
+    def _beside(self, stage: str, key: str, ending: str) -> Path:
+        return self.root / stage / f".{key}.{ending}"
+
+    def _mark(self) -> None:
+        """Write the marker if there is none."""
+        marker = self.root / MARKER
+        if not os.path.lexists(marker):
+            self.root.mkdir(parents=True, exist_ok=True)
+            aside = self.root / f".{MARKER}.{os.getpid()}.{threading.get_ident()}"
+            aside.write_text(json.dumps({"store": "ctpd", "version": VERSION}) + "\n", encoding="utf-8")
+            os.replace(aside, marker)
+
+    def _unwritable(self, error: OSError, consequence: str = "") -> UserError:
+        return disk.full(error, where=self.root) or UserError(
+            f"the store cannot be written to ({disk.reason(error)}){consequence}",
+            where=str(self.root),
+            fix="Give a folder that can be written to with `--store`",
+        )
+
+    def _check(self, stage: str, key: str, memory: HashMemory | None) -> Path:
+        folder, files = self.path(stage, key), self.manifest(stage, key)["files"]
+        try:
+            for name, expected in files.items():
+                if what := _difference(folder / name, name, expected, memory):
+                    raise _damaged(folder, what)
+            if added := [name for name, _ in _files(folder) if name not in files and not _is_hidden(name)]:
+                raise _damaged(folder, f"the file {added[0]} was added")
+        except OSError as error:
+            name = error.filename or folder
+            raise _unreadable(name, error) or _damaged(folder, f"{name} cannot be read") from error
         return folder
+
+
+def _difference(path: Path, name: str, expected: Mapping[str, Any], memory: HashMemory | None) -> str | None:
+    """How a file differs from what the manifest says of it; None if it does not."""
+    try:
+        found_state = path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return f"the file {name} is missing"
+    if not stat.S_ISREG(found_state.st_mode):
+        return f"the file {name} is no regular file"
+    if found_state.st_size != expected["bytes"]:
+        return f"the file {name} has {found_state.st_size} bytes instead of {expected['bytes']}"
+    found = sha256(path) if memory is None else memory.sha256(path, name)
+    return None if found == expected["sha256"] else f"the contents of {name} have changed"
 
 
 def _damaged(folder: Path, what: str) -> DamagedArtifact:
@@ -221,17 +380,83 @@ def _damaged(folder: Path, what: str) -> DamagedArtifact:
     )
 
 
-def _files(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST)
+def _unreadable(name: str | Path, error: OSError) -> UserError | None:
+    """The error for a file that is perhaps as it was and cannot be read; such an artifact is not removed."""
+    if not disk.is_unreadable(error):
+        return None
+    return UserError(
+        f"the file cannot be read ({disk.reason(error)})",
+        where=str(name),
+        fix="Change its permissions or mend the cause",
+    )
 
 
-def _describe(path: Path) -> dict[str, Any]:
-    return {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+def _refused_link(path: Path) -> UserError:
+    return UserError(
+        "a symbolic link is in the place of a folder or file of the store", where=str(path), fix="Remove the link"
+    )
 
 
-def _sha256(path: Path) -> str:
-    with path.open("rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest()
+def _is_name(stage: str, key: str) -> bool:
+    return bool(_STAGE.fullmatch(stage) and _KEY.fullmatch(key))
+
+
+def _is_manifest(found: object) -> bool:
+    if not isinstance(found, dict) or not {"stage", "key", "files"} <= found.keys() <= _MANIFEST_FIELDS:
+        return False
+    files = found["files"]
+    return isinstance(files, dict) and all(
+        isinstance(file, dict) and isinstance(file.get("bytes"), int) and isinstance(file.get("sha256"), str)
+        for file in files.values()
+    )
+
+
+def _hash_of(manifest: Mapping[str, Any]) -> str:
+    """The sha256 of a manifest's contents, without itself."""
+    rest = {name: value for name, value in manifest.items() if name != _OWN_HASH}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+
+
+def _is_hidden(name: str) -> bool:
+    """Whether a file may be put there by the system or an editor (`.DS_Store`, `.nfs0001`)."""
+    return any(part.startswith(".") for part in name.split("/"))
+
+
+def _files(folder: Path) -> list[tuple[str, Path]]:
+    """The files of an artifact with their relative names, without the manifest."""
+    found = sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / MANIFEST)
+    return [(path.relative_to(folder).as_posix(), path) for path in found]
+
+
+def _describe(path: Path, name: str, memory: HashMemory) -> dict[str, Any]:
+    return {"bytes": path.stat().st_size, "sha256": memory.sha256(path, name)}
+
+
+def _inode(folder: Path) -> tuple[int, int] | None:
+    """Device and inode of a folder; None if there is none."""
+    if folder.is_symlink() or not folder.is_dir():
+        return None
+    found = folder.stat()
+    return found.st_dev, found.st_ino
+
+
+def _emptied(partial: Path) -> tuple[int, int] | None:
+    """Make the folder, or remove what an interrupted build left in it, except `RESUME_FOLDER`; returns its inode."""
+    if partial.is_symlink():
+        raise _refused_link(partial)
+    partial.mkdir(parents=True, exist_ok=True)
+    for left in partial.iterdir():
+        if left.name != RESUME_FOLDER or left.is_symlink() or not left.is_dir():
+            _delete(left)
+    return _inode(partial)
+
+
+def _delete(path: Path) -> None:
+    """Remove a file, a link or a folder, if it exists."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _write_synced(path: Path, text: str) -> None:
@@ -239,13 +464,3 @@ def _write_synced(path: Path, text: str) -> None:
         handle.write(text)
         handle.flush()
         os.fsync(handle.fileno())
-
-
-def digest_folder(folder: Path) -> str:
-    """sha256 over the names and contents of the files of a folder (a model directory), hidden files left out."""
-    total = hashlib.sha256()
-    for path in sorted(
-        p for p in folder.rglob("*") if p.is_file() and not any(x.startswith(".") for x in p.relative_to(folder).parts)
-    ):
-        total.update(f"{path.relative_to(folder)}\0{_sha256(path)}\0".encode())
-    return total.hexdigest()

@@ -46,7 +46,7 @@ def inspect_weights(store: Store, key: str) -> dict[str, Any]:
         raise UserError(
             "the pairs that the weights were made from are not in the store",
             where=str(folder),
-            fix="Run the recipe again, which makes them anew",
+            fix="Run the recipe again, which builds them again",
         )
     prepared = read_prepared(store.open("pairs", pairs_key))
     values = np.asarray(load_file(folder / WEIGHTS)["weights"], dtype=np.float64)

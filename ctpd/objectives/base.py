@@ -79,7 +79,7 @@ class Layout(Config):
 
 
 class Generation(Config):
-    """Responses that a model generates in place of the data's, before anything is trained."""
+    """Responses that a model generates to replace the data's, before anything is trained."""
 
     role: Role
     """Whose SFT model generates."""

@@ -291,7 +291,7 @@ def _lite(units: _Units) -> _Weighted:
 
 
 def _oracle(units: _Units) -> _Weighted:
-    """The data's marks in place of a log ratio: the upper clamp for right, the lower for wrong, 0 for neutral."""
+    """The data's marks instead of a log ratio: the upper clamp for right, the lower for wrong, 0 for neutral."""
     assert units.marks is not None
     upper, lower = units.parameters.upper, units.parameters.lower
     log_ratio_U = upper * (units.marks > 0).double() + lower * (units.marks < 0).double()

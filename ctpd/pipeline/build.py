@@ -95,8 +95,9 @@ class _Builder:
             bar = stack.enter_context(self._bar(stage))
             if ranks.is_main:
                 stack.enter_context(_artifact(stage, self.store, self.runtime))
-            ranks.barrier()  # the folder exists now
-            stage.unlabelled().build(self._work(stage, bar, writes=ranks.is_main))
+            work = self._work(stage, bar, writes=ranks.is_main)
+            ranks.barrier()  # the folder exists now, and the inputs are checked
+            stage.unlabelled().build(work)
             ranks.barrier()  # the other ranks may still be writing or computing
         ranks.barrier()  # the artifact is complete now
 
@@ -128,9 +129,11 @@ class _Builder:
         return self.progress.stage(stage.label, index=done + 1, total=self.total)
 
     def _work(self, stage: Stage, bar: Bar, *, writes: bool = True) -> Work:
-        folders = {source.key: self.store.path(source.kind, source.key) for source in stage.inputs.values()}
+        """The arguments of a build; the process that writes checks the inputs now, right before they are read."""
+        find = self.store.open if writes else self.store.path
+        folders = {source.key: find(source.kind, source.key) for source in stage.inputs.values()}
         folder = self.store.partial(stage.kind, stage.key)
-        return Work(folder, self.runtime, bar.update, writes, folders)
+        return Work(folder, self.runtime, bar.update, writes, folders, self.progress.note)
 
     def _pause(self, candidates: Sequence[Stage]) -> None:
         """Sleep while other processes build these stages; report once which stage is waited for."""

@@ -33,31 +33,36 @@ class Graph:
         return [PlanLine(s.label, s.kind, s.key, store.has(s.kind, s.key)) for s in self.stages]
 
     def missing(self, store: Store) -> list[Stage]:
-        """The stages that must be built for the targets: an input of a finished stage is not needed."""
+        """The stages that must be built: those that the targets need, and those whose damaged artifact `check` removed.
+
+        An input of a finished stage is not needed.
+        """
         needed: dict[str, Stage] = {}
-        for target in self.targets:
-            _visit_missing(target, store, needed)
+        removed = [stage for stage in self.stages if store.is_removed(stage.kind, stage.key)]
+        for stage in (*self.targets, *removed):
+            _visit_missing(stage, store, needed)
         return list(needed.values())
 
     def check(self, store: Store, *, rebuild: bool = False) -> None:
-        """Compare the artifacts that a build would read with their manifests; with ``rebuild`` remove damaged ones.
+        """Compare the artifacts that a build would read with their manifests.
+
+        With ``rebuild`` compare all artifacts of the graph, byte for byte, and remove damaged ones: they are `missing`
+        then.
 
         Raises:
             DamagedArtifact: an artifact is damaged and ``rebuild`` is off.
         """
-        missing = {stage.key for stage in self.missing(store)}
+        if rebuild:
+            for stage in self.stages:
+                if store.has(stage.kind, stage.key):
+                    _remove_damaged(stage, store)
+            return
         used = {stage.key: stage for stage in self.targets}
-        for stage in self.stages:
-            if stage.key in missing:
-                used.update({i.key: i for i in stage.inputs.values()})
+        for stage in self.missing(store):
+            used.update({i.key: i for i in stage.inputs.values()})
         for stage in used.values():
-            if not store.has(stage.kind, stage.key):
-                continue
-            if not rebuild:
+            if store.has(stage.kind, stage.key):
                 store.open(stage.kind, stage.key)
-            elif _remove_damaged(stage, store):
-                self.check(store, rebuild=True)  # its inputs will be read now, and may be damaged too
-                return
 
 
 def ready(missing: Sequence[Stage]) -> list[Stage]:
@@ -66,15 +71,12 @@ def ready(missing: Sequence[Stage]) -> list[Stage]:
     return [stage for stage in missing if not any(source.key in keys for source in stage.inputs.values())]
 
 
-def _remove_damaged(stage: Stage, store: Store) -> bool:
-    """Compare an artifact byte for byte and remove it if it is damaged; returns whether it was."""
+def _remove_damaged(stage: Stage, store: Store) -> None:
     with store.lock(stage.kind, stage.key):  # another process may be rebuilding it
         try:
             store.verify(stage.kind, stage.key)
         except DamagedArtifact:
-            store.remove(stage.kind, stage.key)
-            return True
-    return False
+            store.remove(stage.kind, stage.key, rebuild=True)
 
 
 def _visit(stage: Stage, ordered: dict[str, Stage]) -> None:

@@ -51,6 +51,7 @@ class Progress:
 
     def __init__(self, *, quiet: bool = False, stream: TextIO | None = None) -> None:
         self._stream = None if quiet else (stream or sys.stderr)
+        self._bars: RichProgress | None = None  # while they are shown
 
     @contextmanager
     def stage(self, label: str, *, index: int, total: int) -> Iterator[Bar]:
@@ -66,8 +67,10 @@ class Progress:
             self.note(f"{title:<{_LABEL_WIDTH}} {outcome} {_clock(time.monotonic() - start)}")
 
     def note(self, text: str) -> None:
-        """Print one line."""
-        if self._stream is not None:
+        """Print one line, above a live bar."""
+        if self._bars is not None:
+            self._bars.console.out(printable(text), highlight=False)
+        elif self._stream is not None:
             self._stream.write(printable(text) + "\n")
             self._stream.flush()
 
@@ -76,9 +79,12 @@ class Progress:
         if self._stream is None or not self._stream.isatty():
             yield _NoBar()
             return
-        bars = _live_bars(self._stream)
-        with bars:
-            yield _LiveBar(bars, bars.add_task(title, total=None))
+        with _live_bars(self._stream) as bars:
+            self._bars = bars
+            try:
+                yield _LiveBar(bars, bars.add_task(title, total=None))
+            finally:
+                self._bars = None
 
 
 def _live_bars(stream: TextIO) -> "RichProgress":

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ctpd.core.errors import UserError
-from ctpd.core.store import digest_folder
+from ctpd.core.hashes import digest_folder, state, visible_files
 from ctpd.pipeline.stage import Part, Stage, Work
 
 if TYPE_CHECKING:
@@ -88,17 +88,34 @@ def external_model(location: str, *, revision: str | None, role: str, in_recipe:
 
 
 def cached_digest(folder: Path) -> str:
-    """The digest of a folder's files; cached until a file changes."""
-    return _folder_digest(folder.resolve(), _newest(folder))
-
-
-def _newest(folder: Path) -> float:
-    return max((path.stat().st_mtime for path in folder.rglob("*") if path.is_file()), default=0.0)
+    """The digest of a folder's files; they are read again when one of them has another size, time or inode."""
+    seen = tuple((name, *state(path)) for name, path in visible_files(folder))
+    return _folder_digest(folder.resolve(), seen)
 
 
 @cache
-def _folder_digest(folder: Path, changed: float) -> str:
+def _folder_digest(folder: Path, seen: tuple[tuple[str | int, ...], ...]) -> str:
     return digest_folder(folder)
+
+
+def check_unchanged(folder: Path, digest: str) -> None:
+    """Refuse files that have changed since the plan was made, whose digest is part of the key.
+
+    Raises:
+        UserError: the folder has other contents now.
+    """
+    if (cached_digest(folder) if folder.is_dir() else None) != digest:
+        raise changed_since_the_plan(folder)
+
+
+def changed_since_the_plan(path: Path) -> UserError:
+    """The error for a file or folder whose contents are not those that the plan was made with."""
+    return UserError(
+        "the contents have changed since this command was started, and what it builds would be stored as made from the "
+        "earlier ones",
+        where=str(path),
+        fix="Run the same command again: it plans with the contents as they are now",
+    )
 
 
 Source = Stage | External
@@ -106,8 +123,16 @@ Source = Stage | External
 
 
 def location(source: Source, work: Work) -> str:
-    """The directory or hub id of a source; used in `build`."""
-    return source.location if isinstance(source, External) else str(work.path(source) / MODEL_FOLDER)
+    """The directory or hub id of a source; used in `build`.
+
+    Raises:
+        UserError: the files of the directory have changed since the plan was made.
+    """
+    if not isinstance(source, External):
+        return str(work.path(source) / MODEL_FOLDER)
+    if source.revision is None:
+        check_unchanged(Path(source.location), source.digest)
+    return source.location
 
 
 def revision(source: Source) -> str | None:
@@ -185,6 +210,11 @@ class LocatedModel:
     adapters: tuple[Path, ...]
     tokenizer: str
     tokenizer_revision: str | None
+
+    @property
+    def title(self) -> str:
+        """What the model is called in errors: where its newest part is."""
+        return str(self.adapters[-1]) if self.adapters else self.folder
 
     def load(self, *, precision: str, device: str) -> Any:
         """The model with its adapters merged, in evaluation mode.

@@ -104,6 +104,7 @@ def scored_rows(
         items=items.astype(np.int64),
         reference=None if reference is None else _unit_reference(prepared, reference, layout),
         weights=constants.weights,
+        names=tuple(prepared.pair_ids[pair] for pair in pairs),
     )
 
 

@@ -1,39 +1,30 @@
 """Read rows of pairs from files and from the hub. `ctpd.text.pairs` interprets the rows."""
 
-import csv
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from ctpd.core.errors import UserError
+from ctpd.core.userfiles import readable, regular_file
+from ctpd.pipeline.readers import READERS, Row
 from ctpd.pipeline.references import External
-
-Row = Mapping[str, Any]
 
 
 def read_rows(path: Path) -> Iterator[Row]:
     """The rows of a local jsonl, json, parquet or csv file.
 
     Raises:
-        UserError: no such file, an unknown ending, or a row that is not an object.
+        UserError: no such file, a folder, an unknown ending; while reading, bytes that are no text of the format, or a
+            row that is not an object.
     """
-    readers: dict[str, Callable[[Path], Iterator[Row]]] = {
-        ".jsonl": _jsonl,
-        ".json": _json,
-        ".parquet": _parquet,
-        ".csv": _csv,
-    }
-    if not path.is_file():
+    _data_file(path)
+    if path.suffix not in READERS:
         raise UserError(
-            f"the data file '{path}' does not exist", fix="Correct `path` under `shared.data` in the recipe"
+            f"the ending '{path.suffix}' is not known", where=str(path), fix=f"Give one of {', '.join(READERS)}"
         )
-    if path.suffix not in readers:
-        raise UserError(
-            f"the ending '{path.suffix}' is not known", where=str(path), fix=f"Give one of {', '.join(readers)}"
-        )
-    return readers[path.suffix](path)
+    return READERS[path.suffix](path)
 
 
 def read_hub(name: str, *, config: str | None, split: str, revision: str) -> Iterator[Row]:
@@ -59,14 +50,15 @@ def file_digest(path: Path) -> str:
     """sha256 of a file's bytes.
 
     Raises:
-        UserError: no such file.
+        UserError: no such file, or one that cannot be read.
     """
-    if not path.is_file():
-        raise UserError(
-            f"the data file '{path}' does not exist", fix="Correct `path` under `shared.data` in the recipe"
-        )
-    with path.open("rb") as handle:
+    with readable(_data_file(path)), path.open("rb") as handle:
         return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def _data_file(path: Path) -> Path:
+    """The path, if it is a file."""
+    return regular_file(path, what="data file", fix="Correct `path` under `shared.data` in the recipe")
 
 
 def same_vocabulary(one: External, other: External) -> bool | None:
@@ -79,58 +71,14 @@ def same_vocabulary(one: External, other: External) -> bool | None:
     paths = [Path(source.location) / "tokenizer.json" for source in (one, other)]
     if not all(path.is_file() for path in paths):
         return None
-    left, right = (json.loads(path.read_text(encoding="utf-8")) for path in paths)
-    return all(_vocabulary(left, part) == _vocabulary(right, part) for part in ("model", "added"))
+    try:
+        left, right = (json.loads(path.read_text(encoding="utf-8")) for path in paths)
+        return all(_vocabulary(left, part) == _vocabulary(right, part) for part in ("model", "added"))
+    except (OSError, ValueError, RecursionError, AttributeError, KeyError, TypeError):  # said when it is loaded
+        return None
 
 
 def _vocabulary(tokenizer: Mapping[str, Any], part: str) -> Any:
     if part == "model":
         return tokenizer.get("model", {}).get("vocab")
     return {token["id"]: token["content"] for token in tokenizer.get("added_tokens", ())}
-
-
-def _jsonl(path: Path) -> Iterator[Row]:
-    with path.open(encoding="utf-8") as handle:
-        for number, line in enumerate(handle, start=1):
-            if line.strip():
-                yield _record(_decode(line, f"{path}, line {number}"), f"{path}, line {number}")
-
-
-def _json(path: Path) -> Iterator[Row]:
-    data = _decode(path.read_text(encoding="utf-8"), str(path))
-    if not isinstance(data, list):
-        raise UserError("the file is not a list of objects", where=str(path), fix="Give a JSON list, or jsonl")
-    for number, item in enumerate(data):
-        yield _record(item, f"{path}, item {number}")
-
-
-def _parquet(path: Path) -> Iterator[Row]:
-    import pyarrow.parquet as pq
-    from pyarrow import ArrowInvalid
-
-    try:
-        table = pq.read_table(path)
-    except ArrowInvalid as error:
-        raise UserError(f"this is no parquet file ({error})", where=str(path)) from error
-    for batch in table.to_batches(1024):
-        yield from batch.to_pylist()
-
-
-def _csv(path: Path) -> Iterator[Row]:
-    with path.open(encoding="utf-8", newline="") as handle:
-        yield from csv.DictReader(handle)
-
-
-def _decode(text: str, where: str) -> Any:
-    try:
-        return json.loads(text)
-    except ValueError as error:
-        raise UserError(f"not valid JSON ({error})", where=where) from error
-
-
-def _record(item: Any, where: str) -> Row:
-    if not isinstance(item, dict):
-        raise UserError(
-            "the row is not an object with columns", where=where, fix='Write {"prompt": ..., "chosen": ...}'
-        )
-    return item

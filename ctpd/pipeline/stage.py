@@ -29,6 +29,7 @@ class Work:
         progress: called with (done, total).
         writes: whether this process writes files; in a collective stage only rank 0 does.
         folders: key -> folder of each input.
+        note: called with a sentence for the user.
     """
 
     folder: Path
@@ -36,6 +37,7 @@ class Work:
     progress: Callable[[int, int], None]
     writes: bool = True
     folders: Mapping[str, Path] = dataclasses.field(default_factory=dict)
+    note: Callable[[str], None] = lambda text: None
 
     def path(self, stage: "Stage") -> Path:
         """The folder of an input's artifact.

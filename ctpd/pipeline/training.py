@@ -3,22 +3,38 @@
 import json
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from torch import nn
 
 from ctpd.core.config import to_plain
+from ctpd.core.roles import Role
 from ctpd.core.store import RESUME_FOLDER
 from ctpd.models import save_model, whole_state
-from ctpd.pipeline.references import MODEL_FOLDER
+from ctpd.pipeline.references import MODEL_FOLDER, LocatedModel
+from ctpd.pipeline.rows import token_rows
 from ctpd.pipeline.stage import Work
-from ctpd.text.blocks import TokenRows
+from ctpd.text.prepare import PreparedPairs
 from ctpd.train.fit import Fit, FitSettings
 from ctpd.train.scoring import Arrays, Measure, ScoringSettings, scoring_pass
 from ctpd.train.sharing import enable_prompt_sharing
 from harness.record import TrainingSummary, training_summary
 
 TRAINING = "training.json"
+
+
+class Scoring(Protocol):
+    """What the configurations of stages that score have in common."""
+
+    @property
+    def role(self) -> Role:
+        """Whose tokens."""
+        ...
+
+    @property
+    def precision(self) -> str:
+        """Of the model."""
+        ...
 
 
 def fit_settings(work: Work) -> FitSettings:
@@ -30,6 +46,7 @@ def fit_settings(work: Work) -> FitSettings:
         checkpoint_seconds=runtime.checkpoint_seconds,
         report_to=runtime.report_to,
         progress=work.progress,
+        note=work.note,
         fsdp=runtime.fsdp,
     )
 
@@ -48,7 +65,8 @@ def save_trained(work: Work, model: nn.Module) -> None:
 
 def finish_training(work: Work, done: Fit) -> None:
     """Write the history and remove the resume states, which are not needed any more."""
-    (work.folder / TRAINING).write_text(json.dumps(to_plain(done), ensure_ascii=False), encoding="utf-8")
+    text = json.dumps(to_plain(done), ensure_ascii=False, allow_nan=False)
+    (work.folder / TRAINING).write_text(text, encoding="utf-8")
     shutil.rmtree(resume_folder(work), ignore_errors=True)
 
 
@@ -57,11 +75,18 @@ def read_training(folder: Path) -> TrainingSummary:
     return training_summary(json.loads((folder / TRAINING).read_text(encoding="utf-8")))
 
 
-def scored(work: Work, model: Any, rows: TokenRows, measure: Measure) -> Arrays:
+def scored(work: Work, located: LocatedModel, pairs: PreparedPairs, config: Scoring, measure: Measure) -> Arrays:
     """One scoring pass of a frozen model over all response tokens of its rows."""
+    model: Any = located.load_frozen(precision=config.precision, device=work.runtime.torch_device())
+
+    def row_name(row: int) -> str:
+        return f"{pairs.pair_ids[row // 2]} ({'rejected' if row % 2 else 'chosen'})"
+
     settings = ScoringSettings(
         max_tokens=work.runtime.signal_batch_tokens,
         progress=work.progress,
         shares_prompts=enable_prompt_sharing(model),
+        model=located.title,
+        row_name=row_name,
     )
-    return scoring_pass(model, rows, measure=measure, settings=settings)
+    return scoring_pass(model, token_rows(pairs, config.role), measure=measure, settings=settings)

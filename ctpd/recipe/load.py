@@ -1,16 +1,20 @@
 """Read a recipe. `ctpd.recipe.model` checks single fields; checks across fields are here."""
 
+import math
 import os
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from difflib import get_close_matches
 from importlib import resources
 from pathlib import Path
 from typing import NoReturn
 
 from ctpd.core.config import Located, nearest, parse_yaml, validate
-from ctpd.core.errors import UserError
+from ctpd.core.errors import UserError, shortened
+from ctpd.core.names import unfit_name, unfit_text
 from ctpd.core.refusals import Keys, position
+from ctpd.core.userfiles import CONFIGURATION_BYTES, exists, read_text, regular_file, user_path
 from ctpd.recipe.model import ModelSpec, Recipe, ablation_run
 from ctpd.train.config import Schedule
 
@@ -31,13 +35,11 @@ def load_recipe(recipe: str | os.PathLike[str]) -> Recipe:
             contradictory.
     """
     path, source = _file(recipe), str(recipe)
-    try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise UserError("the file is not UTF-8 text", where=source, fix="Save it as UTF-8") from error
-    data = parse_yaml(text, source=source)
+    data = parse_yaml(read_text(path, most_bytes=CONFIGURATION_BYTES), source=source)
     loaded = validate(Recipe, data, source=source)
     checks = _Checks(loaded, data, source)
+    checks.characters()
+    checks.finite()
     checks.models()
     checks.sources()
     checks.precision()
@@ -58,7 +60,7 @@ def run_position(recipe: str | os.PathLike[str], run: str) -> str:
     """
     path = _file(recipe)
     source = str(recipe)
-    data = parse_yaml(path.read_text(encoding="utf-8"), source=source)
+    data = parse_yaml(read_text(path, most_bytes=CONFIGURATION_BYTES), source=source)
     for name, ablation in data.get("ablations", {}).items():
         for label in ablation["values"]:
             if ablation_run(name, label) == run:
@@ -70,18 +72,18 @@ def run_position(recipe: str | os.PathLike[str], run: str) -> str:
 
 def _looks_local(model: str) -> bool:
     """Whether a model name is a path: it exists, or does not have the form of a hub id."""
-    return Path(model).expanduser().exists() or model.startswith((".", "/", "~")) or model.count("/") != 1
+    return exists(user_path(model)) or model.startswith((".", "/", "~")) or model.count("/") != 1
 
 
 def _file(recipe: str | os.PathLike[str]) -> Path:
     shipped, name = shipped_recipes(), str(recipe)
     path = shipped.get(name, Path(name))
-    if not path.is_file():
+    if not exists(path):
         raise UserError(
             f"there is no recipe '{name}': no such file, and no shipped recipe of that name.{nearest(name, shipped)}",
             fix=f"Give a path or one of: {', '.join(shipped)}",
         )
-    return path
+    return regular_file(path, what="recipe", fix="Give the path of a YAML file, or the name of a shipped recipe")
 
 
 @dataclass(frozen=True)
@@ -94,6 +96,35 @@ class _Checks:
 
     def refuse(self, keys: Keys, what: str, fix: str | None = None) -> NoReturn:
         raise UserError(what, where=position(self.source, self.data, keys), fix=fix)
+
+    def characters(self) -> None:
+        """Refuse names and texts that cannot be shown, or be part of a file's name."""
+        recipe = self.recipe
+        for keys, name in self._names():
+            if problem := unfit_name(name):
+                shown = shortened(ascii(name), most=40)
+                what = f"'{'.'.join(map(str, keys[:-1])) or keys[0]}' holds a name that {problem}: {shown}"
+                self.refuse(keys, what, "Give it another name; a caption can hold any sentence")
+        texts: list[tuple[Keys, str | None]] = [(("about",), recipe.about)]
+        for name, table in recipe.tables.items():
+            texts += [(("tables", name, "caption"), table.caption), (("tables", name, "note"), table.note)]
+        for keys, text in texts:
+            if text is not None and (problem := unfit_text(text)):
+                self.refuse(keys, f"the text of '{'.'.join(map(str, keys))}' {problem}", "Remove the character")
+
+    def _names(self) -> Iterator[tuple[Keys, str]]:
+        recipe = self.recipe
+        yield ("name",), recipe.name
+        for block in ("untrained", "runs", "grid", "ablations", "tables"):
+            yield from (((block, name), name) for name in getattr(recipe, block))
+        for name, ablation in recipe.ablations.items():
+            yield from ((("ablations", name, "values", label), label) for label in ablation.values)
+
+    def finite(self) -> None:
+        """Refuse infinity and NaN where a recipe may hold any value, such as a method's parameters."""
+        for keys, value in _values(self.data, ()):
+            if isinstance(value, float) and not math.isfinite(value):
+                self.refuse(keys, f"'{'.'.join(map(str, keys))}' must be finite, and is {value}")
 
     def models(self) -> None:
         shared = self.recipe.shared
@@ -149,6 +180,13 @@ class _Checks:
                     "Move it there",
                 )
             if LEARNING_RATE not in {*run.tuned, *self.recipe.grid}:
+                for block, given in (("tuned", run.tuned), ("params", run.params)):
+                    for key in get_close_matches(LEARNING_RATE, given, n=1, cutoff=0.7):
+                        self.refuse(
+                            (*keys, block, key),
+                            f"unknown key 'runs.{name}.{block}.{key}'. Did you mean '{LEARNING_RATE}'?",
+                            f"Write `{LEARNING_RATE}: ...` in `tuned`",
+                        )
                 self.refuse(keys, f"'runs.{name}.tuned' lacks `{LEARNING_RATE}`", f"Add `{LEARNING_RATE}: ...`")
             if twice := sorted({*run.params} & {*run.tuned}):
                 self.refuse(
@@ -228,6 +266,18 @@ class _Checks:
                 for row in rows:
                     if row not in known:
                         self.refuse((*keys, key), f"'tables.{name}' names no row: '{row}'.{nearest(row, known)}")
+
+
+def _values(value: object, keys: Keys) -> Iterator[tuple[Keys, object]]:
+    """Every value that is neither a mapping nor a list, with the keys that lead to it."""
+    if isinstance(value, Mapping):
+        for key, item in value.items():
+            yield from _values(item, (*keys, key))
+    elif isinstance(value, tuple):
+        for index, item in enumerate(value):
+            yield from _values(item, (*keys, index))
+    else:
+        yield keys, value
 
 
 def _phases(role: str, model: ModelSpec) -> dict[tuple[str, ...], object]:

@@ -1,10 +1,9 @@
 """The synthetic world: what can be asked, which answers are right, and which error is popular.
 
-Three skills. *arithmetic*: small sums; the popular error counts one too many. *facts*: attributes of invented towns; the popular
-error is the town's myth. *resolution*: which of two animals a quality is true of, which follows from what one does to
-the other;
-the popular error swaps the qualities. All functions depend on their seeds alone: `random.Random` seeded with a string draws
-the same numbers on every platform.
+Three skills. *arithmetic*: small sums; the popular error counts one too many. *facts*: attributes of invented towns;
+the popular error is the town's myth. *resolution*: which of two animals a quality is true of, which follows from what
+one does to the other; the popular error swaps the qualities. All functions depend on their seeds alone: `random.Random`
+seeded with a string draws the same numbers on every platform.
 """
 
 from collections.abc import Collection, Mapping, Sequence

@@ -7,8 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ctpd.core.config import nearest
-from ctpd.core.errors import UserError
+from ctpd.core.errors import UserError, listed, nearest, shortened
 
 Marks = tuple[tuple[int, int, bool], ...]
 
@@ -145,12 +144,7 @@ def _from_messages(
 def _conversation(row: Mapping[str, object], column: str, *, where: str) -> str | tuple[Message, ...]:
     where_column = f"{where}, column '{column}'"
     if column not in row:
-        raise UserError(
-            f"the column '{column}' is missing; the row has {', '.join(map(repr, row)) or 'no columns'}."
-            + nearest(column, row),
-            where=where,
-            fix=_FORMS,
-        )
+        raise _missing(row, column, where=where)
     value = row[column]
     if isinstance(value, str):
         return _valid_text(value, where=where_column)
@@ -163,6 +157,21 @@ def _conversation(row: Mapping[str, object], column: str, *, where: str) -> str 
     return tuple(_message(item, where=f"{where_column}, message {i}") for i, item in enumerate(value))
 
 
+def _missing(row: Mapping[str, object], column: str, *, where: str) -> UserError:
+    names = [str(name) for name in row]
+    if "completion" in names and "chosen" not in names and "rejected" not in names:
+        return UserError(
+            "the data are not pairs: a row has one completion" + (" and a label" if "label" in names else ""),
+            where=where,
+            fix="Preference training needs two responses to one prompt in each row. Join a good and a bad completion of "
+            "the same prompt as `chosen` and `rejected`; a prompt that has only one cannot be used",
+        )
+    if not names:
+        return UserError(f"the column '{column}' is missing; the row has no columns", where=where, fix=_FORMS)
+    found = f"the column '{column}' is missing; the row has {listed(names, to=column)}.{nearest(column, names)}"
+    return UserError(found, where=where, fix=_FORMS)
+
+
 def _message(item: object, *, where: str) -> Message:
     if not isinstance(item, Mapping):
         raise UserError(f"expected an object with role and content, found {_kind(item)}", where=where, fix=_FORMS)
@@ -173,7 +182,9 @@ def _message(item: object, *, where: str) -> Message:
         )
     if not isinstance(role, str) or role not in _ROLES:
         hint = nearest(role, _ROLES) if isinstance(role, str) else ""
-        raise UserError(f"unknown role {role!r}.{hint}", where=where, fix=f"Roles are {', '.join(_ROLES)}")
+        raise UserError(
+            f"unknown role {shortened(repr(role))}.{hint}", where=where, fix=f"Roles are {', '.join(_ROLES)}"
+        )
     if not isinstance(content, str):
         raise UserError(f"the content is {_kind(content)}, not a string", where=where, fix="Give text only")
     return Message(role, _valid_text(content, where=where))
@@ -197,7 +208,9 @@ def _marks(row: Mapping[str, object], column: str, response: str, *, where: str)
                 marks.append((max(start - shift, 0), min(end - shift, length), right))
             case _:
                 raise UserError(
-                    f"{mark!r} is no mark on a response of {len(response)} characters", where=where, fix=fix
+                    f"{shortened(repr(mark))} is no mark on a response of {len(response)} characters",
+                    where=where,
+                    fix=fix,
                 )
     return tuple((start, end, right) for start, end, right in marks if start < end)
 
@@ -232,5 +245,8 @@ def _is_filled(value: object) -> bool:
 def _kind(value: object) -> str:
     if value is None or (isinstance(value, float) and np.isnan(value)):
         return "nothing (null)"
-    text = json.dumps(value, default=str)
+    try:
+        text = json.dumps(value, default=str)
+    except (RecursionError, TypeError, ValueError):  # nested deeply, or keys that JSON has not
+        return type(value).__name__
     return f"{type(value).__name__} {text if len(text) <= 40 else text[:37] + '...'}"

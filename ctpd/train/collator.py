@@ -3,7 +3,7 @@
 Shape legend: R rows of a batch, T tokens of the longest row, U units of the longest row, N scored tokens.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Protocol, TypeVar
@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch.utils.data import BatchSampler, DataLoader, Dataset
 
-from ctpd.core.errors import UserError
+from ctpd.core.errors import NotFinite, UserError, listed
 from ctpd.ops.shared_rows import pack_pairs
 from ctpd.text.blocks import TokenRows
 from ctpd.train.batches import Batch, TokenBatch, UnitBatch
@@ -45,6 +45,10 @@ class TrainingRows(Protocol[B_co]):
         """A batch of these items."""
         ...
 
+    def names_of(self, items: Sequence[int]) -> list[str]:
+        """What these items are called in errors: the ids of pairs."""
+        ...
+
     def check(self) -> None:
         """Refuse rows that cannot be scored."""
         ...
@@ -65,6 +69,7 @@ class ScoredRows:
         weights: float32, flat units, or None.
         shares_prompts: whether the rows of a pair may share a sequence, which moves no number beyond rounding. The
             model must have been prepared by `ctpd.train.sharing.enable_prompt_sharing`.
+        names: of the items, for errors (ids of pairs); their numbers where it is empty.
     """
 
     input_ids: NDArray[np.int32]
@@ -76,6 +81,7 @@ class ScoredRows:
     reference: NDArray[np.float32] | None = None
     weights: NDArray[np.float32] | None = None
     shares_prompts: bool = False
+    names: tuple[str, ...] = ()
 
     @cached_property
     def item_lengths(self) -> NDArray[np.int64]:
@@ -121,13 +127,31 @@ class ScoredRows:
         predictors_N = layout.unpack.flatten()[predictors_N]
         return TokenBatch(torch.from_numpy(packed_ids_PW), torch.from_numpy(unit_RT), predictors_N, targets_N, layout)
 
+    def names_of(self, items: Sequence[int]) -> list[str]:
+        """The names of these items."""
+        return [self.names[item] if self.names else f"item {item}" for item in items]
+
     def check(self) -> None:
-        """Refuse rows whose first token is scored: nothing predicts it."""
+        """Refuse rows whose first token is scored, which nothing predicts, and constants that are not finite."""
         if (self.unit[self.row_starts[:-1]] >= 0).any():
             raise UserError(
                 "a response begins at the first token of its row, where no token predicts it",
                 fix="Give the template a text before the response, or a tokenizer that adds a beginning-of-text token",
             )
+        constants = {"the reference's log-probabilities": self.reference, "the importance weights": self.weights}
+        for title, values in constants.items():
+            if values is not None and len(items := self._items_with_non_finite(values)):
+                raise NotFinite(
+                    f"{title} of {listed(self.names_of(items))} are not finite",
+                    fix="Correct the model that they come from, and remove the artifact (`ctpd store rm`)",
+                )
+
+    def _items_with_non_finite(self, values: NDArray[np.float32]) -> list[int]:
+        """The items one of whose units has a value that is NaN or infinite."""
+        bad = np.concatenate([[0], np.cumsum(~np.isfinite(values))])
+        per_row = bad[self.unit_starts[1:]] - bad[self.unit_starts[:-1]]
+        found: list[int] = np.flatnonzero(per_row[self.items].sum(axis=1)).tolist()
+        return found
 
 
 def padded(
@@ -157,7 +181,7 @@ class StepSampler(BatchSampler):
     """Micro-batches of one process, in an order that depends on (seed, epoch) alone.
 
     Each epoch's permutation is cut into optimizer steps, and an incomplete last step is dropped. Inside a step the items
-    are sorted by length, longest first, cut into micro-batches, and dealt to the ranks in turn.
+    are sorted by length, longest first, cut into micro-batches, and assigned to the ranks in turn.
     """
 
     def __init__(
@@ -186,8 +210,16 @@ class StepSampler(BatchSampler):
     def __len__(self) -> int:
         return self.num_steps * (self._per_step // (self._micro_batch * self._world_size))
 
+    def items_of(self, step: int) -> NDArray[np.int64]:
+        """The items of an optimizer step of the whole training, counted from 0, over all ranks."""
+        epoch, step = divmod(step, self.num_steps)
+        return self._order(epoch)[step * self._per_step : (step + 1) * self._per_step]
+
+    def _order(self, epoch: int) -> NDArray[np.int64]:
+        return np.random.default_rng([self._seed, epoch]).permutation(len(self._lengths))
+
     def __iter__(self) -> Iterator[list[int]]:
-        order = np.random.default_rng([self._seed, self.epoch]).permutation(len(self._lengths))
+        order = self._order(self.epoch)
         for step in range(self.num_steps):
             items = order[step * self._per_step : (step + 1) * self._per_step]
             items = items[np.argsort(-self._lengths[items], kind="stable")]
@@ -217,11 +249,11 @@ def micro_batch_size(
         fixed: use this size, for an objective whose loss depends on which items are in a micro-batch.
 
     Raises:
-        UserError: a step's items cannot be dealt evenly to the ranks, or not in micro-batches of the fixed size.
+        UserError: a step's items cannot be divided evenly over the ranks, or not in micro-batches of the fixed size.
     """
     if per_step % world_size:
         raise UserError(
-            f"{per_step} pairs of a step cannot be dealt evenly to {world_size} processes",
+            f"{per_step} pairs of a step cannot be divided evenly over {world_size} processes",
             fix="Make `pairs_per_step` a multiple of the number of processes",
         )
     share = per_step // world_size

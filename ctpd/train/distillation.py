@@ -75,6 +75,10 @@ class DistillRows:
     def __len__(self) -> int:
         return len(self.student)
 
+    def names_of(self, items: Sequence[int]) -> list[str]:
+        """The names of these items."""
+        return self.student.names_of(items)
+
     def check(self) -> None:
         """Refuse rows whose first token is scored: nothing predicts it."""
         self.student.check()

@@ -7,21 +7,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate.utils import DistributedType
 from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from transformers import PrinterCallback, TrainerCallback, TrainingArguments
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
 
-from ctpd.core.errors import UserError
+from ctpd.core.errors import NotFinite, UserError
 from ctpd.core.processes import processes
-from ctpd.models import parameter_counts, weight_mebibytes
+from ctpd.models import non_finite_weight, parameter_counts, weight_mebibytes
 from ctpd.objectives.base import Objective
-from ctpd.train.callbacks import EvaluateOften, ReportProgress, SaveByTime
+from ctpd.train.callbacks import EvaluateOften, ReportProgress, SaveStates
 from ctpd.train.collator import micro_batch_size
 from ctpd.train.config import FsdpSpec, Schedule
 from ctpd.train.memory import peak_mebibytes, reset_peak
+from ctpd.train.stopping import StopRequest
 from ctpd.train.trainer import OBJECTIVE, PreferenceTrainer, Training
 
 LOGGED_STEPS = 200  # a history has at most about this many entries
@@ -36,7 +37,7 @@ class Optimization:
         learning_rate: its largest value.
         seed: of the order of the items.
         precision: `float32`, or `bfloat16` for autocast.
-        max_steps: optimizer steps, in place of the schedule's epochs; None for the epochs.
+        max_steps: optimizer steps; None for the number that the schedule's epochs give.
     """
 
     schedule: Schedule
@@ -44,6 +45,10 @@ class Optimization:
     seed: int
     precision: str
     max_steps: int | None = None
+
+
+def _silent(_text: str) -> None:
+    """Tell nobody."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +61,7 @@ class FitSettings:
         checkpoint_seconds: a resume state is written this often.
         report_to: loggers of `transformers`.
         progress: called with the steps done and the number of all steps.
+        note: called with a sentence for the user.
         fsdp: how FSDP shards the model over the ranks; None: each rank holds all of it.
     """
 
@@ -64,6 +70,7 @@ class FitSettings:
     checkpoint_seconds: float
     report_to: tuple[str, ...]
     progress: Callable[[int, int], None]
+    note: Callable[[str], None] = _silent
     fsdp: FsdpSpec | None = None
 
 
@@ -96,24 +103,34 @@ class Fit:
 
 
 def fit(training: Training[Any], optimization: Optimization, *, folder: Path, settings: FitSettings) -> Fit:
-    """Train the model in place; resume from ``folder`` if an interrupted training left its state there.
+    """Train the model in place; resume from ``folder`` if an interrupted training left a whole state there.
+
+    SIGINT, SIGTERM and SIGHUP write a state before they do what they did when this was called.
 
     Args:
         folder: where resume states are written; the caller removes it.
 
     Raises:
         UserError: fewer items than one step, or the weights cannot be sharded as `settings.fsdp` asks.
+        NotFinite: a loss, gradient norm, metric or trained weight is NaN or infinite.
     """
     if settings.fsdp is not None:
         _refuse_sharding(training.model, training.objective)
     args = _arguments(training, optimization, folder=folder, settings=settings)
-    trainer = PreferenceTrainer(training, args=args, callbacks=_callbacks(training, optimization, settings, args))
+    stop = StopRequest(settings.note)
+    callbacks = _callbacks(training, optimization, settings, args)
+    callbacks.append(SaveStates(settings.checkpoint_seconds, stop))
+    trainer = PreferenceTrainer(training, args=args, callbacks=callbacks)
     trainer.remove_callback(PrinterCallback)
     if settings.fsdp is not None:
         _refuse_replicas(trainer)
     reset_peak(settings.device)
     start = time.monotonic()
-    trainer.train(resume_from_checkpoint=_last_state(folder))
+    state = trainer.states.newest(settings.note)
+    with stop.listening():
+        trainer.train(resume_from_checkpoint=None if state is None else str(state))
+    trainer.check_finite({})
+    _refuse_non_finite_weights(trainer)
     return _result(trainer, seconds=time.monotonic() - start)
 
 
@@ -126,15 +143,7 @@ def _callbacks(
         steps_per_epoch = len(training.rows) // schedule.pairs_per_step
         wanted = round(schedule.evaluations_per_epoch * args.max_steps / steps_per_epoch)
         callbacks.append(EvaluateOften(max(1, wanted)))
-    return [*callbacks, SaveByTime(settings.checkpoint_seconds)]
-
-
-def _last_state(folder: Path) -> str | None:
-    """The resume state that rank 0 finds: on a network file system other ranks may not see it yet."""
-    found = get_last_checkpoint(str(folder)) if folder.is_dir() else None
-    own_step = -1 if found is None else int(Path(found).name.removeprefix(f"{PREFIX_CHECKPOINT_DIR}-"))
-    step = processes().broadcast(own_step)
-    return None if step < 0 else str(folder / f"{PREFIX_CHECKPOINT_DIR}-{step}")
+    return callbacks
 
 
 def _refuse_sharding(model: nn.Module, objective: Objective) -> None:
@@ -160,6 +169,16 @@ def _refuse_replicas(trainer: PreferenceTrainer) -> None:
         raise UserError(
             f"the recipe's `launch` block asks for FSDP, and accelerate would train with {found.value} here",
             fix="FSDP needs a GPU for each process; without one take `fsdp` out of the `launch` block",
+        )
+
+
+def _refuse_non_finite_weights(trainer: PreferenceTrainer) -> None:
+    """The last step can spoil weights, and no loss comes after it. Every rank raises, whichever holds the weight."""
+    name = non_finite_weight(trainer.training.model, trainable_only=True)
+    if processes().all_reduce(np.array([name is not None], dtype=np.int64))[0]:
+        raise NotFinite(
+            f"the trained weight {name or 'in another process'} is not finite after step {trainer.state.global_step}",
+            fix=f"Lower the learning rate, which is {trainer.args.learning_rate:g}",
         )
 
 
@@ -243,8 +262,7 @@ def _execution_arguments(settings: FitSettings, total: int) -> dict[str, Any]:
         "report_to": list(settings.report_to) or "none",
         "logging_steps": max(1, total // LOGGED_STEPS),
         "logging_nan_inf_filter": False,
-        "save_strategy": "no",  # SaveByTime asks for states
-        "save_total_limit": 1,
+        "save_strategy": "no",  # SaveStates asks for states
         "disable_tqdm": True,
         "dataloader_pin_memory": settings.device.startswith("cuda"),
         "remove_unused_columns": False,

@@ -13,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from ctpd.core.errors import NotFinite, listed
 from ctpd.core.processes import processes
 from ctpd.models import Outputs, packed_arguments
 from ctpd.ops.boundaries import boundary_logps
@@ -47,11 +48,15 @@ class ScoringSettings:
         progress: called with the rows that all ranks have done, and the number of all rows.
         shares_prompts: whether rows 2 i and 2 i + 1, the sides of a pair, may share a sequence where that saves enough;
             the model must have been prepared by `ctpd.train.sharing.enable_prompt_sharing`.
+        model: what the model is called in errors.
+        row_name: what a row is called in errors.
     """
 
     max_tokens: int
     progress: Callable[[int, int], None]
     shares_prompts: bool = False
+    model: str = "the model"
+    row_name: Callable[[int], str] = "row {}".format
 
 
 def token_logps(outputs: Outputs, scored: ScoredTokens) -> dict[str, Tensor]:
@@ -97,6 +102,9 @@ def scoring_pass(model: nn.Module, rows: TokenRows, *, measure: Measure, setting
 
     Args:
         model: frozen, with the scorer installed.
+
+    Raises:
+        NotFinite: the model gives a number that is NaN or infinite.
     """
     ranks = processes()
     scored = rows.unit >= 0
@@ -106,6 +114,7 @@ def scoring_pass(model: nn.Module, rows: TokenRows, *, measure: Measure, setting
     result: Arrays = {}
     for number in _own_batches(len(batches)):
         tokens_N, kept = _measured(model, rows, batches[number], measure=measure, packed=packed)
+        _refuse_non_finite(kept, rows, tokens_N, settings)
         for name, values in kept.items():
             if name not in result:
                 result[name] = np.zeros((int(scored.sum()), *values.shape[1:]), dtype=values.dtype)
@@ -114,6 +123,20 @@ def scoring_pass(model: nn.Module, rows: TokenRows, *, measure: Measure, setting
         done = rows_done[min(number + ranks.world_size, len(batches)) - 1]
         settings.progress(int(done), int(rows_done[-1]))
     return {name: _of_all_ranks(values) for name, values in sorted(result.items())}
+
+
+def _refuse_non_finite(kept: Arrays, rows: TokenRows, tokens_N: NDArray[np.int64], settings: ScoringSettings) -> None:
+    for values in kept.values():
+        if values.dtype.kind != "f" or np.isfinite(values).all():
+            continue
+        bad_N = ~np.isfinite(values.reshape(len(values), -1)).all(axis=1)
+        bad_rows = np.unique(np.searchsorted(rows.row_starts, tokens_N[bad_N], side="right") - 1)
+        raise NotFinite(
+            f"the log-probabilities that the model gives to {listed([settings.row_name(int(row)) for row in bad_rows])} "
+            "are not finite",
+            where=settings.model,
+            fix="Give a model whose numbers are finite; `precision: float32` helps where one overflows in bfloat16",
+        )
 
 
 def _own_batches(num_batches: int) -> range:

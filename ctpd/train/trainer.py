@@ -7,7 +7,8 @@ is the objective's sum over all micro-batches and ranks, divided once by the ste
 Shape legend: R rows of a batch, T tokens, U units, N scored tokens.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -18,11 +19,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
+from ctpd.core.errors import NotFinite, listed
 from ctpd.models import Score, score
 from ctpd.objectives.base import Objective, Sums, Units
 from ctpd.ops.spans import unit_logps
 from ctpd.train.batches import Batch, UnitBatch, count_units, to_device
 from ctpd.train.collator import Items, StepLoader, StepSampler, TrainingRows
+from ctpd.train.finite import FirstBadStep
+from ctpd.train.states import ResumeStates
 
 OBJECTIVE = "ctpd_objective"  # the name under which an objective with parameters is a part of the model
 OBJECTIVE_FILE = "objective.safetensors"
@@ -103,14 +107,18 @@ class PreferenceTrainer(Trainer):
     def __init__(
         self, training: Training[Any], *, args: TrainingArguments, callbacks: list[TrainerCallback] | None = None
     ) -> None:
-        training.rows.check()
+        for rows in (training.rows, training.eval_rows):
+            if rows is not None:
+                rows.check()
         model, objective = training.model, training.objective
         self.training, self.objective = training, objective
         self._running: dict[str, tuple[Tensor, float]] = {}  # name -> (sum, on the device; count)
+        self._bad = FirstBadStep()
         if any(True for _ in objective.parameters()):
             model.add_module(OBJECTIVE, objective)
         super().__init__(model=model, args=args, train_dataset=Items(len(training.rows)), callbacks=callbacks)
         objective.to(self.args.device)
+        self.states = ResumeStates(Path(str(args.output_dir)), sharded=self.is_fsdp_enabled)
         if self.is_fsdp_enabled and self.args.bf16:
             # accelerate wraps every other model's forward in autocast. Without autocast's cache, which would keep a
             # rounded copy of all gathered weights.
@@ -134,16 +142,25 @@ class PreferenceTrainer(Trainer):
             self._has_own_group = True
         return optimizer
 
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """Also the objective's parameters, which an adapter's checkpoint would leave out.
+    def _get_output_dir(self, trial: Any) -> str:
+        """Where the library writes a state: aside, until `ResumeStates.finish` makes it one."""
+        return str(self.states.unfinished)
 
-        They are written first: the file that the library writes last marks the checkpoint as complete.
-        """
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Also the objective's parameters, which an adapter's checkpoint would leave out."""
         if self.args.should_save:
-            folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
+            folder = self.states.unfinished / self.states.path(self.state.global_step).name
             folder.mkdir(parents=True, exist_ok=True)
             save_objective(self.objective, folder)
         super()._save_checkpoint(model, trial)
+        self.states.finish(self.state.global_step)
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        """The library's; nothing where a training is resumed that was stopped after its last step."""
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+        else:
+            super()._run_epoch(*args, **kwargs)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)
@@ -151,8 +168,12 @@ class PreferenceTrainer(Trainer):
 
     def get_train_dataloader(self) -> StepLoader:
         """This rank's micro-batches, in an order that depends on (seed, epoch) alone."""
+        rows = self.training.rows
+        return StepLoader(Items(len(rows)), batch_sampler=self._sampler(), collate_fn=rows.collate)
+
+    def _sampler(self) -> StepSampler:
         args = self.args
-        sampler = StepSampler(
+        return StepSampler(
             self.training.rows.item_lengths,
             per_step=args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size,
             micro_batch=args.per_device_train_batch_size,
@@ -160,8 +181,6 @@ class PreferenceTrainer(Trainer):
             rank=args.process_index,
             world_size=args.world_size,
         )
-        rows = self.training.rows
-        return StepLoader(Items(len(rows)), batch_sampler=sampler, collate_fn=rows.collate)
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Batch], num_batches: int, device: torch.device
@@ -190,7 +209,14 @@ class PreferenceTrainer(Trainer):
         sums = self.training.forward_pass(model, inputs)
         self._accumulate("", sums, inputs.num_pairs)
         loss: Tensor = sums.loss * (self.args.world_size / num_items_in_batch)
+        self._bad.watch("loss", loss, step=self.state.global_step + 1)
         return loss
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        """The library's, watched."""
+        found = super()._get_grad_norm(model, grad_norm=grad_norm)
+        self._bad.watch("gradient norm", found, step=self.state.global_step + 1)
+        return found
 
     def evaluate(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> dict[str, float]:
         """The objective's loss and metrics over `eval_rows`, divided among the ranks, logged with the prefix `eval_`."""
@@ -202,6 +228,7 @@ class PreferenceTrainer(Trainer):
         assert model is not None
         model.eval()
         size, world_size, rank = self.args.per_device_eval_batch_size, self.args.world_size, self.args.process_index
+        losses: list[tuple[list[int], Tensor]] = []
         order = torch.from_numpy(rows.item_lengths).argsort(descending=True, stable=True).tolist()
         with torch.no_grad(), self.compute_loss_context_manager():
             for first in range(0, len(order), size * world_size):
@@ -210,20 +237,63 @@ class PreferenceTrainer(Trainer):
                 batch = rows.collate(own or order[:size])
                 count = count_units(batch, self.objective.counts)
                 sums = self.training.forward_pass(model, self._prepare_inputs(batch))
+                losses.append((own, sums.loss.detach()))
                 self._accumulate(prefix, sums, batch.num_pairs, counts=bool(own))
                 self._add(f"{prefix}loss", sums.loss, count, counts=bool(own))
         model.train()
         metrics = self._drain(prefix)
+        self._check_evaluation(metrics, losses)
         self.log(metrics)
         # This resets `control.should_evaluate`; otherwise the library evaluates again at the end of the epoch.
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
+    def _check_evaluation(self, metrics: Mapping[str, float], losses: Sequence[tuple[list[int], Tensor]]) -> None:
+        """Refuse metrics that are not finite; ``losses`` are those of this rank's batches, with their items."""
+        wrong = next((name for name, value in metrics.items() if not math.isfinite(value)), None)
+        if wrong is not None:
+            assert self.training.eval_rows is not None
+            items = [item for own, loss in losses if not loss.isfinite() for item in own]
+            names = self.training.eval_rows.names_of(items)
+            of_pairs = f", among the evaluation pairs {listed(names)}," if names else ""
+            raise self._not_finite(f"the metric {wrong}{of_pairs} is not finite", self.state.global_step, [])
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the metrics accumulated since the last call; the only place that waits for the device."""
         if "loss" in logs:
             logs |= self._drain("") | dict(self.training.constants)
+            self.check_finite(logs)
         super().log(logs, start_time)
+
+    def check_finite(self, logs: Mapping[str, float]) -> None:
+        """Refuse to go on with numbers that are not finite; every rank does, or none.
+
+        A resume state is written after a call of this at the same step: it is never one of a training that went wrong.
+
+        Raises:
+            NotFinite: a loss or a gradient norm since the start, or one of these metrics.
+        """
+        if found := self._bad.found(self._of_all_ranks):
+            name, step = found
+            raise self._not_finite(f"the {name} is not finite", step, self._sampler().items_of(step - 1).tolist())
+        for name, value in logs.items():
+            if isinstance(value, float) and not math.isfinite(value):
+                raise self._not_finite(f"the metric {name} is not finite", self.state.global_step, [])
+
+    def _not_finite(self, what: str, step: int, items: Sequence[int]) -> NotFinite:
+        names = self.training.rows.names_of(items)
+        last = self.states.last
+        state = "No resume state was written" if last is None else f"The last good resume state is that of step {last}"
+        of_step = f", whose pairs are {listed(names)}" if names else ""
+        return NotFinite(
+            f"{what} at step {step} of {self.state.max_steps}{of_step}. {state}",
+            fix=f"Lower the learning rate, which is {self.args.learning_rate:g}, or correct the model or these pairs",
+        )
+
+    def _of_all_ranks(self, values: Tensor) -> Tensor:
+        """[1, ...] of this rank -> [ranks, ...]."""
+        gathered: Tensor = self.accelerator.gather(values) if self.args.world_size > 1 else values
+        return gathered
 
     def floating_point_ops(self, inputs: Any) -> int:
         """Not counted: the library's estimate assumes a head over every position."""
@@ -248,7 +318,6 @@ class PreferenceTrainer(Trainer):
         found = [self._running.pop(name) for name in names]
         sums = torch.stack([total for total, _ in found])
         totals = torch.stack([sums, sums.new_tensor([count for _, count in found])], dim=1)
-        if self.args.world_size > 1:
-            totals = self.accelerator.gather(totals[None]).sum(dim=0)
+        totals = self._of_all_ranks(totals[None]).sum(dim=0)
         means = (totals[:, 0] / totals[:, 1]).tolist()
         return dict(zip(names, means, strict=True))

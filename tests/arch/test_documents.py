@@ -67,6 +67,11 @@ def test_formulas_survive_markdown(path: Path) -> None:
     assert documents.prose(text).count("$$") % 2 == 0
 
 
+@pytest.mark.parametrize("path", PAGES, ids=name_of)
+def test_each_row_of_a_table_is_one_line(path: Path) -> None:
+    assert documents.broken_rows(path.read_text(encoding="utf-8")) == []
+
+
 def test_the_example_of_the_method_prints_what_its_comments_say(capsys: pytest.CaptureFixture[str]) -> None:
     (example,) = (
         b for b in documents.blocks((ROOT / "docs/method.md").read_text(encoding="utf-8")) if b.language == "python"
@@ -131,6 +136,10 @@ def test_citations_by_number_are_found(rest: str) -> None:
 
 def test_formulas_that_markdown_breaks_are_found() -> None:
     assert documents.unsafe_formulas(r"$a\,b$ and $\{c\}$ but $\lbrace d \rbrace$, `$e\,f$`") == [r"$a\,b$", r"$\{c\}$"]
+
+
+def test_rows_of_a_table_that_are_cut_are_found() -> None:
+    assert documents.broken_rows("| a | b |\n|---|---|\n| c\nd | e |\n```\n| code\n```\n") == ["| c"]
 
 
 def test_steps_that_are_not_connected_are_found() -> None:

@@ -193,12 +193,12 @@ def test_store_gc_keeps_what_a_recipe_needs_and_removes_the_rest(cli: Cli, smoke
     needed = {line["key"] for line in json.loads(cli("run", "testbed-smoke", "--plan", "--json", "--store", store).out)}
     with Store(store).build("stray", "0" * 32, identity={}, provenance={}) as folder:
         (folder / "file").write_text("x")
-    (store / "train" / "abc.partial").mkdir()
+    (store / "train" / f"{'a' * 32}.partial").mkdir()
     assert "Would remove" in cli("store", "gc", "testbed-smoke", "--dry-run", "--store", store).out
     assert list((store / "stray").glob("*/manifest.json"))
     assert cli("store", "gc", "testbed-smoke", "--store", store).code == 0
     assert {artifact.key for artifact in Store(store).artifacts()} == needed
-    assert not (store / "train" / "abc.partial").exists()
+    assert not (store / "train" / f"{'a' * 32}.partial").exists()
 
 
 def test_recipes_lists_every_shipped_recipe(cli: Cli) -> None:

@@ -25,6 +25,7 @@ COPIED = (
     "tests/conftest.py",
     "tests/fixtures",
     "tests/arch",
+    "tests/regression",
     "docs",
     "README.md",
     "pyproject.toml",
@@ -33,7 +34,20 @@ GUARDS = (  # of the project's own tests, those that an extension must keep
     "tests/arch/test_architecture.py::test_every_method_is_an_objective_with_defaults",
     "tests/arch/test_architecture.py::test_every_method_is_in_a_shipped_recipe",
     "tests/arch/test_architecture.py::test_no_branch_asks_for_the_name_of_a_method",
+    "tests/unit/test_keys_stay.py",
 )
+KEYS_STAY = '''"""No example moves the key of anything that is computed; a record, which lists all parameters, is written anew."""
+
+from tests.regression import identities
+from tests.regression.test_keys import recorded
+
+
+def test_no_key_moves() -> None:
+    def computed(keys: dict[str, str]) -> dict[str, str]:
+        return {label: key for label, key in keys.items() if not key.startswith(("evaluate/", "record/"))}
+
+    assert computed(identities.keys()) == computed(recorded(identities.KEYS)["keys"])
+'''
 
 
 def files_of(section: str) -> list[str]:
@@ -77,11 +91,19 @@ def extended(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for section in EXAMPLES.values():
         for block in titled(section):
             apply(block, root)
+    (root / "tests/unit/test_keys_stay.py").write_text(KEYS_STAY, encoding="utf-8")
     return root
 
 
 def test_there_are_examples() -> None:
-    assert {"A weight strategy", "A preference loss", "A baseline", "A column of a suite"} <= set(EXAMPLES)
+    assert set(EXAMPLES) == {
+        "A weight strategy",
+        "A parameter of the weights",
+        "A preference loss",
+        "A baseline",
+        "A column of a suite",
+        "A stage",
+    }
 
 
 @pytest.mark.parametrize("title", EXAMPLES)

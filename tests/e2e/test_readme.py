@@ -1,5 +1,6 @@
 """Every command and every piece of Python that README shows works."""
 
+import importlib.util
 import json
 import re
 import shlex
@@ -36,12 +37,15 @@ def test_every_make_target_that_readme_names_exists(target: str) -> None:
 def test_every_shown_command_works(
     line: list[str], cli: Any, smoke: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """`testbed-smoke` replaces the reader's recipe, and a key of its store replaces KEY."""
+    """`testbed-smoke` replaces the reader's recipe and models, and a key of its store replaces KEY."""
     (tmp_path / "pairs.jsonl").write_text(json.dumps({"prompt": "a", "chosen": "b", "rejected": "c"}) + "\n")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("CTPD_STORE", str(smoke.store))
-    key = next(a.key for a in Store(smoke.store).artifacts() if a.stage == "train")
-    put = {"KEY": key} if line[1] == "init" else {"KEY": key, "mine.yaml": "testbed-smoke"}
+    store = Store(smoke.store)
+    key = next(a.key for a in store.artifacts() if a.stage == "train")
+    big, small = (str(store.path(a.stage, a.key) / "model") for a in store.artifacts() if a.stage == "tokenizer")
+    theirs = {"mine.yaml": "testbed-smoke", "models/big": big, "models/small": small}
+    put = {"KEY": key} if line[1] == "init" else {"KEY": key, **theirs}
     outcome = cli(*(put.get(word, word) for word in line[1:]))
     assert outcome.code == 0, outcome.err
 
@@ -55,3 +59,16 @@ def test_every_command_that_readme_names_exists(name: str, cli: Any) -> None:
 def test_every_piece_of_python_prints_what_readme_says(block: str, capsys: pytest.CaptureFixture[str]) -> None:
     exec(compile(block, "README", "exec"), {})
     assert capsys.readouterr().out.strip() in block
+
+
+def test_the_figure_is_that_of_its_script(tmp_path: Path) -> None:
+    """The spans of the example, and the shipped picture: `python scripts/spans_figure.py` draws it anew."""
+    spec = importlib.util.spec_from_file_location("spans_figure", ROOT / "scripts/spans_figure.py")
+    assert spec is not None
+    assert spec.loader is not None
+    figure = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(figure)
+    assert [kind for _, _, kind in figure.spans()] == ["n:m", "1:1", "1:n", "1:1", "1:1", "1:1", "n:1", "1:1", "1:1"]
+    figure.draw(tmp_path / "spans.svg")
+    assert (tmp_path / "spans.svg").read_text(encoding="utf-8") == figure.FILE.read_text(encoding="utf-8")
+    assert figure.FILE.stat().st_size < 100_000

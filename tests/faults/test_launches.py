@@ -144,7 +144,7 @@ def test_a_signal_ends_everything_and_leaves_nothing(
     process.send_signal(number)
     out, err = process.communicate(timeout=SECONDS)
     assert (process.returncode, out) == (128 + number, "")
-    assert "What is finished is kept; the same command goes on from there." in err
+    assert "What is finished is kept; the same command continues from there." in err
     assert "Traceback" not in err
     until(lambda: not any(map(is_running, others)), "a process goes on")
     assert not (store / "tmp").exists()

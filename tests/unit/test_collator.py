@@ -128,7 +128,7 @@ def test_micro_batch_is_the_largest_divisor_that_fits(max_tokens: int, world_siz
 
 
 def test_step_that_cannot_be_dealt_evenly_is_refused() -> None:
-    with pytest.raises(UserError, match="16 pairs of a step cannot be dealt evenly to 3 processes"):
+    with pytest.raises(UserError, match="16 pairs of a step cannot be divided evenly over 3 processes"):
         micro_batch_size(LENGTHS, rows=2, per_step=16, world_size=3, max_tokens=1)
 
 

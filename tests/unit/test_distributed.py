@@ -1,6 +1,5 @@
 """Scoring and training in several processes give the results of one process."""
 
-import math
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -120,10 +119,24 @@ def test_an_interrupted_training_of_two_processes_goes_on_bit_for_bit(launched: 
     assert states == [f"stopped/checkpoint-4/rng_state_{rank}.pth" for rank in (0, 1)]
 
 
-def test_a_loss_that_is_no_number_is_seen_in_a_sum_over_processes(found: dict[str, Found]) -> None:
-    for of_rank in found["trainings"].ranks:
-        assert not any(math.isnan(value) for entry in of_rank["full"]["fit"]["history"] for value in entry.values())
-        assert all(math.isnan(entry["loss"]) for entry in of_rank["nan"]["fit"]["history"] if "loss" in entry)
+def test_a_signal_to_one_process_stops_all_of_them_after_a_state_and_a_damaged_state_is_used_by_none(
+    launched: Path, found: dict[str, Found]
+) -> None:
+    for rank, straight in enumerate(found["trainings"].ranks):
+        made = torch.load(launched / "signalled" / f"{rank}.pt", weights_only=False)
+        assert made["code"] == 143
+        assert made["states"] == ["checkpoint-3"]
+        assert made["resumed"]["steps"] == [4, 5, 6, 7, 8]
+        assert len(made["afresh"]["notes"]) == (2 if rank == 0 else 0)
+        for name in ("resumed", "afresh"):
+            for key, value in straight["full"]["weights"].items():
+                assert torch.equal(made[name]["weights"][key], value), (name, key)
+
+
+def test_a_loss_that_is_not_finite_in_one_process_stops_both_with_the_same_words(found: dict[str, Found]) -> None:
+    first, second = (of_rank["not finite"] for of_rank in found["trainings"].ranks)
+    assert first == second
+    assert first.startswith("the loss is not finite at step 2 of 2, whose pairs are 'item ")
 
 
 def test_fsdp_is_refused_for_one_process_and_never_replaced(tmp_path: Path) -> None:

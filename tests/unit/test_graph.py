@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from baselines.dpo import DPO, DPOParams
 from ctpd.app import Experiment
 from ctpd.core.errors import DamagedArtifact
 from ctpd.core.store import Store
@@ -225,6 +226,17 @@ CHANGES = {
 def test_a_change_of_a_recipe_rebuilds_exactly_what_depends_on_it(name: str, tmp_path: Path) -> None:
     old, new, kinds = CHANGES[name]
     assert changed_kinds(edited(tmp_path, old, new)) == kinds
+
+
+def test_a_new_parameter_of_a_method_moves_no_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its default is the old behaviour; records list it, and keep their keys too."""
+
+    class Grown(DPOParams):
+        added: int = 3
+
+    before = [stage.key for stage in Graph(Experiment(SMOKE).records).stages]
+    monkeypatch.setattr(DPO, "params_type", Grown)
+    assert [stage.key for stage in Graph(Experiment(SMOKE).records).stages] == before
 
 
 def test_runs_that_are_the_same_training_share_it() -> None:

@@ -1,6 +1,9 @@
 """The store: artifacts appear whole or not at all, and damage is named."""
 
+import errno
 import json
+import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -9,9 +12,10 @@ from pathlib import Path
 import pytest
 
 from ctpd.core.errors import DamagedArtifact, UserError
-from ctpd.core.store import MANIFEST, RESUME_FOLDER, Store, digest_folder
+from ctpd.core.hashes import digest_folder, sha256
+from ctpd.core.store import MANIFEST, RESUME_FOLDER, Store
 
-KEY = "0123456789abcdef"
+KEY = "0123456789abcdef" * 2
 
 
 def commit(store: Store, *, stage: str = "train", key: str = KEY, text: str = "hello") -> Path:
@@ -85,8 +89,11 @@ DAMAGES = {
     "missing": (lambda folder: (folder / "sub" / "file.txt").unlink(), "file.txt is missing"),
     "longer": (lambda folder: (folder / "sub" / "file.txt").write_text("hello!"), "6 bytes instead of 5"),
     "changed": (lambda folder: (folder / "sub" / "file.txt").write_text("hallo"), "contents of sub/file.txt have changed"),
-    "manifest": (lambda folder: (folder / MANIFEST).write_text("{"), "manifest cannot be read"),
-    "manifest without files": (lambda folder: (folder / MANIFEST).write_text("{}"), "manifest cannot be read"),
+    "manifest": (lambda folder: (folder / MANIFEST).write_text("{"), "manifest.json cannot be read"),
+    "manifest without files": (lambda folder: (folder / MANIFEST).write_text("{}"), "manifest.json is not as a build writes it"),
+    "no manifest": (lambda folder: (folder / MANIFEST).unlink(), "manifest.json cannot be read"),
+    "added": (lambda folder: (folder / "sub" / "other").write_text(""), "the file sub/other was added"),
+    "a folder": (lambda folder: shutil.move(folder / "sub" / "file.txt", folder) and (folder / "sub" / "file.txt").mkdir(), "no regular file"),
 }  # fmt: skip
 
 
@@ -102,15 +109,37 @@ def test_damage_is_named_with_path_and_correction(name: str, store: Store) -> No
     assert "--rebuild" in str(caught.value)
 
 
-def test_large_files_are_compared_by_size_on_use_and_by_contents_on_request(
+def test_large_files_are_hashed_once_and_again_when_they_have_changed(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("ctpd.core.store.ALWAYS_HASHED_BYTES", 3)
+    """The state of a file is its size, its times and its inode; `verify` hashes every file."""
+    monkeypatch.setattr("ctpd.core.hashes.REMEMBERED_BYTES", 3)
+    read: list[str] = []
+    monkeypatch.setattr("ctpd.core.hashes.sha256", lambda path: read.append(path.name) or sha256(path))
     folder = commit(store)
+    assert read.count("file.txt") == 1
+    Store(store.root).open("train", KEY)
+    assert read.count("file.txt") == 1
+    store.verify("train", KEY)
+    times = (folder / "sub" / "file.txt").stat()
     (folder / "sub" / "file.txt").write_text("hallo")
-    assert store.open("train", KEY) == folder
+    os.utime(folder / "sub" / "file.txt", ns=(times.st_atime_ns, times.st_mtime_ns))
     with pytest.raises(DamagedArtifact, match="contents"):
-        store.verify("train", KEY)
+        Store(store.root).open("train", KEY)
+    assert read.count("file.txt") == 2
+
+
+def test_a_store_that_cannot_be_written_remembers_no_hashes(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ctpd.core.hashes.REMEMBERED_BYTES", 3)
+    folder = commit(store)
+    next(folder.parent.glob(".*.hashes")).unlink()
+
+    def read_only(*_: object) -> None:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr("os.replace", read_only)
+    assert store.open("train", KEY) == folder
+    assert not list(folder.parent.glob(".*.hashes*"))
 
 
 def test_removing_takes_the_artifact_and_its_partial(store: Store) -> None:
@@ -122,10 +151,10 @@ def test_removing_takes_the_artifact_and_its_partial(store: Store) -> None:
 
 
 def test_find_takes_a_prefix_that_fits_once(store: Store) -> None:
-    commit(store, key="aa11")
-    commit(store, key="aa22", text="longer text")
-    commit(store, stage="pairs", key="bb33")
-    assert store.find("aa1").key == "aa11"
+    commit(store, key=f"{'a' * 31}1")
+    commit(store, key=f"{'a' * 31}2", text="longer text")
+    commit(store, stage="pairs", key="b" * 32)
+    assert store.find("a" * 31 + "1").key == "a" * 31 + "1"
     assert store.find("pairs/b").stage == "pairs"
     with pytest.raises(UserError, match=r"2 artifacts in .* begin with 'aa'"):
         store.find("aa")
@@ -134,9 +163,9 @@ def test_find_takes_a_prefix_that_fits_once(store: Store) -> None:
 
 
 def test_artifacts_are_listed_largest_first(store: Store) -> None:
-    commit(store, key="a", text="x")
-    commit(store, key="b", text="x" * 100)
-    assert [(artifact.key, artifact.bytes) for artifact in store.artifacts()] == [("b", 100), ("a", 1)]
+    commit(store, key="a" * 32, text="x")
+    commit(store, key="b" * 32, text="x" * 100)
+    assert [(artifact.key, artifact.bytes) for artifact in store.artifacts()] == [("b" * 32, 100), ("a" * 32, 1)]
 
 
 def test_one_builder_at_a_time_holds_a_key(store: Store) -> None:
@@ -186,7 +215,7 @@ def test_a_lock_file_is_never_emptied_and_a_link_in_its_place_is_refused(store: 
     (store.root / "train").mkdir(parents=True)
     lock = store.root / "train" / f".{KEY}.lock"
     lock.symlink_to(tmp_path / "precious")
-    with pytest.raises(UserError, match="the lock cannot be taken"), store.lock("train", KEY):
+    with pytest.raises(UserError, match="a symbolic link is in the place"), store.lock("train", KEY):
         pass
     lock.unlink()
     lock.write_text("data")

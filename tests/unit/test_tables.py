@@ -360,16 +360,6 @@ def test_tables_whose_names_differ_in_signs_or_case_keep_files_of_their_own(tmp_
     assert len({path.name.lower() for path in paths}) == len(names) == len(list(tmp_path.iterdir()))
 
 
-def test_a_score_that_is_not_finite_is_shown_missing_and_named() -> None:
-    records = study()
-    records[3] = remeasured(records[3], "Wino", value=None)
-    table = build(records)
-    wino = table.rows[2].cells[1]
-    assert wino is not None
-    assert wino.num_seeds == 1
-    assert "Not finite, and so shown as missing: ctpd (seed 0) on Wino." in " ".join(table.footnotes)
-
-
 def test_rows_for_json_hold_null_where_nothing_was_measured() -> None:
     rows = json_rows(build(study()[:3]))
     assert rows[2]["GSM8K"] is None

@@ -142,13 +142,6 @@ def test_same_seed_gives_the_same_training_bit_for_bit(tmp_path: Path) -> None:
     assert all(torch.equal(value, weights(second)[name]) for name, value in weights(first).items())
 
 
-def test_a_loss_that_is_no_number_is_not_hidden(tmp_path: Path) -> None:
-    rows = rows_for(OBJECTIVES["ctpd"](), 16)
-    assert rows.reference is not None
-    done = train(tiny_model(), tmp_path, rows=dataclasses.replace(rows, reference=np.full_like(rows.reference, np.nan)))
-    assert all(math.isnan(entry["loss"]) for entry in steps_of(done))
-
-
 def own_reference(model: Any, rows: ScoredRows) -> ScoredRows:
     """The model's own unit log-probabilities as its reference."""
     logps = np.zeros(len(rows.input_ids), dtype=np.float32)

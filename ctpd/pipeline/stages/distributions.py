@@ -48,14 +48,10 @@ class DistributionsStage(Stage):
         """Score every response token."""
         from safetensors.numpy import save_file
 
-        from ctpd.pipeline.rows import token_rows
         from ctpd.pipeline.training import scored
 
-        rows = token_rows(self.pairs.read(work), self.config.role)
-        model = self.model.located(work).load_frozen(
-            precision=self.config.precision, device=work.runtime.torch_device()
-        )
-        kept = scored(work, model, rows, self._measure(work))
+        measure = self._measure(work)
+        kept = scored(work, self.model.located(work), self.pairs.read(work), self.config, measure)
         if work.writes:
             save_file(kept, work.folder / DISTRIBUTIONS)
 

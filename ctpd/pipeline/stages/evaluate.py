@@ -10,13 +10,14 @@ from ctpd.core.config import Config
 from ctpd.core.errors import UserError
 from ctpd.core.processes import processes
 from ctpd.core.temporary import temporary_folder
-from ctpd.pipeline.references import LocatedModel, Model, cached_digest
+from ctpd.pipeline.references import LocatedModel, Model, cached_digest, check_unchanged
 from ctpd.pipeline.stage import Part, Stage, Work
 from ctpd.pipeline.stages.world import WorldStage
 from harness.record import ColumnResult
 from harness.suites import Column
 
 RESULT = "result.json"
+_WHOLE = "all"  # instead of the name of a data set: all of a mirror
 _NOT_OF_THE_RESULT = ("name", "folder", "datasets")  # fields of a column that do not change its score
 
 
@@ -72,8 +73,17 @@ class Mirror(Part):
     def of(cls, root: str, column: Column) -> "Mirror":
         """The mirror with digests of the data sets that a column names, or of the whole folder if it names none."""
         folder = Path(root).expanduser()
-        folders = {name: folder / name for name in column.datasets} or {"all": folder}
+        folders = {name: folder / name for name in column.datasets} or {_WHOLE: folder}
         return cls(str(folder), {name: cached_digest(part) for name, part in folders.items() if part.is_dir()})
+
+    def check(self) -> None:
+        """Refuse data that have changed since the plan was made.
+
+        Raises:
+            UserError: they have.
+        """
+        for name, digest in self.digests.items():
+            check_unchanged(Path(self.root) if name == _WHOLE else Path(self.root) / name, digest)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -100,7 +110,10 @@ class EvaluateStage(Stage):
         """The folder that tasks read their data from; None for the hub."""
         if isinstance(self.documents, WorldStage):
             return self.documents.documents(work)
-        return None if self.documents is None else Path(self.documents.root)
+        if self.documents is None:
+            return None
+        self.documents.check()
+        return Path(self.documents.root)
 
     def _evaluate(self, work: Work) -> ColumnResult:
         from harness.evaluate import Documents, Pinned, evaluate_column, evaluate_with_vllm

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from ctpd.pipeline.references import Source, read_tokenizer
-from ctpd.pipeline.sources import read_hub, read_rows
+from ctpd.pipeline.references import Source, changed_since_the_plan, read_tokenizer
+from ctpd.pipeline.sources import file_digest, read_hub, read_rows
 from ctpd.pipeline.stage import Part, Stage, Work
 from ctpd.pipeline.stages.world import WorldStage
 from ctpd.recipe import PlainSpec
@@ -55,8 +55,20 @@ class FilePairs(PairSource):
         return {"sha256": self.digest}
 
     def read(self, work: Work) -> "list[Pair]":
-        """Read the file."""
-        return read_pair_file(Path(self.path).expanduser())
+        """Read the file.
+
+        Raises:
+            UserError: it has changed since the plan was made, or changes while it is read.
+        """
+        path = Path(self.path).expanduser()
+        self._check(path)
+        pairs = read_pair_file(path)
+        self._check(path)
+        return pairs
+
+    def _check(self, path: Path) -> None:
+        if file_digest(path) != self.digest:
+            raise changed_since_the_plan(path)
 
 
 @dataclass(frozen=True)

@@ -4,10 +4,12 @@ import json
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from ctpd.core.config import to_plain
+from ctpd.pipeline.methods import Method
 from ctpd.pipeline.runtime import provenance
-from ctpd.pipeline.stage import Stage, Work
+from ctpd.pipeline.stage import Part, Stage, Work
 from ctpd.pipeline.stages.evaluate import EvaluateStage
 from ctpd.pipeline.stages.generate import GenerateStage
 from ctpd.pipeline.stages.pairs import PairsStage
@@ -19,6 +21,30 @@ from harness.record import DataSummary, Provenance, Record, RecordHead, Training
 RECORD = "record.json"
 
 
+@dataclass(frozen=True)
+class Head(Part):
+    """What is known of a run before it is executed.
+
+    Attributes:
+        record: as the record shows it, with all parameters and shared settings.
+        method: the method with its parameters; None for an untrained row.
+    """
+
+    record: RecordHead
+    method: Method | None
+
+    @property
+    def identity(self) -> Any:
+        """The row, and method and shared settings without what is at its default."""
+        head = self.record
+        return {
+            "row": [head.recipe, head.run, head.seed, head.kind, head.suite, head.partial],
+            "method": None if self.method is None else self.method.identity,
+            "tuned": {} if head.method is None else dict(head.method.tuned),
+            "shared": head.shared.digest,
+        }
+
+
 @dataclass(frozen=True, eq=False, kw_only=True)
 class RecordStage(Stage):
     """The head of the record and the measurements of the run's stages."""
@@ -26,7 +52,7 @@ class RecordStage(Stage):
     kind = "record"
     version = 2
 
-    head: RecordHead
+    head: Head
     pairs: PairsStage
     evaluations: Mapping[str, EvaluateStage]
     generated: GenerateStage | None = None
@@ -37,7 +63,7 @@ class RecordStage(Stage):
         """Collect the results and write the record."""
         origin = {**provenance(work.runtime), "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
         Record(
-            **dict(self.head),
+            **dict(self.head.record),
             training=self._training(work),
             weights=None if self.weights is None else self.weights.summary(work),
             data=self._data(work),

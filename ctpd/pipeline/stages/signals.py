@@ -46,12 +46,11 @@ class SignalsStage(Stage):
         from ctpd.pipeline.training import scored
         from ctpd.train.scoring import TOKEN_LOGPS, token_logps
 
-        rows = token_rows(self.pairs.read(work), self.config.role)
-        model = self.model.located(work).load_frozen(
-            precision=self.config.precision, device=work.runtime.torch_device()
-        )
+        prepared = self.pairs.read(work)
+        rows = token_rows(prepared, self.config.role)
+        kept = scored(work, self.model.located(work), prepared, self.config, token_logps)
         logps = np.zeros(len(rows.input_ids), dtype=np.float32)
-        logps[rows.unit >= 0] = scored(work, model, rows, token_logps)[TOKEN_LOGPS]
+        logps[rows.unit >= 0] = kept[TOKEN_LOGPS]
         if work.writes:
             save_file({"logps": logps}, work.folder / SIGNAL)
 

@@ -1,11 +1,12 @@
 """Importance weights of every unit, from the signals of a contrastive pair of models."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ctpd.core.config import Config
+from ctpd.core.errors import NotFinite, listed
 from ctpd.objectives.base import Aggregate, Granularity, Weighting
 from ctpd.ops.weights import Signal, find_strategy
 from ctpd.pipeline.stage import Stage, Work
@@ -59,6 +60,7 @@ class WeightsStage(Stage):
         marks = self._marks(prepared, unit_starts)
         result = self._result(work, prepared, unit_starts, marks)
         values = np.asarray(result.weights.numpy(), dtype=np.float32)
+        refuse_non_finite_weights(values, prepared.pair_ids, unit_starts)
         save_file({"weights": values}, work.folder / WEIGHTS)
         summary = weight_summary(
             result,
@@ -118,6 +120,30 @@ class WeightsStage(Stage):
         marks = np.zeros(int(unit_starts[-1]), dtype=np.int8)
         marks[~end_units(prepared, unit_starts)] = prepared.marks
         return marks
+
+
+def refuse_non_finite_weights(
+    values: "NDArray[np.float32]", pair_ids: Sequence[str], unit_starts: "NDArray[np.int64]"
+) -> None:
+    """Refuse weights that are NaN or infinite, by the ids of their pairs.
+
+    Args:
+        values: one a unit, the units of all rows one after another.
+        pair_ids: pair i has the rows 2 i and 2 i + 1.
+        unit_starts: where the units of each row begin.
+
+    Raises:
+        NotFinite: there is one.
+    """
+    import numpy as np
+
+    if not np.isfinite(values).all():
+        rows = np.searchsorted(unit_starts, np.flatnonzero(~np.isfinite(values)), side="right") - 1
+        names = [pair_ids[pair] for pair in np.unique(rows // 2)]
+        raise NotFinite(
+            f"the importance weights of the pairs {listed(names)} are not finite",
+            fix="Change the weighting's parameters, or correct the contrastive pair of models",
+        )
 
 
 def read_summary(folder: Path) -> WeightsSummary:

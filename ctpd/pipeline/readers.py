@@ -1,0 +1,190 @@
+"""Readers of rows by file format: jsonl, json, csv and parquet. Nothing is guessed, and nothing is lost silently."""
+
+import csv
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ctpd.core.errors import UserError, shortened
+from ctpd.core.userfiles import readable, text_lines
+
+Row = Mapping[str, Any]
+
+LONGEST_FIELD = 2**31 - 1  # characters of a CSV field; Python's own limit is 131,072
+_MARK = "\ufeff"  # byte order mark
+_PARQUET_ROWS = 1024  # rows that are converted at once
+
+
+def read_jsonl(path: Path) -> Iterator[Row]:
+    """An object on each line; empty lines are passed over."""
+    for number, line in enumerate(text_lines(path), start=1):
+        if line.strip():
+            where = f"{path}, line {number}"
+            yield _record(_decode(line.lstrip(_MARK), where), where)  # inside a file that was joined from several
+
+
+def read_json(path: Path) -> Iterator[Row]:
+    """A list of objects."""
+    data = _decode("".join(text_lines(path)), str(path))
+    if not isinstance(data, list):
+        raise UserError("the file is not a list of objects", where=str(path), fix="Give a JSON list, or jsonl")
+    for number, item in enumerate(data):
+        yield _record(item, f"{path}, item {number}")
+
+
+def read_csv(path: Path) -> Iterator[Row]:
+    """Rows by the names of the first line. A cell that is a list of messages as JSON becomes that list."""
+    csv.field_size_limit(LONGEST_FIELD)
+    lines = csv.reader(text_lines(path), strict=True)
+    try:
+        names = next(lines, [])
+        _check_header(names, where=f"{path}, line 1")
+        start = lines.line_num + 1
+        for cells in lines:
+            where, start = f"{path}, line {start}", lines.line_num + 1
+            if not cells:
+                continue
+            if len(cells) != len(names):
+                raise UserError(
+                    f"the row has {len(cells)} cells, and the first line names {len(names)} columns",
+                    where=where,
+                    fix='A text with a comma or a line break is written between quotes, "like, this"',
+                )
+            yield {
+                name: _messages(cell, where=f"{where}, column '{shortened(name)}'")
+                for name, cell in zip(names, cells, strict=True)
+            }
+    except csv.Error as error:
+        raise UserError(
+            f"not valid CSV ({error})",
+            where=f"{path}, line {lines.line_num}",
+            fix='Check the quotes: a text that holds one is written between quotes, and its own are doubled, "like ""this"""',
+        ) from error
+
+
+def read_parquet(path: Path) -> Iterator[Row]:
+    """The rows of a Parquet file; nested messages are lists of objects already."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        with readable(path):
+            table = pq.ParquetFile(path).read()
+    except pa.ArrowException as error:
+        raise UserError(f"this is no parquet file that can be read ({_first_line(error)})", where=str(path)) from error
+    _check_unique(table.column_names, where=str(path))
+    first = 0
+    for batch in table.to_batches(_PARQUET_ROWS):
+        try:
+            rows = batch.to_pylist()
+        except (pa.ArrowException, ValueError, OverflowError) as error:  # UnicodeDecodeError, or a date beyond Python's
+            raise _unreadable_cell(batch, error, path, first) from error
+        yield from rows
+        first += batch.num_rows
+
+
+READERS: Mapping[str, Callable[[Path], Iterator[Row]]] = {
+    ".jsonl": read_jsonl,
+    ".json": read_json,
+    ".parquet": read_parquet,
+    ".csv": read_csv,
+}
+"""By the ending of the file."""
+
+
+def _decode(text: str, where: str) -> Any:
+    try:
+        return json.loads(text, object_pairs_hook=_object)
+    except RecursionError as error:
+        raise UserError("the values are nested too deeply", where=where) from error
+    except _RepeatedKey as error:
+        raise UserError(
+            f"the key {shortened(repr(error.args[0]))} is given twice in one object",
+            where=where,
+            fix="Remove one of the two",
+        ) from error
+    except ValueError as error:
+        raise UserError(f"not valid JSON ({error})", where=where) from error
+
+
+class _RepeatedKey(Exception):
+    """The key that an object of JSON has twice; most readers of JSON keep the last and say nothing."""
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        seen: set[str] = set()
+        for key, _ in pairs:
+            if key in seen:
+                raise _RepeatedKey(key)
+            seen.add(key)
+    return found
+
+
+def _record(item: Any, where: str) -> Row:
+    if not isinstance(item, dict):
+        raise UserError(
+            "the row is not an object with columns", where=where, fix='Write {"prompt": ..., "chosen": ...}'
+        )
+    return item
+
+
+def _check_header(names: Sequence[str], *, where: str) -> None:
+    for mark, what in ((";", "semicolons"), ("\t", "tabs")):
+        if len(names) == 1 and mark in names[0]:
+            raise UserError(f"the columns are separated by {what}", where=where, fix="Save the file with commas")
+    _check_unique(names, where=where)
+
+
+def _check_unique(names: Sequence[str], *, where: str) -> None:
+    seen: set[str] = set()
+    for name in names:
+        if name in seen:
+            raise UserError(f"two columns have the name {shortened(repr(name))}", where=where, fix="Rename one of them")
+        seen.add(name)
+
+
+def _messages(cell: str, *, where: str) -> Any:
+    """The messages that a cell holds as JSON, or the cell's text.
+
+    Raises:
+        UserError: it looks like messages in Python's notation, which spreadsheet exports of data frames have.
+    """
+    text = cell.strip()
+    if not (text.startswith("[") and text.endswith("]") and "role" in text and "content" in text):
+        return cell
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError):
+        inside = text[1:].lstrip()
+        if inside.startswith(("{'role'", "{'content'")):
+            raise UserError(
+                "the cell holds messages in Python's notation, not as JSON",
+                where=where,
+                fix="Write such cells with json.dumps, or save the data as jsonl or Parquet",
+            ) from None
+        return cell
+    is_messages = bool(found) and all(isinstance(item, dict) and {"role", "content"} <= item.keys() for item in found)
+    return found if is_messages else cell
+
+
+def _unreadable_cell(batch: Any, error: Exception, path: Path, first: int) -> UserError:
+    """The error for a batch that does not convert, naming the first cell that does not."""
+    for row in range(batch.num_rows):
+        for name in batch.schema.names:
+            try:
+                batch.column(name)[row].as_py()
+            except Exception as found:
+                what = "is not UTF-8" if isinstance(found, UnicodeDecodeError) else f"cannot be read ({found})"
+                return UserError(
+                    f"the text {what}",
+                    where=f"{path}, row {first + row}, column '{shortened(name)}'",
+                    fix="Write the file again from valid text",
+                )
+    return UserError(f"rows cannot be read ({_first_line(error)})", where=str(path))
+
+
+def _first_line(error: BaseException) -> str:
+    return shortened((str(error).strip().splitlines() or [type(error).__name__])[0], most=200)
