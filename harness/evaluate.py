@@ -23,8 +23,8 @@ from ctpd.core.errors import UserError
 from ctpd.core.temporary import TemporaryFolder
 from harness.backends import SharedContextLM, open_vllm
 from harness.finite import finite_logits, refuse_non_finite
-from harness.isolation import Progress, compiled_templates, dataset_cache, quiet, seeded, shown
-from harness.loading import SEEDS, datasets_of, load_tasks
+from harness.isolation import Progress, compiled_templates, dataset_cache, quiet, sandboxed_templates, seeded, shown
+from harness.loading import SEEDS, datasets_of, find_task, load_tasks
 from harness.record import ColumnResult, DocumentScore, Protocol
 from harness.suites import Column
 
@@ -36,11 +36,13 @@ class Documents(NamedTuple):
         data_root: a mirror of the hub; None takes the hub itself (or the cache of ``datasets``).
         limit: the first so many documents of each task; None takes all.
         chat_template: whether prompts are rendered with the tokenizer's chat template.
+        allow_code: whether the task may run code of its own, or code that a model generates.
     """
 
     data_root: Path | None
     limit: int | None = None
     chat_template: bool = False
+    allow_code: bool = False
 
 
 class Pinned(NamedTuple):
@@ -160,17 +162,18 @@ def evaluate_with_vllm(
 
 def score(lm: LM, column: Column, documents: Documents) -> Scores:
     """Evaluate any lm-eval model on one column; raises as ``evaluate_column``."""
-    _, limit, chat_template = documents
+    _, limit, chat_template, allow_code = documents
     with seeded(torch.device(lm.device or "cpu"), seeds=SEEDS), quiet("lm_eval"):
-        kept = _kept(column, data_root=documents.data_root)
+        kept = _kept(column, data_root=documents.data_root, allow_code=allow_code)
         loaded = kept.ready(limit=limit, chat_template=chat_template)
-        with kept.dataset_cache(), compiled_templates():
+        with kept.dataset_cache(), sandboxed_templates(), compiled_templates():
             results = run_lm_eval(
                 lm,
                 loaded,
                 limit=limit,
                 bootstrap_iters=1000,  # only metrics without a closed form draw; the means of our suites have one
                 apply_chat_template=chat_template,
+                confirm_run_unsafe_code=allow_code,
                 fewshot_as_multiturn=True,  # the default of lm-eval's entry point; acts with a chat template only
             )
         kept.prompts = None if chat_template else (limit,)
@@ -235,14 +238,24 @@ def _check_template(tokenizer: PreTrainedTokenizerBase, documents: Documents) ->
         raise UserError("the tokenizer has no chat template", fix="Evaluate with `chat_template: false`")
 
 
-def check_column(column: Column, *, data_root: Path | None) -> None:
+def check_column(column: Column, *, data_root: Path | None, allow_code: bool = False) -> None:
     """Build the tasks of a column, and keep them: so that missing data is reported before hours of training, not after.
 
     Raises:
         UserError: as ``load_tasks``.
     """
     with quiet("lm_eval"):
-        _kept(column, data_root=data_root)
+        _kept(column, data_root=data_root, allow_code=allow_code)
+
+
+def check_code(column: Column) -> None:
+    """Refuse a column whose task runs code, without loading it.
+
+    Raises:
+        UserError: it does, or there is no such task.
+    """
+    with quiet("lm_eval"):
+        find_task(column, allow_code=False)
 
 
 @dataclass(eq=False)
@@ -286,16 +299,16 @@ _KEPT: dict[Any, _Kept] = {}
 MAX_KEPT = 8
 
 
-def _kept(column: Column, *, data_root: Path | None) -> _Kept:
+def _kept(column: Column, *, data_root: Path | None, allow_code: bool) -> _Kept:
     """The column's tasks, loaded once in a process for each state of the files; raises as ``load_tasks``."""
-    key = column, _state(column, data_root)
+    key = column, allow_code, _state(column, data_root)
     if key not in _KEPT:
         cache = None if data_root is None else TemporaryFolder("datasets")
         new = _Kept(None, None if cache is None else str(cache.path))
         if cache is not None:
             weakref.finalize(new, cache.remove)  # at the end of the process at last
         with new.dataset_cache():
-            new.tasks = load_tasks(column, data_root=data_root)
+            new.tasks = load_tasks(column, data_root=data_root, allow_code=allow_code)
         while len(_KEPT) >= MAX_KEPT:
             del _KEPT[next(iter(_KEPT))]
         _KEPT[key] = new

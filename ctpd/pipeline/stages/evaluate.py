@@ -36,6 +36,8 @@ class Protocol(Config):
     """What computes the scores."""
     lm_eval: str
     """The version of lm-eval."""
+    allow_code: bool = False
+    """Whether the task may run code of its own, or code that a model generates."""
 
 
 @dataclass(frozen=True)
@@ -119,7 +121,12 @@ class EvaluateStage(Stage):
         from harness.evaluate import Documents, Pinned, evaluate_column, evaluate_with_vllm
 
         protocol, located, column = self.protocol, self.model.located(work), self.task.column
-        documents = Documents(self._root(work), limit=protocol.limit, chat_template=protocol.chat_template)
+        documents = Documents(
+            self._root(work),
+            limit=protocol.limit,
+            chat_template=protocol.chat_template,
+            allow_code=protocol.allow_code,
+        )
         tokenizer = located.load_tokenizer()
         if protocol.backend == "vllm":
             if processes().world_size > 1:
