@@ -4,11 +4,10 @@ Shape legend: R rows of a batch, T tokens of the longest row, N scored tokens, H
 """
 
 import contextlib
-import importlib.util
 import json
 import math
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,15 +18,14 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
-    AutoModelForCausalLM,
     AutoTokenizer,
-    BitsAndBytesConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
 )
 from transformers.utils.logging import disable_progress_bar
 
+from ctpd.checkpoints import asks_for_code, custom_code, first_line, four_bits, load_checkpoint
 from ctpd.core.errors import NotFinite, UserError
 from ctpd.core.temporary import temporary_folder
 from ctpd.ops.logit_rows import Head, LogitRows, is_sharded
@@ -172,7 +170,7 @@ def find_tokenizer(location: str) -> PreTrainedTokenizerBase:
         try:
             return PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_file(str(path)))
         except Exception as error:  # the tokenizers library raises plain Exceptions
-            raise UserError(f"the file is no tokenizer.json ({_first_line(error)})", where=location, fix=fix) from error
+            raise UserError(f"the file is no tokenizer.json ({first_line(error)})", where=location, fix=fix) from error
     name, _, revision = (str(path), "", "") if path.exists() else location.partition("@")
     return _fast_tokenizer(name, revision=revision or None, where=location, fix=fix)
 
@@ -186,8 +184,8 @@ def _fast_tokenizer(
         )
     except (OSError, ValueError) as error:
         if asks_for_code(error):
-            raise _custom_code("tokenizer", where) from error
-        raise UserError(f"no tokenizer could be loaded ({_first_line(error)})", where=where, fix=fix) from error
+            raise custom_code("tokenizer", where) from error
+        raise UserError(f"no tokenizer could be loaded ({first_line(error)})", where=where, fix=fix) from error
     if not tokenizer.is_fast:
         raise UserError("the tokenizer is a slow one, which has no character offsets", where=where, fix=fix)
     return tokenizer
@@ -216,8 +214,8 @@ def load_model(
                 folder, adapters=adapters, precision="bfloat16", device="cpu", revision=revision
             ).save_pretrained(merged)
             return load_model(merged, precision=precision, device=device)
-    options = _four_bits(device) if precision == "4bit" else {"dtype": DTYPES[precision]}
-    model = _checkpoint(str(folder), revision=revision, options=options)
+    options = four_bits(device) if precision == "4bit" else {"dtype": DTYPES[precision]}
+    model = load_checkpoint(str(folder), revision=revision, options=options)
     for adapter in adapters:
         with _peft_on_transformers():
             model = PeftModel.from_pretrained(model, str(adapter)).merge_and_unload()
@@ -235,99 +233,10 @@ def load_model(
     return model
 
 
-def _checkpoint(folder: str, *, revision: str | None, options: Mapping[str, Any]) -> PreTrainedModel:
-    """The model of a checkpoint, with all of its weights and without dropout."""
-    try:
-        config = AutoConfig.from_pretrained(folder, revision=revision, trust_remote_code=False)
-        _no_dropout(config)
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            folder,
-            config=config,
-            revision=revision,
-            trust_remote_code=False,
-            use_safetensors=True,
-            output_loading_info=True,
-            **options,
-        )
-    except (OSError, ValueError, KeyError) as error:
-        if asks_for_code(error):
-            raise _custom_code("model", folder) from error
-        raise UserError(
-            f"no causal language model could be loaded ({_first_line(error)})",
-            where=folder,
-            fix="Give a directory with config.json and safetensors weights, or a hub id with its revision",
-        ) from error
-    model: PreTrainedModel
-    model, found = loaded  # with `output_loading_info` the library returns both
-    _check_weights(found, where=folder)
-    return model
-
-
-def asks_for_code(error: BaseException) -> bool:
-    """Whether a library refused to load something because it comes with Python code of its own."""
-    return "custom code" in str(error) or "remote_code" in str(error)
-
-
-def _custom_code(what: str, where: str) -> UserError:
-    return UserError(
-        f"the {what} comes with Python code of its own (`auto_map` in its configuration), and ctpd runs no such code",
-        where=where,
-        fix="Use a model whose class is part of transformers",
-    )
-
-
-def _check_weights(found: Mapping[str, Any], *, where: str) -> None:
-    """Refuse a checkpoint that leaves weights of its model unset: the library would draw them at random.
-
-    Args:
-        found: what `from_pretrained` says of its loading.
-        where: the checkpoint.
-    """
-    missing = sorted({*found["missing_keys"], *(key for key, *_ in found["mismatched_keys"])})
-    if missing:
-        raise UserError(
-            f"the checkpoint lacks {len(missing)} of the model's weights, or has them in another shape: {_some(missing)}",
-            where=where,
-            fix="Bring the whole checkpoint; with a missing weight every load would give another model",
-        )
-    if unexpected := sorted(found["unexpected_keys"]):
-        warnings.warn(
-            f"{where}: the checkpoint holds weights that the model does not use: {_some(unexpected)}", stacklevel=3
-        )
-
-
-def _some(names: Sequence[str], *, most: int = 5) -> str:
-    more = len(names) - most
-    return ", ".join(names[:most]) + (f" and {more} more" if more > 0 else "")
-
-
-def _four_bits(device: str) -> dict[str, Any]:
-    """How the library loads weights as QLoRA has them (Dettmers et al. 2023)."""
-    if importlib.util.find_spec("bitsandbytes") is None:
-        raise UserError(
-            "`lora.base: 4bit` needs bitsandbytes, which is not installed",
-            fix="Install it, `pip install 'ctpd[quantization]'`, or take `base: bfloat16`",
-        )
-    quantized = BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=torch.bfloat16,
-    )
-    return {"dtype": torch.bfloat16, "quantization_config": quantized, "device_map": {"": device}}
-
-
 def model_sizes(folder: str | Path, *, revision: str | None = None) -> tuple[int, int]:
     """(columns of the logits, hidden size) of a model, from its configuration alone."""
     config = AutoConfig.from_pretrained(str(folder), revision=revision, trust_remote_code=False).get_text_config()
     return config.vocab_size, config.hidden_size
-
-
-def _no_dropout(config: Any) -> None:
-    for part in {id(c): c for c in (config, config.get_text_config())}.values():
-        for name, value in vars(part).items():
-            if name.endswith(("dropout", "pdrop")) and isinstance(value, float) and value > 0:
-                setattr(part, name, 0.0)
 
 
 def add_lora(model: PreTrainedModel, *, r: int, alpha: int, targets: str | Sequence[str], seed: int) -> PeftModel:
@@ -421,7 +330,3 @@ def parameter_counts(model: nn.Module) -> tuple[int, int]:
 def weight_mebibytes(model: nn.Module) -> float:
     """Memory of the weights in MiB."""
     return math.fsum(p.numel() * p.element_size() for p in model.parameters()) / 2**20
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__

@@ -1,7 +1,7 @@
 """Errors that the command line prints as one paragraph: `UserError` for wrong input (exit code 2), `CtpdError` otherwise (1)."""
 
 import difflib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 
 class CtpdError(Exception):
@@ -38,12 +38,6 @@ class DamagedArtifact(UserError):
 
 class NotFinite(UserError):
     """A number that a model, a training or an evaluation gave is NaN or infinite: nothing is made of it."""
-
-
-def listed(names: Sequence[str], *, most: int = 8) -> str:
-    """The names for a sentence: ``'a', 'b' and 7 more``."""
-    shown = ", ".join(f"'{name}'" for name in names[:most])
-    return shown if len(names) <= most else f"{shown} and {len(names) - most} more"
 
 
 def _sentence(text: str) -> str:
