@@ -6,13 +6,14 @@ The tasks of a column are loaded once in a process, for all models that are eval
 import contextlib
 import time
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version as installed_version
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
+from jinja2.exceptions import TemplateError
 from lm_eval.api.model import LM
 from lm_eval.evaluator import evaluate as run_lm_eval
 from lm_eval.utils import hash_string
@@ -21,12 +22,15 @@ from transformers import PreTrainedTokenizerBase
 
 from ctpd.core.errors import UserError
 from ctpd.core.temporary import TemporaryFolder
+from ctpd.text.limited import LimitReached, interrupted, limited
 from harness.backends import SharedContextLM, open_vllm
 from harness.finite import finite_logits, refuse_non_finite
 from harness.isolation import Progress, compiled_templates, dataset_cache, quiet, sandboxed_templates, seeded, shown
 from harness.loading import SEEDS, datasets_of, find_task, load_tasks
 from harness.record import ColumnResult, DocumentScore, Protocol
 from harness.suites import Column
+
+_NO_TEMPLATE = "Evaluate with `chat_template: false`"
 
 
 class Documents(NamedTuple):
@@ -166,7 +170,8 @@ def score(lm: LM, column: Column, documents: Documents) -> Scores:
     with seeded(torch.device(lm.device or "cpu"), seeds=SEEDS), quiet("lm_eval"):
         kept = _kept(column, data_root=documents.data_root, allow_code=allow_code)
         loaded = kept.ready(limit=limit, chat_template=chat_template)
-        with kept.dataset_cache(), sandboxed_templates(), compiled_templates():
+        template = _limited_template(lm) if chat_template else contextlib.nullcontext()
+        with kept.dataset_cache(), sandboxed_templates(), compiled_templates(), template:
             results = run_lm_eval(
                 lm,
                 loaded,
@@ -234,8 +239,43 @@ def _result(column: Column, documents: Documents, scores: Scores, computed: Comp
 
 
 def _check_template(tokenizer: PreTrainedTokenizerBase, documents: Documents) -> None:
-    if documents.chat_template and tokenizer.chat_template is None:
-        raise UserError("the tokenizer has no chat template", fix="Evaluate with `chat_template: false`")
+    """Refuse a template that is missing, or that does not come to an end on a short conversation."""
+    if not documents.chat_template:
+        return
+    if tokenizer.chat_template is None:
+        raise UserError("the tokenizer has no chat template", fix=_NO_TEMPLATE)
+
+    def render(_row: int) -> tuple[()]:
+        with contextlib.suppress(TemplateError, TypeError, ValueError):  # the documents may be what it is written for
+            tokenizer.apply_chat_template([{"role": "user", "content": "Hello"}], tokenize=False)
+        return ()
+
+    with _limits_reported():
+        limited(1, render)
+
+
+@contextlib.contextmanager
+def _limits_reported() -> Iterator[None]:
+    try:
+        yield
+    except LimitReached as error:
+        raise UserError(f"the tokenizer's chat template {error.what}", fix=_NO_TEMPLATE) from error
+
+
+@contextlib.contextmanager
+def _limited_template(lm: Any) -> Iterator[None]:
+    """Interrupt the model's chat template where it does not come to an end."""
+    usual = lm.apply_chat_template
+
+    def apply(*args: Any, **options: Any) -> Any:
+        with _limits_reported(), interrupted():
+            return usual(*args, **options)
+
+    lm.apply_chat_template = apply
+    try:
+        yield
+    finally:
+        del lm.apply_chat_template  # the method of the class is seen again
 
 
 def check_column(column: Column, *, data_root: Path | None, allow_code: bool = False) -> None:
