@@ -11,10 +11,11 @@ from ctpd.core.config import nearest
 from ctpd.core.errors import UserError
 from ctpd.core.printing import command
 from ctpd.core.processes import processes
-from ctpd.core.store import Store
+from ctpd.core.store import Artifact, Store
 from ctpd.core.temporary import kept_in
 from ctpd.pipeline.build import build_missing
 from ctpd.pipeline.graph import Graph
+from ctpd.pipeline.notes import refuse_idle
 from ctpd.pipeline.plan import SharedStages
 from ctpd.pipeline.progress import Progress
 from ctpd.pipeline.records import record_head
@@ -56,10 +57,16 @@ class Experiment:
         limit: int | None = None,
     ) -> None:
         self.source, self.limit = str(recipe), limit
+        self.is_narrowed = bool(only or seeds)
         self.recipe = _narrowed(load_recipe(recipe), seeds=seeds, limit=limit, source=self.source)
         self.stages = SharedStages(self.recipe.shared, source=self.source)
         runs = list(plan_runs(self.recipe, self.stages, source=self.source))
         self.runs = _chosen(runs, only, source=self.source)
+
+    @cached_property
+    def whole(self) -> "Experiment":
+        """The same recipe with all of its runs and seeds: what tables are made of, whatever was chosen to be built."""
+        return Experiment(self.source, limit=self.limit) if self.is_narrowed else self
 
     @cached_property
     def suite(self) -> Suite:
@@ -160,9 +167,11 @@ def run(
 
     experiment, artifacts = Experiment(recipe), Store(Path(store))
     runtime = runtime or Runtime.of(experiment.recipe.launch)
+    graph = Graph(experiment.records)
+    refuse_idle(graph)
     experiment.check_suite(artifacts)
     with kept_in(artifacts.root):
-        build_missing(Graph(experiment.records), artifacts, runtime=runtime, progress=Progress(quiet=quiet))
+        build_missing(graph, artifacts, runtime=runtime, progress=Progress(quiet=quiet))
     processes().destroy_process_group()
     columns = [column.name for column in experiment.suite.columns]
     return tables(experiment.recipe, read_records(experiment, artifacts), columns=columns)
@@ -189,7 +198,9 @@ def evaluation_stage(
         title: the model's name in the stage's label.
         world: the testbed whose documents are read; None for the hub, or the mirror that ``spec`` names.
     """
-    mirror = None if spec.data_root is None else spec.data_root
+    documents: WorldStage | Mirror | None = world
+    if world is None and spec.data_root is not None:
+        documents = Mirror.of(spec.data_root, column)
     return EvaluateStage(
         label=f"evaluate: {title} on {column.name}",
         protocol=Protocol(
@@ -201,9 +212,9 @@ def evaluation_stage(
             lm_eval=_lm_eval_version(),
             allow_code=column.task in spec.allow_code,
         ),
-        task=ColumnTask(column),
+        task=ColumnTask.of(column, documents),
         model=model,
-        documents=world if world is not None or mirror is None else Mirror.of(mirror, column),
+        documents=documents,
     )
 
 
@@ -218,14 +229,43 @@ def read_records(experiment: Experiment, store: Store) -> list[Record]:
     Raises:
         UserError: there is none.
     """
-    found = [store.open(stage.kind, stage.key) for stage in experiment.records if store.has(stage.kind, stage.key)]
+    found = _recorded(experiment, store)
     if not found:
-        raise UserError(
-            f"the store {store.root} holds no record of this recipe",
-            where=experiment.source,
-            fix=f"Run `{command('run', experiment.source, store=store.root)}` first, or give another --store",
-        )
-    return [Record.read(folder / RECORD) for folder in found]
+        raise _no_records(experiment, store)
+    return [Record.read(store.open(stage.kind, stage.key) / RECORD) for stage in found]
+
+
+def _recorded(experiment: Experiment, store: Store) -> list[RecordStage]:
+    return [stage for stage in experiment.records if store.has(stage.kind, stage.key)]
+
+
+def _no_records(experiment: Experiment, store: Store) -> UserError:
+    others = [other for other in evaluated_parts(experiment.source, store) if other.limit != experiment.limit]
+    limits = [other.limit for other in others if other.limit is not None and _recorded(other, store)]
+    if limits:
+        words = ["compare", experiment.source, "--limit", str(limits[0])]
+        what = f"the store {store.root} holds records of this recipe that were made with `--limit {limits[0]}` alone"
+        return UserError(what, where=experiment.source, fix=f"Run `{command(*words, store=store.root)}`")
+    return UserError(
+        f"the store {store.root} holds no record of this recipe",
+        where=experiment.source,
+        fix=f"Run `{command('run', experiment.source, store=store.root)}` first, or give another --store",
+    )
+
+
+def evaluated_parts(recipe: str | os.PathLike[str], store: Store) -> list[Experiment]:
+    """The recipe as it is, and with each `--limit` that evaluations in the store were made with."""
+    found = {_limit_of(store, artifact) for artifact in store.artifacts("evaluate")}
+    limits = sorted(limit for limit in found if limit is not None)
+    return [Experiment(recipe), *(Experiment(recipe, limit=limit) for limit in limits)]
+
+
+def _limit_of(store: Store, artifact: Artifact) -> int | None:
+    try:
+        limit = store.manifest(artifact.stage, artifact.key)["identity"]["protocol"].get("limit")
+    except (UserError, LookupError):
+        return None
+    return limit if isinstance(limit, int) else None
 
 
 def missing_runs(experiment: Experiment, store: Store) -> list[PlannedRun]:

@@ -26,8 +26,9 @@ from transformers import (
 from transformers.utils.logging import disable_progress_bar
 
 from ctpd.checkpoints import asks_for_code, custom_code, first_line, four_bits, load_checkpoint
-from ctpd.core.errors import NotFinite, UserError
+from ctpd.core.errors import UserError
 from ctpd.core.temporary import temporary_folder
+from ctpd.ops.finite import refuse_non_finite_weights
 from ctpd.ops.logit_rows import Head, LogitRows, is_sharded
 from ctpd.ops.logps import LogitTransform
 from ctpd.ops.shared_rows import PackedLayout
@@ -222,12 +223,7 @@ def load_model(
     if precision != "4bit":  # `device_map` has put those on the device, and they cannot be moved
         move: Any = model.to  # transformers' wrapper hides the signature of `nn.Module.to`
         move(device)
-    if name := non_finite_weight(model):
-        raise NotFinite(
-            f"the weight {name} of the model holds NaN or infinity",
-            where=str(adapters[-1] if adapters else folder),
-            fix="Give a model whose weights are finite; a training that diverged may have made this one",
-        )
+    refuse_non_finite_weights(model, where=str(adapters[-1] if adapters else folder))
     model.eval()
     install_scorer(model)
     return model
@@ -254,29 +250,6 @@ def _peft_on_transformers() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
         yield
-
-
-def non_finite_weight(model: nn.Module, *, trainable_only: bool = False) -> str | None:
-    """The name of the first parameter that holds NaN or infinity; None if all are finite.
-
-    Of a sharded model only this rank's shards are looked at. Weights of 4 bits are left out, they have no such values.
-    """
-    named = [
-        (name, parameter.detach())
-        for name, parameter in model.named_parameters()
-        if parameter.is_floating_point() and parameter.numel() and (parameter.requires_grad or not trainable_only)
-    ]
-    own = [(name, own_shard(value)) for name, value in named]
-    largest = [(name, torch.linalg.vector_norm(value, torch.inf)) for name, value in own if value.numel()]
-    found = torch.stack([norm.float().cpu() for _, norm in largest]).isfinite().tolist() if largest else []
-    return next((name for (name, _), finite in zip(largest, found, strict=True) if not finite), None)
-
-
-def own_shard(value: Tensor) -> Tensor:
-    """This rank's shard of a tensor that FSDP has sharded; any other tensor as it is."""
-    to_local = getattr(value, "to_local", None)
-    shard: Tensor = value if to_local is None else to_local()
-    return shard
 
 
 def whole_state(model: nn.Module) -> dict[str, Tensor] | None:

@@ -1,6 +1,7 @@
 """From records to the tables, figures and report of a recipe: what `compare` shows. Nothing is computed for it."""
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from ctpd.recipe import Recipe, ablation_run, trials
@@ -25,9 +26,21 @@ def differing_versions(records: Iterable[Record]) -> dict[str, list[str]]:
     return {package: sorted(versions) for package, versions in found.items() if len(versions) > 1}
 
 
-def tables(recipe: Recipe, records: Sequence[Record], *, columns: Sequence[str]) -> list[Table]:
-    """Every table that the recipe declares, from records alone."""
-    return build_tables(records, table_specs(recipe), columns=columns, seeds=recipe.shared.seeds)
+def tables(
+    recipe: Recipe, records: Sequence[Record], *, columns: Sequence[str], only: Sequence[str] | None = None
+) -> list[Table]:
+    """Every table that the recipe declares, from records alone; with ``only``, the rows of these runs alone."""
+    specs = table_specs(recipe)
+    if only is not None:
+        specs = [chosen for spec in specs if (chosen := _chosen(spec, only)).rows]
+    return build_tables(records, specs, columns=columns, seeds=recipe.shared.seeds)
+
+
+def _chosen(spec: TableSpec, only: Sequence[str]) -> TableSpec:
+    """A table with the rows of some runs, without what lies beside them."""
+    rows = tuple((label, run) for label, run in spec.rows if run in only)
+    unranked = tuple(run for run in spec.unranked if run in only)
+    return replace(spec, rows=rows, base=spec.base if spec.base in only else None, unranked=unranked, published=None)
 
 
 def table_specs(recipe: Recipe) -> list[TableSpec]:

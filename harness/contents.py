@@ -197,6 +197,7 @@ def _weight_section(names: Sequence[str], weights: WeightsSummary, seed: int | N
     panels = [_panel("chosen", weights.chosen), _panel("rejected", weights.rejected)]
     facts = [f"{weights.units:,} units, mean weight {weights.mean:.2f}"]
     facts.append(f"clamped: {weights.clamped_low:.1%} below, {weights.clamped_high:.1%} above")
+    facts += [] if weights.note is None else [weights.note]
     areas = {} if weights.auroc is None else {side: area for side, area in weights.auroc if area is not None}
     if areas:
         facts.append("AUROC against the known truth: " + ", ".join(f"{side} {a:.3f}" for side, a in areas.items()))

@@ -29,6 +29,7 @@ from harness.isolation import Progress, compiled_templates, dataset_cache, quiet
 from harness.loading import SEEDS, datasets_of, find_task, load_tasks
 from harness.record import ColumnResult, DocumentScore, Protocol
 from harness.suites import Column
+from harness.task_files import TaskFiles, task_files
 
 _NO_TEMPLATE = "Evaluate with `chat_template: false`"
 
@@ -304,7 +305,7 @@ class _Kept:
 
     Attributes:
         tasks: what ``load_tasks`` gave.
-        folder: the cache of ``datasets`` for a mirror's files, which tasks go on to use; None where they are the hub's.
+        folder: the cache of ``datasets`` for local files, which tasks go on to use; None where they are the hub's.
         prompts: the limit that the tasks' prompts were built for, in a tuple; None if they must be built.
     """
 
@@ -313,7 +314,7 @@ class _Kept:
     prompts: tuple[int | None] | None = None
 
     def dataset_cache(self) -> contextlib.AbstractContextManager[None]:
-        """A cache of its own for a mirror's files; the hub's are cached by revision, where they always are."""
+        """A cache of its own for local files; the hub's are cached by revision, where they always are."""
         return contextlib.nullcontext() if self.folder is None else dataset_cache(self.folder)
 
     def ready(self, *, limit: int | None, chat_template: bool) -> Any:
@@ -343,7 +344,8 @@ def _kept(column: Column, *, data_root: Path | None, allow_code: bool) -> _Kept:
     """The column's tasks, loaded once in a process for each state of the files; raises as ``load_tasks``."""
     key = column, allow_code, _state(column, data_root)
     if key not in _KEPT:
-        cache = None if data_root is None else TemporaryFolder("datasets")
+        local = data_root is not None or bool(_own_files(column, data_root).data)
+        cache = TemporaryFolder("datasets") if local else None
         new = _Kept(None, None if cache is None else str(cache.path))
         if cache is not None:
             weakref.finalize(new, cache.remove)  # at the end of the process at last
@@ -355,13 +357,18 @@ def _kept(column: Column, *, data_root: Path | None, allow_code: bool) -> _Kept:
     return _KEPT[key]
 
 
-def _state(column: Column, data_root: Path | None) -> tuple[tuple[str, int, int], ...] | None:
-    """Path, size and time of each file that a column reads from a mirror."""
+def _state(column: Column, data_root: Path | None) -> tuple[tuple[str, int, int], ...]:
+    """Path, size and time of each file that a column reads from a mirror, or that the user's own task reads."""
+    own = _own_files(column, data_root).state
     if data_root is None:
-        return None
+        return own
     folders = [data_root.resolve() / name for name in column.datasets or datasets_of(column)]
     files = [path for folder in folders for path in sorted(folder.rglob("*")) if path.is_file()]
-    return tuple((str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files)
+    return (*own, *((str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files))
+
+
+def _own_files(column: Column, data_root: Path | None) -> TaskFiles:
+    return task_files(column, base=Path.cwd() if data_root is None else data_root, mirrored=data_root is not None)
 
 
 def _task_hash(samples: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:

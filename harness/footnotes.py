@@ -2,9 +2,10 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 
+from harness.cautions import cautions
 from harness.record import ColumnResult, Record
 from harness.sheet import Row, TableSpec
-from harness.statistics import CONFIDENCE, DRAWS, MIN_SEEDS
+from harness.statistics import CONFIDENCE, DRAWS, LEAST_P, MIN_SEEDS
 
 PARTIAL_MARK = "†"
 
@@ -21,7 +22,7 @@ def footnotes(
         results: one evaluation of each column that some row has; equal in all comparable records.
     """
     yield from _partial(results)
-    yield from _missing(rows, records)
+    yield from _missing(rows)
     yield from _seeds(rows)
     yield _scale(spec, rows)
     yield from _differences(spec, rows)
@@ -29,6 +30,7 @@ def footnotes(
     yield from _protocol(results)
     yield from _truncated(records)
     yield from _not_finite(records)
+    yield from cautions(records)
     if spec.note is not None:
         yield spec.note
 
@@ -43,14 +45,12 @@ def _partial(results: Mapping[str, ColumnResult]) -> Iterator[str]:
         yield f"{PARTIAL_MARK} Partial: evaluated on a part of the documents ({', '.join(parts)})."
 
 
-def _missing(rows: Sequence[Row], records: Sequence[Record]) -> Iterator[str]:
+def _missing(rows: Sequence[Row]) -> Iterator[str]:
     parts = [f"{row.label} (all)" for row in rows if row.missing]
     parts += [f"{row.label} (seed {', '.join(map(str, row.missing_seeds))})" for row in rows if row.missing_seeds]
     parts += [f"{row.label} (some columns)" for row in rows if not row.missing and _incomplete(row)]
     if parts:
-        recipes = {record.recipe: None for record in records}
-        command = f" `ctpd run {next(iter(recipes))}` brings them." if len(recipes) == 1 else ""
-        yield f"Missing: {'; '.join(parts)}.{command}"
+        yield f"Missing: {'; '.join(parts)}. `ctpd compare` names the commands that build them."
 
 
 def _incomplete(row: Row) -> bool:
@@ -92,7 +92,7 @@ def _tests(spec: TableSpec, rows: Sequence[Row]) -> Iterator[str]:
     many = f", with Holm's correction for the {len(compared)} comparisons of this table" if len(compared) > 1 else ""
     yield (
         f"p: two-sided, of no difference of the Average, from the same bootstrap samples (at least "
-        f"{2 / (DRAWS + 1):.4f}){many}."
+        f"{LEAST_P:.4f}; ≤ marks what that bound decides){many}."
     )
     if any(row.seed_difference is not None for row in compared):
         yield (

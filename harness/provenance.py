@@ -3,8 +3,9 @@
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
+from harness.cautions import pairs_text
 from harness.comparability import leaves
-from harness.record import DataSummary, Record
+from harness.record import DataSummary, Record, TrainingSummary
 
 
 class Provenance(NamedTuple):
@@ -29,6 +30,7 @@ def _facts(records: Sequence[Record]) -> Iterator[tuple[str, list[str]]]:
     yield "Suite", _distinct(record.suite for record in records)
     yield "Shared settings", _distinct(record.shared.digest for record in records)
     yield "Pairs", _distinct(_pairs(record.data) for record in records)
+    yield "Pairs left out of each epoch (their step is not full)", _distinct(_left_out(r.training) for r in records)
     yield "Commands", _distinct(one.command for one in made)
     yield "Commits", _distinct(one.commit for one in made)
     yield "Machines", _distinct(one.platform for one in made)
@@ -40,8 +42,13 @@ def _facts(records: Sequence[Record]) -> Iterator[tuple[str, list[str]]]:
 
 
 def _pairs(data: DataSummary) -> str:
-    parts = [f"{count} {reason.replace('_', ' ')}" for reason, count in data.dropped.items() if count]
-    return f"{data.pairs:,}, dropped: {', '.join(parts) or 'none'}"
+    return pairs_text(data.pairs, data.dropped, data.counts)
+
+
+def _left_out(training: TrainingSummary | None) -> str | None:
+    if training is None or not training.left_out or training.items is None:
+        return None
+    return f"{training.left_out:,} of {training.items:,}"
 
 
 def _distinct(values: Iterable[str | None]) -> list[str]:

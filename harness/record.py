@@ -77,6 +77,9 @@ class TrainingSummary(Config):
 
     Attributes:
         history: entries in the order logged.
+        items: training pairs of one epoch; None in records of before.
+        left_out: pairs of each epoch that did not fill a step; None in records of before.
+        note: what a reader should know of the steps: few, or many pairs left out.
         seconds: of the training alone, without loading and evaluation.
         peak_memory_mib: of the GPU; on a CPU of the whole process.
         weights_mib: memory of the model's weights.
@@ -95,6 +98,9 @@ class TrainingSummary(Config):
     objective_parameters: int
     micro_batch: int
     shares_prompts: bool
+    items: int | None = None
+    left_out: int | None = None
+    note: str | None = None
 
 
 class Histogram(Config):
@@ -143,6 +149,7 @@ class WeightsSummary(Config):
     """Importance weights of all units (spans or tokens); end units, whose weight is 1, are left out.
 
     ``clamped_low`` and ``clamped_high`` are shares of the units whose log ratio lies outside the clamps.
+    ``note`` says so where all weights of a response are nearly equal, with the cause.
     """
 
     units: int
@@ -153,6 +160,7 @@ class WeightsSummary(Config):
     rejected: SideWeights
     auroc: Auroc | None = None
     examples: tuple[WeightedPair, ...] = ()
+    note: str | None = None
 
 
 class DataSummary(Config):
@@ -161,7 +169,7 @@ class DataSummary(Config):
     Attributes:
         pairs: of all splits, after dropping.
         dropped: number of pairs by reason.
-        counts: of tokens, spans and span types, by name.
+        counts: of tokens, spans, span types, cut responses and cut prompts, by name; of pairs and cuts of each split.
         generated: outcomes of the responses that a model generated for the row, by name; None if it needed none.
     """
 

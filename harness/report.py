@@ -58,11 +58,11 @@ def _summary(table: Table) -> Iterator[str]:
         if row.difference is not None:
             yield (
                 f"Difference to {table.base_label}: {percent_interval(row.difference)} points (95\N{NO-BREAK SPACE}%), "
-                f"p\N{NO-BREAK SPACE}{_equals(p_text(row.p_value))} after Holm's correction."
+                f"p\N{NO-BREAK SPACE}{_equals(p_text(row.p_value, is_bound=row.p_is_bound))} after Holm's correction."
             )
     if any(row.missing or row.missing_seeds for row in table.rows):
         yield "Some runs are missing: see below the table."
 
 
 def _equals(text: str) -> str:
-    return text if text.startswith("<") else f"=\N{NO-BREAK SPACE}{text}"
+    return text if text.startswith(("<", "≤")) else f"=\N{NO-BREAK SPACE}{text}"

@@ -53,7 +53,8 @@ class Row:
 
     ``seeds`` are those measured, ``missing_seeds`` those that other rows have; a row without any record has
     ``missing`` set. What compares the row with the table's base, None for the base itself: ``difference`` of the Average
-    over documents, ``p_value`` of it with Holm's correction over the table, ``seed_difference`` over seed means,
+    over documents, ``p_value`` of it with Holm's correction over the table (``p_is_bound``: it is no larger, and the bootstrap
+    has too few samples to say how small), ``seed_difference`` over seed means,
     ``differences`` by column, and ``mcnemar`` by column and seed (0/1 scores only; p-values corrected over all of the
     table's tests).
     """
@@ -67,6 +68,7 @@ class Row:
     difference: Interval | None = None
     differences: Mapping[str, Interval] | None = None
     p_value: float | None = None
+    p_is_bound: bool = False
     seed_difference: Interval | None = None
     mcnemar: Mapping[str, Mapping[int | None, McNemar]] | None = None
 

@@ -19,6 +19,9 @@ CONFIDENCE = 0.95
 DRAWS = 5000
 """The end of a 95 % interval moves by about 1/40 of the interval's width from one set of so many draws to another."""
 
+LEAST_P = 2 / (DRAWS + 1)
+"""The smallest p-value that so many draws can show; the true one may be smaller."""
+
 MIN_SEEDS = 5
 """So many seeds make a t-interval over seed means; with fewer it is too wide to say anything (t is 4.3 with three)."""
 

@@ -17,6 +17,7 @@ from harness.published import load_published
 from harness.record import ColumnResult, Record
 from harness.sheet import Cell, Row, Table, TableSpec
 from harness.statistics import (
+    LEAST_P,
     Floats,
     Interval,
     McNemar,
@@ -164,6 +165,8 @@ def _with_differences(rows: Sequence[Row], runs: Runs, base: str | None, columns
         return list(rows)
     found = bootstrap_differences({name: np.stack(values, axis=1) for name, values in per_column.items()})
     p_values, tests, order = holm(found.p_values), _corrected(tests), {run: i for i, run in enumerate(compared)}
+    # What the smallest p-values decide, which are bounds, is a bound as well.
+    least = holm([0.0 if p <= LEAST_P else p for p in found.p_values])
 
     def compare(row: Row) -> Row:
         if (i := order.get(row.run)) is None:
@@ -173,6 +176,7 @@ def _with_differences(rows: Sequence[Row], runs: Runs, base: str | None, columns
             difference=found.average[i],
             differences={name: found.columns[name][i] for name in columns},
             p_value=p_values[i],
+            p_is_bound=least[i] < p_values[i],
             seed_difference=_seed_difference(runs[row.run], runs[base], columns),
             mcnemar=tests[row.run],
         )

@@ -1,26 +1,37 @@
 """The commands about artifacts and the environment: export, store, doctor."""
 
 import contextlib
-import json
 from pathlib import Path
 from typing import Any
 
 import click
 
-from ctpd.cli.options import execution
+from ctpd.cli.options import execution, refuse
+from ctpd.core.printing import json_text
 
 
 @click.command()
 @click.argument("key")
 @click.option("--to", type=click.Path(path_type=Path), required=True, help="The new directory.")
 @click.option("--merge", is_flag=True, help="Merge LoRA adapters into the weights.")
+@click.option(
+    "--with-base", is_flag=True, help="Of a LoRA training, write the model that the adapter belongs to beside it."
+)
+@click.option(
+    "--dtype", type=click.Choice(["float32", "bfloat16"]), help="Number format of the weights [default: as trained]."
+)
 @execution("store")
-def export(key: str, *, to: Path, merge: bool, store: Path) -> None:
-    """Write the trained model KEY (the beginning of a key is enough) as a plain transformers directory."""
-    from ctpd.core.store import Store
-    from ctpd.export import export_model
+def export(key: str, *, to: Path, store: Path, **form: Any) -> None:
+    """Write the trained model KEY (the beginning of a key is enough) as a plain transformers or PEFT directory.
 
-    click.echo(export_model(Store(store), key, to=to, merge=merge))
+    The tokenizer comes with it, and where the recipe has a plain template, that as the tokenizer's chat template.
+    """
+    from ctpd.core.store import Store
+    from ctpd.export import ExportForm, export_model
+
+    if form["merge"]:
+        refuse("with_base", because="with --merge the weights are whole")
+    click.echo(export_model(Store(store), key, to=to, form=ExportForm(**form)))
 
 
 @click.group()
@@ -31,20 +42,22 @@ def store() -> None:
 @store.command()
 @execution("store", "json")
 def du(*, store: Path, as_json: bool) -> None:
-    """List the artifacts and their sizes, largest first."""
+    """List the artifacts, largest first: size, key, and what each is."""
     from ctpd.core.store import Store
+    from ctpd.inspection.artifacts import artifact_label
 
     opened = Store(store)
     opened.check_marked()
-    found = opened.artifacts()
+    found = [(artifact, artifact_label(opened, artifact)) for artifact in opened.artifacts()]
     if as_json:
-        click.echo(json.dumps([{"stage": a.stage, "key": a.key, "bytes": a.bytes} for a in found]))
+        rows = [{"stage": a.stage, "key": a.key, "bytes": a.bytes, "label": label} for a, label in found]
+        click.echo(json_text(rows))
         return
     from ctpd.cli.terminal import rendered, table
 
-    rows = [(_mebibytes(artifact.bytes), f"{artifact.stage}/{artifact.key}") for artifact in found]
-    total = (_mebibytes(sum(a.bytes for a in found)), f"{_counted(len(found), 'artifact')} in {store}")
-    click.echo(rendered(table(["", ""], [*rows, total], right=(0,))))
+    lines = [(_mebibytes(artifact.bytes), f"{artifact.stage}/{artifact.key}", label) for artifact, label in found]
+    total = (_mebibytes(sum(a.bytes for a, _ in found)), f"{_counted(len(found), 'artifact')} in {store}", "")
+    click.echo(rendered(table(["", "", ""], [*lines, total], right=(0,))))
 
 
 def _counted(number: int, noun: str) -> str:
@@ -77,37 +90,45 @@ def rm(keys: tuple[str, ...], *, store: Path) -> None:
 
 @store.command()
 @click.argument("recipes", nargs=-1, required=True)
-@click.option("--dry-run", is_flag=True, help="Only say what would be removed.")
+@click.option("--dry-run", is_flag=True, help="Only list what would be removed.")
 @execution("store")
 def gc(recipes: tuple[str, ...], *, store: Path, dry_run: bool) -> None:
-    """Remove everything that none of RECIPES needs, and what interrupted builds left."""
-    from ctpd.app import plan
+    """Remove everything that none of RECIPES needs, and what interrupted builds left.
+
+    Evaluations and records that `--limit` made of RECIPES are kept.
+    """
+    from ctpd.app import evaluated_parts
+    from ctpd.cli.terminal import rendered, table
     from ctpd.core.store import Store
+    from ctpd.inspection.artifacts import artifact_label
+    from ctpd.pipeline.graph import Graph
 
     opened = Store(store)
     if dry_run:
         opened.check_marked()
     else:
         opened.check_removable()
-    kept = {stage.key for recipe in recipes for stage in plan(recipe).stages}
-    sizes = {(artifact.stage, artifact.key): artifact.bytes for artifact in opened.artifacts()}
+    parts = [part for recipe in recipes for part in evaluated_parts(recipe, opened)]
+    kept = {stage.key for part in parts for stage in Graph(part.records).stages}
+    unneeded = {(a.stage, a.key): (a.bytes, artifact_label(opened, a)) for a in opened.artifacts() if a.key not in kept}
     partials = [(path.parent.name, path.name.removesuffix(".partial")) for path in opened.partials()]
-    num_artifacts, num_partials, num_busy, freed = 0, 0, 0, 0
-    for stage, key in sorted({*sizes, *partials}):
-        if key in kept:
-            continue
+    left = [(stage, key) for stage, key in partials if key not in kept]
+    lines, removed, num_busy = [], set(), 0
+    for stage, key in sorted({*unneeded, *left}):
         with contextlib.nullcontext(True) if dry_run else opened.try_lock(stage, key) as free:
             if not free:
                 num_busy += 1
                 continue
             if not dry_run:
                 opened.remove(stage, key)
-        num_artifacts += (stage, key) in sizes
-        num_partials += (stage, key) in partials
-        freed += sizes.get((stage, key), 0)
-    verb = "Would remove" if dry_run else "Removed"
-    what = f"{_counted(num_artifacts, 'artifact')} and {_counted(num_partials, 'partial build')}"
-    click.echo(f"{verb} {what}, {_mebibytes(freed)}.")
+        size, label = unneeded.get((stage, key), (0, "an interrupted build"))
+        lines.append((_mebibytes(size), f"{stage}/{key}", label))
+        removed.add((stage, key))
+    if lines:
+        click.echo(rendered(table(["", "", ""], lines, right=(0,))))
+    what = f"{_counted(len(removed & {*unneeded}), 'artifact')} and {_counted(len(removed & {*left}), 'partial build')}"
+    freed = sum(size for one, (size, _) in unneeded.items() if one in removed)
+    click.echo(f"{'Would remove' if dry_run else 'Removed'} {what}, {_mebibytes(freed)}.")
     if num_busy:
         click.echo(f"Left {num_busy} that other processes are working on.")
 
@@ -130,7 +151,7 @@ def doctor(*, as_json: bool) -> None:
         "HF_HUB_OFFLINE": os.environ.get("HF_HUB_OFFLINE", "not set"),
     }
     if as_json:
-        click.echo(json.dumps(facts))
+        click.echo(json_text(facts))
         return
     from ctpd.cli.terminal import rendered, table
 

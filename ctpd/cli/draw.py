@@ -1,5 +1,6 @@
 """What `ctpd inspect` prints: spans in colour, summaries, tables in Markdown, histograms of weights."""
 
+import sys
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +11,7 @@ from rich.text import Text
 from ctpd.cli.terminal import columns, heading, indented, rendered, table
 
 if TYPE_CHECKING:
+    from ctpd.inspection.pairs import ReadPair
     from ctpd.inspection.tokenizers import Comparison
 
 COLOURS: Mapping[str, str] = {"1:1": "", "1:n": "cyan", "n:1": "yellow", "n:m": "magenta"}
@@ -19,6 +21,7 @@ _TYPE_MEANINGS = {
     "n:1": "several teacher tokens, one student token",
     "n:m": "several each",
 }
+_END = {False: "bold green", True: "red"}
 _SIDES = ("teacher", "student")
 _BAR = " ▏▎▍▌▋▊▉█"
 _HEIGHTS = " ▁▂▃▄▅▆▇█"
@@ -56,6 +59,35 @@ def _new_rows() -> tuple[Text, Text]:
 
 def _widest(lines: Sequence[Text]) -> int:
     return max(line.cell_len for line in lines) or 1
+
+
+def pair(found: "ReadPair", *, number: int) -> str:
+    """A pair as both models read it; what is scored is green."""
+    rows: list[tuple[Text, ...]] = []
+    for role, sides in found.rows.items():
+        chosen = next(iter(sides.values()))
+        rows.append((Text(role), Text("prompt"), Text(shown(chosen.prompt), style="dim")))
+        for side, row in sides.items():
+            text = Text(shown(row.response), style="green").append(shown(row.between), style="dim")
+            text.append(
+                " no end: the response was cut" if row.end is None else f" {shown(row.end)}",
+                style=_END[row.end is None],
+            )
+            rows.append((Text(), Text(side), text))
+            rows.append((Text(), Text(), Text(f"{row.tokens:,} tokens, {row.scored:,} scored", style="dim")))
+    heads = ["", "", ""]
+    return rendered(heading(f"pair {number}: {found.id} ({found.split})"), table(heads, rows))
+
+
+def pair_legend() -> str:
+    """What the colours of pairs mean."""
+    parts = (
+        Text("scored", style="green"),
+        Text("end token, scored", style=_END[False]),
+        Text("not scored", style="dim"),
+    )
+    note = Text("Of each response the text and, after a space, the end token are scored; of the prompt nothing.")
+    return rendered("", note, *([Text("   ").join(parts)] if sys.stdout.isatty() else []))
 
 
 def legend() -> str:

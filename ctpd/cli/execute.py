@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,11 +10,12 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ctpd.cli.options import prepare
+from ctpd.core.printing import command, json_text, printable
 
 if TYPE_CHECKING:
     from ctpd.app import Experiment
     from ctpd.core.store import Store
-    from ctpd.pipeline.graph import PlanLine
+    from ctpd.pipeline.graph import Graph, PlanLine
     from ctpd.pipeline.stage import Stage
     from ctpd.recipe import LaunchSpec
 
@@ -84,12 +84,14 @@ def execute(targets: "Sequence[Stage]", store: "Store", launch: "LaunchSpec", fl
     from ctpd.core.temporary import kept_in
     from ctpd.pipeline.build import build_missing
     from ctpd.pipeline.graph import Graph
+    from ctpd.pipeline.notes import plan_notes, refuse_idle
     from ctpd.pipeline.progress import Progress
     from ctpd.pipeline.runtime import Runtime
 
     graph = Graph(targets)
+    refuse_idle(graph)
     if flags.plan:
-        _print_plan(graph.plan(store), as_json=flags.as_json)
+        _print_plan(graph.plan(store), [*plan_notes(graph), *_pairs_hint(graph, flags)], as_json=flags.as_json)
         return False
     count = processes_to_start(launch, num_processes=flags.num_processes, jobs=flags.jobs)
     device = _checked_device(flags, count=count)
@@ -129,9 +131,17 @@ def _checked_device(flags: Flags, *, count: int) -> str:
     return flags.usable_device
 
 
-def _print_plan(lines: "Sequence[PlanLine]", *, as_json: bool) -> None:
+def _pairs_hint(graph: "Graph", flags: Flags) -> list[str]:
+    """Where to see what each model will read, of a recipe with pairs."""
+    recipe = click.get_current_context().params.get("recipe")
+    if recipe is None or not any(stage.kind == "pairs" for stage in graph.stages):
+        return []
+    return [f"What each model reads of the pairs: {command('inspect', 'pairs', recipe, store=flags.store)}"]
+
+
+def _print_plan(lines: "Sequence[PlanLine]", notes: Sequence[str], *, as_json: bool) -> None:
     if as_json:
-        click.echo(json.dumps([{"stage": x.kind, "label": x.label, "key": x.key, "hit": x.hit} for x in lines]))
+        click.echo(json_text([{"stage": x.kind, "label": x.label, "key": x.key, "hit": x.hit} for x in lines]))
         return
     from rich.text import Text
 
@@ -141,4 +151,5 @@ def _print_plan(lines: "Sequence[PlanLine]", *, as_json: bool) -> None:
     rows = [(states[line.hit], line.key[:12], line.label) for line in lines]
     click.echo(rendered(table(["", "key", "stage"], rows)))
     hits = sum(line.hit for line in lines)
-    click.echo(f"\n{len(lines)} stages: {hits} hits, {len(lines) - hits} misses. Nothing was run.")
+    click.echo("\n" + "".join(f"Note: {printable(note)}\n" for note in notes), nl=False)
+    click.echo(f"{len(lines)} stages: {hits} hits, {len(lines) - hits} misses. Nothing was run.")

@@ -1,12 +1,12 @@
-"""The command group `inspect`: aligned spans, tokenizers and weights."""
+"""The command group `inspect`: pairs, aligned spans, tokenizers and weights."""
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from ctpd.cli.options import Decorator, execution, prepare, refuse
+from ctpd.core.printing import json_text
 
 if TYPE_CHECKING:
     from ctpd.core.store import Store
@@ -16,7 +16,7 @@ _SHOWN = 3
 
 @click.group()
 def inspect() -> None:
-    """Show aligned spans, tokenizers and weights.
+    """Show pairs as models read them, aligned spans, tokenizers and weights.
 
     A TOKENIZER is a folder with a tokenizer.json, such a file, or a hub id, `name@revision` to pin it. The teacher's
     comes first.
@@ -70,7 +70,7 @@ def spans(
     if html is not None:
         _write(html, page.spans_page(found, drawn, teacher=teacher, student=student))
     if as_json:
-        click.echo(json.dumps({**found.plain(), "drawn": drawn}, ensure_ascii=False))
+        click.echo(json_text({**found.plain(), "drawn": drawn}))
         return
     for number, text in enumerate(drawn, start=1):
         click.echo(draw.spans(text, title=f"text {number}") + "\n")
@@ -105,9 +105,31 @@ def tokenizers(
     found = compare_tokenizers(given, teacher=sides[0], student=sides[1])
     facts = vocabulary_facts(teacher=sides[0], student=sides[1])
     if as_json:
-        click.echo(json.dumps({**found.plain(), "vocabularies": facts}, ensure_ascii=False))
+        click.echo(json_text({**found.plain(), "vocabularies": facts}))
         return
     click.echo(draw.markdown(found, facts, teacher=teacher, student=student))
+
+
+@inspect.command()
+@click.argument("recipe")
+@click.option("--show", type=click.IntRange(min=1), default=_SHOWN, show_default=True, help="So many pairs.")
+@execution("store", "offline", "json")
+def pairs(recipe: str, *, show: int, store: Path, offline: bool, as_json: bool) -> None:
+    """The first pairs of RECIPE as each model reads them: prompt, responses, end, and what of it is scored."""
+    prepare(offline=offline)
+    import dataclasses
+
+    from ctpd.app import Experiment
+    from ctpd.cli import draw
+    from ctpd.core.store import Store
+    from ctpd.inspection.pairs import read_pairs
+
+    found = read_pairs(Experiment(recipe).stages.pairs, Store(store), show=show, source=recipe)
+    if as_json:
+        click.echo(json_text([dataclasses.asdict(pair) for pair in found]))
+        return
+    click.echo("\n\n".join(draw.pair(pair, number=number) for number, pair in enumerate(found, start=1)))
+    click.echo(draw.pair_legend())
 
 
 @inspect.command()
@@ -123,7 +145,7 @@ def weights(recipe: str, *, store: Path, only: tuple[str, ...], seed: tuple[int,
     keys = _weight_keys(recipe, opened, only=only, seed=seed)
     found = {", ".join(names): inspect_weights(opened, key) for key, names in keys.items()}
     if as_json:
-        click.echo(json.dumps(found))
+        click.echo(json_text(found))
         return
     click.echo("\n\n".join(draw.weights(title, one) for title, one in found.items()))
 
@@ -140,7 +162,7 @@ def _weight_keys(recipe: str, store: "Store", *, only: tuple[str, ...], seed: tu
         except UserError as error:
             raise UserError(
                 f"'{recipe}' is no recipe and no key of importance weights in {store.root}",
-                fix="Give a shipped recipe, a path, or the beginning of a key from `ctpd store du`",
+                fix=f"Give a shipped recipe, a path, or the beginning of a key from `{command('store', 'du', store=store.root)}`",
             ) from error
         if artifact.stage != "weights":
             raise UserError(f"the artifact holds no importance weights but {artifact.stage}", where=str(artifact.path))

@@ -16,6 +16,7 @@ import click
 from ctpd.cli.children import ending, start_own
 from ctpd.cli.options import visible_gpu
 from ctpd.core.errors import CtpdError, UserError
+from ctpd.core.printing import printable
 from ctpd.core.processes import RENDEZVOUS, ProcessLost, processes
 from ctpd.core.temporary import temporary_folder
 from ctpd.recipe import LaunchSpec
@@ -192,7 +193,7 @@ def helpers(argv: Sequence[str], *, jobs: int, device: str, quiet: bool) -> Iter
                 yield
                 early = [(number, code) for number, helper in enumerate(started, start=1) if (code := helper.poll())]
                 for number, code in [] if quiet else early:
-                    said = _last_line(_log(folder, number), code)
+                    said = printable(_last_line(_log(folder, number), code))
                     click.echo(f"Note: a helper of `--jobs` ended early. {said}", err=True)
         finally:
             torch.set_num_threads(threads)

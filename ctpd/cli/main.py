@@ -33,7 +33,7 @@ SUMMARIES = {
     "compare": "Write the tables and the report from the records.",
     "recipes": "List the shipped recipes.",
     "init": "Write a recipe for your own pair of models and data.",
-    "inspect": "Show aligned spans, tokenizers and weights.",
+    "inspect": "Show pairs, aligned spans, tokenizers and weights.",
     "export": "Write a trained model as a plain transformers directory.",
     "store": "List and remove artifacts: du, rm, gc.",
     "doctor": "Check the environment and say what to do.",

@@ -1,8 +1,7 @@
 """The commands about recipes: run, train, eval, compare, recipes, init."""
 
-import json
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,12 +10,11 @@ import click
 from ctpd.cli.execute import RUNNING, Flags, execute, opened, prepared
 from ctpd.cli.launch import started_by_user
 from ctpd.cli.options import execution, given, refuse
-from ctpd.core.printing import command, printable
+from ctpd.cli.tables import Shown, show_chosen, show_tables
+from ctpd.core.printing import command, json_text
 
 if TYPE_CHECKING:
-    from ctpd.app import Experiment
     from ctpd.core.store import Store
-    from ctpd.pipeline.runs import PlannedRun
     from ctpd.pipeline.stage import Stage
     from harness.record import ColumnResult
 
@@ -27,14 +25,18 @@ _OF_A_MODEL = ("suite", "data_root", "precision", "batch_size", "chat_template")
 @click.argument("recipe")
 @execution(*RUNNING)
 def run(recipe: str, **values: Any) -> None:
-    """Train, evaluate and compare everything in RECIPE that is missing; print the main table."""
+    """Train, evaluate and compare everything in RECIPE that is missing; print the main table.
+
+    --only and --seed choose what is built; the tables show all runs that there are. Tables of a --limit have a folder of
+    their own.
+    """
     flags = prepared(**values)
     refuse_with_plan(flags)
     experiment, store = opened(recipe, flags)
     if not flags.plan and started_by_user():
         experiment.check_suite(store)
     if execute(experiment.records, store, experiment.recipe.launch, flags):
-        _print_tables(experiment, store, formats=("txt",), as_json=flags.as_json, first_only=True)
+        show_tables(experiment, store, Shown(as_json=flags.as_json, main_only=True))
 
 
 @click.command()
@@ -51,7 +53,7 @@ def train(recipe: str, **values: Any) -> None:
         {"run": run.name, "seed": run.seed, "key": getattr(run.model.newest, "key", None)} for run in experiment.runs
     ]
     if flags.as_json:
-        click.echo(json.dumps(trained))
+        click.echo(json_text(trained))
         return
     from ctpd.cli.terminal import rendered, table
 
@@ -129,12 +131,20 @@ def refuse_with_plan(flags: Flags) -> None:
 )
 @execution("store", "only", "seed", "limit", "json")
 def compare(recipe: str, *, formats: tuple[str, ...], to: Path | None, **values: Any) -> None:
-    """Write every table of RECIPE in every format, and the report, from records alone; print one format."""
+    """Write every table of RECIPE in every format, and the report, from records alone; print one format.
+
+    With --only or --seed, print the tables of these rows alone, and write nothing.
+    """
     flags = prepared(**values)
     if flags.as_json and given("formats"):
         raise click.UsageError("--format does nothing here: --json prints JSON.")
+    shown = Shown(formats=formats, as_json=flags.as_json)
     experiment, store = opened(recipe, flags)
-    _print_tables(experiment, store, formats=formats, as_json=flags.as_json, to=to)
+    if experiment.is_narrowed:
+        refuse("to", because="--only and --seed show a part of the tables, and write nothing")
+        show_chosen(experiment, store, shown)
+    else:
+        show_tables(experiment, store, shown, to=to)
 
 
 @click.command()
@@ -152,7 +162,7 @@ def recipes(*, schema: bool, as_json: bool) -> None:
         return
     found = {name: load_recipe(name).about for name in shipped_recipes()}
     if as_json:
-        click.echo(json.dumps(found))
+        click.echo(json_text(found))
         return
     from ctpd.cli.terminal import rendered, table
 
@@ -173,61 +183,16 @@ def init(teacher: str, student: str, data: Path, to: Path) -> None:
     click.echo(f"Wrote {to}. Read it through, then: {shlex.join(['ctpd', 'run', str(to), '--plan'])}")
 
 
-def _print_tables(
-    experiment: "Experiment",
-    store: "Store",
-    *,
-    formats: Sequence[str],
-    as_json: bool,
-    first_only: bool = False,
-    to: Path | None = None,
-) -> None:
-    """Write every table and the report, print all tables or the main one; with ``to`` write the records too."""
-    from ctpd import app
-    from harness import comparison
-    from harness.files import file_stem
-    from harness.formats import FORMATS, json_rows
-
-    records = app.read_records(experiment, store)
-    for package, versions in comparison.differing_versions(records).items():
-        click.echo(f"Warning: the records were made with {package} {' and '.join(versions)}.", err=True)
-    for lost in app.missing_runs(experiment, store):
-        click.echo(f"Missing: {printable(lost.title)}. To build it: {_building(experiment, lost, store)}", err=True)
-    made = comparison.tables(experiment.recipe, records, columns=[c.name for c in experiment.suite.columns])
-    folder = (store.root / "tables" if to is None else to) / file_stem(experiment.recipe.name)
-    written = comparison.write_tables(made, folder)
-    report = comparison.write_report(experiment.recipe, made, records, folder)
-    if not first_only:  # `run` leaves them to `compare`: they take longer than everything else that it prints
-        comparison.write_figures(made, records, folder)
-    if to is not None:
-        comparison.write_records(records, folder / "records")
-    if as_json:
-        click.echo(json.dumps({table.spec.name: json_rows(table) for table in made}, allow_nan=False))
-        return
-    for kind in formats:
-        click.echo("\n\n".join(FORMATS[kind](table) for table in (made[:1] if first_only else made)))
-    names = [path.name for path in written] + ([] if first_only else [f"{comparison.FIGURES}/"])
-    click.echo(f"\nWritten to {folder}: {', '.join(names)}\nReport: {report}")
-
-
-def _building(experiment: "Experiment", lost: "PlannedRun", store: "Store") -> str:
-    """The command that builds the record of one run."""
-    words = ["run", experiment.source, "--only", lost.name]
-    words += [] if lost.seed is None else ["--seed", str(lost.seed)]
-    words += [] if experiment.limit is None else ["--limit", str(experiment.limit)]
-    return command(*words, store=store.root)
-
-
 def _print_scores(named: "Mapping[str, Mapping[str, Stage]]", store: "Store", *, as_json: bool) -> None:
     from ctpd.pipeline.stages.evaluate import read_result
 
     scores = {
-        title: {name: read_result(store.path(s.kind, s.key)) for name, s in columns.items()}
+        title: {name: read_result(store.open(s.kind, s.key)) for name, s in columns.items()}
         for title, columns in named.items()
     }
     if as_json:
         values = {title: {name: one.value for name, one in columns.items()} for title, columns in scores.items()}
-        click.echo(json.dumps(values, allow_nan=False))
+        click.echo(json_text(values))
         return
     from ctpd.cli.terminal import rendered, table
 

@@ -1,5 +1,7 @@
-"""The recipe that `ctpd init` writes: complete, commented, with the paper's settings as a start."""
+"""The recipe that `ctpd init` writes: complete, commented, with the paper's settings as a start, sized for the data."""
 
+import json
+import math
 import shlex
 from pathlib import Path
 
@@ -8,7 +10,11 @@ import yaml
 from ctpd.core.errors import UserError
 from ctpd.core.names import LONGEST_NAME, unfit_name, unfit_text
 from ctpd.core.printing import printable
+from ctpd.pipeline.sources import count_rows
 from ctpd.recipe.schema import schema_file
+
+PAIRS_PER_STEP, SFT_PAIRS_PER_STEP = 16, 128  # the paper's, where the data are enough
+LEAST_STEPS = 20
 
 _TEMPLATE = """\
 # yaml-language-server: $schema={schema}
@@ -21,30 +27,30 @@ about: {about}
 shared:
   teacher:
 {teacher_model}
-    template: chat  # a base model has none: {{user: "{{content}}\\n", assistant: "{{content}}\\n"}}
-    sft: skip  # an instruct model is fine-tuned already; for a base model give a training like the ones below
-    positive: {{learning_rate: 2e-6, beta: 0.3, epochs: 1, pairs_per_step: 16}}
-    negative: {{learning_rate: 2e-6, beta: 0.3, epochs: 1, pairs_per_step: 16}}
+{teacher_template}
+{teacher_sft}
+    positive: {{learning_rate: 2e-6, beta: 0.3, {schedule}}}
+    negative: {{learning_rate: 2e-6, beta: 0.3, {schedule}}}
   student:
 {student_model}
-    template: chat
-    sft: {{learning_rate: 4e-6, epochs: 1, pairs_per_step: 128}}
-    positive: {{learning_rate: 1e-6, beta: 0.1, epochs: 1, pairs_per_step: 16}}  # for TIS-DPO
-    negative: {{learning_rate: 1e-6, beta: 0.1, epochs: 1, pairs_per_step: 16}}
+{student_template}
+    sft: {{learning_rate: 4e-6, {sft_schedule}}}
+    positive: {{learning_rate: 1e-6, beta: 0.1, {schedule}}}  # for TIS-DPO
+    negative: {{learning_rate: 1e-6, beta: 0.1, {schedule}}}
   data:
-    train: {{path: {data}}}
+    train: {{path: {data}}}  # {counted}
     max_tokens: 512
     max_prompt_tokens: 256
     long_prompt: cut
-  train: {{epochs: 1, pairs_per_step: 16, schedule: cosine, warmup_ratio: 0.1}}  # add lora: {{r: 16, alpha: 32}} to save memory
-  evaluation: {{suite: card, batch_size: 8}}  # offline: data_root, a folder that mirrors the hub
+  train: {{{schedule}, schedule: cosine, warmup_ratio: 0.1}}  # add lora: {{r: 16, alpha: 32}} to save memory
+  evaluation: {{suite: card, batch_size: 8, chat_template: {chat}}}  # offline: data_root, a folder that mirrors the hub
   precision: bfloat16
   seeds: [0]
 untrained: {{Teacher: teacher, Student: student}}
 runs:
   DPO: {{method: dpo, tuned: {{learning_rate: 1e-6, beta: 0.1}}}}
   TIS-DPO: {{method: tis_dpo, tuned: {{learning_rate: 1e-6, beta: 0.1}}}}
-  CTPD: {{method: ctpd, tuned: {{learning_rate: 1e-6, beta: 0.1}}}}
+  CTPD: {{method: ctpd, params: {{k: 1.0, mu: 1.0, lower: -0.5, upper: 1.5}}, tuned: {{learning_rate: 1e-6, beta: 0.1}}}}
 tables:
   main: {{caption: Main results, rows: [Teacher, Student, DPO, TIS-DPO, CTPD], base: DPO}}
 """
@@ -59,7 +65,7 @@ def write_recipe(to: Path, *, teacher: str, student: str, data: Path) -> None:
         data: the pairs.
 
     Raises:
-        UserError: `to` exists, or the data do not.
+        UserError: `to` exists, or the data do not or hold no pair.
     """
     if to.exists():
         raise UserError(f"the file '{to}' exists already", fix="Give another name with --to")
@@ -67,6 +73,12 @@ def write_recipe(to: Path, *, teacher: str, student: str, data: Path) -> None:
         raise UserError(f"the data file '{data}' does not exist", fix="Correct --data")
     if not to.parent.is_dir():
         raise UserError(f"the folder '{to.parent}' does not exist", fix="Make it, or give another name with --to")
+    pairs = count_rows(data)
+    if pairs == 0:
+        raise UserError("the file holds no pair", where=str(data), fix="Correct --data")
+    schedule, sft_schedule = (_schedule(pairs, most=most) for most in (PAIRS_PER_STEP, SFT_PAIRS_PER_STEP))
+    chat = {"teacher": _has_chat_template(teacher), "student": _has_chat_template(student)}
+    sft = "skip  # an instruct model is fine-tuned already; for a base model give a training like the ones below"
     about = f"Preference distillation from {teacher} to {student}."
     text = _TEMPLATE.format(
         schema=_schema(to),
@@ -77,8 +89,51 @@ def write_recipe(to: Path, *, teacher: str, student: str, data: Path) -> None:
         data=_quoted(str(data)),
         teacher_model=_model(teacher),
         student_model=_model(student),
+        teacher_template=_template(chat["teacher"]),
+        student_template=_template(chat["student"]),
+        teacher_sft=f"    sft: {sft}" if chat["teacher"] else f"    sft: {{learning_rate: 4e-6, {sft_schedule}}}",
+        schedule=schedule,
+        sft_schedule=sft_schedule,
+        counted="its rows were not counted: see that a training has enough steps"
+        if pairs is None
+        else f"{pairs:,} pairs",
+        chat="true" if all(chat.values()) else "false",
     )
     to.write_text(text, encoding="utf-8")
+
+
+def _schedule(pairs: int | None, *, most: int) -> str:
+    """Epochs and pairs a step for a file of so many pairs: at least about ``LEAST_STEPS`` steps, where that can be.
+
+    A step has a power of two of pairs, ``most`` at the largest; a twentieth of the pairs may be dropped.
+    """
+    if pairs is None:
+        return f"epochs: 1, pairs_per_step: {most}"
+    usable = max(1, math.floor(0.95 * pairs))
+    per_step = most
+    while per_step > 1 and usable // per_step < LEAST_STEPS:
+        per_step //= 2
+    return f"epochs: {max(1, math.ceil(LEAST_STEPS / (usable // per_step)))}, pairs_per_step: {per_step}"
+
+
+def _template(has_chat: bool) -> str:
+    if has_chat:
+        return "    template: chat"
+    return '    template: {user: "{content}\\n", assistant: "{content}\\n"}  # the model has no chat template'
+
+
+def _has_chat_template(model: str) -> bool:
+    """Whether the files of a local model have a chat template; a hub model is taken to have one."""
+    folder = Path(model).expanduser()
+    if not folder.is_dir():
+        return True
+    config = folder / "tokenizer_config.json"
+    if any((folder / name).exists() for name in ("chat_template.jinja", "chat_template.json")):
+        return True
+    try:
+        return json.loads(config.read_text(encoding="utf-8")).get("chat_template") is not None
+    except (OSError, ValueError):
+        return False
 
 
 def _quoted(text: str) -> str:

@@ -32,6 +32,10 @@ _FIXES = {
 }
 
 
+class DiskError(UserError):
+    """A full disk, a missing permission or the like."""
+
+
 def explained(error: BaseException, *, folder: Path | None = None) -> UserError | None:
     """The error of a full disk, a missing permission or the like in one paragraph; None for any other error.
 
@@ -41,19 +45,21 @@ def explained(error: BaseException, *, folder: Path | None = None) -> UserError 
     Args:
         folder: where the work that failed writes, for errors that name no file.
     """
+    if isinstance(error, DiskError):
+        return error
     for cause in _chain(error):
         number = _full_disk(cause, folder)
         if number is not None:
             what, fix = _FULL[number]
-            return UserError(what, where=_named(cause) or _fullest(folder), fix=fix)
+            return DiskError(what, where=_named(cause) or _fullest(folder), fix=fix)
         if isinstance(cause, FileNotFoundError) and "No usable temporary directory" in str(cause):
-            return UserError(
+            return DiskError(
                 "no folder for temporary files can be written to",
                 where=os.environ.get("TMPDIR"),
                 fix=f"Free some space there, or set TMPDIR to another folder; {_NOTHING_LOST}",
             )
     if isinstance(error, OSError) and error.errno in _FIXES and _named(error):
-        return UserError(reason(error), where=_named(error), fix=_FIXES[error.errno])
+        return DiskError(reason(error), where=_named(error), fix=_FIXES[error.errno])
     return None
 
 
@@ -62,7 +68,7 @@ def full(error: OSError, *, where: Path) -> UserError | None:
     if error.errno not in _FULL:
         return None
     what, fix = _FULL[error.errno]
-    return UserError(what, where=_named(error) or str(where), fix=fix)
+    return DiskError(what, where=_named(error) or str(where), fix=fix)
 
 
 def reason(error: OSError) -> str:
@@ -89,7 +95,9 @@ def _full_disk(error: BaseException, folder: Path | None) -> int | None:
     """The number of the error if it comes from a full disk or a limit on sizes."""
     if isinstance(error, OSError) and error.errno in _FULL:
         return error.errno
-    text = str(error)
+    text = "" if isinstance(error, UserError) else str(error)  # ours may quote a user's texts
+    if "Not enough disk space" in text:  # datasets
+        return errno.ENOSPC
     for number in _FULL:
         if os.strerror(number) in text or f"(os error {number})" in text:
             return number

@@ -11,30 +11,27 @@ key, and a symbolic link in the place of an artifact, of a partial build or of a
 """
 
 import contextlib
-import hashlib
 import json
 import os
 import re
 import shutil
-import stat
 import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ctpd.core import disk, locks
+from ctpd.core import disk, locks, manifests
 from ctpd.core.config import to_plain
-from ctpd.core.errors import DamagedArtifact, UserError
-from ctpd.core.hashes import HashMemory, sha256
+from ctpd.core.errors import UserError
+from ctpd.core.hashes import HashMemory
+from ctpd.core.manifests import MANIFEST
+from ctpd.core.printing import command
 
-MANIFEST = "manifest.json"
 MARKER = "ctpd-store.json"
 VERSION = 1  # of the folder's layout
 RESUME_FOLDER = "checkpoints"  # in a folder that is being built: kept after an interruption, unlike the rest
 PARTIAL = ".partial"
-_OWN_HASH = "sha256"  # in a manifest: of all the rest of it; older ones have none
-_MANIFEST_FIELDS = {"stage", "key", "identity", "provenance", "files", _OWN_HASH}
 _STAGE = re.compile(r"[a-z][a-z0-9_]*")
 _KEY = re.compile(r"[0-9a-f]{32}")
 
@@ -77,11 +74,11 @@ class Store:
             DamagedArtifact: a file is missing, was added, or has another size or other contents.
             UserError: a file cannot be read.
         """
-        return self._check(stage, key, HashMemory(self._beside(stage, key, "hashes")))
+        return manifests.check(self.path(stage, key), HashMemory(self._beside(stage, key, "hashes")))
 
     def verify(self, stage: str, key: str) -> Path:
         """Like `open`, with every file hashed, however large."""
-        return self._check(stage, key, None)
+        return manifests.check(self.path(stage, key), None)
 
     def manifest(self, stage: str, key: str) -> dict[str, Any]:
         """What is known of a finished artifact: `identity`, `provenance`, `files`.
@@ -90,21 +87,7 @@ class Store:
             DamagedArtifact: it cannot be read, or is of another artifact.
             UserError: there is no permission to read it.
         """
-        folder = self.path(stage, key)
-        if folder.is_symlink():
-            raise _damaged(folder, "it is a symbolic link")
-        try:
-            found = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        except OSError as error:
-            raise _unreadable(folder / MANIFEST, error) or _damaged(folder, f"{MANIFEST} cannot be read") from error
-        except ValueError as error:
-            raise _damaged(folder, f"{MANIFEST} cannot be read") from error
-        if not _is_manifest(found) or found.get(_OWN_HASH, _hash_of(found)) != _hash_of(found):
-            raise _damaged(folder, f"{MANIFEST} is not as a build writes it")
-        if (found["stage"], found["key"]) != (stage, key):
-            raise _damaged(folder, f"{MANIFEST} is of another artifact")
-        manifest: dict[str, Any] = {"identity": {}, "provenance": {}} | found
-        return manifest
+        return manifests.read(self.path(stage, key))
 
     @contextlib.contextmanager
     def build(
@@ -139,10 +122,7 @@ class Store:
     def _commit(self, stage: str, key: str, facts: Mapping[str, Any]) -> None:
         partial, target = self.partial(stage, key), self.path(stage, key)
         memory = HashMemory(self._beside(stage, key, "hashes"))
-        files = {name: _describe(path, name, memory) for name, path in _files(partial)}
-        manifest = {"stage": stage, "key": key, **facts, "files": files}
-        manifest[_OWN_HASH] = _hash_of(manifest)
-        _write_synced(partial / MANIFEST, json.dumps(manifest, indent=1, ensure_ascii=False))
+        manifests.write(partial, {"stage": stage, "key": key, **facts}, memory)
         if os.path.lexists(target):  # another process has finished it, on a file system without working locks
             shutil.rmtree(partial)
         else:
@@ -218,7 +198,7 @@ class Store:
                 _delete(partial)
             self._beside(stage, key, "hashes").unlink(missing_ok=True)
         except OSError as error:
-            raise UserError(
+            raise disk.DiskError(
                 f"{stage}/{key} could not be removed ({disk.reason(error)})",
                 where=str(self.root),
                 fix="Change the permissions of the store's folder, or remove the folder by hand",
@@ -226,7 +206,7 @@ class Store:
 
     def is_removed(self, stage: str, key: str) -> bool:
         """Whether the artifact was damaged, was removed by `--rebuild`, and is not built again yet."""
-        return self._beside(stage, key, "damaged").is_file()
+        return self._beside(stage, key, "damaged").is_file() and not self.has(stage, key)
 
     def check_removable(self) -> None:
         """Refuse to remove anything from a folder that is no store, cannot be written to, or is being built in.
@@ -279,7 +259,7 @@ class Store:
     def artifacts(self, stage: str = "*") -> list[Artifact]:
         """Every finished artifact (of one stage), largest first."""
         found = [
-            Artifact(kind, key, path, sum(file.stat().st_size for _, file in _files(path)))
+            Artifact(kind, key, path, sum(file.stat().st_size for _, file in manifests.files(path)))
             for kind, key in self._keys(stage)
             for path in [self.path(kind, key)]
         ]
@@ -304,7 +284,7 @@ class Store:
         if len(found) != 1:
             raise UserError(
                 f"{len(found) or 'no'} artifact{'s' if found else ''} in {self.root} begin{'' if found else 's'} with '{prefix}'",
-                fix="Give more of the key; `ctpd store du` lists them",
+                fix=f"Give more of the key; `{command('store', 'du', store=self.root)}` lists them",
             )
         return found[0]
 
@@ -338,57 +318,11 @@ class Store:
             os.replace(aside, marker)
 
     def _unwritable(self, error: OSError, consequence: str = "") -> UserError:
-        return disk.full(error, where=self.root) or UserError(
+        return disk.full(error, where=self.root) or disk.DiskError(
             f"the store cannot be written to ({disk.reason(error)}){consequence}",
             where=str(self.root),
             fix="Give a folder that can be written to with `--store`",
         )
-
-    def _check(self, stage: str, key: str, memory: HashMemory | None) -> Path:
-        folder, files = self.path(stage, key), self.manifest(stage, key)["files"]
-        try:
-            for name, expected in files.items():
-                if what := _difference(folder / name, name, expected, memory):
-                    raise _damaged(folder, what)
-            if added := [name for name, _ in _files(folder) if name not in files and not _is_hidden(name)]:
-                raise _damaged(folder, f"the file {added[0]} was added")
-        except OSError as error:
-            name = error.filename or folder
-            raise _unreadable(name, error) or _damaged(folder, f"{name} cannot be read") from error
-        return folder
-
-
-def _difference(path: Path, name: str, expected: Mapping[str, Any], memory: HashMemory | None) -> str | None:
-    """How a file differs from what the manifest says of it; None if it does not."""
-    try:
-        found_state = path.stat()
-    except (FileNotFoundError, NotADirectoryError):
-        return f"the file {name} is missing"
-    if not stat.S_ISREG(found_state.st_mode):
-        return f"the file {name} is no regular file"
-    if found_state.st_size != expected["bytes"]:
-        return f"the file {name} has {found_state.st_size} bytes instead of {expected['bytes']}"
-    found = sha256(path) if memory is None else memory.sha256(path, name)
-    return None if found == expected["sha256"] else f"the contents of {name} have changed"
-
-
-def _damaged(folder: Path, what: str) -> DamagedArtifact:
-    return DamagedArtifact(
-        f"the stored artifact is damaged: {what}",
-        where=str(folder),
-        fix="Run the same command again with `--rebuild`, which builds it again",
-    )
-
-
-def _unreadable(name: str | Path, error: OSError) -> UserError | None:
-    """The error for a file that is perhaps as it was and cannot be read; such an artifact is not removed."""
-    if not disk.is_unreadable(error):
-        return None
-    return UserError(
-        f"the file cannot be read ({disk.reason(error)})",
-        where=str(name),
-        fix="Change its permissions or mend the cause",
-    )
 
 
 def _refused_link(path: Path) -> UserError:
@@ -399,37 +333,6 @@ def _refused_link(path: Path) -> UserError:
 
 def _is_name(stage: str, key: str) -> bool:
     return bool(_STAGE.fullmatch(stage) and _KEY.fullmatch(key))
-
-
-def _is_manifest(found: object) -> bool:
-    if not isinstance(found, dict) or not {"stage", "key", "files"} <= found.keys() <= _MANIFEST_FIELDS:
-        return False
-    files = found["files"]
-    return isinstance(files, dict) and all(
-        isinstance(file, dict) and isinstance(file.get("bytes"), int) and isinstance(file.get("sha256"), str)
-        for file in files.values()
-    )
-
-
-def _hash_of(manifest: Mapping[str, Any]) -> str:
-    """The sha256 of a manifest's contents, without itself."""
-    rest = {name: value for name, value in manifest.items() if name != _OWN_HASH}
-    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
-
-
-def _is_hidden(name: str) -> bool:
-    """Whether a file may be put there by the system or an editor (`.DS_Store`, `.nfs0001`)."""
-    return any(part.startswith(".") for part in name.split("/"))
-
-
-def _files(folder: Path) -> list[tuple[str, Path]]:
-    """The files of an artifact with their relative names, without the manifest."""
-    found = sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / MANIFEST)
-    return [(path.relative_to(folder).as_posix(), path) for path in found]
-
-
-def _describe(path: Path, name: str, memory: HashMemory) -> dict[str, Any]:
-    return {"bytes": path.stat().st_size, "sha256": memory.sha256(path, name)}
 
 
 def _inode(folder: Path) -> tuple[int, int] | None:
@@ -457,10 +360,3 @@ def _delete(path: Path) -> None:
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
-
-
-def _write_synced(path: Path, text: str) -> None:
-    with path.open("w", encoding="utf-8") as handle:
-        handle.write(text)
-        handle.flush()
-        os.fsync(handle.fileno())

@@ -90,15 +90,16 @@ class _Builder:
         return ONE_EACH if missing else NOTHING_MISSING
 
     def _build_collective(self, stage: Stage) -> None:
-        ranks = processes()
+        ranks, remarks = processes(), list[str]()
         with contextlib.ExitStack() as stack:
             bar = stack.enter_context(self._bar(stage))
             if ranks.is_main:
                 stack.enter_context(_artifact(stage, self.store, self.runtime))
-            work = self._work(stage, bar, writes=ranks.is_main)
+            work = self._work(stage, bar, remarks, writes=ranks.is_main)
             ranks.barrier()  # the folder exists now, and the inputs are checked
             stage.unlabelled().build(work)
             ranks.barrier()  # the other ranks may still be writing or computing
+        self._show(stage, remarks)
         ranks.barrier()  # the artifact is complete now
 
     def _build_one_each(self) -> None:
@@ -118,8 +119,10 @@ class _Builder:
             with self.store.try_lock(stage.kind, stage.key) as locked:
                 if not locked or self.store.has(stage.kind, stage.key):
                     continue
+                remarks: list[str] = []
                 with self._bar(stage) as bar, _artifact(stage, self.store, self.runtime):
-                    stage.unlabelled().build(self._work(stage, bar))
+                    stage.unlabelled().build(self._work(stage, bar, remarks))
+                self._show(stage, remarks)
             _collect_garbage()
             return True
         return False
@@ -128,12 +131,16 @@ class _Builder:
         done = self.total - len(self.graph.missing(self.store))
         return self.progress.stage(stage.label, index=done + 1, total=self.total)
 
-    def _work(self, stage: Stage, bar: Bar, *, writes: bool = True) -> Work:
+    def _show(self, stage: Stage, remarks: Sequence[str]) -> None:
+        for text in remarks:
+            self.progress.note(f"Note: {stage.label}: {text}.")
+
+    def _work(self, stage: Stage, bar: Bar, remarks: list[str], *, writes: bool = True) -> Work:
         """The arguments of a build; the process that writes checks the inputs now, right before they are read."""
         find = self.store.open if writes else self.store.path
         folders = {source.key: find(source.kind, source.key) for source in stage.inputs.values()}
         folder = self.store.partial(stage.kind, stage.key)
-        return Work(folder, self.runtime, bar.update, writes, folders, self.progress.note)
+        return Work(folder, self.runtime, bar.update, writes, folders, self.progress.note, remarks.append)
 
     def _pause(self, candidates: Sequence[Stage]) -> None:
         """Sleep while other processes build these stages; report once which stage is waited for."""
@@ -161,7 +168,7 @@ def _collect_garbage() -> None:
 @contextlib.contextmanager
 def _artifact(stage: Stage, store: Store, runtime: Runtime) -> Iterator[None]:
     """Prepare a stage's folder; finish the artifact when the block ends without an error."""
-    details = dict(provenance(runtime))
+    details = {"label": stage.label, **provenance(runtime)}
     with store.build(stage.kind, stage.key, identity=stage.identity, provenance=details):
         start = time.time()
         yield

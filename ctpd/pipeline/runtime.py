@@ -4,6 +4,7 @@ import functools
 import os
 import platform
 import re
+import shlex
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -118,7 +119,7 @@ def provenance(runtime: Runtime) -> dict[str, Any]:
         "python": platform.python_version(),
         "platform": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
         "commit": source_commit(),
-        "command": " ".join(["ctpd", *sys.argv[1:]]),
+        "command": shlex.join(["ctpd", *sys.argv[1:]]),
         "runtime": to_plain(runtime),
         "processes": processes().world_size,
     }

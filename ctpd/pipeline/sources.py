@@ -3,6 +3,7 @@
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,8 @@ from ctpd.core.errors import UserError
 from ctpd.core.userfiles import readable, regular_file
 from ctpd.pipeline.readers import READERS, Row
 from ctpd.pipeline.references import External
+
+COUNTED_BYTES = 64 * 2**20  # larger json and csv files are not read only to count their rows
 
 
 def read_rows(path: Path) -> Iterator[Row]:
@@ -59,6 +62,35 @@ def file_digest(path: Path) -> str:
 def _data_file(path: Path) -> Path:
     """The path, if it is a file."""
     return regular_file(path, what="data file", fix="Correct `path` under `shared.data` in the recipe")
+
+
+def count_rows(path: Path) -> int | None:
+    """The number of rows of a local file, without parsing them; None where that cannot be told at once."""
+    if not path.is_file():
+        return None
+    found = path.stat()
+    return _count_rows(path.resolve(), found.st_size, found.st_mtime_ns)
+
+
+@cache
+def _count_rows(path: Path, size: int, changed: int) -> int | None:
+    if path.suffix == ".jsonl":
+        with path.open("rb") as handle:
+            return sum(not line.isspace() for line in handle)
+    if path.suffix == ".parquet":
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        try:
+            return int(pq.read_metadata(path).num_rows)
+        except (OSError, pa.ArrowException):
+            return None
+    if size > COUNTED_BYTES:
+        return None
+    try:
+        return sum(1 for _ in read_rows(path))
+    except UserError:  # said when the file is read
+        return None
 
 
 def same_vocabulary(one: External, other: External) -> bool | None:

@@ -30,6 +30,7 @@ class Work:
         writes: whether this process writes files; in a collective stage only rank 0 does.
         folders: key -> folder of each input.
         note: called with a sentence for the user.
+        remark: called with what the user should know of the result, which is shown when the stage has ended.
     """
 
     folder: Path
@@ -38,6 +39,7 @@ class Work:
     writes: bool = True
     folders: Mapping[str, Path] = dataclasses.field(default_factory=dict)
     note: Callable[[str], None] = lambda text: None
+    remark: Callable[[str], None] = lambda text: None
 
     def path(self, stage: "Stage") -> Path:
         """The folder of an input's artifact.

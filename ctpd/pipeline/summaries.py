@@ -12,6 +12,7 @@ from harness.record import Auroc, Histogram, SideWeights, WeightedPair, Weighted
 
 NUM_EXAMPLES = 6
 NUM_BINS = 40
+LEAST_STD = 0.005  # of the weights of a side; below it they are all the same to two digits
 
 
 class Units(NamedTuple):
@@ -39,6 +40,7 @@ def weight_summary(
         _side_summary(values[inner & (side_of_unit == side)], clamps=clamp_weights(parameters, is_chosen=side == 0))
         for side in range(2)
     )
+    varies = result.log_ratio is not None and parameters.mu != 0 and parameters.lower < parameters.upper
     return WeightsSummary(
         units=int(inner.sum()),
         mean=float(values[inner].mean()) if inner.any() else 1.0,
@@ -48,6 +50,20 @@ def weight_summary(
         rejected=rejected,
         auroc=_log_ratio_auroc(result, units.marks, side_of_unit),
         examples=examples,
+        note=_note(chosen, rejected, clamped=result.clamped_low + result.clamped_high) if varies else None,
+    )
+
+
+def _note(chosen: SideWeights, rejected: SideWeights, *, clamped: float) -> str | None:
+    """A sentence where the weights do not tell one unit from another."""
+    if max(chosen.std, rejected.std) >= LEAST_STD:
+        return None
+    means = f"{chosen.mean:.3f} in chosen and {rejected.mean:.3f} in rejected responses"
+    if clamped > 1 / 2:
+        return f"all importance weights are equal ({means}): nearly every log ratio lies outside `lower` and `upper`"
+    return (
+        f"all importance weights are equal ({means}), so that the method weighs nothing: the two contrastive models give "
+        "nearly the same probabilities. Train them with a larger learning rate or for more steps"
     )
 
 

@@ -68,6 +68,8 @@ def finish_training(work: Work, done: Fit) -> None:
     text = json.dumps(to_plain(done), ensure_ascii=False, allow_nan=False)
     (work.folder / TRAINING).write_text(text, encoding="utf-8")
     shutil.rmtree(resume_folder(work), ignore_errors=True)
+    if done.note is not None:
+        work.remark(done.note)
 
 
 def read_training(folder: Path) -> TrainingSummary:

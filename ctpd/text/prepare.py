@@ -46,7 +46,7 @@ class PreparedPairs:
     chosen: tuple[str, ...]  # the responses, as trained on
     rejected: tuple[str, ...]
     dropped: dict[str, int]  # pairs by reason, over all splits
-    report: dict[str, int | float]  # counts over all splits
+    report: dict[str, int | float]  # counts over all splits; `SPLIT_NAME` are those of one split
 
 
 class _Selection(NamedTuple):
@@ -80,6 +80,7 @@ def prepare_pairs(
     """
     blocks: list[tuple[str, Block]] = []
     dropped: Counter[str] = Counter(dict.fromkeys(DROP_REASONS, 0))
+    by_split: dict[str, int] = {}
     for split, given in pairs.items():
         selection = _select(given, sides=(teacher, student), select=config.select, limit=config.limit)
         built = [
@@ -96,10 +97,19 @@ def prepare_pairs(
         late = _total(block.dropped for block in built)
         _refuse_losses(split, selection, late, max_dropped=config.max_dropped)
         dropped.update(selection.dropped + late)
+        by_split |= _counts_of_split(split, built, num_dropped=(selection.dropped + late).total())
         blocks += [(split, block) for block in built]
     if not blocks:
         raise UserError("there are no pairs", fix="Name at least one split")
-    return _concatenated(blocks, dropped)
+    return _concatenated(blocks, dropped, by_split)
+
+
+def _counts_of_split(split: str, blocks: Sequence[Block], *, num_dropped: int) -> dict[str, int]:
+    """Pairs, dropped pairs, cut responses and cut prompts of one split, by names that begin with the split's."""
+    report = _total(block.report for block in blocks)
+    counts = {"pairs": sum(len(block.pairs) for block in blocks), "dropped": num_dropped}
+    counts |= {name: report[name] for name in ("responses_cut", "cut_prompts")}
+    return {f"{split}_{name}": number for name, number in counts.items()}
 
 
 def arrays(prepared: PreparedPairs) -> dict[str, NDArray[Any]]:
@@ -181,7 +191,9 @@ def _refuse_losses(split: str, selection: _Selection, late: Counter[str], *, max
         )
 
 
-def _concatenated(blocks: Sequence[tuple[str, Block]], dropped: Counter[str]) -> PreparedPairs:
+def _concatenated(
+    blocks: Sequence[tuple[str, Block]], dropped: Counter[str], by_split: Mapping[str, int]
+) -> PreparedPairs:
     parts = [block for _, block in blocks]
     pairs = [pair for block in parts for pair in block.pairs]
     has_marks = any(pair.chosen_marks or pair.rejected_marks for pair in pairs)
@@ -199,7 +211,7 @@ def _concatenated(blocks: Sequence[tuple[str, Block]], dropped: Counter[str]) ->
         chosen=tuple(pair.chosen for pair in pairs),
         rejected=tuple(pair.rejected for pair in pairs),
         dropped=dict(dropped),
-        report={"pairs": len(pairs), **_total(block.report for block in parts)},
+        report={"pairs": len(pairs), **_total(block.report for block in parts), **by_split},
     )
 
 

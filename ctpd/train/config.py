@@ -1,10 +1,16 @@
 """What a recipe may say about a training: data only, so that a recipe can be read without torch."""
 
+import math
+from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from annotated_types import MinLen
 
 from ctpd.core.config import Config, NonNegative, PositiveInt, Share, Text
+from ctpd.core.errors import UserError
+
+FEW_STEPS = 10  # a training of fewer optimizer steps is reported
+MANY_LEFT_OUT = 0.05  # so is one that leaves out a larger share of its items
 
 
 class LoraSpec(Config):
@@ -46,6 +52,68 @@ class Schedule(Config):
     """Compute activations twice instead of keeping them: less memory, about a third more time."""
     evaluations_per_epoch: PositiveInt = 1
     """How often in an epoch the loss on the evaluation pairs is computed, if there are any."""
+
+
+@dataclass(frozen=True)
+class Steps:
+    """How many optimizer steps a training has.
+
+    Attributes:
+        total: all of them.
+        warmup: those over which the learning rate rises; it is 0 in the first of them.
+        items: training items (pairs) of one epoch.
+        left_out: items of each epoch that do not fill a step.
+        per_step: items of one step.
+    """
+
+    total: int
+    warmup: int
+    items: int
+    left_out: int
+    per_step: int
+
+    @classmethod
+    def of(cls, num_items: int, schedule: Schedule, *, max_steps: int | None = None) -> "Steps":
+        """The steps of a schedule on so many items.
+
+        Args:
+            num_items: training items of one epoch.
+            schedule: epochs, items a step and warm-up.
+            max_steps: all steps, in place of the schedule's epochs; None for the epochs.
+
+        Raises:
+            UserError: fewer items than one step, or a learning rate of 0 in every step.
+        """
+        per_step = schedule.pairs_per_step
+        of_epoch = num_items // per_step
+        if of_epoch == 0:
+            raise UserError(
+                f"there are {num_items} training items, fewer than the {per_step} of one step",
+                fix="Lower `pairs_per_step` or give more data",
+            )
+        total = of_epoch * schedule.epochs if max_steps is None else max_steps
+        found = cls(
+            total, math.ceil(schedule.warmup_ratio * total), num_items, num_items - of_epoch * per_step, per_step
+        )
+        if total == 1 and found.warmup:
+            raise UserError(
+                f"the training would change nothing: {num_items} items make one step of {per_step}, and the learning rate "
+                "of that step is 0, since it belongs to the warm-up",
+                fix="Lower `pairs_per_step`, give more data, or set `warmup_ratio: 0`",
+            )
+        return found
+
+    @property
+    def note(self) -> str | None:
+        """A sentence for the user where the training is short or leaves many items out; else None."""
+        left = f"{self.left_out:,} of {self.items:,} pairs do not fill a step of {self.per_step:,}"
+        left += " and are left out of each epoch"
+        if self.total < FEW_STEPS:
+            rest = f"; {left}" if self.left_out else ""
+            return (
+                f"only {self.total} optimizer step{'s' if self.total > 1 else ''}, which can hardly train a model{rest}"
+            )
+        return left if self.left_out > MANY_LEFT_OUT * self.items else None
 
 
 class FsdpSpec(Config):

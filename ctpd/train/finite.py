@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ctpd.models import own_shard
+from ctpd.ops.finite import own_shard
 
 _NEVER = 2**62
 
@@ -33,6 +33,8 @@ class FirstBadStep:
         names = sorted(self._first, reverse=True)  # the loss before its gradient
         if not names:
             return None
-        steps = gather(torch.stack([self._first[name] for name in names])[None]).amin(dim=0).tolist()
+        device = self._first[names[0]].device  # the norm of gradients that FSDP keeps on the CPU is there
+        own = torch.stack([self._first[name].to(device) for name in names])
+        steps = gather(own[None]).amin(dim=0).tolist()
         first = min(range(len(names)), key=lambda i: steps[i])
         return None if steps[first] == _NEVER else (names[first], int(steps[first]))

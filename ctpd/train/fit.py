@@ -1,6 +1,5 @@
 """One training, from a loaded model and its rows to the history of its metrics."""
 
-import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,11 +15,12 @@ from transformers import PrinterCallback, TrainerCallback, TrainingArguments
 
 from ctpd.core.errors import NotFinite, UserError
 from ctpd.core.processes import processes
-from ctpd.models import non_finite_weight, parameter_counts, weight_mebibytes
+from ctpd.models import parameter_counts, weight_mebibytes
 from ctpd.objectives.base import Objective
+from ctpd.ops.finite import non_finite_weight
 from ctpd.train.callbacks import EvaluateOften, ReportProgress, SaveStates
 from ctpd.train.collator import micro_batch_size
-from ctpd.train.config import FsdpSpec, Schedule
+from ctpd.train.config import FsdpSpec, Schedule, Steps
 from ctpd.train.memory import peak_mebibytes, reset_peak
 from ctpd.train.stopping import StopRequest
 from ctpd.train.trainer import OBJECTIVE, PreferenceTrainer, Training
@@ -81,6 +81,9 @@ class Fit:
     Attributes:
         history: the logged metrics, one entry a logged step or evaluation.
         steps: optimizer steps.
+        items: training items of one epoch.
+        left_out: items of each epoch that do not fill a step.
+        note: what the user should know of the steps (`ctpd.train.config.Steps.note`); None for nothing.
         seconds: wall-clock time.
         peak_memory_mib: the largest of all ranks; None where the platform does not report it.
         weights_mib: memory of the model's weights in this rank.
@@ -92,6 +95,9 @@ class Fit:
 
     history: list[dict[str, float]]
     steps: int
+    items: int
+    left_out: int
+    note: str | None
     seconds: float
     peak_memory_mib: float | None
     weights_mib: float
@@ -111,7 +117,7 @@ def fit(training: Training[Any], optimization: Optimization, *, folder: Path, se
         folder: where resume states are written; the caller removes it.
 
     Raises:
-        UserError: fewer items than one step, or the weights cannot be sharded as `settings.fsdp` asks.
+        UserError: fewer items than one step, a learning rate of 0 in every step, or the weights cannot be sharded as `settings.fsdp` asks.
         NotFinite: a loss, gradient norm, metric or trained weight is NaN or infinite.
     """
     if settings.fsdp is not None:
@@ -131,7 +137,7 @@ def fit(training: Training[Any], optimization: Optimization, *, folder: Path, se
         trainer.train(resume_from_checkpoint=None if state is None else str(state))
     trainer.check_finite({})
     _refuse_non_finite_weights(trainer)
-    return _result(trainer, seconds=time.monotonic() - start)
+    return _result(trainer, _steps(len(training.rows), optimization), seconds=time.monotonic() - start)
 
 
 def _callbacks(
@@ -182,7 +188,7 @@ def _refuse_non_finite_weights(trainer: PreferenceTrainer) -> None:
         )
 
 
-def _result(trainer: PreferenceTrainer, *, seconds: float) -> Fit:
+def _result(trainer: PreferenceTrainer, steps: Steps, *, seconds: float) -> Fit:
     training = trainer.training
     objective_parameters, _ = parameter_counts(training.objective)
     if objective_parameters:
@@ -191,6 +197,9 @@ def _result(trainer: PreferenceTrainer, *, seconds: float) -> Fit:
     return Fit(
         history=[dict(entry) for entry in trainer.state.log_history if "train_runtime" not in entry],
         steps=trainer.state.global_step,
+        items=steps.items,
+        left_out=steps.left_out,
+        note=steps.note,
         seconds=round(seconds, 3),
         peak_memory_mib=peak_mebibytes(trainer.args.device.type),
         weights_mib=weight_mebibytes(training.model),
@@ -205,8 +214,8 @@ def _result(trainer: PreferenceTrainer, *, seconds: float) -> Fit:
 def _arguments(
     training: Training[Any], optimization: Optimization, *, folder: Path, settings: FitSettings
 ) -> TrainingArguments:
-    total = _total_steps(len(training.rows), optimization)
-    values = _optimization_arguments(optimization, total) | _execution_arguments(settings, total)
+    steps = _steps(len(training.rows), optimization)
+    values = _optimization_arguments(optimization, steps) | _execution_arguments(settings, steps.total)
     if settings.fsdp is not None:
         values |= _fsdp_arguments(settings.fsdp, checkpointing=values.pop("activation_checkpointing"))
     arguments = TrainingArguments(output_dir=str(folder), **values)
@@ -230,24 +239,17 @@ def _arguments(
     return arguments
 
 
-def _total_steps(num_items: int, optimization: Optimization) -> int:
-    schedule = optimization.schedule
-    steps_per_epoch = num_items // schedule.pairs_per_step
-    if steps_per_epoch == 0:
-        raise UserError(
-            f"there are {num_items} training items, fewer than the {schedule.pairs_per_step} of one step",
-            fix="Lower `pairs_per_step` or give more data",
-        )
-    return optimization.max_steps if optimization.max_steps is not None else steps_per_epoch * schedule.epochs
+def _steps(num_items: int, optimization: Optimization) -> Steps:
+    return Steps.of(num_items, optimization.schedule, max_steps=optimization.max_steps)
 
 
-def _optimization_arguments(optimization: Optimization, total: int) -> dict[str, Any]:
+def _optimization_arguments(optimization: Optimization, steps: Steps) -> dict[str, Any]:
     schedule = optimization.schedule
     return {
-        "max_steps": total,
+        "max_steps": steps.total,
         "learning_rate": optimization.learning_rate,
         "lr_scheduler_type": "constant_with_warmup" if schedule.schedule == "constant" else schedule.schedule,
-        "warmup_steps": math.ceil(schedule.warmup_ratio * total),
+        "warmup_steps": steps.warmup,
         "weight_decay": schedule.weight_decay,
         "max_grad_norm": schedule.max_grad_norm,
         "activation_checkpointing": schedule.activation_checkpointing,

@@ -105,8 +105,8 @@ ROWS: dict[str, tuple[list[dict[str, object]], tuple[str, ...]]] = {
     "missing column": ([GOOD, {"prompt": "a", "chosen": "b"}], ("row 1", "'rejected'", "missing")),
     "misspelt column": ([{"prompt": "a", "chosen": "b", "rejectet": "c"}], ("Did you mean 'rejectet'?",)),
     "wrong type": ([{**GOOD, "chosen": 3}], ("row 0", "column 'chosen'")),
-    "no usable row": ([{**GOOD, "rejected": GOOD["chosen"]}], ("no usable row",)),
-    "more than 5 % dropped": ([GOOD] * 18 + [{**GOOD, "chosen": ""}] * 2, ("2 ", "empty", "max_dropped")),
+    "no usable row": ([{**GOOD, "rejected": GOOD["chosen"]}] * 40, ("no usable row",)),
+    "more than 5 % dropped": ([GOOD] * 36 + [{**GOOD, "chosen": ""}] * 4, ("4 ", "empty", "max_dropped")),
     "no rows": ([], ("no usable row",)),
     "fewer than a step": ([GOOD] * 3, ("3 training items", "pairs_per_step")),
 }

@@ -17,8 +17,9 @@ from transformers.modeling_outputs import CausalLMOutput
 from baselines.dpo import DPO, DPOParams
 from ctpd.core.errors import NotFinite, UserError
 from ctpd.decoding import greedy_responses
-from ctpd.models import load_model, non_finite_weight, save_model
+from ctpd.models import load_model, save_model
 from ctpd.objectives.base import Sums
+from ctpd.ops.finite import non_finite_weight
 from ctpd.pipeline.stages.weights import refuse_non_finite_weights
 from ctpd.train.batches import UnitBatch
 from ctpd.train.collator import ScoredRows

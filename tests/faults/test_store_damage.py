@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from ctpd.core.errors import DamagedArtifact
-from ctpd.core.store import MANIFEST, Store
+from ctpd.core.manifests import MANIFEST
+from ctpd.core.store import Store
 from ctpd.pipeline.graph import Graph
 from ctpd.pipeline.stage import Stage
 from tests.conftest import Cli, SmokeRun

@@ -1,6 +1,5 @@
 """Folders that are no store, links in the store's places, other people's files, file systems without locks."""
 
-import contextlib
 import errno
 import json
 import shutil
@@ -11,7 +10,8 @@ import pytest
 
 from ctpd.core import locks
 from ctpd.core.errors import DamagedArtifact, UserError
-from ctpd.core.store import MANIFEST, MARKER, Store
+from ctpd.core.manifests import MANIFEST
+from ctpd.core.store import MARKER, Store
 from tests.conftest import Cli, SmokeRun
 
 KEY, OTHER = "a" * 32, "b" * 32
@@ -36,6 +36,11 @@ def precious(tmp_path: Path) -> Path:
     folder.mkdir()
     (folder / "thesis.txt").write_text("data")
     return folder
+
+
+def taken(store: Store) -> bool:
+    with store.try_lock("train", KEY) as free:
+        return free
 
 
 def files(root: Path) -> dict[str, str]:
@@ -116,6 +121,12 @@ def test_the_folder_of_another_artifact_is_not_taken_for_one(store: Store) -> No
     assert [artifact.key for artifact in store.artifacts()] == [KEY]
 
 
+def built_or_opened(store: Store) -> Path:
+    """What a command does with an artifact that it needs."""
+    with store.lock("train", KEY):
+        return store.open("train", KEY) if store.has("train", KEY) else commit(store)
+
+
 LINKS: dict[str, Callable[[Store], Path]] = {
     "lock": lambda store: store.root / "train" / f".{KEY}.lock",
     "partial": lambda store: store.partial("train", KEY),
@@ -129,16 +140,8 @@ def test_a_link_in_the_place_of_a_part_of_the_store_is_refused(place: str, store
     link = LINKS[place](store)
     link.parent.mkdir(parents=True)
     link.symlink_to(precious / "thesis.txt" if place == "lock" else precious)
-
-    def use() -> None:
-        if place == "artifact":
-            store.open("train", KEY)
-        else:
-            with store.lock("train", KEY):
-                commit(store)
-
     with pytest.raises(UserError, match="symbolic link"):
-        use()
+        built_or_opened(store)
     store.remove("train", KEY)
     assert files(precious) == {str(precious / "thesis.txt"): "data"}
 
@@ -149,7 +152,7 @@ def test_a_link_in_an_interrupted_build_is_removed_and_not_followed(store: Store
     for name in ("checkpoints", "model"):
         (partial / name).symlink_to(precious)
     commit(store)
-    assert [name for name, _ in [(p.name, p) for p in sorted(store.path("train", KEY).iterdir())]] == ["file", MANIFEST]
+    assert [path.name for path in sorted(store.path("train", KEY).iterdir())] == ["file", MANIFEST]
     assert (precious / "thesis.txt").read_text() == "data"
 
 
@@ -179,16 +182,13 @@ def test_a_file_system_without_locks_has_files_instead(
 
     monkeypatch.setattr(fcntl, "flock", no_locks)
     monkeypatch.setattr("filelock._unix.fcntl.flock", no_locks)
-    with contextlib.ExitStack() as held:
-        with pytest.warns(UserWarning, match="has no locks"):
-            assert held.enter_context(store.try_lock("train", KEY))
+    monkeypatch.setattr(locks, "_reported", set())
+    with pytest.warns(UserWarning, match="has no locks"):
+        assert taken(store)
+    with store.lock("train", KEY):  # without a second warning
         assert store.building() == [f"train/{KEY}"]
-        with store.try_lock("train", KEY) as second:
-            assert not second
-    with store.try_lock("train", KEY) as third:  # reported once
-        assert third
+        assert not taken(store)
     assert not store.building()
-    locks._reported.clear()
 
 
 def test_a_removal_that_is_interrupted_leaves_no_part_of_an_artifact(

@@ -1,22 +1,28 @@
-"""`ctpd export --merge` of an adapter that was trained on a local model."""
+"""`ctpd export`: of an adapter that was trained on a local model, with its base, its tokenizer and its template."""
 
 import json
+import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from peft import AutoPeftModelForCausalLM
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ctpd.core.errors import UserError
 from ctpd.core.store import Store
-from ctpd.export import export_model
+from ctpd.export import ExportForm, export_model
 from ctpd.models import add_lora, save_model
 from ctpd.pipeline.references import MODEL_FOLDER, Model, external_model
 from ctpd.pipeline.stages.train import CHAIN
+from ctpd.text.pairs import Message
+from ctpd.text.render import PlainTemplate, TemplatedTokenizer
 from tests.fixtures.tiny import tiny_model
-from tests.fixtures.tokenizers import tokenizer
+from tests.fixtures.tokenizers import tokenizer, with_bos
 
-KEY = "a" * 32
+KEY, PAIRS = "a" * 32, "c" * 32
 
 
 @pytest.fixture
@@ -32,7 +38,11 @@ def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Store:
     for name, weight in adapted.named_parameters():
         if "lora_B" in name:
             torch.nn.init.ones_(weight)
-    with store.build("train", KEY, identity={}, provenance={}) as folder:
+    identity = {"config": {"role": "student"}, "pairs": f"pairs/{PAIRS}"}
+    template = {"user": "Q: {content}\n", "assistant": 'A\'s "é😀": {content}\n', "system": "{content}\n"}
+    with store.build("pairs", PAIRS, identity={"student": {"template": template}}, provenance={}):
+        pass
+    with store.build("train", KEY, identity=identity, provenance={}) as folder:
         save_model(adapted, folder / MODEL_FOLDER)
         (folder / CHAIN).write_text(json.dumps(Model(reference, reference).chain()))
     return store
@@ -41,12 +51,14 @@ def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Store:
 def test_the_merged_model_is_the_same_from_every_working_directory(
     store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    export_model(store, KEY, to=tmp_path / "here", merge=True)
+    export_model(store, KEY, to=tmp_path / "here", form=ExportForm(merge=True))
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
     monkeypatch.chdir(elsewhere)
-    assert "merged" in export_model(store, KEY, to=tmp_path / "there", merge=True)
-    here, there, base = (load_file(tmp_path / name / "model.safetensors") for name in ("here", "there", "models/base"))
+    assert "merged" in export_model(store, KEY, to=tmp_path / "there", form=ExportForm(merge=True))
+    here, there, base = (
+        load_file(tmp_path / name / "model.safetensors") for name in ("here", "there", "models/base")
+    )  # fmt: skip
     assert all(torch.equal(here[name], there[name]) for name in here)
     assert any(not torch.equal(here[name], base[name]) for name in here)
     assert (tmp_path / "there" / "tokenizer.json").is_file()
@@ -55,6 +67,87 @@ def test_the_merged_model_is_the_same_from_every_working_directory(
 def test_a_base_model_that_was_moved_is_named(store: Store, tmp_path: Path) -> None:
     (tmp_path / "models" / "base").rename(tmp_path / "moved")
     with pytest.raises(UserError, match=r"trained on the model in '.*models/base', and this directory does not exist"):
-        export_model(store, KEY, to=tmp_path / "out", merge=True)
+        export_model(store, KEY, to=tmp_path / "out", form=ExportForm(merge=True))
     assert not (tmp_path / "out").exists()
-    assert "Use --merge" in export_model(store, KEY, to=tmp_path / "out", merge=False)
+    said = export_model(store, KEY, to=tmp_path / "out", form=ExportForm())
+    assert "does not exist here, and so the tokenizer was not brought" in said
+
+
+def logits(model: Any) -> torch.Tensor:
+    with torch.no_grad():
+        found: torch.Tensor = model(torch.arange(1, 9)[None]).logits
+    return found
+
+
+@pytest.fixture
+def expected(store: Store, tmp_path: Path) -> torch.Tensor:
+    """Of the adapter merged into its base."""
+    export_model(store, KEY, to=tmp_path / "merged", form=ExportForm(merge=True))
+    return logits(AutoModelForCausalLM.from_pretrained(tmp_path / "merged"))
+
+
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")  # peft asks transformers' old name
+@pytest.mark.parametrize("form", [ExportForm(), ExportForm(with_base=True)])
+def test_peft_loads_an_adapter_which_names_or_brings_its_base(
+    store: Store, tmp_path: Path, expected: torch.Tensor, form: ExportForm
+) -> None:
+    """Issue 12: `base_model_name_or_path` was null, and there was no tokenizer."""
+    out = tmp_path / "out"
+    said = export_model(store, KEY, to=out, form=form)
+    base = out / "base" if form.with_base else tmp_path / "models" / "base"
+    assert json.loads((out / "adapter_config.json").read_text())["base_model_name_or_path"] == str(base)
+    assert f"Its base is {base}." in said
+    found = logits(AutoPeftModelForCausalLM.from_pretrained(out))[
+        ..., : expected.shape[-1]
+    ]  # PEFT adds rows for all tokens
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    assert AutoTokenizer.from_pretrained(out)("abc")["input_ids"]
+
+
+def test_an_adapter_on_other_adapters_needs_its_base_brought(store: Store, tmp_path: Path) -> None:
+    chain_file = store.path("train", KEY) / CHAIN
+    chain = json.loads(chain_file.read_text())
+    other = "b" * 32
+    with store.build("train", other, identity={}, provenance={}) as folder:
+        shutil.copytree(store.path("train", KEY) / MODEL_FOLDER, folder / MODEL_FOLDER)
+        (folder / CHAIN).write_text(json.dumps({**chain, "adapters": [f"store:train/{KEY}"]}))
+    with pytest.raises(UserError, match=r"1 earlier adapter merged into it.*--with-base"):
+        export_model(store, other, to=tmp_path / "out", form=ExportForm())
+    assert not (tmp_path / "out").exists()
+    export_model(store, other, to=tmp_path / "out", form=ExportForm(with_base=True))
+    export_model(store, KEY, to=tmp_path / "first", form=ExportForm(merge=True))
+    first, base = (
+        load_file(folder / "model.safetensors") for folder in (tmp_path / "first", tmp_path / "out" / "base")
+    )
+    assert all(torch.equal(first[name], base[name]) for name in first)
+
+
+@pytest.mark.parametrize("form", [{}, {"merge": True}, {"with_base": True}])
+def test_weights_are_written_in_the_number_format_that_is_asked_for(
+    store: Store, tmp_path: Path, form: dict[str, bool]
+) -> None:
+    export_model(store, KEY, to=tmp_path / "out", form=ExportForm(dtype="bfloat16", **form))
+    files = list((tmp_path / "out").rglob("*.safetensors"))
+    assert len(files) == 1 + form.get("with_base", False)
+    assert {tensor.dtype for file in files for tensor in load_file(file).values()} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("kind", ["byte_bpe", "gemma_bpe", "byte_bpe with BOS"])
+def test_the_plain_template_of_the_recipe_is_the_exports_chat_template(store: Store, tmp_path: Path, kind: str) -> None:
+    """`apply_chat_template` gives the tokens that were trained on."""
+    name, _, bos = kind.partition(" with ")
+    (with_bos if bos else tokenizer)(name).save_pretrained(str(tmp_path / "models" / "base"))
+    said = export_model(store, KEY, to=tmp_path / "out", form=ExportForm(merge=True))
+    assert "`apply_chat_template` writes the plain template of the recipe." in said
+    found = AutoTokenizer.from_pretrained(tmp_path / "out")
+    template = PlainTemplate("Q: {content}\n", 'A\'s "é😀": {content}\n', "{content}\n")
+    templated = TemplatedTokenizer(found, template, name="student")
+    prompt, response = [Message("system", "Be {brief}."), Message("user", "Where is 'it'?")], "Here."
+    frames = templated.frames([prompt], where=["x"])
+    trained = templated.encode([(prompt, response)], frames=frames, where=["x"]).ids.tolist()
+    messages = [message._asdict() for message in [*prompt, Message("assistant", response)]]
+    assert found.apply_chat_template(messages, return_dict=False) == trained
+    opening = found.apply_chat_template(messages[:-1], add_generation_prompt=True, return_dict=False)
+    assert trained[: len(opening)] == opening
+    with pytest.raises(Exception, match="No text for the role tool"):
+        found.apply_chat_template([{"role": "tool", "content": "x"}])

@@ -1,6 +1,7 @@
 """What progress writes: live bars on a terminal, a line per stage elsewhere, nothing with quiet."""
 
 import io
+import re
 import subprocess
 import sys
 
@@ -30,7 +31,11 @@ def two_stages(stream: io.StringIO, *, quiet: bool = False) -> str:
 
 def test_without_a_terminal_there_is_one_plain_line_per_stage_and_names_are_literal() -> None:
     lines = two_stages(io.StringIO()).splitlines()
-    assert lines == [f"[ 1/12] {SHOWN:<44} done in 0:00", f"{'[12/12] second':<52} stopped after 0:00", "a note"]
+    assert [re.sub(r"0:\d\d$", "0:00", line) for line in lines] == [
+        f"[ 1/12] {SHOWN:<44} done in 0:00",
+        f"{'[12/12] second':<52} stopped after 0:00",
+        "a note",
+    ]
 
 
 def test_a_terminal_gets_bars_that_leave_the_same_lines(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -39,8 +44,8 @@ def test_a_terminal_gets_bars_that_leave_the_same_lines(monkeypatch: pytest.Monk
     text = two_stages(Terminal())
     assert "━" in text
     assert "100%" in text
-    for line in (f"[ 1/12] {SHOWN:<44} done in 0:00\n", "stopped after 0:00\n", "a note\n"):
-        assert line in text
+    for line in (rf"{re.escape(f'[ 1/12] {SHOWN:<44}')} done in 0:\d\d\n", r"stopped after 0:\d\d\n", "a note\n"):
+        assert re.search(line, text)
 
 
 def test_quiet_writes_nothing() -> None:

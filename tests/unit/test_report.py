@@ -113,7 +113,7 @@ def test_the_summary_names_the_best_row_and_its_difference(page: str) -> None:
     assert (
         summary[1]
         .replace("\N{NO-BREAK SPACE}", " ")
-        .startswith("Best Average: CTPD, 69.40 %. Difference to DPO: +20.01 [+16.83, +23.06] points (95 %), p = 0.002")
+        .startswith("Best Average: CTPD, 69.40 %. Difference to DPO: +20.01 [+16.83, +23.06] points (95 %), p ≤ 0.002")
     )
 
 

@@ -13,7 +13,8 @@ import pytest
 
 from ctpd.core.errors import DamagedArtifact, UserError
 from ctpd.core.hashes import digest_folder, sha256
-from ctpd.core.store import MANIFEST, RESUME_FOLDER, Store
+from ctpd.core.manifests import MANIFEST
+from ctpd.core.store import RESUME_FOLDER, Store
 
 KEY = "0123456789abcdef" * 2
 

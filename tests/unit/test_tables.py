@@ -151,7 +151,7 @@ def test_a_missing_seed_is_shown_missing_with_the_command_that_brings_it() -> No
     assert table.rows[2].missing_seeds == (1,)
     text = to_markdown(table)
     assert "1 of 2" in text
-    assert "Missing: CTPD (seed 1). `ctpd run testbed` brings them." in text
+    assert "Missing: CTPD (seed 1). `ctpd compare` names the commands that build them." in text
     assert "over the seeds that both have" in text
     assert table.rows[2].difference is not None
     assert table.rows[2].difference.value == pytest.approx(0.625 - 0.375)  # seed 0 against seed 0

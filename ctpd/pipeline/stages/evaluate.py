@@ -15,6 +15,7 @@ from ctpd.pipeline.stage import Part, Stage, Work
 from ctpd.pipeline.stages.world import WorldStage
 from harness.record import ColumnResult
 from harness.suites import Column
+from harness.task_files import task_files
 
 RESULT = "result.json"
 _WHOLE = "all"  # instead of the name of a data set: all of a mirror
@@ -42,16 +43,54 @@ class Protocol(Config):
 
 @dataclass(frozen=True)
 class ColumnTask(Part):
-    """A column of a suite; its name and the folders of its files are not part of the key."""
+    """A column of a suite; its name and the folders of its files are not part of the key.
+
+    Attributes:
+        column: the column.
+        files: a digest of the local files that the task reads; None where a version or the mirror stands for all of them.
+    """
 
     column: Column
+    files: str | None = None
 
     @property
     def identity(self) -> Any:
-        """Task, metric, version, shots and further metrics."""
+        """Task, metric, version, shots and further metrics; of the user's own task its files, too."""
         from ctpd.core.config import to_plain
 
-        return {name: value for name, value in to_plain(self.column).items() if name not in _NOT_OF_THE_RESULT}
+        own = {name: value for name, value in to_plain(self.column).items() if name not in _NOT_OF_THE_RESULT}
+        return own if self.files is None else {**own, "files": self.files}
+
+    @classmethod
+    def of(cls, column: Column, documents: "WorldStage | Mirror | None") -> "ColumnTask":
+        """The column with the digest of what its task reads now.
+
+        Args:
+            column: the column.
+            documents: where it reads documents; None for the hub.
+        """
+        return cls(column, _files_digest(column, documents))
+
+    def refuse_changes(self, documents: "WorldStage | Mirror | None") -> None:
+        """Refuse to evaluate other files than those that the key was made of.
+
+        Raises:
+            UserError: a file of the user's own task has changed.
+        """
+        if _files_digest(self.column, documents) != self.files:
+            raise UserError(
+                f"the files of the task '{self.column.task}' have changed since this command was started",
+                where=self.column.folder,
+                fix="Run the same command again",
+            )
+
+
+def _files_digest(column: Column, documents: "WorldStage | Mirror | None") -> str | None:
+    """The digest of what a task reads beside ``documents``; relative paths begin there, or in the working directory."""
+    if isinstance(documents, WorldStage):  # whose key stands for its files
+        return task_files(column, base=None).digest
+    base = Path.cwd() if documents is None else Path(documents.root)
+    return task_files(column, base=base, mirrored=documents is not None).digest
 
 
 @dataclass(frozen=True)
@@ -121,6 +160,7 @@ class EvaluateStage(Stage):
         from harness.evaluate import Documents, Pinned, evaluate_column, evaluate_with_vllm
 
         protocol, located, column = self.protocol, self.model.located(work), self.task.column
+        self.task.refuse_changes(self.documents)
         documents = Documents(
             self._root(work),
             limit=protocol.limit,

@@ -110,6 +110,11 @@ class GeneratedPairs(PairSource):
     generated: GenerateStage
     split: str
 
+    @property
+    def most(self) -> int | None:
+        """The pairs of the data."""
+        return self.generated.train.most if self.split == "train" else None
+
     def read(self, work: Work) -> "list[Pair]":
         """Read them from the artifact."""
         return read_pair_file(work.path(self.generated) / GENERATED.format(split=self.split))

@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from ctpd.pipeline.references import Source, changed_since_the_plan, read_tokenizer
-from ctpd.pipeline.sources import file_digest, read_hub, read_rows
+from ctpd.pipeline.sources import count_rows, file_digest, read_hub, read_rows
 from ctpd.pipeline.stage import Part, Stage, Work
 from ctpd.pipeline.stages.world import WorldStage
 from ctpd.recipe import PlainSpec
 from ctpd.text.config import PairsConfig
+from harness.cautions import cut_text, pairs_text
 
 if TYPE_CHECKING:
     from ctpd.text.pairs import Pair
@@ -29,6 +30,14 @@ class PairSource(Part):
     def read(self, work: Work) -> "list[Pair]":
         """The pairs."""
 
+    @property
+    def most(self) -> int | None:
+        """No more than so many pairs, as far as a plan can tell; None where it cannot."""
+        return None
+
+    def check(self) -> None:
+        """Read what can be read without a build. Raises UserError where that holds no pairs."""
+
 
 @dataclass(frozen=True)
 class WorldPairs(PairSource):
@@ -36,6 +45,11 @@ class WorldPairs(PairSource):
 
     world: WorldStage
     split: str
+
+    @property
+    def most(self) -> int:
+        """What the world is asked for."""
+        return self.world.config.num_pairs if self.split == "train" else self.world.config.num_eval_pairs
 
     def read(self, work: Work) -> "list[Pair]":
         """Read the pairs from the world's artifact."""
@@ -53,6 +67,15 @@ class FilePairs(PairSource):
     def identity(self) -> Any:
         """The digest; the file's path is not part of a key."""
         return {"sha256": self.digest}
+
+    @property
+    def most(self) -> int | None:
+        """The file's rows."""
+        return count_rows(Path(self.path).expanduser())
+
+    def check(self) -> None:
+        """Read the file."""
+        read_pair_file(Path(self.path).expanduser())
 
     def read(self, work: Work) -> "list[Pair]":
         """Read the file.
@@ -132,6 +155,12 @@ class PairsStage(Stage):
         """The sources by the name of their split."""
         return {"train": self.train} | ({} if self.eval is None else {"eval": self.eval})
 
+    @property
+    def most_pairs(self) -> int | None:
+        """No more than so many pairs to train on, as far as a plan can tell; None where it cannot."""
+        known = [number for number in (self.train.most, self.config.limit) if number is not None]
+        return min(known, default=None)
+
     def build(self, work: Work) -> None:
         """Read, validate, render, tokenize and align the pairs, once for all methods."""
         from safetensors.numpy import save_file
@@ -146,6 +175,9 @@ class PairsStage(Stage):
         )
         save_file(arrays(prepared), work.folder / PAIRS)
         (work.folder / META).write_text(json.dumps(texts(prepared), ensure_ascii=False), encoding="utf-8")
+        num_pairs = len(prepared.pair_ids)
+        if any(prepared.dropped.values()) or cut_text(num_pairs, prepared.report) is not None:
+            work.remark(f"pairs: {pairs_text(num_pairs, prepared.dropped, prepared.report)}")
 
     def read(self, work: Work) -> "PreparedPairs":
         """Read the prepared pairs."""

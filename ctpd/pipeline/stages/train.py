@@ -15,7 +15,7 @@ from ctpd.pipeline.stages.distributions import DistributionsStage
 from ctpd.pipeline.stages.pairs import PairsStage
 from ctpd.pipeline.stages.signals import SignalsStage
 from ctpd.pipeline.stages.weights import WeightsStage
-from ctpd.train.config import Schedule
+from ctpd.train.config import Schedule, Steps
 
 if TYPE_CHECKING:
     from ctpd.objectives.base import Objective
@@ -63,6 +63,15 @@ class TrainStage(Stage):
     weights: WeightsStage | None = None
     teachers: tuple[Model, ...] = ()
     stored: tuple[DistributionsStage, ...] = ()
+
+    def planned_steps(self) -> Steps | None:
+        """The steps with the most pairs that there may be; None where a plan cannot tell, or there are none at all.
+
+        Raises:
+            UserError: a training of no step, or one that changes nothing.
+        """
+        most = self.pairs.most_pairs
+        return None if not most else Steps.of(most, self.config.schedule)
 
     def build(self, work: Work) -> None:
         """Train and save."""
@@ -185,9 +194,10 @@ class TrainStage(Stage):
     def _save_tokenizer(self, work: Work) -> None:
         """With whole weights, save the tokenizer; with an adapter, save references to its base model and tokenizer."""
         from ctpd.pipeline.references import MODEL_FOLDER
+        from ctpd.saving import save_tokenizer
 
         if self.config.schedule.lora is None:
-            self.start.located(work).load_tokenizer().save_pretrained(str(work.folder / MODEL_FOLDER))
+            save_tokenizer(self.start.located(work).load_tokenizer(), work.folder / MODEL_FOLDER)
         else:
             text = json.dumps(self.start.chain(), ensure_ascii=False)
             (work.folder / CHAIN).write_text(text, encoding="utf-8")

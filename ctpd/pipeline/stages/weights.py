@@ -69,6 +69,8 @@ class WeightsStage(Stage):
             parameters=self.config.weighting.parameters,
             examples=weight_examples(prepared, values, unit_starts) if self.config.granularity == "spans" else (),
         )
+        if summary.note is not None:
+            work.remark(summary.note)
         (work.folder / SUMMARY).write_text(summary.model_dump_json(), encoding="utf-8")
 
     def values(self, work: Work) -> "NDArray[np.float32]":

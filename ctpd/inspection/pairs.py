@@ -1,0 +1,129 @@
+"""The first pairs of a recipe as each model will read them: prompt, responses, end, and what of it is scored."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ctpd.core.errors import UserError
+from ctpd.core.printing import command
+from ctpd.core.roles import ROLES, Role
+from ctpd.core.store import Store
+from ctpd.objectives.base import BOTH_SIDES
+from ctpd.pipeline.graph import Graph
+from ctpd.pipeline.rows import token_rows
+from ctpd.pipeline.runtime import Runtime
+from ctpd.pipeline.stage import Work
+from ctpd.pipeline.stages.pairs import PairsStage, read_prepared
+from ctpd.text.prepare import PreparedPairs, prepare_pairs
+
+if TYPE_CHECKING:
+    from ctpd.text.blocks import TokenRows
+
+_READ = 64  # pairs that are prepared to show some of them: a few may be dropped
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReadRow:
+    """One row as one model reads it; ``response`` and ``end`` are scored, ``prompt`` and ``between`` are not.
+
+    Attributes:
+        between: text between the response and the end token.
+        end: the end token; None for a response that was cut, which has none.
+        tokens: of the whole row; ``scored`` those of response and end.
+    """
+
+    prompt: str
+    response: str
+    between: str
+    end: str | None
+    tokens: int
+    scored: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReadPair:
+    """One pair: its rows by model and side (`chosen`, `rejected`)."""
+
+    id: str
+    split: str
+    rows: dict[Role, dict[str, ReadRow]]
+
+
+def read_pairs(stage: PairsStage, store: Store, *, show: int, source: str) -> list[ReadPair]:
+    """The first pairs of a recipe, from the store if they are prepared, else prepared now.
+
+    Args:
+        stage: the recipe's pairs.
+        store: of its artifacts.
+        show: so many pairs.
+        source: the recipe, for errors.
+
+    Raises:
+        UserError: the pairs or tokenizers are artifacts that are not built yet, or cannot be read.
+    """
+    _refuse_missing(stage, store, source)
+    work = _work(stage, store)
+    if store.has(stage.kind, stage.key):
+        prepared = read_prepared(store.open(stage.kind, stage.key))
+    else:
+        prepared = _prepared(stage, work)
+    tokenizers = {role: getattr(stage, role).load(work, role=role).tokenizer for role in ROLES}
+    return [
+        ReadPair(
+            id=prepared.pair_ids[pair],
+            split=prepared.split[pair],
+            rows={role: _rows(prepared, role, tokenizers[role], pair) for role in ROLES},
+        )
+        for pair in range(min(show, len(prepared.pair_ids)))
+    ]
+
+
+def _work(stage: PairsStage, store: Store) -> Work:
+    folders = {source.key: store.path(source.kind, source.key) for source in stage.inputs.values()}
+    return Work(Path(), Runtime(), lambda done, total: None, writes=False, folders=folders)
+
+
+def _refuse_missing(stage: PairsStage, store: Store, source: str) -> None:
+    missing = [one.label for one in Graph(tuple(stage.inputs.values())).missing(store)]
+    if missing:
+        raise UserError(
+            f"the store {store.root} lacks what the pairs are made from: {', '.join(missing)}",
+            where=source,
+            fix=f"Run `{command('train', source, store=store.root)}` first, or give another --store",
+        )
+
+
+def _prepared(stage: PairsStage, work: Work) -> PreparedPairs:
+    """The first pairs to train on, by the recipe's rules; how many are dropped does not matter here."""
+    config = stage.config.model_copy(update={"max_dropped": 1.0, "select": "all", "limit": _READ})
+    sides = {role: getattr(stage, role).load(work, role=role) for role in ROLES}
+    return prepare_pairs({"train": stage.train.read(work)}, config, **sides)
+
+
+def _rows(prepared: PreparedPairs, role: Role, tokenizer: Any, pair: int) -> dict[str, ReadRow]:
+    rows = token_rows(prepared, role)
+    return {
+        side: _row(rows, 2 * pair + number, tokenizer, has_end=bool(prepared.has_end[2 * pair + number]))
+        for number, side in enumerate(BOTH_SIDES)
+    }
+
+
+def _row(rows: "TokenRows", row: int, tokenizer: Any, *, has_end: bool) -> ReadRow:
+    start, stop = rows.row_starts[row], rows.row_starts[row + 1]
+    ids, unit = rows.input_ids[start:stop].tolist(), rows.unit[start:stop]
+    scored = [index for index, number in enumerate(unit.tolist()) if number >= 0]
+    response = scored[:-1] if has_end else scored
+    first, after = response[0], response[-1] + 1
+
+    def text(part: Sequence[int]) -> str:
+        return str(tokenizer.decode(part, skip_special_tokens=False, clean_up_tokenization_spaces=False))
+
+    return ReadRow(
+        prompt=text(ids[:first]),
+        response=text(ids[first:after]),
+        between=text(ids[after:-1]) if has_end else "",
+        end=text(ids[-1:]) if has_end else None,
+        tokens=len(ids),
+        scored=len(scored),
+    )

@@ -1,0 +1,51 @@
+"""What a user should know of a plan before it is run: trainings of few steps, and prompts that differ in evaluation."""
+
+from collections.abc import Iterator
+
+from ctpd.core.errors import UserError
+from ctpd.pipeline.graph import Graph
+from ctpd.pipeline.stages.evaluate import EvaluateStage
+from ctpd.pipeline.stages.pairs import PairsStage
+from ctpd.pipeline.stages.train import TrainStage
+
+
+def plan_notes(graph: Graph) -> list[str]:
+    """Sentences about the stages of a graph, for `--plan`."""
+    return [*_short_trainings(graph), *_templates(graph)]
+
+
+def refuse_idle(graph: Graph) -> None:
+    """Refuse a graph with a training of no step, or one that changes nothing, as far as a plan can tell.
+
+    Raises:
+        UserError: there is one; or its pairs cannot be read, which is said first.
+    """
+    for stage in graph.stages:
+        if isinstance(stage, TrainStage):
+            try:
+                stage.planned_steps()
+            except UserError as error:
+                stage.pairs.train.check()
+                raise UserError(f"{stage.label}: {error.what}", fix=error.fix) from error
+
+
+def _short_trainings(graph: Graph) -> Iterator[str]:
+    labels: dict[str, list[str]] = {}
+    for stage in graph.stages:
+        steps = stage.planned_steps() if isinstance(stage, TrainStage) else None
+        if steps is not None and steps.note is not None:
+            labels.setdefault(steps.note, []).append(stage.label)
+    for note, found in labels.items():
+        yield f"{'; '.join(found)}: {note}."
+
+
+def _templates(graph: Graph) -> Iterator[str]:
+    pairs = [stage for stage in graph.stages if isinstance(stage, PairsStage)]
+    chat = {role for stage in pairs for role in ("teacher", "student") if getattr(stage, role).template == "chat"}
+    without = any(isinstance(stage, EvaluateStage) and not stage.protocol.chat_template for stage in graph.stages)
+    if chat and without:
+        who = " and ".join(role for role in ("teacher", "student") if role in chat)
+        yield (
+            f"The {who} {'are' if len(chat) > 1 else 'is'} trained in the chat template (`template: chat`) and evaluated "
+            "without it (`evaluation: chat_template: false`)."
+        )

@@ -1,0 +1,89 @@
+"""`ctpd inspect pairs`: what each model will read, with and without a store."""
+
+import json
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+from tests.conftest import Cli, SmokeRun
+from tests.fixtures.tokenizers import with_template
+
+CHAT = "{% for m in messages %}<s>{{ m['role'] }}\n{{ m['content'] }}</s>\n{% endfor %}{% if add_generation_prompt %}<s>assistant\n{% endif %}"
+
+
+def test_rows_of_a_finished_recipe_are_those_of_the_store(cli: Cli, smoke: SmokeRun) -> None:
+    outcome = cli("inspect", "pairs", "testbed-smoke", "--store", smoke.store, "--show", 2, "--json")
+    assert outcome.code == 0, outcome.err
+    first, second = json.loads(outcome.out)
+    assert first["split"] == "train"
+    assert first["rows"].keys() == {"teacher", "student"}
+    for pair in (first, second):
+        for sides in pair["rows"].values():
+            chosen, rejected = sides["chosen"], sides["rejected"]
+            assert chosen["prompt"] == rejected["prompt"]
+            assert chosen["response"] != rejected["response"]
+            assert chosen["end"]
+            assert 0 < chosen["scored"] < chosen["tokens"]
+    text = cli("inspect", "pairs", "testbed-smoke", "--store", smoke.store).out
+    assert text.count("pair ") == 3
+    assert "\x1b" not in text
+    assert re.search(r"teacher +prompt", text)
+    assert "tokens," in text
+
+
+def test_an_empty_store_says_what_to_run_first(cli: Cli, tmp_path: Path) -> None:
+    outcome = cli("inspect", "pairs", "testbed-smoke", "--store", tmp_path / "s")
+    assert outcome.code == 2
+    assert f"ctpd train testbed-smoke --store {tmp_path / 's'}" in outcome.err
+    assert not (tmp_path / "s").exists()
+
+
+@pytest.fixture
+def recipe(cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """What `init` writes for a chat model and 60 pairs, of which the last has a long response."""
+    monkeypatch.chdir(tmp_path)
+    tokenizer = with_template("byte_bpe", CHAT)
+    tokenizer.save_pretrained("model")
+    LlamaForCausalLM(
+        LlamaConfig(vocab_size=len(tokenizer), hidden_size=16, intermediate_size=16, num_hidden_layers=1,
+                    num_attention_heads=2, max_position_embeddings=512)
+    ).save_pretrained("model")  # fmt: skip
+    rows = [{"prompt": f"Human: {i}?", "chosen": f"It is {i}.", "rejected": "No."} for i in range(60)]
+    rows[0]["chosen"] = "long " * 2000
+    Path("pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    made = cli("init", "--teacher", "model", "--student", "model", "--data", "pairs.jsonl", "--to", "my recipe.yaml")
+    assert made.code == 0, made.err
+    return Path("my recipe.yaml")
+
+
+def test_a_recipe_of_ones_own_is_shown_before_anything_is_built(cli: Cli, recipe: Path) -> None:
+    plan = cli("run", recipe, "--plan")
+    assert plan.code == 0, plan.err
+    (hint,) = re.findall(r"^Note: What each model reads of the pairs: ctpd (.*)$", plan.out, re.MULTILINE)
+    assert shlex.split(hint) == ["inspect", "pairs", "my recipe.yaml"]
+    outcome = cli(*shlex.split(hint), "--json")
+    assert outcome.code == 0, outcome.err
+    pairs = json.loads(outcome.out)
+    assert len(pairs) == 3
+    cut, whole = pairs[0]["rows"]["student"]["chosen"], pairs[1]["rows"]["student"]["chosen"]
+    assert cut["end"] is None
+    assert whole == {
+        "prompt": "<s>user\nHuman: 1?</s>\n<s>assistant\n", "response": "It is 1.", "between": "", "end": "</s>",
+        "tokens": whole["tokens"], "scored": whole["scored"],
+    }  # fmt: skip
+    ids = AutoTokenizer.from_pretrained("model")(whole["prompt"] + "It is 1.</s>", add_special_tokens=False)[
+        "input_ids"
+    ]
+    assert whole["tokens"] == len(ids)
+    assert "no end: the response was cut" in cli(*shlex.split(hint)).out
+    assert not Path("runs").exists()
+
+
+def test_the_plan_says_that_prompts_are_templated_in_training_alone(cli: Cli, recipe: Path) -> None:
+    said = "trained in the chat template (`template: chat`) and evaluated without it"
+    assert said not in cli("run", recipe, "--plan").out
+    recipe.write_text(recipe.read_text().replace("chat_template: true", "chat_template: false"))
+    assert f"The teacher and student are {said}" in cli("run", recipe, "--plan").out

@@ -1,0 +1,14 @@
+"""A process that is killed at any of its file events leaves a whole artifact or none, and the next one completes it."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def test_a_kill_at_every_file_event_of_building_removing_and_rebuilding(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "tests.fixtures.killed_store", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) > 60
