@@ -64,6 +64,14 @@ def test_the_merged_model_is_the_same_from_every_working_directory(
     assert (tmp_path / "there" / "tokenizer.json").is_file()
 
 
+def test_a_base_model_that_has_changed_since_the_training_is_refused(store: Store, tmp_path: Path) -> None:
+    config = tmp_path / "models" / "base" / "generation_config.json"
+    config.write_text(config.read_text() + " ")
+    with pytest.raises(UserError, match=r"the files in '.*models/base' are not those that the adapter was trained on"):
+        export_model(store, KEY, to=tmp_path / "out", form=ExportForm(merge=True))
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_base_model_that_was_moved_is_named(store: Store, tmp_path: Path) -> None:
     (tmp_path / "models" / "base").rename(tmp_path / "moved")
     with pytest.raises(UserError, match=r"trained on the model in '.*models/base', and this directory does not exist"):
