@@ -9,6 +9,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
 from ctpd.core.errors import UserError
+from ctpd.core.printing import printable
 
 
 def load_checkpoint(folder: str, *, revision: str | None, options: Mapping[str, Any]) -> PreTrainedModel:
@@ -84,7 +85,7 @@ def _check_weights(found: Mapping[str, Any], *, where: str) -> None:
 
 def _some(names: Sequence[str], *, most: int = 5) -> str:
     more = len(names) - most
-    return ", ".join(names[:most]) + (f" and {more} more" if more > 0 else "")
+    return ", ".join(map(printable, names[:most])) + (f" and {more} more" if more > 0 else "")
 
 
 def four_bits(device: str) -> dict[str, Any]:

@@ -64,9 +64,10 @@ def _export_whole(model: Path, *, to: Path, form: ExportForm) -> str:
         shutil.copytree(model, to)
     else:
         from ctpd.models import load_model, load_tokenizer, save_model
+        from ctpd.saving import save_tokenizer
 
         save_model(load_model(model, precision=form.dtype, device="cpu"), to)
-        load_tokenizer(model).save_pretrained(str(to))
+        save_tokenizer(load_tokenizer(model), to)
     whole = " Its weights are whole: there was nothing to merge, and no base." if form.merge or form.with_base else ""
     return f"Wrote the model to {to}.{whole}"
 
@@ -94,10 +95,11 @@ def _export_adapter(store: Store, adapter: Path, chain: Mapping[str, Any], *, to
 
 def _save_tokenizer(store: Store, chain: Mapping[str, Any], to: Path) -> None:
     from ctpd.models import load_tokenizer
+    from ctpd.saving import save_tokenizer
 
     revision = chain["tokenizer_revision"]
     folder = _resolve(store, chain["tokenizer"], chain, revision=revision)
-    load_tokenizer(folder, revision=revision).save_pretrained(str(to))
+    save_tokenizer(load_tokenizer(folder, revision=revision), to)
 
 
 def _base_of(store: Store, chain: Mapping[str, Any], *, to: Path, form: ExportForm) -> str:
@@ -177,6 +179,7 @@ def _resolve(store: Store, name: str, chain: Mapping[str, Any], *, revision: str
 def _write_template(store: Store, artifact: Artifact, to: Path) -> list[str]:
     """Give the export's tokenizer the plain template that its model was trained with; what to say of it."""
     from ctpd.models import load_tokenizer
+    from ctpd.saving import save_tokenizer
     from ctpd.text.jinja import chat_template
     from ctpd.text.render import PlainTemplate, TemplatedTokenizer
 
@@ -190,7 +193,7 @@ def _write_template(store: Store, artifact: Artifact, to: Path) -> list[str]:
         return ["The plain template of the recipe cannot be written as a chat template of this tokenizer."]
     for folder in (to, to / BASE):
         if folder.is_dir():
-            tokenizer.save_pretrained(str(folder))
+            save_tokenizer(tokenizer, folder)
     return ["`apply_chat_template` writes the plain template of the recipe."]
 
 

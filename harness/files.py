@@ -16,7 +16,7 @@ def file_stem(name: str) -> str:
     ``mu-1-`` with two different digests. The result never leaves the folder that it is put into.
     """
     kept = re.sub(r"[^a-z0-9_]+", "-", name.lower()).strip("-")
-    if kept == name and len(name) <= LONGEST and not _LIKE_DIGEST.search(name):
+    if kept and kept == name and len(name) <= LONGEST and not _LIKE_DIGEST.search(name):
         return kept
     digest = hashlib.sha256(name.encode("utf-8", "surrogatepass")).hexdigest()[:DIGITS]
     kept = kept[:LONGEST].rstrip("-")

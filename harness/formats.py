@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import pandas as pd
 
+from ctpd.core.printing import one_line, printable, printable_lines
 from harness import html, latex
 from harness.files import file_stem
 from harness.footnotes import PARTIAL_MARK
@@ -20,6 +21,7 @@ NOT_FINITE = "not finite"
 NOTHING = "–"
 
 NOT_OURS = "Reported by others; not our measurements."
+_FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n")  # what a spreadsheet takes for the beginning of a formula
 LEGEND = "Bold: best of the column; underlined: second."
 
 
@@ -77,8 +79,17 @@ def json_rows(table: Table) -> list[dict[str, object]]:
 
 
 def to_csv(table: Table) -> str:
-    """Our numbers only, at four decimals: published ones are never merged with ours."""
-    return frame(table).to_csv(index=False, float_format="%.4f", lineterminator="\n")
+    """Our numbers only, at four decimals: published ones are never merged with ours.
+
+    A name that a spreadsheet would take for a formula has a quote before it.
+    """
+    lines = frame(table).rename(columns=_no_formula)
+    texts = lines.apply(lambda column: column.map(lambda cell: _no_formula(cell) if isinstance(cell, str) else cell))
+    return printable_lines(str(texts.to_csv(index=False, float_format="%.4f", lineterminator="\n")))
+
+
+def _no_formula(text: str) -> str:
+    return f"'{text}" if text.startswith(_FORMULA) else text
 
 
 def to_markdown(table: Table) -> str:
@@ -109,19 +120,19 @@ def to_latex(table: Table) -> str:
 
 def to_html(table: Table) -> str:
     """A page of its own, in the dress of the report: no script, no other file."""
-    return html.render("table_page.html", title=_caption(table), table=view(table))
+    return printable_lines(html.render("table_page.html", title=_caption(table), table=view(table)))
 
 
 def to_text(table: Table) -> str:
     """Aligned columns for a terminal: ``*`` marks the best of a column, ``+`` the second."""
     header, rows = _grid(table)
-    body = [[cell.text + {1: " *", 2: " +"}.get(cell.rank or 0, "  ") for cell in row] for row in rows]
-    lines = [_caption(table), "", *_aligned([f"{name}  " for name in header], body), ""]
+    body = [[printable(cell.text) + {1: " *", 2: " +"}.get(cell.rank or 0, "  ") for cell in row] for row in rows]
+    lines = [_caption(table), "", *_aligned([f"{printable(name)}  " for name in header], body), ""]
     lines += _wrapped(("* Best of the column, + second.", *table.footnotes))
     if (published := table.published) is not None:
         lines += ["", f"{published.caption}. {NOT_OURS}", ""]
         lines += [*_aligned(published.header, published.rows), "", *_wrapped(published.notes)]
-    return "\n".join(lines).rstrip() + "\n"
+    return printable_lines("\n".join(lines).rstrip() + "\n")
 
 
 FORMATS: Mapping[str, Callable[[Table], str]] = {
@@ -233,7 +244,12 @@ def _pipe_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[st
 
 
 def _markdown(text: str) -> str:
-    return re.sub(r"([\\|*<])", r"\\\1", text)
+    r"""Text on one line as Markdown shows it literally; text between two backticks stays code.
+
+    Escaped are `\`, `|`, `*`, `<`, `~`, and where they would mean something `_`, `&` and the end of a link's text.
+    """
+    shown = printable_lines(one_line(text))
+    return re.sub(r"[\\|*<~]|(?<![^\W_])_|_(?![^\W_])|&(?=#?\w+;)|\](?=[(\[:])", r"\\\g<0>", shown)
 
 
 def _wrapped(notes: Sequence[str]) -> list[str]:

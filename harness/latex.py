@@ -3,6 +3,8 @@
 import re
 from collections.abc import Sequence
 
+from ctpd.core.printing import one_line, printable_lines
+
 _OPENING = (
     "% Input this file into a paper that loads booktabs, or compile it alone: outside a document it brings its own.",
     r"\expandafter\ifx\csname @nodocument\endcsname\relax",  # LaTeX forgets this command when a document begins
@@ -17,12 +19,16 @@ _SPECIAL = {
     "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}",
     "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "<": r"\textless{}", ">": r"\textgreater{}",
     "|": r"\textbar{}", "`": r"\textasciigrave{}", "±": r"$\pm$", "–": "--", "—": "---", "−": "$-$", "†": r"$\dagger$",
-    "×": r"$\times$", "→": r"$\to$", "≥": r"$\ge$", "≤": r"$\le$", "β": r"$\beta$", "μ": r"$\mu$",
+    "⟨": r"$\langle$", "⟩": r"$\rangle$", "×": r"$\times$", "→": r"$\to$", "≥": r"$\ge$", "≤": r"$\le$", "β": r"$\beta$", "μ": r"$\mu$",
 }  # fmt: skip
 
 
+_ARGUMENTS = ("[", "*")  # at the beginning of a row they would be arguments of the command before it
+
+
 def escape(text: str) -> str:
-    """Text as LaTeX shows it literally; text between two backticks becomes typewriter text."""
+    """Text on one line as LaTeX shows it literally; text between two backticks becomes typewriter text."""
+    text = printable_lines(one_line(text))
     parts = ["".join(_SPECIAL.get(character, character) for character in part) for part in re.split("`([^`]+)`", text)]
     return "".join(rf"\texttt{{{part}}}" if i % 2 else part for i, part in enumerate(parts))
 
@@ -31,6 +37,7 @@ def tabular(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     """Lines of a booktabs tabular: the header is escaped here, the cells are LaTeX already."""
     columns = "l" + "r" * (len(header) - 1)
     lines = [" & ".join(cells) + r" \\" for cells in ([escape(name) for name in header], *rows)]
+    lines = [f"{{}}{line}" if line.startswith(_ARGUMENTS) else line for line in lines]
     opening = [rf"\begin{{tabular}}{{{columns}}}", r"\toprule", lines[0], r"\midrule"]
     return [*opening, *lines[1:], r"\bottomrule", r"\end{tabular}"]
 

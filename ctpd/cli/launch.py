@@ -17,6 +17,7 @@ import click
 
 from ctpd.cli.options import visible_gpu
 from ctpd.core.errors import CtpdError, UserError
+from ctpd.core.printing import printable
 from ctpd.core.processes import ProcessLost, processes
 from ctpd.recipe import LaunchSpec
 
@@ -164,7 +165,7 @@ def _end(started: Sequence[tuple[subprocess.Popen[bytes], Path]], *, quiet: bool
             helper.wait()
     for log, code in ended:
         if not quiet:
-            click.echo(f"Note: a helper of `--jobs` ended early. {_last_line(log, code)}", err=True)
+            click.echo(f"Note: a helper of `--jobs` ended early. {printable(_last_line(log, code))}", err=True)
 
 
 def _helping(argv: Sequence[str], *, device: str) -> list[str]:

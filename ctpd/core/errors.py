@@ -3,6 +3,8 @@
 import difflib
 from collections.abc import Iterable
 
+_LONGEST_WORD, _LONGEST = 300, 2000  # characters of what is wrong: names and values of a user can be of any length
+
 
 class CtpdError(Exception):
     """Base of every error that the command line prints as one paragraph."""
@@ -22,6 +24,7 @@ class UserError(CtpdError, ValueError):
     exit_code = 2
 
     def __init__(self, what: str, *, where: str | None = None, fix: str | None = None) -> None:
+        what = shortened(" ".join(shortened(word, most=_LONGEST_WORD) for word in what.split()), most=_LONGEST)
         parts = [_sentence(what)]
         if where is not None:
             parts.insert(0, f"{where}:")
@@ -54,10 +57,11 @@ def nearest(name: str, options: Iterable[str]) -> str:
 def listed(names: Iterable[object], *, most: int = 8, to: str | None = None) -> str:
     """Names for a message, in quotes: all of them, or those nearest to ``to`` and how many more there are."""
     texts = [str(name) for name in names]
-    if len(texts) <= most:
-        return ", ".join(map(repr, texts))
-    shown = difflib.get_close_matches(to, texts, n=most, cutoff=0.0) if to is not None else texts[:most]
-    return f"{', '.join(map(repr, shown))} and {len(texts) - len(shown):,} more"
+    shown = texts[:most]
+    if to is not None and len(texts) > most:
+        shown = difflib.get_close_matches(to, texts, n=most, cutoff=0.0)
+    quoted = ", ".join(repr(shortened(name)) for name in shown)
+    return quoted if len(shown) == len(texts) else f"{quoted} and {len(texts) - len(shown):,} more"
 
 
 def shortened(text: str, *, most: int = 100) -> str:

@@ -50,7 +50,7 @@ def _construct_mapping(loader: _StrictLoader, node: yaml.MappingNode) -> Located
     for key_node, value_node in node.value:
         if not isinstance(key_node, yaml.ScalarNode):
             raise yaml.constructor.ConstructorError(None, None, "a key is not a scalar", key_node.start_mark)
-        key = key_node.value  # the source text, so that keys such as `2026` or `true` stay strings
+        key = _without_surrogates(key_node)  # the source text, so that keys such as `2026` or `true` stay strings
         line = key_node.start_mark.line + 1
         if key in own:
             raise UserError(
@@ -63,6 +63,21 @@ def _construct_mapping(loader: _StrictLoader, node: yaml.MappingNode) -> Located
         result[key] = loader.construct_object(value_node, deep=True)
         result.lines[key] = line
     return result
+
+
+def _without_surrogates(node: yaml.ScalarNode) -> str:
+    """The text of a scalar; half of a surrogate pair, which is no text, is refused."""
+    text: str = node.value
+    if found := [character for character in text if 0xD800 <= ord(character) < 0xE000]:
+        problem = f"a text holds half of a surrogate pair, U+{ord(found[0]):04X}"
+        raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
+    return text
+
+
+def _construct_text(_: _StrictLoader, node: yaml.Node) -> str:
+    if not isinstance(node, yaml.ScalarNode):
+        raise yaml.constructor.ConstructorError(None, None, "`!!str` before what is no text", node.start_mark)
+    return _without_surrogates(node)
 
 
 def _construct_sequence(loader: _StrictLoader, node: yaml.SequenceNode) -> tuple[Any, ...]:
@@ -134,6 +149,7 @@ def _line(node: yaml.Node) -> int:
 
 _StrictLoader.add_constructor("tag:yaml.org,2002:map", _construct_mapping)
 _StrictLoader.add_constructor("tag:yaml.org,2002:seq", _construct_sequence)
+_StrictLoader.add_constructor("tag:yaml.org,2002:str", _construct_text)
 _StrictLoader.add_constructor("tag:yaml.org,2002:int", _construct_int)
 _StrictLoader.add_constructor("tag:yaml.org,2002:float", _construct_float)
 

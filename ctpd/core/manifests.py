@@ -53,7 +53,7 @@ def read(folder: Path) -> dict[str, Any]:
         found = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
     except OSError as error:
         raise _unreadable(folder / MANIFEST, error) or _damaged(folder, f"{MANIFEST} cannot be read") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise _damaged(folder, f"{MANIFEST} cannot be read") from error
     if not _is_manifest(found) or found.get(_OWN_HASH, _hash_of(found)) != _hash_of(found):
         raise _damaged(folder, f"{MANIFEST} is not as a build writes it")

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ctpd.core.names import unfit_text
+
 DEFAULT_STORE = "runs"  # the folder of the artifacts, relative to the working directory
 
 
@@ -18,6 +20,19 @@ def printable(text: str) -> str:
     if text.isprintable():
         return text
     return "".join(c if c.isprintable() else f"⟨U+{ord(c):04X}⟩" for c in text)
+
+
+def printable_lines(text: str) -> str:
+    """The text with control characters and the like replaced as by `printable`, and its line breaks and tabs kept."""
+    if unfit_text(text) is None:
+        return text
+    return "".join(c if unfit_text(c) is None else printable(c) for c in text)
+
+
+def one_line(text: str) -> str:
+    """The text with a space in place of each line break."""
+    lines = text.splitlines()
+    return text if lines == [text] else " ".join(line.strip() for line in lines)
 
 
 def command(*words: str, store: Path) -> str:

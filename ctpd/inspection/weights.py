@@ -1,14 +1,17 @@
 """What `ctpd inspect weights` measures: stored importance weights by side, position and span type."""
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import ValidationError
 from safetensors.numpy import load_file
 
-from ctpd.core.errors import UserError
+from ctpd.core.errors import DamagedArtifact, UserError
 from ctpd.core.manifests import MANIFEST
 from ctpd.core.store import Store
 from ctpd.objectives.base import Weighting
@@ -40,9 +43,7 @@ def inspect_weights(store: Store, key: str) -> dict[str, Any]:
         UserError: the artifact is damaged, or the pairs are not in the store any more.
     """
     folder = store.open("weights", key)
-    identity = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["identity"]
-    config = WeightsConfig.model_validate_json(json.dumps(identity["config"]))
-    pairs_key = identity["pairs"].partition("/")[2]
+    config, pairs_key = _made_from(store.manifest("weights", key), folder)
     if not store.has("pairs", pairs_key):
         raise UserError(
             "the pairs that the weights were made from are not in the store",
@@ -77,6 +78,19 @@ def inspect_weights(store: Store, key: str) -> dict[str, Any]:
         types = _types_of(prepared)
         found["types"] = {name: table.line(inner & (types == i)) for i, name in enumerate(SPAN_TYPES)}
     return found
+
+
+def _made_from(manifest: Mapping[str, Any], folder: Path) -> tuple[WeightsConfig, str]:
+    """How weights were computed, and the key of their pairs."""
+    try:
+        identity = manifest["identity"]
+        return WeightsConfig.model_validate_json(json.dumps(identity["config"])), identity["pairs"].partition("/")[2]
+    except (LookupError, TypeError, AttributeError, ValidationError) as error:
+        raise DamagedArtifact(
+            f"the stored artifact is damaged: {MANIFEST} does not say how the weights were computed",
+            where=str(folder),
+            fix="Run the recipe again with `--rebuild`",
+        ) from error
 
 
 def _positions(row: NDArray[np.int64], inner: NDArray[np.bool_], unit_starts: NDArray[np.int64]) -> NDArray[np.int64]:

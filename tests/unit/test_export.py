@@ -32,6 +32,10 @@ def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Store:
     base = Path("models") / "base"
     save_model(tiny_model(scorer=False), base)
     tokenizer("byte_bpe").save_pretrained(str(base))
+    return store_of_an_adapter(tmp_path, base)
+
+
+def store_of_an_adapter(tmp_path: Path, base: Path) -> Store:
     reference = external_model(str(base), revision=None, role="student")
     store = Store(tmp_path / "store")
     adapted = add_lora(tiny_model(scorer=False), r=2, alpha=4, targets="all-linear", seed=0)
@@ -145,6 +149,9 @@ def test_the_plain_template_of_the_recipe_is_the_exports_chat_template(store: St
     """`apply_chat_template` gives the tokens that were trained on."""
     name, _, bos = kind.partition(" with ")
     (with_bos if bos else tokenizer)(name).save_pretrained(str(tmp_path / "models" / "base"))
+    store.remove("train", KEY)
+    store.remove("pairs", PAIRS)
+    store_of_an_adapter(tmp_path, tmp_path / "models" / "base")
     said = export_model(store, KEY, to=tmp_path / "out", form=ExportForm(merge=True))
     assert "`apply_chat_template` writes the plain template of the recipe." in said
     found = AutoTokenizer.from_pretrained(tmp_path / "out")

@@ -1,6 +1,7 @@
 """What progress writes: live bars on a terminal, a line per stage elsewhere, nothing with quiet."""
 
 import io
+import re
 import subprocess
 import sys
 
@@ -39,8 +40,8 @@ def test_a_terminal_gets_bars_that_leave_the_same_lines(monkeypatch: pytest.Monk
     text = two_stages(Terminal())
     assert "━" in text
     assert "100%" in text
-    for line in (f"[ 1/12] {SHOWN:<44} done in 0:00\n", "stopped after 0:00\n", "a note\n"):
-        assert line in text
+    for line in (rf"{re.escape(f'[ 1/12] {SHOWN:<44}')} done in 0:\d\d\n", r"stopped after 0:\d\d\n", "a note\n"):
+        assert re.search(line, text)
 
 
 def test_quiet_writes_nothing() -> None:

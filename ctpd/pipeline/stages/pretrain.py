@@ -28,6 +28,7 @@ class PretrainStage(Stage):
         from ctpd.models import install_scorer
         from ctpd.pipeline.methods import Method
         from ctpd.pipeline.training import finish_training, fit_settings, resume_folder, save_trained
+        from ctpd.saving import save_tokenizer
         from ctpd.testbed.models import new_model
         from ctpd.train.fit import Optimization, fit
         from ctpd.train.trainer import Training, UnitPass
@@ -55,7 +56,7 @@ class PretrainStage(Stage):
         done = fit(training, optimization, folder=resume_folder(work), settings=fit_settings(work))
         save_trained(work, model)
         if work.writes:
-            tokenizer.save_pretrained(str(work.folder / MODEL_FOLDER))
+            save_tokenizer(tokenizer, work.folder / MODEL_FOLDER)
             finish_training(work, done)
 
     def _rows(self, work: Work, tokenizer: Any) -> Any:

@@ -31,9 +31,10 @@ class TokenizerStage(Stage):
 
     def build(self, work: Work) -> None:
         """Train and save it."""
+        from ctpd.saving import save_tokenizer
         from ctpd.testbed.models import train_tokenizer
 
         config = self.config
         texts = self.world.texts(work, config.corpus)
         tokenizer = train_tokenizer(texts, kind=config.tokenizer, vocab_size=config.vocab_size)
-        tokenizer.save_pretrained(str(work.folder / MODEL_FOLDER))
+        save_tokenizer(tokenizer, work.folder / MODEL_FOLDER)

@@ -194,9 +194,10 @@ class TrainStage(Stage):
     def _save_tokenizer(self, work: Work) -> None:
         """With whole weights, save the tokenizer; with an adapter, save references to its base model and tokenizer."""
         from ctpd.pipeline.references import MODEL_FOLDER
+        from ctpd.saving import save_tokenizer
 
         if self.config.schedule.lora is None:
-            self.start.located(work).load_tokenizer().save_pretrained(str(work.folder / MODEL_FOLDER))
+            save_tokenizer(self.start.located(work).load_tokenizer(), work.folder / MODEL_FOLDER)
         else:
             text = json.dumps(self.start.chain(), ensure_ascii=False)
             (work.folder / CHAIN).write_text(text, encoding="utf-8")
