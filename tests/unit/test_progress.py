@@ -31,7 +31,11 @@ def two_stages(stream: io.StringIO, *, quiet: bool = False) -> str:
 
 def test_without_a_terminal_there_is_one_plain_line_per_stage_and_names_are_literal() -> None:
     lines = two_stages(io.StringIO()).splitlines()
-    assert lines == [f"[ 1/12] {SHOWN:<44} done in 0:00", f"{'[12/12] second':<52} stopped after 0:00", "a note"]
+    assert [re.sub(r"0:\d\d$", "0:00", line) for line in lines] == [
+        f"[ 1/12] {SHOWN:<44} done in 0:00",
+        f"{'[12/12] second':<52} stopped after 0:00",
+        "a note",
+    ]
 
 
 def test_a_terminal_gets_bars_that_leave_the_same_lines(monkeypatch: pytest.MonkeyPatch) -> None:
