@@ -349,8 +349,13 @@ def _kept(column: Column, *, data_root: Path | None, allow_code: bool) -> _Kept:
         new = _Kept(None, None if cache is None else str(cache.path))
         if cache is not None:
             weakref.finalize(new, cache.remove)  # at the end of the process at last
-        with new.dataset_cache():
-            new.tasks = load_tasks(column, data_root=data_root, allow_code=allow_code)
+        try:
+            with new.dataset_cache():
+                new.tasks = load_tasks(column, data_root=data_root, allow_code=allow_code)
+        except BaseException:
+            if cache is not None:
+                cache.remove()
+            raise
         while len(_KEPT) >= MAX_KEPT:
             del _KEPT[next(iter(_KEPT))]
         _KEPT[key] = new

@@ -39,6 +39,7 @@ class TemporaryFolder:
     def __init__(self, name: str) -> None:
         root = _root.get()
         self._lock: int | None = None
+        self._is_first = root is not None and not root.parent.exists()  # the store's folder is made here, too
         try:
             if root is None:
                 self.path = Path(tempfile.mkdtemp(prefix=f"{_PREFIX}{name}-"))
@@ -61,6 +62,8 @@ class TemporaryFolder:
         self._lock = None
         with contextlib.suppress(OSError):  # others have folders there
             self.path.parent.rmdir()
+            if self._is_first:
+                self.path.parent.parent.rmdir()
 
 
 @contextlib.contextmanager
