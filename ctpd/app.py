@@ -12,6 +12,7 @@ from ctpd.core.errors import UserError
 from ctpd.core.printing import command
 from ctpd.core.processes import processes
 from ctpd.core.store import Artifact, Store
+from ctpd.core.userfiles import user_path
 from ctpd.pipeline.build import build_missing
 from ctpd.pipeline.graph import Graph
 from ctpd.pipeline.notes import refuse_idle
@@ -111,7 +112,7 @@ class Experiment:
 
         for column in self.suite.columns:
             if column.name in missing:
-                check_column(column, data_root=None if root is None else Path(root).expanduser())
+                check_column(column, data_root=None if root is None else user_path(root))
 
     def _evaluation(self, run: PlannedRun, column: Column) -> EvaluateStage:
         spec = self.recipe.shared.evaluation

@@ -12,6 +12,7 @@ from ctpd.cli.launch import started_by_user
 from ctpd.cli.options import execution, given, refuse
 from ctpd.cli.tables import Shown, show_chosen, show_tables
 from ctpd.core.printing import command, json_text
+from ctpd.core.userfiles import exists, user_path
 
 if TYPE_CHECKING:
     from ctpd.core.store import Store
@@ -221,7 +222,7 @@ def _evaluate_model(model: str, protocol: dict[str, Any], flags: Flags) -> None:
     from ctpd.recipe import EvaluationSpec, LaunchSpec
     from harness.suites import load_suite
 
-    name, _, revision = (model, "", "") if Path(model).expanduser().exists() else model.partition("@")
+    name, _, revision = (model, "", "") if exists(user_path(model)) else model.partition("@")
     root = external_model(name, revision=revision or None, role="--model option", in_recipe=False)
     data_root = protocol["data_root"]
     spec = EvaluationSpec(

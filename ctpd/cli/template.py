@@ -10,6 +10,7 @@ import yaml
 from ctpd.core.errors import UserError
 from ctpd.core.names import LONGEST_NAME, unfit_name, unfit_text
 from ctpd.core.printing import printable
+from ctpd.core.userfiles import exists, regular_file, user_path
 from ctpd.pipeline.sources import count_rows
 from ctpd.recipe.schema import schema_file
 
@@ -69,8 +70,7 @@ def write_recipe(to: Path, *, teacher: str, student: str, data: Path) -> None:
     """
     if to.exists():
         raise UserError(f"the file '{to}' exists already", fix="Give another name with --to")
-    if not data.is_file():
-        raise UserError(f"the data file '{data}' does not exist", fix="Correct --data")
+    regular_file(data, what="data file", fix="Correct --data")
     if not to.parent.is_dir():
         raise UserError(f"the folder '{to.parent}' does not exist", fix="Make it, or give another name with --to")
     pairs = count_rows(data)
@@ -124,7 +124,7 @@ def _template(has_chat: bool) -> str:
 
 def _has_chat_template(model: str) -> bool:
     """Whether the files of a local model have a chat template; a hub model is taken to have one."""
-    folder = Path(model).expanduser()
+    folder = user_path(model)
     if not folder.is_dir():
         return True
     config = folder / "tokenizer_config.json"
@@ -150,6 +150,6 @@ def _schema(to: Path) -> str:
 
 
 def _model(model: str) -> str:
-    name, _, revision = (model, "", "") if Path(model).expanduser().exists() else model.partition("@")
+    name, _, revision = (model, "", "") if exists(user_path(model)) else model.partition("@")
     lines = [f"    model: {_quoted(name)}", *([f"    revision: {_quoted(revision)}"] if revision else [])]
     return "\n".join(lines)
