@@ -178,6 +178,11 @@ class Model(Part):
             "adapters": [_reference(adapter) for adapter in self.adapters],
             "tokenizer": _reference(self.tokenizer),
             "tokenizer_revision": revision(self.tokenizer),
+            "digests": {
+                part.location: part.digest
+                for part in (self.root, *self.adapters, self.tokenizer)
+                if isinstance(part, External) and part.revision is None
+            },
         }
 
     def trained(self, stage: Stage, *, adapter: bool) -> "Model":
