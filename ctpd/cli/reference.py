@@ -13,11 +13,13 @@ from ctpd.core.printing import json_text
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
+    from rich.table import Table as RichTable
 
     from ctpd.inspection.reference import Reference
     from ctpd.recipe.reference import Key
 
 _MOST = 8  # keys of one meaning that are listed
+_LEAST_WIDTH = 40  # columns of the terminal for the meaning of a key
 
 
 @click.command("help")
@@ -98,6 +100,25 @@ def _cards(found: "Sequence[Key]", known: "Sequence[Key]") -> "Iterator[Renderab
         facts = [("type", one.type), ("range", one.range), ("default", one.default)]
         yield indented(table(["", ""], [fact for fact in facts if fact[1]]))
         if inner := inside(one, known):
-            rows = [(i.name, i.type, i.range or "-", i.default, i.about) for i in inner]
             yield ""
-            yield indented(table(["key", "type", "range", "default", "meaning"], rows))
+            yield indented(_keys(inner))
+
+
+def _keys(keys: "Sequence[Key]") -> "RichTable":
+    """The keys of a block; on a terminal too narrow for five columns, their facts lie below their meanings."""
+    from rich.text import Text
+
+    from ctpd.cli.terminal import columns, table
+
+    heads = ("key", "type", "range", "default", "meaning")
+    rows = [(one.name, one.type, one.range or "-", one.default, one.about) for one in keys]
+    widths = [max(map(len, column)) + 2 for column in zip(heads[:-1], *(row[:-1] for row in rows), strict=True)]
+    if sum(widths) + _LEAST_WIDTH <= columns():
+        return table(heads, rows)
+    cells = [
+        Text.assemble(
+            one.about, "\n", (", ".join(filter(None, (one.type, one.range, f"default: {one.default}"))), "dim")
+        )
+        for one in keys
+    ]
+    return table(["key", "meaning"], [(one.name, cell) for one, cell in zip(keys, cells, strict=True)])

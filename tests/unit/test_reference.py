@@ -114,6 +114,18 @@ def test_help_prints_a_key_its_block_and_its_json(cli: Cli) -> None:
     assert "epochs" in {one["key"].split(".")[-1] for one in plain["keys"]}
 
 
+@pytest.mark.parametrize("width", ["60", "90", "200"])
+def test_nothing_is_cut_on_a_narrow_terminal(width: str, cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    def words(text: str) -> set[str]:
+        return {word.strip(",:") for word in text.split()} - {"type", "range", "-"}
+
+    whole = cli("help", "dskd").out
+    monkeypatch.setenv("COLUMNS", width)
+    narrow = cli("help", "dskd").out
+    assert max(map(len, narrow.splitlines())) <= int(width)
+    assert words(narrow) == words(whole)
+
+
 def test_help_without_a_key_shows_every_block_once(cli: Cli) -> None:
     tree = cli("help").out
     assert tree.index("Recipe") < tree.index("Methods") < tree.index("Suite")
