@@ -49,7 +49,7 @@ faults: setup  ## the fault tests with long fuzzing: about an hour on two idle c
 record-regression: setup  ## record them anew, after a change that is meant to move numbers (say so in CHANGELOG)
 	$(BIN)/python tests/regression/record.py
 
-schema: setup  ## the JSON Schema of a recipe, after a change of what a recipe may say
+schema: setup  ## the JSON Schema of a recipe and docs/reference.md, after a change of what a recipe may say
 	$(BIN)/python scripts/recipe_schema.py
 
 ci: test  ## what CI runs

@@ -7,11 +7,12 @@ from pathlib import Path
 
 import yaml
 
-from ctpd.core.errors import UserError
+from ctpd.core.errors import UserError, nearest
 from ctpd.core.names import LONGEST_NAME, unfit_name, unfit_text
 from ctpd.core.printing import printable
 from ctpd.core.userfiles import exists, regular_file, user_path
 from ctpd.pipeline.sources import count_rows
+from ctpd.recipe import shipped_recipes
 from ctpd.recipe.schema import schema_file
 
 PAIRS_PER_STEP, SFT_PAIRS_PER_STEP = 16, 128  # the paper's, where the data are enough
@@ -100,6 +101,40 @@ def write_recipe(to: Path, *, teacher: str, student: str, data: Path) -> None:
         chat="true" if all(chat.values()) else "false",
     )
     to.write_text(text, encoding="utf-8")
+
+
+def copy_recipe(name: str, to: Path) -> None:
+    """Copy a shipped recipe's file; its first line, the schema for editors, is that of the installed ctpd.
+
+    Args:
+        name: of a shipped recipe.
+        to: a file that does not exist yet.
+
+    Raises:
+        UserError: there is no such recipe, `to` exists, or its folder does not.
+    """
+    _, _, rest = shipped_text(name).partition("\n")
+    if not to.parent.is_dir():
+        raise UserError(f"the folder '{to.parent}' does not exist", fix="Make it, or give another name with --to")
+    try:
+        with to.open("x", encoding="utf-8") as file:
+            file.write(f"# yaml-language-server: $schema={_schema(to)}\n{rest}")
+    except FileExistsError as error:
+        raise UserError(f"the file '{to}' exists already", fix="Give another name with --to") from error
+
+
+def shipped_text(name: str) -> str:
+    """The text of a shipped recipe.
+
+    Raises:
+        UserError: there is no such recipe.
+    """
+    shipped = shipped_recipes()
+    if name not in shipped:
+        raise UserError(
+            f"there is no shipped recipe '{name}'.{nearest(name, shipped)}", fix="List them with `ctpd recipes`"
+        )
+    return shipped[name].read_text(encoding="utf-8")
 
 
 def _schedule(pairs: int | None, *, most: int) -> str:
