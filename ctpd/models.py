@@ -6,7 +6,6 @@ Shape legend: R rows of a batch, T tokens of the longest row, N scored tokens, H
 import contextlib
 import json
 import math
-import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -28,6 +27,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from ctpd.checkpoints import asks_for_code, custom_code, first_line, four_bits, load_checkpoint
 from ctpd.core.errors import UserError
+from ctpd.core.temporary import temporary_folder
 from ctpd.core.userfiles import exists, user_path
 from ctpd.ops.finite import refuse_non_finite_weights
 from ctpd.ops.logit_rows import Head, LogitRows, is_sharded
@@ -211,7 +211,7 @@ def load_model(
         NotFinite: a weight is NaN or infinite.
     """
     if precision == "4bit" and adapters:
-        with tempfile.TemporaryDirectory() as merged:
+        with temporary_folder("merged") as merged:
             load_model(
                 folder, adapters=adapters, precision="bfloat16", device="cpu", revision=revision
             ).save_pretrained(merged)
