@@ -13,6 +13,7 @@ from ctpd.core.printing import command
 from ctpd.core.processes import processes
 from ctpd.core.store import Artifact, Store
 from ctpd.core.temporary import kept_in
+from ctpd.core.userfiles import user_path
 from ctpd.pipeline.build import build_missing
 from ctpd.pipeline.graph import Graph
 from ctpd.pipeline.notes import refuse_idle
@@ -104,7 +105,7 @@ class Experiment:
             UserError: an unknown task, one that runs code, another version than the suite's, missing data.
         """
         spec = self.recipe.shared.evaluation
-        root = None if spec.data_root is None else Path(spec.data_root).expanduser()
+        root = None if spec.data_root is None else user_path(spec.data_root)
         stages = [(name, stage) for columns in self.evaluations.values() for name, stage in columns.items()]
         missing = {name for name, stage in stages if not store.has(stage.kind, stage.key)}
         columns = [column for column in self.suite.columns if column.name in missing]

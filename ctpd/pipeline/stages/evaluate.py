@@ -10,6 +10,7 @@ from ctpd.core.config import Config
 from ctpd.core.errors import UserError
 from ctpd.core.processes import processes
 from ctpd.core.temporary import temporary_folder
+from ctpd.core.userfiles import user_path
 from ctpd.pipeline.references import LocatedModel, Model, cached_digest, check_unchanged
 from ctpd.pipeline.stage import Part, Stage, Work
 from ctpd.pipeline.stages.world import WorldStage
@@ -113,7 +114,7 @@ class Mirror(Part):
     @classmethod
     def of(cls, root: str, column: Column) -> "Mirror":
         """The mirror with digests of the data sets that a column names, or of the whole folder if it names none."""
-        folder = Path(root).expanduser()
+        folder = user_path(root)
         folders = {name: folder / name for name in column.datasets} or {_WHOLE: folder}
         return cls(str(folder), {name: cached_digest(part) for name, part in folders.items() if part.is_dir()})
 
