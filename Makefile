@@ -10,9 +10,12 @@ export HF_HUB_DISABLE_TELEMETRY := 1
 export TOKENIZERS_PARALLELISM := false
 export PYTHONDONTWRITEBYTECODE :=
 
+# Examples of each fuzz test in `make faults`.
+EXAMPLES ?= 20000
+
 BENCHMARKS := step evaluation roofline sharing head scaling alignment pipeline
 
-.PHONY: setup interpreter demo test check unit e2e regression record-regression schema ci bench bench-quick real-models clean
+.PHONY: setup interpreter demo test check unit e2e regression record-regression schema ci bench bench-quick real-models faults clean
 
 setup: interpreter $(STAMP)  ## the environment, with the tested versions
 
@@ -51,10 +54,13 @@ e2e: setup  ## the command line, end to end
 regression: setup  ## testbed-smoke against its recorded losses and scores
 	$(BIN)/python -m pytest tests/regression
 
+faults: setup  ## the fault tests with long fuzzing: about an hour on two idle cores
+	CTPD_FUZZ_EXAMPLES=$(EXAMPLES) $(BIN)/python -m pytest tests/faults
+
 record-regression: setup  ## record them anew, after a change that is meant to move numbers (say so in CHANGELOG)
 	$(BIN)/python tests/regression/record.py
 
-schema: setup  ## the JSON Schema of a recipe, after a change of what a recipe may say
+schema: setup  ## the JSON Schema of a recipe and docs/reference.md, after a change of what a recipe may say
 	$(BIN)/python scripts/recipe_schema.py
 
 ci: test  ## what CI runs

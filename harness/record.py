@@ -365,7 +365,7 @@ def _unreadable(path: Path, error: ValidationError) -> UserError:
     again = "Run its recipe again with this version, which rebuilds the record and keeps the trained models"
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
+    except (ValueError, RecursionError):
         return UserError("the record is damaged: its file is no JSON", where=str(path), fix=again)
     schema = found.get("schema") if isinstance(found, dict) else None
     if schema != SCHEMA:

@@ -94,6 +94,7 @@ def execute(
     """
     from ctpd.cli.launch import helpers, processes_to_start, run_launched
     from ctpd.core.processes import processes
+    from ctpd.core.temporary import kept_in
     from ctpd.pipeline.build import build_missing
     from ctpd.pipeline.graph import Graph
     from ctpd.pipeline.notes import plan_notes, refuse_idle
@@ -110,17 +111,17 @@ def execute(
     device = _checked_device(flags, count=count)
     check_loggers(flags.report_to, flags.log_dir)
     rebuild, argv = flags.rebuild, click.get_current_context().find_root().obj
-    beside: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
-    if count > 1 or flags.jobs > 1:
-        graph.check(store, rebuild=rebuild)  # here, once: no process may remove what another reads
-        rebuild = False
-        if graph.missing(store) and count > 1:
-            run_launched(argv, count=count, device=device)
-            return False  # rank 0 has printed
-        if graph.missing(store):
-            beside = helpers(argv, jobs=flags.jobs, device=device, quiet=flags.quiet)
     runtime = Runtime.of(launch, device=device, report_to=flags.report_to, log_dir=flags.log_dir, project=project)
-    with beside:
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(kept_in(store.root))
+        if count > 1 or flags.jobs > 1:
+            graph.check(store, rebuild=rebuild)  # here, once: no process may remove what another reads
+            rebuild = False
+            if graph.missing(store) and count > 1:
+                run_launched(argv, count=count, device=device)
+                return False  # rank 0 has printed
+            if graph.missing(store):
+                stack.enter_context(helpers(argv, jobs=flags.jobs, device=device, quiet=flags.quiet))
         built = build_missing(graph, store, runtime=runtime, progress=Progress(quiet=flags.quiet), rebuild=rebuild)
     processes().destroy_process_group()
     if not flags.quiet and processes().is_main:

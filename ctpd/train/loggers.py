@@ -79,7 +79,8 @@ def check_loggers(names: Sequence[str], folder: Path | None) -> None:
             loggers[name]()
         except (ImportError, RuntimeError) as error:
             raise UserError(
-                f"`--report-to {name}` does not work here: {error}", fix="Install its package anew, or leave the flag out"
+                f"`--report-to {name}` does not work here: {error}",
+                fix="Install its package anew, or leave the flag out",
             ) from error
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)

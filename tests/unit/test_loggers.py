@@ -70,7 +70,6 @@ def test_a_logger_gets_a_folder_that_stays_and_the_names_of_recipe_and_training(
     assert not set(VARIABLES) & set(os.environ)
 
 
-
 def test_without_log_dir_the_store_holds_the_logs(fake: list[dict[str, Any]], tmp_path: Path) -> None:
     from ctpd.app import plan
     from ctpd.core.store import Store
