@@ -167,7 +167,7 @@ def run(
     from harness.comparison import tables  # pandas: a plan does not need it
 
     experiment, artifacts = Experiment(recipe), Store(Path(store))
-    runtime = runtime or Runtime.of(experiment.recipe.launch)
+    runtime = runtime or Runtime.of(experiment.recipe.launch, project=experiment.recipe.name)
     graph = Graph(experiment.records)
     refuse_idle(graph)
     experiment.check_suite(artifacts)

@@ -36,7 +36,7 @@ def run(recipe: str, **values: Any) -> None:
     experiment, store = opened(recipe, flags)
     if not flags.plan and started_by_user():
         experiment.check_suite(store)
-    if execute(experiment.records, store, experiment.recipe.launch, flags):
+    if execute(experiment.records, store, experiment.recipe.launch, flags, project=experiment.recipe.name):
         show_tables(experiment, store, Shown(as_json=flags.as_json, main_only=True))
 
 
@@ -48,7 +48,7 @@ def train(recipe: str, **values: Any) -> None:
     flags = prepared(**values)
     refuse_with_plan(flags)
     experiment, store = opened(recipe, flags)
-    if not execute(experiment.training, store, experiment.recipe.launch, flags):
+    if not execute(experiment.training, store, experiment.recipe.launch, flags, project=experiment.recipe.name):
         return
     trained: list[dict[str, Any]] = [
         {"run": run.name, "seed": run.seed, "key": getattr(run.model.newest, "key", None)} for run in experiment.runs
@@ -106,7 +106,7 @@ def evaluate(recipe: str | None, *, model: str | None, **values: Any) -> None:
     if not flags.plan and started_by_user():
         experiment.check_suite(store)
     stages = [stage for columns in experiment.evaluations.values() for stage in columns.values()]
-    if execute(stages, store, experiment.recipe.launch, flags):
+    if execute(stages, store, experiment.recipe.launch, flags, project=experiment.recipe.name):
         named = {run.title: experiment.evaluations[i] for i, run in enumerate(experiment.runs)}
         _print_scores(named, store, as_json=flags.as_json)
 

@@ -29,8 +29,8 @@ PUBLIC = {
     "UserError", "align_spans", "load_recipe", "plan", "run", "score", "span_weights",
 }  # fmt: skip
 RUNNING = {
-    "--store", "--device", "--num-processes", "--jobs", "--offline", "--only", "--seed", "--limit", "--plan", "--rebuild", "--report-to", "--quiet",
-    "--json", "--debug",
+    "--store", "--device", "--num-processes", "--jobs", "--offline", "--only", "--seed", "--limit", "--plan", "--rebuild", "--report-to", "--log-dir",
+    "--quiet", "--json", "--debug",
 }  # fmt: skip
 OPTIONS = {
     "run": RUNNING,
