@@ -1,20 +1,34 @@
 # What a person does with the project. `make setup` makes everything else possible, and is repeated only when it must be.
-PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+PYTHON ?= $(if $(wildcard $(STAMP)),$(BIN)/python,python3.11)
+ASKED := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null)
+MADE := $(shell sed -n 's/^version = \([0-9]*\.[0-9]*\).*/\1/p' $(VENV)/pyvenv.cfg 2>/dev/null)
+ANEW := $(if $(filter $(ASKED),$(MADE)),,--clear)
 export HF_HUB_DISABLE_TELEMETRY := 1
 export TOKENIZERS_PARALLELISM := false
 export PYTHONDONTWRITEBYTECODE :=
 
+# Examples of each fuzz test in `make faults`.
+EXAMPLES ?= 20000
+
 BENCHMARKS := step evaluation roofline sharing head scaling alignment pipeline
 
-.PHONY: setup demo test check unit e2e regression record-regression schema ci bench bench-quick real-models clean
+.PHONY: setup interpreter demo test check unit e2e regression record-regression schema ci bench bench-quick real-models faults clean
 
-setup: $(STAMP)  ## the environment, with the tested versions
+setup: interpreter $(STAMP)  ## the environment, with the tested versions
 
-$(STAMP): pyproject.toml constraints.txt
-	$(PYTHON) -m venv $(VENV)
+interpreter:
+	@case "$(ASKED)" in 3.1[1-9]|3.[2-9][0-9]) ;; *) \
+		echo 'ctpd needs Python 3.11 or later, and $(PYTHON) is $(or $(ASKED),not there): run `make $(MAKECMDGOALS) PYTHON=PATH` with another.'; \
+		exit 2;; esac
+
+ifdef ANEW  # there is no environment, or another version of Python made it
+.PHONY: $(STAMP)
+endif
+$(STAMP): pyproject.toml constraints.txt | interpreter
+	$(PYTHON) -m venv $(ANEW) $(VENV)
 	$(BIN)/python -m pip install --quiet --no-compile torch -c constraints.txt
 	$(BIN)/python -m pip install --quiet --no-compile -e '.[dev]' -c constraints.txt
 	touch $@
@@ -40,10 +54,13 @@ e2e: setup  ## the command line, end to end
 regression: setup  ## testbed-smoke against its recorded losses and scores
 	$(BIN)/python -m pytest tests/regression
 
+faults: setup  ## the fault tests with long fuzzing: about an hour on two idle cores
+	CTPD_FUZZ_EXAMPLES=$(EXAMPLES) $(BIN)/python -m pytest tests/faults
+
 record-regression: setup  ## record them anew, after a change that is meant to move numbers (say so in CHANGELOG)
 	$(BIN)/python tests/regression/record.py
 
-schema: setup  ## the JSON Schema of a recipe, after a change of what a recipe may say
+schema: setup  ## the JSON Schema of a recipe and docs/reference.md, after a change of what a recipe may say
 	$(BIN)/python scripts/recipe_schema.py
 
 ci: test  ## what CI runs

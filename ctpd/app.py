@@ -12,6 +12,8 @@ from ctpd.core.errors import UserError
 from ctpd.core.printing import command
 from ctpd.core.processes import processes
 from ctpd.core.store import Artifact, Store
+from ctpd.core.temporary import kept_in
+from ctpd.core.userfiles import user_path
 from ctpd.pipeline.build import build_missing
 from ctpd.pipeline.graph import Graph
 from ctpd.pipeline.notes import refuse_idle
@@ -100,18 +102,26 @@ class Experiment:
         """Load the tasks that are still to be evaluated, so that missing data is reported before hours of training.
 
         Raises:
-            UserError: an unknown task, another version than the suite's, missing data.
+            UserError: an unknown task, one that runs code, another version than the suite's, missing data.
         """
-        root = self.recipe.shared.evaluation.data_root
+        spec = self.recipe.shared.evaluation
+        root = None if spec.data_root is None else user_path(spec.data_root)
         stages = [(name, stage) for columns in self.evaluations.values() for name, stage in columns.items()]
         missing = {name for name, stage in stages if not store.has(stage.kind, stage.key)}
-        if root == "testbed" or not missing:  # the recipe itself writes the testbed's data
+        columns = [column for column in self.suite.columns if column.name in missing]
+        if spec.data_root == "testbed":  # the recipe itself writes the data; tasks of the user's own may run code
+            columns = [column for column in columns if column.folder is not None]
+        if not columns:
             return
-        from harness.evaluate import check_column
+        from harness.evaluate import check_code, check_column
 
-        for column in self.suite.columns:
-            if column.name in missing:
-                check_column(column, data_root=None if root is None else Path(root).expanduser())
+        with kept_in(store.root):
+            for column in columns:
+                allowed = column.task in spec.allow_code
+                if spec.data_root != "testbed":
+                    check_column(column, data_root=root, allow_code=allowed)
+                elif not allowed:
+                    check_code(column)
 
     def _evaluation(self, run: PlannedRun, column: Column) -> EvaluateStage:
         spec = self.recipe.shared.evaluation
@@ -157,11 +167,12 @@ def run(
     from harness.comparison import tables  # pandas: a plan does not need it
 
     experiment, artifacts = Experiment(recipe), Store(Path(store))
-    runtime = runtime or Runtime.of(experiment.recipe.launch)
+    runtime = runtime or Runtime.of(experiment.recipe.launch, project=experiment.recipe.name)
     graph = Graph(experiment.records)
     refuse_idle(graph)
     experiment.check_suite(artifacts)
-    build_missing(graph, artifacts, runtime=runtime, progress=Progress(quiet=quiet))
+    with kept_in(artifacts.root):
+        build_missing(graph, artifacts, runtime=runtime, progress=Progress(quiet=quiet))
     processes().destroy_process_group()
     columns = [column.name for column in experiment.suite.columns]
     return tables(experiment.recipe, read_records(experiment, artifacts), columns=columns)
@@ -200,6 +211,7 @@ def evaluation_stage(
             precision=precision,
             backend=spec.backend,
             lm_eval=_lm_eval_version(),
+            allow_code=column.task in spec.allow_code,
         ),
         task=ColumnTask.of(column, documents),
         model=model,

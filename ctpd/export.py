@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from ctpd.core.errors import UserError
 from ctpd.core.store import Artifact, Store
-from ctpd.pipeline.references import ADAPTER_CONFIG, MODEL_FOLDER
+from ctpd.pipeline.references import ADAPTER_CONFIG, MODEL_FOLDER, cached_digest
 from ctpd.pipeline.stages.train import CHAIN
 
 BASE = "base"  # in the export of an adapter with its base
@@ -98,7 +98,8 @@ def _save_tokenizer(store: Store, chain: Mapping[str, Any], to: Path) -> None:
     from ctpd.saving import save_tokenizer
 
     revision = chain["tokenizer_revision"]
-    save_tokenizer(load_tokenizer(_resolve(store, chain["tokenizer"], revision=revision), revision=revision), to)
+    folder = _resolve(store, chain["tokenizer"], chain, revision=revision)
+    save_tokenizer(load_tokenizer(folder, revision=revision), to)
 
 
 def _base_of(store: Store, chain: Mapping[str, Any], *, to: Path, form: ExportForm) -> str:
@@ -117,7 +118,7 @@ def _base_of(store: Store, chain: Mapping[str, Any], *, to: Path, form: ExportFo
             fix="Give `--with-base`, which writes that model beside the adapter, or `--merge` for one whole model",
         )
     base = str(chain["base"])
-    return str(_resolve(store, base, revision=None).absolute()) if base.startswith("store:") else base
+    return str(_resolve(store, base, chain, revision=None).absolute()) if base.startswith("store:") else base
 
 
 def _name_base(adapter: Path, base: str, *, revision: str | None) -> None:
@@ -140,8 +141,8 @@ def _save_merged(store: Store, chain: Mapping[str, Any], *, further: list[Path],
     """Write the base of a chain with its adapters, and ``further`` ones, merged into it."""
     from ctpd.models import load_model, save_model
 
-    adapters = [_resolve(store, name, revision=None) for name in chain["adapters"]]
-    base = _resolve(store, chain["base"], revision=chain["revision"])
+    adapters = [_resolve(store, name, chain, revision=None) for name in chain["adapters"]]
+    base = _resolve(store, chain["base"], chain, revision=chain["revision"])
     merged: Any = load_model(
         base, adapters=[*adapters, *further], precision="float32", device="cpu", revision=chain["revision"]
     )
@@ -152,11 +153,11 @@ def _save_merged(store: Store, chain: Mapping[str, Any], *, further: list[Path],
     save_model(merged, to)
 
 
-def _resolve(store: Store, name: str, *, revision: str | None) -> Path:
+def _resolve(store: Store, name: str, chain: Mapping[str, Any], *, revision: str | None) -> Path:
     """The folder or hub id of one part of a model; `store:STAGE/KEY` names an artifact of this store.
 
     Raises:
-        UserError: the path no longer exists.
+        UserError: the path no longer exists, or its files are not those of the training.
     """
     if name.startswith("store:"):
         stage, _, key = name.removeprefix("store:").partition("/")
@@ -165,6 +166,12 @@ def _resolve(store: Store, name: str, *, revision: str | None) -> Path:
         raise UserError(
             f"the adapter was trained on the model in '{name}', and this directory does not exist",
             fix="Put the model back there, or export the adapter alone, without --merge and --with-base",
+        )
+    digest = chain.get("digests", {}).get(name)  # chains of older versions have none
+    if digest is not None and cached_digest(Path(name)) != digest:
+        raise UserError(
+            f"the files in '{name}' are not those that the adapter was trained on",
+            fix="Put those back there, or export the adapter alone, without --merge and --with-base",
         )
     return Path(name)
 

@@ -6,7 +6,6 @@ Shape legend: R rows of a batch, T tokens of the longest row, N scored tokens, H
 import contextlib
 import json
 import math
-import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -28,6 +27,8 @@ from transformers.utils.logging import disable_progress_bar
 
 from ctpd.checkpoints import asks_for_code, custom_code, first_line, four_bits, load_checkpoint
 from ctpd.core.errors import UserError
+from ctpd.core.temporary import temporary_folder
+from ctpd.core.userfiles import exists, user_path
 from ctpd.ops.finite import refuse_non_finite_weights
 from ctpd.ops.logit_rows import Head, LogitRows, is_sharded
 from ctpd.ops.logps import LogitTransform
@@ -165,14 +166,14 @@ def find_tokenizer(location: str) -> PreTrainedTokenizerBase:
     Raises:
         UserError: there is none, or only a slow one.
     """
-    path = Path(location).expanduser()
+    path = user_path(location)
     fix = "Give a folder with a tokenizer.json, such a file, or a hub id, `name@revision` to pin it"
-    if path.is_file():
+    if exists(path) and path.is_file():
         try:
             return PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_file(str(path)))
         except Exception as error:  # the tokenizers library raises plain Exceptions
             raise UserError(f"the file is no tokenizer.json ({first_line(error)})", where=location, fix=fix) from error
-    name, _, revision = (str(path), "", "") if path.exists() else location.partition("@")
+    name, _, revision = (str(path), "", "") if exists(path) else location.partition("@")
     return _fast_tokenizer(name, revision=revision or None, where=location, fix=fix)
 
 
@@ -210,7 +211,7 @@ def load_model(
         NotFinite: a weight is NaN or infinite.
     """
     if precision == "4bit" and adapters:
-        with tempfile.TemporaryDirectory() as merged:
+        with temporary_folder("merged") as merged:
             load_model(
                 folder, adapters=adapters, precision="bfloat16", device="cpu", revision=revision
             ).save_pretrained(merged)

@@ -4,17 +4,16 @@ The tasks of a column are loaded once in a process, for all models that are eval
 """
 
 import contextlib
-import shutil
-import tempfile
 import time
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version as installed_version
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
+from jinja2.exceptions import TemplateError
 from lm_eval.api.model import LM
 from lm_eval.evaluator import evaluate as run_lm_eval
 from lm_eval.utils import hash_string
@@ -22,13 +21,17 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from ctpd.core.errors import UserError
+from ctpd.core.temporary import TemporaryFolder
+from ctpd.text.limited import LimitReached, interrupted, limited
 from harness.backends import SharedContextLM, open_vllm
 from harness.finite import finite_logits, refuse_non_finite
-from harness.isolation import Progress, compiled_templates, dataset_cache, quiet, seeded, shown
-from harness.loading import SEEDS, datasets_of, load_tasks
+from harness.isolation import Progress, compiled_templates, dataset_cache, quiet, sandboxed_templates, seeded, shown
+from harness.loading import SEEDS, datasets_of, find_task, load_tasks
 from harness.record import ColumnResult, DocumentScore, Protocol
 from harness.suites import Column
 from harness.task_files import TaskFiles, task_files
+
+_NO_TEMPLATE = "Evaluate with `chat_template: false`"
 
 
 class Documents(NamedTuple):
@@ -38,11 +41,13 @@ class Documents(NamedTuple):
         data_root: a mirror of the hub; None takes the hub itself (or the cache of ``datasets``).
         limit: the first so many documents of each task; None takes all.
         chat_template: whether prompts are rendered with the tokenizer's chat template.
+        allow_code: whether the task may run code of its own, or code that a model generates.
     """
 
     data_root: Path | None
     limit: int | None = None
     chat_template: bool = False
+    allow_code: bool = False
 
 
 class Pinned(NamedTuple):
@@ -162,17 +167,19 @@ def evaluate_with_vllm(
 
 def score(lm: LM, column: Column, documents: Documents) -> Scores:
     """Evaluate any lm-eval model on one column; raises as ``evaluate_column``."""
-    _, limit, chat_template = documents
+    _, limit, chat_template, allow_code = documents
     with seeded(torch.device(lm.device or "cpu"), seeds=SEEDS), quiet("lm_eval"):
-        kept = _kept(column, data_root=documents.data_root)
+        kept = _kept(column, data_root=documents.data_root, allow_code=allow_code)
         loaded = kept.ready(limit=limit, chat_template=chat_template)
-        with kept.dataset_cache(), compiled_templates():
+        template = _limited_template(lm) if chat_template else contextlib.nullcontext()
+        with kept.dataset_cache(), sandboxed_templates(), compiled_templates(), template:
             results = run_lm_eval(
                 lm,
                 loaded,
                 limit=limit,
                 bootstrap_iters=1000,  # only metrics without a closed form draw; the means of our suites have one
                 apply_chat_template=chat_template,
+                confirm_run_unsafe_code=allow_code,
                 fewshot_as_multiturn=True,  # the default of lm-eval's entry point; acts with a chat template only
             )
         kept.prompts = None if chat_template else (limit,)
@@ -233,18 +240,63 @@ def _result(column: Column, documents: Documents, scores: Scores, computed: Comp
 
 
 def _check_template(tokenizer: PreTrainedTokenizerBase, documents: Documents) -> None:
-    if documents.chat_template and tokenizer.chat_template is None:
-        raise UserError("the tokenizer has no chat template", fix="Evaluate with `chat_template: false`")
+    """Refuse a template that is missing, or that does not come to an end on a short conversation."""
+    if not documents.chat_template:
+        return
+    if tokenizer.chat_template is None:
+        raise UserError("the tokenizer has no chat template", fix=_NO_TEMPLATE)
+
+    def render(_row: int) -> tuple[()]:
+        with contextlib.suppress(TemplateError, TypeError, ValueError):  # the documents may be what it is written for
+            tokenizer.apply_chat_template([{"role": "user", "content": "Hello"}], tokenize=False)
+        return ()
+
+    with _limits_reported():
+        limited(1, render)
 
 
-def check_column(column: Column, *, data_root: Path | None) -> None:
+@contextlib.contextmanager
+def _limits_reported() -> Iterator[None]:
+    try:
+        yield
+    except LimitReached as error:
+        raise UserError(f"the tokenizer's chat template {error.what}", fix=_NO_TEMPLATE) from error
+
+
+@contextlib.contextmanager
+def _limited_template(lm: Any) -> Iterator[None]:
+    """Interrupt the model's chat template where it does not come to an end."""
+    usual = lm.apply_chat_template
+
+    def apply(*args: Any, **options: Any) -> Any:
+        with _limits_reported(), interrupted():
+            return usual(*args, **options)
+
+    lm.apply_chat_template = apply
+    try:
+        yield
+    finally:
+        del lm.apply_chat_template  # the method of the class is seen again
+
+
+def check_column(column: Column, *, data_root: Path | None, allow_code: bool = False) -> None:
     """Build the tasks of a column, and keep them: so that missing data is reported before hours of training, not after.
 
     Raises:
         UserError: as ``load_tasks``.
     """
     with quiet("lm_eval"):
-        _kept(column, data_root=data_root)
+        _kept(column, data_root=data_root, allow_code=allow_code)
+
+
+def check_code(column: Column) -> None:
+    """Refuse a column whose task runs code, without loading it.
+
+    Raises:
+        UserError: it does, or there is no such task.
+    """
+    with quiet("lm_eval"):
+        find_task(column, allow_code=False)
 
 
 @dataclass(eq=False)
@@ -288,16 +340,22 @@ _KEPT: dict[Any, _Kept] = {}
 MAX_KEPT = 8
 
 
-def _kept(column: Column, *, data_root: Path | None) -> _Kept:
+def _kept(column: Column, *, data_root: Path | None, allow_code: bool) -> _Kept:
     """The column's tasks, loaded once in a process for each state of the files; raises as ``load_tasks``."""
-    key = column, _state(column, data_root)
+    key = column, allow_code, _state(column, data_root)
     if key not in _KEPT:
         local = data_root is not None or bool(_own_files(column, data_root).data)
-        new = _Kept(None, tempfile.mkdtemp(prefix="ctpd-datasets-") if local else None)
-        if new.folder is not None:
-            weakref.finalize(new, shutil.rmtree, new.folder, ignore_errors=True)  # at the end of the process at last
-        with new.dataset_cache():
-            new.tasks = load_tasks(column, data_root=data_root)
+        cache = TemporaryFolder("datasets") if local else None
+        new = _Kept(None, None if cache is None else str(cache.path))
+        if cache is not None:
+            weakref.finalize(new, cache.remove)  # at the end of the process at last
+        try:
+            with new.dataset_cache():
+                new.tasks = load_tasks(column, data_root=data_root, allow_code=allow_code)
+        except BaseException:
+            if cache is not None:
+                cache.remove()
+            raise
         while len(_KEPT) >= MAX_KEPT:
             del _KEPT[next(iter(_KEPT))]
         _KEPT[key] = new

@@ -13,6 +13,10 @@ import datasets
 import lm_eval.utils
 import numpy as np
 import torch
+from jinja2.exceptions import SecurityError
+from jinja2.sandbox import SandboxedEnvironment
+
+from ctpd.core.errors import UserError
 
 Progress = Callable[[int, int], None]
 """Called with the number of answered requests and the number of all."""
@@ -71,6 +75,29 @@ def dataset_cache(folder: str) -> Iterator[None]:
         yield
     finally:
         datasets.config.HF_DATASETS_CACHE = usual
+
+
+@contextlib.contextmanager
+def sandboxed_templates() -> Iterator[None]:
+    """Let a task's templates read documents, and nothing of Python: lm-eval renders them without a sandbox.
+
+    Raises:
+        UserError: a template reaches for something else.
+    """
+    usual: Any = lm_eval.utils.env
+    sandbox = SandboxedEnvironment(
+        loader=usual.loader, undefined=usual.undefined, keep_trailing_newline=usual.keep_trailing_newline
+    )
+    sandbox.filters = usual.filters
+    lm_eval.utils.env = sandbox
+    try:
+        yield
+    except SecurityError as error:
+        raise UserError(
+            f"a template of the task reaches into Python ({error})", fix="Write templates that only read the document"
+        ) from error
+    finally:
+        lm_eval.utils.env = usual
 
 
 @contextlib.contextmanager

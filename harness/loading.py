@@ -5,6 +5,7 @@ a folder of that relative name, so tasks are built with ``data_root`` as the wor
 """
 
 import contextlib
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,9 @@ from lm_eval.tasks import TaskManager
 
 from ctpd.core.config import nearest
 from ctpd.core.errors import UserError
+from harness.isolation import sandboxed_templates
 from harness.suites import Column
+from harness.task_code import refuse_code
 
 OUR_TASKS = Path(__file__).parent / "tasks"
 PACKAGED_TASKS = Path(lm_eval.tasks.__file__).parent
@@ -25,30 +28,28 @@ SEEDS = {"python": 0, "numpy": 1234, "torch": 1234, "fewshot": 1234}
 """lm-eval's defaults; the last one picks the few-shot examples, so another one gives other prompts."""
 
 
-def load_tasks(column: Column, *, data_root: Path | None) -> Any:
+def load_tasks(column: Column, *, data_root: Path | None, allow_code: bool = False) -> Any:
     """Build the tasks of a column with its shots: lm-eval's ``TaskDict`` of tasks and groups.
 
+    Args:
+        column: the column.
+        data_root: a mirror of the hub; None takes the hub itself.
+        allow_code: whether the task may run code of its own, or code that a model generates.
+
     Raises:
-        UserError: unknown task, other version than the suite's, shots or metric that the task lacks, missing data.
+        UserError: unknown task, one that runs code, other version than the suite's, shots or metric that the task lacks,
+            missing data.
     """
-    manager, folders = _task_manager(column)
+    manager, file = find_task(column, allow_code=allow_code)
     where = f"column '{column.name}'"
-    entry = manager.task_index.get(column.task)
-    if entry is None or entry.yaml_path is None:  # a tag has no file, and no score of its own
-        raise UserError(
-            f"lm-eval has no task or group '{column.task}' in {' or '.join(map(str, folders))}."
-            + nearest(column.task, [*manager.all_subtasks, *manager.all_groups]),
-            where=where,
-            fix="Correct `task`, or name the folder that defines it as `folder`",
-        )
     datasets = sorted(_datasets(column.task, manager.task_index))
-    ours = entry.yaml_path.is_relative_to(OUR_TASKS)
+    ours = file.is_relative_to(OUR_TASKS)
     if data_root is not None:
         for name in datasets:
             if "/" in name and not (data_root / name).is_dir():
                 raise _missing_data(name, f"{data_root / name} does not exist", where, data_root, ours=ours)
     try:
-        with contextlib.chdir(data_root) if data_root is not None else contextlib.nullcontext():
+        with contextlib.chdir(data_root) if data_root is not None else contextlib.nullcontext(), sandboxed_templates():
             loaded = manager.load([column.task])
     except (OSError, ValueError, DatasetsError) as error:
         raise _missing_data(", ".join(datasets), str(error), where, data_root, ours=ours) from error
@@ -66,6 +67,28 @@ def load_tasks(column: Column, *, data_root: Path | None) -> Any:
         _set_shots(task, column.shots, where=where)
         _check_metrics(task, column, where=where)
     return loaded
+
+
+def find_task(column: Column, *, allow_code: bool) -> tuple[TaskManager, Path]:
+    """Find the definition of a column's task, and load nothing: lm-eval's manager and the file.
+
+    Raises:
+        UserError: unknown task, or one that runs code.
+    """
+    manager, folders = _task_manager(column)
+    entry = manager.task_index.get(column.task)
+    if entry is None or entry.yaml_path is None:  # a tag has no file, and no score of its own
+        raise UserError(
+            f"lm-eval has no task or group '{column.task}' in {' or '.join(map(str, folders))}."
+            + nearest(column.task, [*manager.all_subtasks, *manager.all_groups]),
+            where=f"column '{column.name}'",
+            fix="Correct `task`, or name the folder that defines it as `folder`",
+        )
+    if allow_code:
+        os.environ.setdefault("HF_ALLOW_CODE_EVAL", "1")  # a metric that runs generated code asks for it
+    else:
+        refuse_code(column, manager.task_index, trusted=(OUR_TASKS, PACKAGED_TASKS))
+    return manager, entry.yaml_path
 
 
 def datasets_of(column: Column) -> list[str]:

@@ -77,8 +77,8 @@ class TrainingSummary(Config):
 
     Attributes:
         history: entries in the order logged.
-        items: training pairs of one epoch; None in records of before.
-        left_out: pairs of each epoch that did not fill a step; None in records of before.
+        items: training pairs of one epoch; None in older records.
+        left_out: pairs of each epoch that did not fill a step; None in older records.
         note: what a reader should know of the steps: few, or many pairs left out.
         seconds: of the training alone, without loading and evaluation.
         peak_memory_mib: of the GPU; on a CPU of the whole process.
@@ -365,7 +365,7 @@ def _unreadable(path: Path, error: ValidationError) -> UserError:
     again = "Run its recipe again with this version, which rebuilds the record and keeps the trained models"
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
+    except (ValueError, RecursionError):
         return UserError("the record is damaged: its file is no JSON", where=str(path), fix=again)
     schema = found.get("schema") if isinstance(found, dict) else None
     if schema != SCHEMA:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ctpd.cli.options import prepare
+from ctpd.cli.options import prepare, refuse
 from ctpd.core.printing import command, json_text, printable
 
 if TYPE_CHECKING:
@@ -31,6 +31,7 @@ RUNNING = (
     "plan",
     "rebuild",
     "report_to",
+    "log_dir",
     "quiet",
     "json",
 )
@@ -54,6 +55,7 @@ class Flags:
     plan: bool = False
     rebuild: bool = False
     report_to: tuple[str, ...] = ()
+    log_dir: Path | None = None
     quiet: bool = False
     as_json: bool = False
     usable_device: str = "auto"
@@ -62,6 +64,8 @@ class Flags:
 def prepared(**values: Any) -> Flags:
     """The flags of a command; call it before the libraries are imported, since it sets what they read once."""
     flags = Flags(**values)
+    if not flags.report_to:
+        refuse("log_dir", because="--report-to names no logger")
     return dataclasses.replace(flags, usable_device=prepare(offline=flags.offline, device=flags.device))
 
 
@@ -73,19 +77,30 @@ def opened(recipe: str, flags: Flags) -> "tuple[Experiment, Store]":
     return Experiment(recipe, only=flags.only, seeds=flags.seed, limit=flags.limit), Store(flags.store)
 
 
-def execute(targets: "Sequence[Stage]", store: "Store", launch: "LaunchSpec", flags: Flags) -> bool:
+def execute(
+    targets: "Sequence[Stage]", store: "Store", launch: "LaunchSpec", flags: Flags, *, project: str = "ctpd"
+) -> bool:
     """Run the graph of ``targets``, or show it with --plan; returns whether this process has results to print.
 
+    Args:
+        targets: what is wanted; what they need is built, too.
+        store: where artifacts are.
+        launch: the recipe's block.
+        flags: of the command.
+        project: the name under which loggers file the trainings: the recipe's.
+
     Raises:
-        UserError: no such device; flags that contradict each other.
+        UserError: no such device or logger; flags that contradict each other.
     """
     from ctpd.cli.launch import helpers, processes_to_start, run_launched
     from ctpd.core.processes import processes
+    from ctpd.core.temporary import kept_in
     from ctpd.pipeline.build import build_missing
     from ctpd.pipeline.graph import Graph
     from ctpd.pipeline.notes import plan_notes, refuse_idle
     from ctpd.pipeline.progress import Progress
     from ctpd.pipeline.runtime import Runtime
+    from ctpd.train.loggers import check_loggers
 
     graph = Graph(targets)
     refuse_idle(graph)
@@ -94,18 +109,19 @@ def execute(targets: "Sequence[Stage]", store: "Store", launch: "LaunchSpec", fl
         return False
     count = processes_to_start(launch, num_processes=flags.num_processes, jobs=flags.jobs)
     device = _checked_device(flags, count=count)
+    check_loggers(flags.report_to, flags.log_dir)
     rebuild, argv = flags.rebuild, click.get_current_context().find_root().obj
-    beside: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
-    if count > 1 or flags.jobs > 1:
-        graph.check(store, rebuild=rebuild)  # here, once: no process may remove what another reads
-        rebuild = False
-        if graph.missing(store) and count > 1:
-            run_launched(argv, count=count, device=device)
-            return False  # rank 0 has printed
-        if graph.missing(store):
-            beside = helpers(argv, jobs=flags.jobs, device=device, quiet=flags.quiet)
-    runtime = Runtime.of(launch, device=device, report_to=flags.report_to)
-    with beside:
+    runtime = Runtime.of(launch, device=device, report_to=flags.report_to, log_dir=flags.log_dir, project=project)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(kept_in(store.root))
+        if count > 1 or flags.jobs > 1:
+            graph.check(store, rebuild=rebuild)  # here, once: no process may remove what another reads
+            rebuild = False
+            if graph.missing(store) and count > 1:
+                run_launched(argv, count=count, device=device)
+                return False  # rank 0 has printed
+            if graph.missing(store):
+                stack.enter_context(helpers(argv, jobs=flags.jobs, device=device, quiet=flags.quiet))
         built = build_missing(graph, store, runtime=runtime, progress=Progress(quiet=flags.quiet), rebuild=rebuild)
     processes().destroy_process_group()
     if not flags.quiet and processes().is_main:

@@ -4,26 +4,27 @@ import contextlib
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
-import tempfile
 import time
-import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import click
 
+from ctpd.cli.children import ending, start_own
 from ctpd.cli.options import visible_gpu
 from ctpd.core.errors import CtpdError, UserError
 from ctpd.core.printing import printable
-from ctpd.core.processes import ProcessLost, processes
+from ctpd.core.processes import RENDEZVOUS, ProcessLost, processes
+from ctpd.core.temporary import temporary_folder
 from ctpd.recipe import LaunchSpec
 
 ERRORS = "CTPD_ERRORS"  # environment variable in the processes of our launch: the folder to which they write errors
 HELPER = "CTPD_HELPER"  # environment variable in the helpers of `--jobs`
-TERMINATE_SECONDS = 10.0  # how long a helper may take to end after SIGTERM
+POLL_SECONDS = 0.05  # between two looks at the processes of a launch
+OTHERS_SECONDS = 2.0  # how long the others of a launch have to say why they fail before they are ended
 
 
 class LaunchError(CtpdError):
@@ -70,42 +71,87 @@ def started_by_user() -> bool:
 def run_launched(argv: Sequence[str], *, count: int, device: str) -> None:
     """Run the command in ``count`` processes and wait for them; the output of rank 0 appears here.
 
+    They find each other through a file, and listen on the loopback device alone.
+
     Raises:
         LaunchError: one of them failed.
         UserError: there are fewer GPUs than processes.
-        KeyboardInterrupt: this process got SIGINT or SIGTERM, and has ended them.
     """
     import torch
-    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException, Std
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     gpus = torch.cuda.device_count()
     if (device == "auto" and 0 < gpus < count) or (device == "cuda" and gpus < count):
         raise UserError(
             f"{count} processes need a GPU each, and there are {gpus}", fix="Give `--num-processes` or a device"
         )
-    with tempfile.TemporaryDirectory(prefix="ctpd-") as name, _environment({ERRORS: name, **_threads(count)}):
-        folder = Path(name)
-        config = LaunchConfig(
-            min_nodes=1,
-            max_nodes=1,
-            nproc_per_node=count,
-            run_id=uuid.uuid4().hex,
-            rdzv_backend="c10d",
-            rdzv_endpoint="localhost:0",
-            local_addr="localhost",
-            max_restarts=0,
-            logs_specs=DefaultLogsSpecs(str(folder / "logs"), redirects=dict.fromkeys(range(1, count), Std.ALL)),
-        )
-        arguments = _without(argv, values=("--num-processes",), flags=("--rebuild",))
-        try:
-            with _silent("torch.distributed.elastic"):
-                elastic_launch(config, sys.executable)("-m", "ctpd", *arguments)
-        except SignalException:
-            raise KeyboardInterrupt from None
-        except ChildFailedError as error:
-            raise _first_error(folder, error.failures, count=count) from None
+    with temporary_folder("launch") as folder:
+        started: list[subprocess.Popen[bytes]] = []
+        with ending(started):
+            for rank in range(count):
+                started.append(_start_rank(argv, rank, count=count, folder=folder))
+            failures = _failures(started, folder)
+            if failures:
+                raise _first_error(folder, failures, count=count)
+
+
+def _start_rank(argv: Sequence[str], rank: int, *, count: int, folder: Path) -> "subprocess.Popen[bytes]":
+    arguments = _without(argv, values=("--num-processes",), flags=("--rebuild",))
+    places = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count}
+    environment = {
+        **{name: str(value) for name, value in places.items()},
+        **_on_loopback(),
+        **_threads(count),
+        RENDEZVOUS: str(folder / "rendezvous"),
+        ERRORS: str(folder),
+    }
+    if rank == 0:
+        return start_own(arguments, environment)
+    with _log(folder, rank).open("wb") as log:
+        return start_own(arguments, environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+
+
+def _on_loopback() -> dict[str, str]:
+    """The environment in which gloo and NCCL use the loopback device alone."""
+    names = [name for _, name in socket.if_nameindex() if name in ("lo", "lo0")] if os.name == "posix" else []
+    return {variable: name for name in names for variable in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")}
+
+
+def _failures(ranks: Sequence["subprocess.Popen[bytes]"], folder: Path) -> dict[int, int]:
+    """Wait until all have ended or one has failed; returns rank -> exit code of those that failed.
+
+    A process that is ended by a signal after it has finished its work has not failed.
+    """
+    failures: dict[int, int] = {}
+    end = float("inf")  # when a process has failed: others fail for the same reason, the loss of it, or its cause
+    while time.monotonic() < end:
+        codes = {rank: process.poll() for rank, process in enumerate(ranks)}
+        failures = {
+            rank: code for rank, code in codes.items() if code and (code > 0 or not _finished(folder, rank).exists())
+        }
+        if all(code is not None for code in codes.values()):
+            break
+        if failures:
+            end = min(end, time.monotonic() + OTHERS_SECONDS)
+        time.sleep(POLL_SECONDS)
+    return failures
+
+
+def _finished(folder: Path, rank: int) -> Path:
+    return folder / f"{rank}.finished"
+
+
+def _log(folder: Path, rank: int) -> Path:
+    return folder / f"{rank}.log"
+
+
+def leave_finished() -> None:
+    """In a process of our launch that has done its work and printed its output: say so to the process that launched it."""
+    folder = os.environ.get(ERRORS)
+    if folder is None:
+        return
+    sys.stdout.flush()
+    with contextlib.suppress(OSError):  # the folder is gone: the process that launched this one has ended
+        _finished(Path(folder), processes().rank).touch()
 
 
 def leave_error(error: BaseException, text: str, exit_code: int) -> bool:
@@ -115,7 +161,9 @@ def leave_error(error: BaseException, text: str, exit_code: int) -> bool:
         return False
     report = {"time": time.time(), "text": text, "exit_code": exit_code, "lost": isinstance(error, ProcessLost)}
     try:
-        (Path(folder) / f"{processes().rank}.json").write_text(json.dumps(report), encoding="utf-8")
+        written = Path(folder) / f"{processes().rank}.part"
+        written.write_text(json.dumps(report), encoding="utf-8")
+        written.replace(written.with_suffix(".json"))  # never seen half written
     except OSError:  # the folder is gone: the process that launched this one has ended
         return False
     return True
@@ -132,40 +180,23 @@ def helpers(argv: Sequence[str], *, jobs: int, device: str, quiet: bool) -> Iter
     gpus = torch.cuda.device_count() if device == "auto" else 0
     threads = torch.get_num_threads()
     environment = {**_threads(jobs), HELPER: "1"}
-    with tempfile.TemporaryDirectory(prefix="ctpd-") as name:
-        started: list[tuple[subprocess.Popen[bytes], Path]] = []
+    arguments = _helping(argv, device=device)
+    started: list[subprocess.Popen[bytes]] = []
+    with temporary_folder("jobs") as folder:
         try:
-            for number in range(1, jobs):
-                log = Path(name) / f"{number}.log"
-                command = [sys.executable, "-m", "ctpd", *_helping(argv, device=device)]
-                with log.open("wb") as stderr:
-                    helper = subprocess.Popen(
-                        command,
-                        stdout=subprocess.DEVNULL,
-                        stderr=stderr,
-                        env={**os.environ, **environment, **_only_gpu(number % gpus if gpus else None)},
-                    )
-                started.append((helper, log))
-            torch.set_num_threads(int(environment.get("OMP_NUM_THREADS", threads)))
-            yield
+            with ending(started):
+                for number in range(1, jobs):
+                    own = {**environment, **_only_gpu(number % gpus if gpus else None)}
+                    with _log(folder, number).open("wb") as log:
+                        started.append(start_own(arguments, own, stdout=subprocess.DEVNULL, stderr=log))
+                torch.set_num_threads(int(environment.get("OMP_NUM_THREADS", threads)))
+                yield
+                early = [(number, code) for number, helper in enumerate(started, start=1) if (code := helper.poll())]
+                for number, code in [] if quiet else early:
+                    said = printable(_last_line(_log(folder, number), code))
+                    click.echo(f"Note: a helper of `--jobs` ended early. {said}", err=True)
         finally:
             torch.set_num_threads(threads)
-            _end(started, quiet=quiet)
-
-
-def _end(started: Sequence[tuple[subprocess.Popen[bytes], Path]], *, quiet: bool) -> None:
-    ended = [(log, code) for helper, log in started if (code := helper.poll())]
-    for helper, _ in started:
-        helper.terminate()
-    for helper, _ in started:
-        try:
-            helper.wait(TERMINATE_SECONDS)
-        except subprocess.TimeoutExpired:
-            helper.kill()
-            helper.wait()
-    for log, code in ended:
-        if not quiet:
-            click.echo(f"Note: a helper of `--jobs` ended early. {printable(_last_line(log, code))}", err=True)
 
 
 def _helping(argv: Sequence[str], *, device: str) -> list[str]:
@@ -203,53 +234,19 @@ def _threads(count: int) -> dict[str, str]:
     return {} if "OMP_NUM_THREADS" in os.environ else {"OMP_NUM_THREADS": str(max(1, torch.get_num_threads() // count))}
 
 
-def _first_error(folder: Path, failures: Mapping[int, Any], *, count: int) -> LaunchError:
+def _first_error(folder: Path, failures: Mapping[int, int], *, count: int) -> LaunchError:
     """The error that ended a launch: the first that is not only the loss of another process, or that of a killed process."""
     reports = [json.loads(path.read_text(encoding="utf-8")) for path in folder.glob("*.json")]
     reports.sort(key=lambda error: (error["lost"], error["time"]))
-    # SIGTERM comes from the launcher, which ends the other processes after a failure.
-    died = [rank for rank, end in failures.items() if end.exitcode < 0 and end.exitcode != -signal.SIGTERM]
-    if reports and not (reports[0]["lost"] and died):
+    silent = [rank for rank in failures if not (folder / f"{rank}.json").exists()]
+    if reports and not (reports[0]["lost"] and silent):
         return LaunchError(reports[0]["text"], reports[0]["exit_code"])
-    rank = min(died or failures)
-    log = next(folder.glob(f"logs/*/*/{rank}/stderr.log"), None)
-    return LaunchError(f"Process {rank} of {count} died. {_last_line(log, failures[rank].exitcode)}", 1)
+    rank = min(silent or failures)
+    return LaunchError(f"Process {rank} of {count} died. {_last_line(_log(folder, rank), failures[rank])}", 1)
 
 
-def _last_line(log: Path | None, code: int) -> str:
-    lines = log.read_text(encoding="utf-8", errors="replace").splitlines() if log is not None else []
+def _last_line(log: Path, code: int) -> str:
+    lines = log.read_text(encoding="utf-8", errors="replace").splitlines() if log.exists() else []
     if code < 0:
         lines.append(f"It was ended by {signal.Signals(-code).name}" + (" (out of memory?)." if code == -9 else "."))
     return lines[-1] if lines else f"Its exit code was {code}."
-
-
-@contextlib.contextmanager
-def _environment(values: Mapping[str, str]) -> Iterator[None]:
-    """Set environment variables for the processes that are started in the block."""
-    before = {name: os.environ.get(name) for name in values}
-    os.environ.update(values)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
-
-
-@contextlib.contextmanager
-def _silent(logger: str) -> Iterator[None]:
-    """Switch a library's loggers off: `LaunchError` says in one paragraph what they would say about a failed process."""
-    import logging
-
-    found = [log for name, log in logging.root.manager.loggerDict.items() if name.startswith(logger)]
-    loggers = [log for log in found if isinstance(log, logging.Logger)]
-    levels = [log.level for log in loggers]
-    for log in loggers:
-        log.setLevel(logging.CRITICAL + 1)
-    try:
-        yield
-    finally:
-        for log, level in zip(loggers, levels, strict=True):
-            log.setLevel(level)

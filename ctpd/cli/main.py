@@ -1,19 +1,19 @@
 """The command group, and the one place where errors become a paragraph and an exit code."""
 
-import contextlib
+import os
 import signal
 import sys
-import threading
 import traceback
-from collections.abc import Iterator
-from typing import Any
+from typing import Any, NoReturn
 
 import click
 
 from ctpd import __version__
+from ctpd.cli.signals import Stopped, end_with_parent, stopped_by_signals
 from ctpd.core.errors import CtpdError
 from ctpd.core.printing import printable
 
+_RESUME = "What is finished is kept; the same command continues from there."
 COMMANDS = {
     "run": "ctpd.cli.recipes:run",
     "train": "ctpd.cli.recipes:train",
@@ -21,6 +21,7 @@ COMMANDS = {
     "compare": "ctpd.cli.recipes:compare",
     "recipes": "ctpd.cli.recipes:recipes",
     "init": "ctpd.cli.recipes:init",
+    "help": "ctpd.cli.reference:explain",
     "inspect": "ctpd.cli.inspect:inspect",
     "export": "ctpd.cli.artifacts:export",
     "store": "ctpd.cli.artifacts:store",
@@ -31,8 +32,9 @@ SUMMARIES = {
     "train": "Train the students, with all stages that they need.",
     "eval": "lm-evaluation-harness on what is trained, or on any model.",
     "compare": "Write the tables and the report from the records.",
-    "recipes": "List the shipped recipes.",
+    "recipes": "List the shipped recipes; print or copy one.",
     "init": "Write a recipe for your own pair of models and data.",
+    "help": "What a key of a recipe, method or suite means.",
     "inspect": "Show pairs, aligned spans, tokenizers and weights.",
     "export": "Write a trained model as a plain transformers directory.",
     "store": "List and remove artifacts: du, rm, gc.",
@@ -84,21 +86,25 @@ def cli() -> None:
 
 def main(args: list[str] | None = None) -> Any:
     """Run the command line; exit 2 for the user's input, 1 for our errors, a traceback only with --debug."""
+    end_with_parent()
     argv = sys.argv[1:] if args is None else args
     debug = "--debug" in argv
     try:
-        with _ending_on_sigterm():
-            return cli.main(args=args, prog_name="ctpd", standalone_mode=False, obj=list(argv))
+        with stopped_by_signals():
+            result = cli.main(args=args, prog_name="ctpd", standalone_mode=False, obj=list(argv))
+        _leave_finished()
+        return result
     except click.exceptions.Exit as error:
+        if error.exit_code == 0:
+            _leave_finished()
         sys.exit(error.exit_code)
     except click.ClickException as error:
         error.show()
         sys.exit(error.exit_code)
+    except Stopped as error:
+        _stop(error, f"Stopped by {error.signal.name}. {_RESUME}", 128 + error.signal)
     except click.Abort as error:
-        text = "Stopped. What is finished is kept; the same command continues from there."
-        if not _left_to_parent(error, text, 130):
-            click.echo(text, err=True)
-        sys.exit(130)
+        _stop(error, f"Stopped. {_RESUME}", 128 + signal.SIGINT)
     except Exception as error:
         code, text = _paragraph(error)
         if not _left_to_parent(error, traceback.format_exc() if debug else text, code):
@@ -108,24 +114,24 @@ def main(args: list[str] | None = None) -> Any:
         sys.exit(code)
 
 
-@contextlib.contextmanager
-def _ending_on_sigterm() -> Iterator[None]:
-    """On SIGTERM, exit through the usual clean-up: helpers are ended, temporary folders removed."""
-
-    def end(number: int, _frame: object) -> None:
-        sys.exit(128 + number)
-
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGTERM, end)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
+def _stop(error: BaseException, text: str, code: int) -> NoReturn:
+    """End with a sentence on standard error, if it can still be written to: the terminal may be gone."""
+    if not _left_to_parent(error, text, code):
+        try:
+            click.echo(text, err=True)
+            sys.stdout.flush()
+        except OSError:
+            sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115 (the interpreter flushes them at its end)
+    sys.exit(code)
 
 
-def _left_to_parent(error: Exception, text: str, code: int) -> bool:
+def _leave_finished() -> None:
+    from ctpd.cli.launch import leave_finished
+
+    leave_finished()
+
+
+def _left_to_parent(error: BaseException, text: str, code: int) -> bool:
     from ctpd.cli.launch import leave_error
 
     return leave_error(error, text, code)

@@ -37,6 +37,10 @@ OPTIONS: dict[str, Decorator] = {
     "limit": click.option("--limit", type=click.IntRange(min=1), help="Evaluate only so many documents of each task."),
     "rebuild": click.option("--rebuild", is_flag=True, help="Check every artifact and rebuild damaged ones."),
     "report_to": click.option("--report-to", multiple=True, help="A logger of transformers, e.g. tensorboard or wandb."),
+    "log_dir": click.option(
+        "--log-dir", type=click.Path(path_type=Path),
+        help="With --report-to: the folder that loggers write files into [default: `logs` in the store].",
+    ),
     "quiet": click.option("--quiet", is_flag=True, help="No progress."),
     "json": click.option("--json", "as_json", is_flag=True, help="Print JSON instead of text."),
     "debug": click.option("--debug", is_flag=True, expose_value=False, help="Show the traceback of an error."),

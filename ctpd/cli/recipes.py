@@ -12,6 +12,7 @@ from ctpd.cli.launch import started_by_user
 from ctpd.cli.options import execution, given, refuse
 from ctpd.cli.tables import Shown, show_chosen, show_tables
 from ctpd.core.printing import command, json_text
+from ctpd.core.userfiles import exists, user_path
 
 if TYPE_CHECKING:
     from ctpd.core.store import Store
@@ -35,7 +36,7 @@ def run(recipe: str, **values: Any) -> None:
     experiment, store = opened(recipe, flags)
     if not flags.plan and started_by_user():
         experiment.check_suite(store)
-    if execute(experiment.records, store, experiment.recipe.launch, flags):
+    if execute(experiment.records, store, experiment.recipe.launch, flags, project=experiment.recipe.name):
         show_tables(experiment, store, Shown(as_json=flags.as_json, main_only=True))
 
 
@@ -47,7 +48,7 @@ def train(recipe: str, **values: Any) -> None:
     flags = prepared(**values)
     refuse_with_plan(flags)
     experiment, store = opened(recipe, flags)
-    if not execute(experiment.training, store, experiment.recipe.launch, flags):
+    if not execute(experiment.training, store, experiment.recipe.launch, flags, project=experiment.recipe.name):
         return
     trained: list[dict[str, Any]] = [
         {"run": run.name, "seed": run.seed, "key": getattr(run.model.newest, "key", None)} for run in experiment.runs
@@ -105,7 +106,7 @@ def evaluate(recipe: str | None, *, model: str | None, **values: Any) -> None:
     if not flags.plan and started_by_user():
         experiment.check_suite(store)
     stages = [stage for columns in experiment.evaluations.values() for stage in columns.values()]
-    if execute(stages, store, experiment.recipe.launch, flags):
+    if execute(stages, store, experiment.recipe.launch, flags, project=experiment.recipe.name):
         named = {run.title: experiment.evaluations[i] for i, run in enumerate(experiment.runs)}
         _print_scores(named, store, as_json=flags.as_json)
 
@@ -149,16 +150,27 @@ def compare(recipe: str, *, formats: tuple[str, ...], to: Path | None, **values:
 
 @click.command()
 @click.option("--schema", is_flag=True, help="Print the JSON Schema of a recipe, for editors.")
+@click.option("--show", metavar="NAME", help="Print this recipe's file.")
+@click.option("--copy", metavar="NAME", help="Copy this recipe's file, to change it.")
+@click.option("--to", type=click.Path(path_type=Path), help="With --copy: the new file [default: NAME.yaml].")
 @execution("json")
-def recipes(*, schema: bool, as_json: bool) -> None:
-    """List the shipped recipes."""
+def recipes(*, schema: bool, show: str | None, copy: str | None, to: Path | None, as_json: bool) -> None:
+    """List the shipped recipes; print or copy one."""
     from ctpd.recipe import load_recipe, shipped_recipes
 
+    if (schema, show is not None, copy is not None).count(True) > 1:
+        raise click.UsageError("Give --schema, --show or --copy, one of them.")
+    if copy is None:
+        refuse("to", because="it names the file of --copy")
     if schema:
         refuse("as_json", because="a schema is JSON")
         from ctpd.recipe.schema import schema_file
 
         click.echo(schema_file().read_text(encoding="utf-8"), nl=False)
+        return
+    if show is not None or copy is not None:
+        refuse("as_json", because="a recipe is YAML")
+        _show_or_copy(show, copy, to)
         return
     found = {name: load_recipe(name).about for name in shipped_recipes()}
     if as_json:
@@ -181,6 +193,18 @@ def init(teacher: str, student: str, data: Path, to: Path) -> None:
 
     write_recipe(to, teacher=teacher, student=student, data=data)
     click.echo(f"Wrote {to}. Read it through, then: {shlex.join(['ctpd', 'run', str(to), '--plan'])}")
+
+
+def _show_or_copy(show: str | None, copy: str | None, to: Path | None) -> None:
+    from ctpd.cli.template import copy_recipe, shipped_text
+
+    if show is not None:
+        click.echo(shipped_text(show), nl=False)
+        return
+    assert copy is not None
+    target = Path(f"{copy}.yaml") if to is None else to
+    copy_recipe(copy, target)
+    click.echo(f"Wrote {target}. Change it, and its name, then: {shlex.join(['ctpd', 'run', str(target), '--plan'])}")
 
 
 def _print_scores(named: "Mapping[str, Mapping[str, Stage]]", store: "Store", *, as_json: bool) -> None:
@@ -221,7 +245,7 @@ def _evaluate_model(model: str, protocol: dict[str, Any], flags: Flags) -> None:
     from ctpd.recipe import EvaluationSpec, LaunchSpec
     from harness.suites import load_suite
 
-    name, _, revision = (model, "", "") if Path(model).expanduser().exists() else model.partition("@")
+    name, _, revision = (model, "", "") if exists(user_path(model)) else model.partition("@")
     root = external_model(name, revision=revision or None, role="--model option", in_recipe=False)
     data_root = protocol["data_root"]
     spec = EvaluationSpec(

@@ -104,7 +104,7 @@ def _warn(experiment: "Experiment", records: "Sequence[Record]", store: "Store")
     from harness import comparison
 
     for package, versions in comparison.differing_versions(records).items():
-        click.echo(f"Warning: the records were made with {package} {' and '.join(versions)}.", err=True)
+        click.echo(printable(f"Warning: the records were made with {package} {' and '.join(versions)}."), err=True)
     lost = app.missing_runs(experiment, store)
     for run in lost:
         click.echo(f"Missing: {printable(run.title)}. To build it: {_building(experiment, run, store)}", err=True)
@@ -160,7 +160,7 @@ def _owners(root: Path) -> dict[str, str]:
         found: dict[str, str] = json.loads((root / OWNERS).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
-    return found
+    return found if isinstance(found, dict) else {}
 
 
 def _source(recipe: str, root: Path) -> str:

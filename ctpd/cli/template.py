@@ -7,10 +7,12 @@ from pathlib import Path
 
 import yaml
 
-from ctpd.core.errors import UserError
+from ctpd.core.errors import UserError, nearest
 from ctpd.core.names import LONGEST_NAME, unfit_name, unfit_text
 from ctpd.core.printing import printable
+from ctpd.core.userfiles import exists, regular_file, user_path
 from ctpd.pipeline.sources import count_rows
+from ctpd.recipe import shipped_recipes
 from ctpd.recipe.load import looks_local
 from ctpd.recipe.model import is_commit
 from ctpd.recipe.schema import schema_file
@@ -71,8 +73,7 @@ def write_recipe(to: Path, *, teacher: str, student: str, data: Path) -> None:
     """
     if to.exists():
         raise UserError(f"the file '{to}' exists already", fix="Give another name with --to")
-    if not data.is_file():
-        raise UserError(f"the data file '{data}' does not exist", fix="Correct --data")
+    regular_file(data, what="data file", fix="Correct --data")
     if not to.parent.is_dir():
         raise UserError(f"the folder '{to.parent}' does not exist", fix="Make it, or give another name with --to")
     pairs = count_rows(data)
@@ -104,6 +105,40 @@ def write_recipe(to: Path, *, teacher: str, student: str, data: Path) -> None:
     to.write_text(text, encoding="utf-8")
 
 
+def copy_recipe(name: str, to: Path) -> None:
+    """Copy a shipped recipe's file; its first line, the schema for editors, is that of the installed ctpd.
+
+    Args:
+        name: of a shipped recipe.
+        to: a file that does not exist yet.
+
+    Raises:
+        UserError: there is no such recipe, `to` exists, or its folder does not.
+    """
+    _, _, rest = shipped_text(name).partition("\n")
+    if not to.parent.is_dir():
+        raise UserError(f"the folder '{to.parent}' does not exist", fix="Make it, or give another name with --to")
+    try:
+        with to.open("x", encoding="utf-8") as file:
+            file.write(f"# yaml-language-server: $schema={_schema(to)}\n{rest}")
+    except FileExistsError as error:
+        raise UserError(f"the file '{to}' exists already", fix="Give another name with --to") from error
+
+
+def shipped_text(name: str) -> str:
+    """The text of a shipped recipe.
+
+    Raises:
+        UserError: there is no such recipe.
+    """
+    shipped = shipped_recipes()
+    if name not in shipped:
+        raise UserError(
+            f"there is no shipped recipe '{name}'.{nearest(name, shipped)}", fix="List them with `ctpd recipes`"
+        )
+    return shipped[name].read_text(encoding="utf-8")
+
+
 def _schedule(pairs: int | None, *, most: int) -> str:
     """Epochs and pairs a step for a file of so many pairs: at least about ``LEAST_STEPS`` steps, where that can be.
 
@@ -126,7 +161,7 @@ def _template(has_chat: bool) -> str:
 
 def _has_chat_template(model: str) -> bool:
     """Whether the files of a local model have a chat template; a hub model is taken to have one."""
-    folder = Path(model).expanduser()
+    folder = user_path(model)
     if not folder.is_dir():
         return True
     config = folder / "tokenizer_config.json"
@@ -157,7 +192,7 @@ def _model(model: str) -> str:
     Raises:
         UserError: a hub id without a commit.
     """
-    name, _, revision = (model, "", "") if Path(model).expanduser().exists() else model.partition("@")
+    name, _, revision = (model, "", "") if exists(user_path(model)) else model.partition("@")
     if not (is_commit(revision) if revision else looks_local(name)):
         raise UserError(
             f"the directory '{model}' does not exist, and as a hub id it lacks a commit",

@@ -6,15 +6,24 @@ is one process, and every collective operation returns at once.
 
 import contextlib
 import os
+import time
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ctpd.core.errors import CtpdError, UserError
 
+RENDEZVOUS = (
+    "CTPD_RENDEZVOUS"  # environment variable in the processes of `--num-processes`: the file of the group's store
+)
+_GLOO_THREAD = "pt_gloo_runloop"
+_THREAD_SECONDS = 5.0  # how long gloo's threads may take to end
 _TIMEOUT = timedelta(days=7)  # one process may build a stage for hours while the others wait
 
 
@@ -59,11 +68,22 @@ class Processes:
         # shuts down, would abort the process.
         import torch.distributed.nn.functional
 
-        if device.startswith("cuda"):
+        is_gpu = device.startswith("cuda")
+        if is_gpu:
             torch.cuda.set_device(self.local_rank)
-            torch.distributed.init_process_group("cpu:gloo,cuda:nccl", timeout=_TIMEOUT)
-        else:
-            torch.distributed.init_process_group("gloo", timeout=_TIMEOUT)
+        torch.distributed.init_process_group(
+            "cpu:gloo,cuda:nccl" if is_gpu else "gloo", timeout=_TIMEOUT, **self._rendezvous()
+        )
+
+    def _rendezvous(self) -> dict[str, Any]:
+        """Where the processes find each other: the file of our launch, which needs no port, or what the launcher says."""
+        import torch
+
+        if RENDEZVOUS not in os.environ:
+            return {}
+        store = torch.distributed.FileStore(os.environ[RENDEZVOUS], self.world_size)  # type: ignore[attr-defined]
+        store.set_timeout(_TIMEOUT)
+        return {"store": store, "rank": self.rank, "world_size": self.world_size}
 
     def destroy_process_group(self) -> None:
         """Destroy the default group; to be called last when the program ends without an error."""
@@ -71,6 +91,7 @@ class Processes:
 
         if self.world_size > 1 and torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
+            _check_threads_ended()
 
     def barrier(self) -> None:
         """Return when every process has called this."""
@@ -105,6 +126,23 @@ def _peers_required() -> Iterator[None]:
         yield
     except RuntimeError as error:
         raise ProcessLost("Another process of this launch has ended; its own error says why.") from error
+
+
+def _check_threads_ended() -> None:
+    """Warn if gloo's threads still run: they can abort the process while the interpreter shuts down. Linux only."""
+    end = time.monotonic() + _THREAD_SECONDS
+    while any(_name(thread) == _GLOO_THREAD for thread in Path("/proc/self/task").glob("*/comm")):
+        if time.monotonic() > end:
+            warnings.warn("threads of the destroyed process group still run: something holds the group", stacklevel=3)
+            return
+        time.sleep(0.01)
+
+
+def _name(thread: Path) -> str:
+    try:
+        return thread.read_text().strip()
+    except OSError:  # it has ended
+        return ""
 
 
 def processes() -> Processes:

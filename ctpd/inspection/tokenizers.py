@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ctpd.core.errors import UserError
+from ctpd.core.userfiles import regular_file
 from ctpd.pipeline.sources import read_rows
 from ctpd.text.fidelity import Speller, compare_spans, coverage, readable
 from ctpd.text.mismatch import SPAN_TYPES, AlignedTexts, align_texts, mismatch_counts, span_sizes, span_tokens
@@ -44,10 +45,7 @@ def read_responses(path: Path, *, limit: int | None = None) -> list[str]:
     Raises:
         UserError: no such file, or a row that is no pair.
     """
-    if not path.is_file():
-        raise UserError(
-            f"the data file '{path}' does not exist", fix="Give a jsonl, json, parquet or csv file of pairs"
-        )
+    regular_file(path, what="data file", fix="Give a jsonl, json, parquet or csv file of pairs")
     rows: Iterable[Mapping[str, Any]] = read_rows(path)
     if limit is not None:
         rows = (row for row, _ in zip(rows, range(limit), strict=False))

@@ -10,8 +10,9 @@ from ctpd.core.processes import processes
 from ctpd.core.store import Store
 from ctpd.pipeline.graph import Graph, ready
 from ctpd.pipeline.progress import Bar, Progress
-from ctpd.pipeline.runtime import Runtime, provenance
+from ctpd.pipeline.runtime import LOGS, Runtime, provenance
 from ctpd.pipeline.stage import Stage, Work
+from ctpd.train.loggers import LogTarget
 
 POLL_SECONDS = 0.5  # how often a process that waits for others checks the store
 FULL_COLLECTION_SECONDS = 30.0  # time between full garbage collections, which visit imported modules too
@@ -140,7 +141,11 @@ class _Builder:
         find = self.store.open if writes else self.store.path
         folders = {source.key: find(source.kind, source.key) for source in stage.inputs.values()}
         folder = self.store.partial(stage.kind, stage.key)
-        return Work(folder, self.runtime, bar.update, writes, folders, self.progress.note, remarks.append)
+        runtime = self.runtime
+        target = LogTarget(
+            folder=runtime.log_dir or self.store.root / LOGS, project=runtime.project, run=stage.label, key=stage.key
+        )
+        return Work(folder, runtime, bar.update, writes, folders, self.progress.note, remarks.append, target)
 
     def _pause(self, candidates: Sequence[Stage]) -> None:
         """Sleep while other processes build these stages; report once which stage is waited for."""

@@ -3,11 +3,11 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 from ctpd.core.errors import UserError
 from ctpd.core.roles import ROLES, Role
+from ctpd.core.userfiles import user_path
 from ctpd.objectives.base import Generation, TeacherView
 from ctpd.ops.weights import Signal
 from ctpd.pipeline.methods import Method
@@ -104,7 +104,7 @@ class SharedStages:
             assert source.revision is not None
             return HubPairs(source.hub, source.name, source.split, source.revision)
         assert source.path is not None
-        return FilePairs(source.path, file_digest(Path(source.path).expanduser()))
+        return FilePairs(source.path, file_digest(user_path(source.path)))
 
     @cached_property
     def pairs(self) -> PairsStage:

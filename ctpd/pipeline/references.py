@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from ctpd.core.errors import UserError
 from ctpd.core.hashes import digest_folder, state, visible_files
+from ctpd.core.userfiles import exists, user_path
 from ctpd.pipeline.stage import Part, Stage, Work
 from ctpd.recipe.model import checked_commit
 
@@ -58,9 +59,9 @@ def external_model(location: str, *, revision: str | None, role: str, in_recipe:
         UserError: the directory does not exist or holds no model; a hub id has no revision, or a branch; a hub id
             with a revision is the name of a local directory too.
     """
-    folder = Path(location).expanduser()
+    folder = user_path(location)
     if revision is not None:
-        if folder.exists():
+        if exists(folder):
             raise UserError(
                 f"'{location}' with the revision '{revision}' means the model of the {role} on the hub, and there is a "
                 f"local directory of that name, {folder.absolute()}",
@@ -68,15 +69,15 @@ def external_model(location: str, *, revision: str | None, role: str, in_recipe:
                 "another working directory",
             )
         return External(location, f"hub:{location}@{checked_commit(revision)}", revision)
-    if _HUB_ID.fullmatch(location) and not folder.exists():
+    if _HUB_ID.fullmatch(location) and not exists(folder):
         pinned = "add `revision:` with a commit" if in_recipe else f"give `{location}@COMMIT`"
         raise UserError(
             f"the model directory '{location}' of the {role} does not exist, and as a hub id it lacks a revision",
             fix=f"To use the hub's model {pinned}; else correct the path, which is relative to the working directory",
         )
     names = ("config.json", ADAPTER_CONFIG)
-    if not folder.is_dir() or not any((folder / name).is_file() for name in names):
-        problem = "does not exist" if not folder.exists() else "holds no config.json"
+    if not (exists(folder) and folder.is_dir()) or not any((folder / name).is_file() for name in names):
+        problem = "does not exist" if not exists(folder) else "holds no config.json"
         fix = "Correct the path, which is relative to the working directory"
         if in_recipe:
             fix = (
@@ -178,6 +179,11 @@ class Model(Part):
             "adapters": [_reference(adapter) for adapter in self.adapters],
             "tokenizer": _reference(self.tokenizer),
             "tokenizer_revision": revision(self.tokenizer),
+            "digests": {
+                part.location: part.digest
+                for part in (self.root, *self.adapters, self.tokenizer)
+                if isinstance(part, External) and part.revision is None
+            },
         }
 
     def trained(self, stage: Stage, *, adapter: bool) -> "Model":

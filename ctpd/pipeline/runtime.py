@@ -19,6 +19,8 @@ from ctpd.recipe import LaunchSpec
 from ctpd.train.config import FsdpSpec
 
 _DEVICE = re.compile(r"auto|cpu|mps|cuda(:[0-9]+)?")
+LOGS = "logs"  # the folder of a store into which loggers write
+_NOT_RECORDED = {"log_dir", "project"}  # of `Runtime`
 RECORDED_PACKAGES = (
     "ctpd",
     "torch",
@@ -46,6 +48,8 @@ class Runtime:
         checkpoint_seconds: seconds between two resume states of a training.
         report_to: loggers of `transformers` that receive the training's metrics.
         fsdp: how the trained weights are sharded over the processes of a launch; None: DDP.
+        log_dir: where the loggers write files; None: the folder `logs` of the store. Not recorded.
+        project: the loggers' project, which is the recipe's name. Not recorded.
     """
 
     device: str = "auto"
@@ -54,6 +58,8 @@ class Runtime:
     checkpoint_seconds: float = 600.0
     report_to: tuple[str, ...] = ()
     fsdp: FsdpSpec | None = None
+    log_dir: Path | None = None
+    project: str = "ctpd"
 
     @classmethod
     def of(cls, launch: LaunchSpec, **settings: Any) -> "Runtime":
@@ -120,7 +126,7 @@ def provenance(runtime: Runtime) -> dict[str, Any]:
         "platform": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
         "commit": source_commit(),
         "command": shlex.join(["ctpd", *sys.argv[1:]]),
-        "runtime": to_plain(runtime),
+        "runtime": to_plain({name: value for name, value in vars(runtime).items() if name not in _NOT_RECORDED}),
         "processes": processes().world_size,
     }
 

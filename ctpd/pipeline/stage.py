@@ -17,6 +17,7 @@ from pydantic import BaseModel
 
 from ctpd.core import identity
 from ctpd.pipeline.runtime import Runtime
+from ctpd.train.loggers import LogTarget
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,6 +32,7 @@ class Work:
         folders: key -> folder of each input.
         note: called with a sentence for the user.
         remark: called with what the user should know of the result, which is shown when the stage has ended.
+        log_target: where the loggers of a training write.
     """
 
     folder: Path
@@ -40,6 +42,7 @@ class Work:
     folders: Mapping[str, Path] = dataclasses.field(default_factory=dict)
     note: Callable[[str], None] = lambda text: None
     remark: Callable[[str], None] = lambda text: None
+    log_target: LogTarget | None = None
 
     def path(self, stage: "Stage") -> Path:
         """The folder of an input's artifact.

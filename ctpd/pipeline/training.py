@@ -48,6 +48,7 @@ def fit_settings(work: Work) -> FitSettings:
         progress=work.progress,
         note=work.note,
         fsdp=runtime.fsdp,
+        log_target=work.log_target,
     )
 
 

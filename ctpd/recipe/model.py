@@ -162,6 +162,8 @@ class EvaluationSpec(Config):
     """What computes all scores of a comparison: transformers, or vLLM where it is installed, which batches by itself."""
     precision: Precision | None = None
     """Number format in which models are evaluated; left out, `shared.precision`. A record calls it `dtype`."""
+    allow_code: tuple[Text, ...] = ()
+    """Tasks of the suite that may run code: functions of the user's own task folder, or code that a model generates."""
 
 
 class Shared(Config):

@@ -42,6 +42,12 @@ def recipe_schema(params: Mapping[str, type[BaseModel]]) -> dict[str, Any]:
     }
 
 
+def model_schema(model: type[BaseModel]) -> dict[str, Any]:
+    """The schema of another file, such as a suite."""
+    schema: dict[str, Any] = _tidied(model.model_json_schema())
+    return schema | {"$defs": {name: _tidied(one) for name, one in schema.get("$defs", {}).items()}}
+
+
 def schema_text(schema: Mapping[str, Any]) -> str:
     """The text of the shipped file."""
     return json.dumps(schema, indent=1, ensure_ascii=False) + "\n"

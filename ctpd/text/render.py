@@ -97,7 +97,7 @@ class TemplatedTokenizer:
 
     def frames(self, prompts: Sequence[Sequence[Message]], *, where: Sequence[str]) -> list[Frame]:
         """The text around the responses to each prompt."""
-        return [self.template.frame(prompt, where=at) for prompt, at in zip(prompts, where, strict=True)]
+        return self.template.frames(prompts, where=where)
 
     def prompt_tokens(self, frames: Sequence[Frame]) -> IntArray:
         """``[R]`` number of tokens of the text before the response, tokenized without it; BOS included."""
@@ -114,10 +114,7 @@ class TemplatedTokenizer:
             frames: ``[R]`` the text around each response (`frames`).
             where: ``[R]`` names each row in errors.
         """
-        texts = [
-            self.template.render(prompt, response, frame=frame, where=at)
-            for (prompt, response), frame, at in zip(rows, frames, where, strict=True)
-        ]
+        texts = self.template.render(rows, frames=frames, where=where)
         output = self._call(texts, return_offsets_mapping=True)
         counts = np.fromiter(map(len, output["input_ids"]), dtype=np.int64, count=len(texts))
         size = int(counts.sum())

@@ -2,13 +2,12 @@
 
 # ruff: noqa: D102 (methods are documented on the Protocol)
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol, final
 
-from jinja2.exceptions import TemplateError
-
 from ctpd.core.errors import UserError
+from ctpd.text.limited import LimitReached, limited
 from ctpd.text.pairs import Message
 
 # A template that writes today's date would render another text every day, so the date is fixed
@@ -59,6 +58,10 @@ class Frame(NamedTuple):
     after: str
 
 
+Row = tuple[Sequence[Message], str]
+"""A prompt and a response to it."""
+
+
 class Template(Protocol):
     """How one model's conversations are rendered."""
 
@@ -72,12 +75,12 @@ class Template(Protocol):
         """What determines the rendering, as JSON types; part of the tokenizer's digest."""
         ...
 
-    def frame(self, prompt: Sequence[Message], *, where: str) -> Frame:
-        """The text around any response to ``prompt``; ``where`` names the pair in errors."""
+    def frames(self, prompts: Sequence[Sequence[Message]], *, where: Sequence[str]) -> list[Frame]:
+        """The text around any response to each prompt; ``where`` names the pairs in errors."""
         ...
 
-    def render(self, prompt: Sequence[Message], response: str, *, frame: Frame, where: str) -> str:
-        """The whole conversation: ``before + response + after``. Raises UserError if the template gives another text."""
+    def render(self, rows: Sequence[Row], *, frames: Sequence[Frame], where: Sequence[str]) -> list[str]:
+        """Whole conversations: ``before + response + after``. Raises UserError if the template gives another text."""
         ...
 
 
@@ -114,13 +117,13 @@ class PlainTemplate:
     def identity(self) -> dict[str, Any]:
         return {"plain": {"user": self.user, "assistant": self.assistant, "system": self.system}}
 
-    def frame(self, prompt: Sequence[Message], *, where: str) -> Frame:
-        return Frame(
-            "".join([*(self._turn(message, where) for message in prompt), self.assistant.partition("{content}")[0]]), ""
-        )
+    def frames(self, prompts: Sequence[Sequence[Message]], *, where: Sequence[str]) -> list[Frame]:
+        opening = self.assistant.partition("{content}")[0]
+        turns = [[self._turn(message, at) for message in prompt] for prompt, at in zip(prompts, where, strict=True)]
+        return [Frame("".join([*of_prompt, opening]), "") for of_prompt in turns]
 
-    def render(self, prompt: Sequence[Message], response: str, *, frame: Frame, where: str) -> str:
-        return frame.before + response
+    def render(self, rows: Sequence[Row], *, frames: Sequence[Frame], where: Sequence[str]) -> list[str]:
+        return [frame.before + response for (_, response), frame in zip(rows, frames, strict=True)]
 
     def _turn(self, message: Message, where: str) -> str:
         text = {"user": self.user, "assistant": self.assistant, "system": self.system}[message.role]
@@ -135,7 +138,7 @@ class PlainTemplate:
 
 @final
 class ChatTemplate:
-    """The tokenizer's own chat template with fixed variables.
+    """The tokenizer's own chat template with fixed variables, rendered with limits of time and memory (`limited`).
 
     Args:
         tokenizer: a tokenizer with a chat template.
@@ -143,8 +146,8 @@ class ChatTemplate:
             absent, and ``strftime_now`` gives a fixed date.
 
     Raises:
-        UserError: the tokenizer has no chat template, or (on use) the template fails on a conversation, or its
-            rendering does not contain the exact response after the generation prompt (docs/method.md#templates).
+        UserError: the tokenizer has no chat template, or (on use) the template fails on a conversation or reaches a
+            limit, or its rendering does not contain the exact response after the generation prompt (docs/method.md#templates).
     """
 
     def __init__(self, tokenizer: FastTokenizer, variables: Mapping[str, Any]) -> None:
@@ -169,7 +172,21 @@ class ChatTemplate:
     def identity(self) -> dict[str, Any]:
         return {"chat": self._text, "variables": self._variables}
 
-    def frame(self, prompt: Sequence[Message], *, where: str) -> Frame:
+    def frames(self, prompts: Sequence[Sequence[Message]], *, where: Sequence[str]) -> list[Frame]:
+        found = self._limited(len(prompts), lambda i: self._frame(prompts[i], where=where[i]), where)
+        return [Frame(before, after) for before, after in found]
+
+    def render(self, rows: Sequence[Row], *, frames: Sequence[Frame], where: Sequence[str]) -> list[str]:
+        self._limited(len(rows), lambda i: self._check(*rows[i], frame=frames[i], where=where[i]), where)
+        return [frame.before + response + frame.after for (_, response), frame in zip(rows, frames, strict=True)]
+
+    def _limited(self, count: int, work: Callable[[int], Sequence[str]], where: Sequence[str]) -> list[list[str]]:
+        try:
+            return limited(count, work)
+        except LimitReached as error:
+            raise self._refusal(f"it {error.what}", where=where[error.row]) from error
+
+    def _frame(self, prompt: Sequence[Message], *, where: str) -> Frame:
         opening = self._apply(prompt, where=where, add_generation_prompt=True)
         # A placeholder locates the response: a short response could also occur elsewhere in the text.
         number = 0
@@ -185,11 +202,11 @@ class ChatTemplate:
             raise self._refusal(f"the rendering contains the response {len(parts) - 1} times", where=where)
         return Frame(opening + parts[0], parts[1])
 
-    def render(self, prompt: Sequence[Message], response: str, *, frame: Frame, where: str) -> str:
+    def _check(self, prompt: Sequence[Message], response: str, *, frame: Frame, where: str) -> tuple[()]:
         text = self._apply([*prompt, Message("assistant", response)], where=where, add_generation_prompt=False)
         if text != frame.before + response + frame.after:
             raise self._refusal("the template changes the response", where=where)
-        return text
+        return ()
 
     def _apply(self, messages: Sequence[Message], *, where: str, add_generation_prompt: bool) -> str:
         try:
@@ -200,7 +217,9 @@ class ChatTemplate:
                 add_generation_prompt=add_generation_prompt,
                 **self._variables,
             )
-        except (TemplateError, TypeError, ValueError) as error:
+        except MemoryError:
+            raise
+        except Exception as error:  # whatever the program in the template does
             raise self._refusal(f"it fails on the conversation ({error})", where=where) from error
         assert isinstance(text, str)
         return text

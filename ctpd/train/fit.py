@@ -21,6 +21,7 @@ from ctpd.ops.finite import non_finite_weight
 from ctpd.train.callbacks import EvaluateOften, ReportProgress, SaveStates
 from ctpd.train.collator import micro_batch_size
 from ctpd.train.config import FsdpSpec, Schedule, Steps
+from ctpd.train.loggers import LogTarget, logging_to
 from ctpd.train.memory import peak_mebibytes, reset_peak
 from ctpd.train.stopping import StopRequest
 from ctpd.train.trainer import OBJECTIVE, PreferenceTrainer, Training
@@ -63,6 +64,7 @@ class FitSettings:
         progress: called with the steps done and the number of all steps.
         note: called with a sentence for the user.
         fsdp: how FSDP shards the model over the ranks; None: each rank holds all of it.
+        log_target: where the loggers write; None: where they write by themselves.
     """
 
     device: str
@@ -72,6 +74,7 @@ class FitSettings:
     progress: Callable[[int, int], None]
     note: Callable[[str], None] = _silent
     fsdp: FsdpSpec | None = None
+    log_target: LogTarget | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,15 +129,16 @@ def fit(training: Training[Any], optimization: Optimization, *, folder: Path, se
     stop = StopRequest(settings.note)
     callbacks = _callbacks(training, optimization, settings, args)
     callbacks.append(SaveStates(settings.checkpoint_seconds, stop))
-    trainer = PreferenceTrainer(training, args=args, callbacks=callbacks)
-    trainer.remove_callback(PrinterCallback)
-    if settings.fsdp is not None:
-        _refuse_replicas(trainer)
-    reset_peak(settings.device)
-    start = time.monotonic()
-    state = trainer.states.newest(settings.note)
-    with stop.listening():
-        trainer.train(resume_from_checkpoint=None if state is None else str(state))
+    with logging_to(settings.log_target):
+        trainer = PreferenceTrainer(training, args=args, callbacks=callbacks)
+        trainer.remove_callback(PrinterCallback)
+        if settings.fsdp is not None:
+            _refuse_replicas(trainer)
+        reset_peak(settings.device)
+        start = time.monotonic()
+        state = trainer.states.newest(settings.note)
+        with stop.listening():
+            trainer.train(resume_from_checkpoint=None if state is None else str(state))
     trainer.check_finite({})
     _refuse_non_finite_weights(trainer)
     return _result(trainer, _steps(len(training.rows), optimization), seconds=time.monotonic() - start)
@@ -262,6 +266,7 @@ def _execution_arguments(settings: FitSettings, total: int) -> dict[str, Any]:
     return {
         "use_cpu": settings.device == "cpu",
         "report_to": list(settings.report_to) or "none",
+        **({} if settings.log_target is None else settings.log_target.arguments),
         "logging_steps": max(1, total // LOGGED_STEPS),
         "logging_nan_inf_filter": False,
         "save_strategy": "no",  # SaveStates asks for states

@@ -29,15 +29,16 @@ PUBLIC = {
     "UserError", "align_spans", "load_recipe", "plan", "run", "score", "span_weights",
 }  # fmt: skip
 RUNNING = {
-    "--store", "--device", "--num-processes", "--jobs", "--offline", "--only", "--seed", "--limit", "--plan", "--rebuild", "--report-to", "--quiet",
-    "--json", "--debug",
+    "--store", "--device", "--num-processes", "--jobs", "--offline", "--only", "--seed", "--limit", "--plan", "--rebuild", "--report-to", "--log-dir",
+    "--quiet", "--json", "--debug",
 }  # fmt: skip
 OPTIONS = {
     "run": RUNNING,
     "train": RUNNING - {"--limit"},
     "eval": RUNNING | {"--model", "--suite", "--data-root", "--precision", "--batch-size", "--chat-template"},
     "compare": {"--store", "--only", "--seed", "--limit", "--json", "--debug", "--format", "--to"},
-    "recipes": {"--json", "--schema", "--debug"},
+    "recipes": {"--json", "--schema", "--show", "--copy", "--to", "--debug"},
+    "help": {"--json", "--debug"},
     "init": {"--teacher", "--student", "--data", "--to", "--debug"},
     "inspect spans": {"--data", "--text", "--limit", "--show", "--html", "--offline", "--json", "--debug"},
     "inspect tokenizers": {"--data", "--text", "--limit", "--offline", "--json", "--debug"},
@@ -183,8 +184,10 @@ HEAVY = ("torch", "transformers", "lm_eval", "datasets", "peft", "pandas", "scip
         "import ctpd.recipe, ctpd.testbed.config, ctpd.train.config, ctpd.core.store, ctpd.text.prepare, ctpd.text.render",
         "from ctpd.cli.main import main\ntry: main(['--help'])\nexcept SystemExit: pass",
         "from ctpd.cli.main import main\nmain(['recipes'])",
+        "from ctpd.cli.main import main\nmain(['recipes', '--show', 'testbed'])",
+        "from ctpd.cli.main import main\nmain(['help', 'ctpd.mu'])",
     ],
-    ids=["import", "core and text", "help", "recipes"],
+    ids=["import", "core and text", "help", "recipes", "one recipe", "a key"],
 )
 def test_light_commands_load_nothing_heavy(code: str) -> None:
     code += f"\nimport sys\nprint('loaded', sorted(set(sys.modules) & set({HEAVY!r})))"

@@ -250,5 +250,5 @@ def test_python_api_gives_the_tables_of_the_command(smoke: SmokeRun) -> None:
 
 def test_module_runs_as_a_script() -> None:
     done = subprocess.run([sys.executable, "-m", "ctpd", "--help"], capture_output=True, text=True, check=True)
-    for command in ("run", "train", "eval", "compare", "recipes", "init", "export", "store", "doctor"):
+    for command in ("run", "train", "eval", "compare", "recipes", "init", "help", "export", "store", "doctor"):
         assert f"\n  {command} " in done.stdout

@@ -24,6 +24,9 @@ REFUSED: list[tuple[tuple[str, ...], str]] = [
     (("eval", "testbed-smoke", "--plan", "--rebuild"), "--rebuild does nothing here"),
     (("compare", "testbed-smoke", "--json", "--format", "md"), "--format does nothing here: --json prints JSON"),
     (("recipes", "--schema", "--json"), "--json does nothing here: a schema is JSON"),
+    (("recipes", "--show", "testbed", "--json"), "--json does nothing here: a recipe is YAML"),
+    (("recipes", "--to", "mine.yaml"), "--to does nothing here: it names the file of --copy"),
+    (("recipes", "--show", "testbed", "--copy", "testbed"), "Give --schema, --show or --copy, one of them."),
     (("inspect", "spans", "a", "b", "--text", "x", "--limit", "3"), "--limit does nothing here: it counts the pairs"),
 ]
 

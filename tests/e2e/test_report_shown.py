@@ -70,7 +70,8 @@ def test_a_browser_renders_the_report_without_an_error(compared: tuple[Path, Out
     shown = browse(compared[0] / "report.html", tmp_path, "--dump-dom")
     for heading in ("Results", "Ablations and further tables", "Training", "Importance weights", "Cost", "Provenance"):
         assert re.search(rf"<h2[^>]*>{heading}</h2>", shown.stdout)
-    assert shown.stdout.count('<svg class="figure"') > 12
+    figures = re.findall(r'<svg [^>]*class="figure"[^>]*aria-label="[^"]+"', shown.stdout)
+    assert len(figures) > 12
     assert "CONSOLE" not in shown.stderr
 
 

@@ -1,14 +1,17 @@
 """Recipes and suites in other encodings, nested deeply, with aliases that expand, odd tags and numbers: one paragraph each."""
 
+import json
 import time
 from pathlib import Path
 
 import pytest
+import yaml
 
 from ctpd.core.config import parse_yaml
 from ctpd.core.errors import UserError
 from ctpd.core.userfiles import CONFIGURATION_BYTES
 from ctpd.recipe import load_recipe, shipped_recipes
+from harness.record import Record
 from harness.suites import SUITES, load_suite
 from tests.conftest import Cli
 
@@ -139,3 +142,30 @@ def test_the_command_line_prints_a_long_value_shortened(cli: Cli, tmp_path: Path
     assert code == 2
     assert "'shared.testbed.num_topics' must be a whole number" in err
     assert len(err) < 600
+
+
+@pytest.mark.parametrize(
+    "content", [b"[" * 100_000, b"\xff", b'{"schema": 2}', b"[]", b"null", b'{"schema": 1e999}'], ids=ascii
+)
+def test_a_record_that_is_none_is_refused(content: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "record.json"
+    path.write_bytes(content[:100_000])
+    with pytest.raises(UserError, match=r"the record|no record"):
+        Record.read(path)
+
+
+@pytest.mark.parametrize(
+    "path", ["~nobody-of-this-name/a", "x" * 300, "a/" * 3000], ids=["home", "long name", "long path"]
+)
+@pytest.mark.parametrize("key", ["model", "data"])
+def test_a_path_that_no_file_system_has_is_said(key: str, path: str, cli: Cli, tmp_path: Path) -> None:
+    data = yaml.safe_load(SMOKE.read_text().replace("e-3", ".0e-3"))
+    if key == "model":
+        del data["shared"]["student"]["pretrain"]
+        data["shared"]["student"]["model"] = path
+    else:
+        data["shared"]["data"]["train"] = {"path": path}
+    (tmp_path / "r.yaml").write_text(json.dumps(data))
+    code, _, err = cli("run", tmp_path / "r.yaml", "--plan", "--store", tmp_path / "s")
+    assert code == 2
+    assert "fault of ctpd" not in err

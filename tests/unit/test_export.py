@@ -32,6 +32,10 @@ def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Store:
     base = Path("models") / "base"
     save_model(tiny_model(scorer=False), base)
     tokenizer("byte_bpe").save_pretrained(str(base))
+    return store_of_an_adapter(tmp_path, base)
+
+
+def store_of_an_adapter(tmp_path: Path, base: Path) -> Store:
     reference = external_model(str(base), revision=None, role="student")
     store = Store(tmp_path / "store")
     adapted = add_lora(tiny_model(scorer=False), r=2, alpha=4, targets="all-linear", seed=0)
@@ -62,6 +66,14 @@ def test_the_merged_model_is_the_same_from_every_working_directory(
     assert all(torch.equal(here[name], there[name]) for name in here)
     assert any(not torch.equal(here[name], base[name]) for name in here)
     assert (tmp_path / "there" / "tokenizer.json").is_file()
+
+
+def test_a_base_model_that_has_changed_since_the_training_is_refused(store: Store, tmp_path: Path) -> None:
+    config = tmp_path / "models" / "base" / "generation_config.json"
+    config.write_text(config.read_text() + " ")
+    with pytest.raises(UserError, match=r"the files in '.*models/base' are not those that the adapter was trained on"):
+        export_model(store, KEY, to=tmp_path / "out", form=ExportForm(merge=True))
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_base_model_that_was_moved_is_named(store: Store, tmp_path: Path) -> None:
@@ -137,6 +149,9 @@ def test_the_plain_template_of_the_recipe_is_the_exports_chat_template(store: St
     """`apply_chat_template` gives the tokens that were trained on."""
     name, _, bos = kind.partition(" with ")
     (with_bos if bos else tokenizer)(name).save_pretrained(str(tmp_path / "models" / "base"))
+    store.remove("train", KEY)
+    store.remove("pairs", PAIRS)
+    store_of_an_adapter(tmp_path, tmp_path / "models" / "base")
     said = export_model(store, KEY, to=tmp_path / "out", form=ExportForm(merge=True))
     assert "`apply_chat_template` writes the plain template of the recipe." in said
     found = AutoTokenizer.from_pretrained(tmp_path / "out")

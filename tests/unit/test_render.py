@@ -127,13 +127,13 @@ def test_the_date_is_fixed() -> None:
     clock = chat("{{ strftime_now('%d %B %Y') }}|" + CHATML)
     assert clock.tokenizer.decode(encode(clock, "yes").ids).startswith("26 July 2024|")
     variable = "{{ date_string }}|" + CHATML
-    assert chat(variable).template.frame(PROMPT, where="").before.startswith("26 Jul 2024|")
-    assert chat(variable, date_string="1 May").template.frame(PROMPT, where="").before.startswith("1 May|")
+    assert chat(variable).template.frames([PROMPT], where=[""])[0].before.startswith("26 Jul 2024|")
+    assert chat(variable, date_string="1 May").template.frames([PROMPT], where=[""])[0].before.startswith("1 May|")
 
 
 def test_template_variables_are_passed() -> None:
     side = chat("{% if shout %}LOUD {% endif %}" + CHATML, shout=True)
-    assert side.template.frame(PROMPT, where="").before.startswith("LOUD ")
+    assert side.template.frames([PROMPT], where=[""])[0].before.startswith("LOUD ")
 
 
 def test_a_tokenizer_without_chat_template_is_refused() -> None:
@@ -226,7 +226,7 @@ def test_no_token_of_any_text_is_lost_between_prompt_and_end(kind: str, text: st
     for side in (TemplatedTokenizer(tokenizer(kind), PLAIN, "student"), chat(CHATML, kind)):
         if side.holds_special_text(text) or side.holds_special_text(question):
             continue
-        frame = side.template.frame(prompt, where="")
+        frame = side.template.frames([prompt], where=[""])[0]
         encoded = encode(side, text, prompt)
         whole = side.tokenizer(frame.before + text + frame.after, add_special_tokens=False)["input_ids"]
         if side.template.writes_end:

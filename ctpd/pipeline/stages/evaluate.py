@@ -1,7 +1,6 @@
 """Evaluate one model on one column of a suite with lm-evaluation-harness."""
 
 import contextlib
-import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,6 +9,8 @@ from typing import Any, Literal
 from ctpd.core.config import Config
 from ctpd.core.errors import UserError
 from ctpd.core.processes import processes
+from ctpd.core.temporary import temporary_folder
+from ctpd.core.userfiles import user_path
 from ctpd.pipeline.references import LocatedModel, Model, cached_digest, check_unchanged
 from ctpd.pipeline.stage import Part, Stage, Work
 from ctpd.pipeline.stages.world import WorldStage
@@ -37,6 +38,8 @@ class Protocol(Config):
     """What computes the scores."""
     lm_eval: str
     """The version of lm-eval."""
+    allow_code: bool = False
+    """Whether the task may run code of its own, or code that a model generates."""
 
 
 @dataclass(frozen=True)
@@ -111,7 +114,7 @@ class Mirror(Part):
     @classmethod
     def of(cls, root: str, column: Column) -> "Mirror":
         """The mirror with digests of the data sets that a column names, or of the whole folder if it names none."""
-        folder = Path(root).expanduser()
+        folder = user_path(root)
         folders = {name: folder / name for name in column.datasets} or {_WHOLE: folder}
         return cls(str(folder), {name: cached_digest(part) for name, part in folders.items() if part.is_dir()})
 
@@ -159,7 +162,12 @@ class EvaluateStage(Stage):
 
         protocol, located, column = self.protocol, self.model.located(work), self.task.column
         self.task.refuse_changes(self.documents)
-        documents = Documents(self._root(work), limit=protocol.limit, chat_template=protocol.chat_template)
+        documents = Documents(
+            self._root(work),
+            limit=protocol.limit,
+            chat_template=protocol.chat_template,
+            allow_code=protocol.allow_code,
+        )
         tokenizer = located.load_tokenizer()
         if protocol.backend == "vllm":
             if processes().world_size > 1:
@@ -194,6 +202,6 @@ def _one_folder(located: LocatedModel, *, precision: str) -> Iterator[tuple[str,
         return
     from ctpd.models import save_model
 
-    with tempfile.TemporaryDirectory() as temporary:
-        save_model(located.load(precision=precision, device="cpu"), Path(temporary))
-        yield temporary, None
+    with temporary_folder("merged") as merged:
+        save_model(located.load(precision=precision, device="cpu"), merged)
+        yield str(merged), None

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from ctpd.core.userfiles import user_path
 from ctpd.pipeline.references import Source, changed_since_the_plan, read_tokenizer
 from ctpd.pipeline.sources import count_rows, file_digest, read_hub, read_rows
 from ctpd.pipeline.stage import Part, Stage, Work
@@ -71,11 +72,11 @@ class FilePairs(PairSource):
     @property
     def most(self) -> int | None:
         """The file's rows."""
-        return count_rows(Path(self.path).expanduser())
+        return count_rows(user_path(self.path))
 
     def check(self) -> None:
         """Read the file."""
-        read_pair_file(Path(self.path).expanduser())
+        read_pair_file(user_path(self.path))
 
     def read(self, work: Work) -> "list[Pair]":
         """Read the file.
@@ -83,7 +84,7 @@ class FilePairs(PairSource):
         Raises:
             UserError: it has changed since the plan was made, or changes while it is read.
         """
-        path = Path(self.path).expanduser()
+        path = user_path(self.path)
         self._check(path)
         pairs = read_pair_file(path)
         self._check(path)
