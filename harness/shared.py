@@ -13,7 +13,7 @@ def shared_settings(shared: Shared, digests: Mapping[str, str]) -> SharedSetting
     """What a record keeps of a recipe's `shared` block.
 
     `seeds` and `evaluation` are left out: a record says its own seed, and the protocol of each column. The digest leaves
-    out settings at their default, so that records of before and after a new setting compare as equal.
+    out settings at their default, so that records made before and after a new setting compare as equal.
 
     Args:
         shared: the block.

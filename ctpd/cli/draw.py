@@ -148,7 +148,7 @@ def _examples(found: "Comparison") -> list[Text]:
 
 def fidelity_lines(found: "Comparison") -> list[tuple[str, str]]:
     """Label and value of every line about fidelity; classes that do not occur are left out."""
-    from ctpd.text.fidelity import EXCEPTIONS, FORGIVEN
+    from ctpd.text.fidelity import EXCEPTIONS, FORGIVEN, MEANINGS
 
     total, characters = found.both["spans"], found.counts["characters"]
     lines = [("characters in a span", _percent(found.counts["covered"], characters))]
@@ -163,7 +163,10 @@ def fidelity_lines(found: "Comparison") -> list[tuple[str, str]]:
         same = sum(spelled.get(name, 0) for name in FORGIVEN)
         lines.append((f"spans that the {side} spells as the text", f"{_percent(same, total)} ({total - same:,} not)"))
         lines += [
-            (f"  {'but for ' if name in FORGIVEN else 'exception: '}{name.replace('_', ' ')}", f"{spelled[name]:,}")
+            (
+                f"  {'but for ' if name in FORGIVEN else 'exception: '}{name.replace('_', ' ')}",
+                f"{spelled[name]:,} ({MEANINGS[name]})",
+            )
             for name in (*FORGIVEN[1:], *EXCEPTIONS)
             if spelled.get(name)
         ]

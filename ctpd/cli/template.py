@@ -19,6 +19,7 @@ from ctpd.recipe.schema import schema_file
 
 PAIRS_PER_STEP, SFT_PAIRS_PER_STEP = 16, 128  # the paper's, where the data are enough
 LEAST_STEPS = 20
+_NOT_COUNTED = "its rows were not counted: see that a training has enough steps"
 
 _TEMPLATE = """\
 # yaml-language-server: $schema={schema}
@@ -97,9 +98,7 @@ def write_recipe(to: Path, *, teacher: str, student: str, data: Path) -> None:
         teacher_sft=f"    sft: {sft}" if chat["teacher"] else f"    sft: {{learning_rate: 4e-6, {sft_schedule}}}",
         schedule=schedule,
         sft_schedule=sft_schedule,
-        counted="its rows were not counted: see that a training has enough steps"
-        if pairs is None
-        else f"{pairs:,} pairs",
+        counted=_NOT_COUNTED if pairs is None else f"{pairs:,} pairs",
         chat="true" if all(chat.values()) else "false",
     )
     to.write_text(text, encoding="utf-8")

@@ -230,5 +230,5 @@ def _check_rows(ends: IntArray, starts: IntArray, lengths: IntArray, *, side: st
             raise UserError(
                 what,
                 where=f"align_spans, row {int(np.argmax(bad))}",
-                fix="Drop such a response, or clean the offsets with clean_offsets",
+                fix="Drop such a response, or clean the offsets with `ctpd.text.align.clean_offsets`",
             )

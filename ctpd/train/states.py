@@ -115,8 +115,12 @@ class ResumeStates:
 
     def _remove_all_but(self, step: int) -> None:
         for path in self.folder.iterdir():
-            if path != self.path(step):
-                shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+            if path == self.path(step):
+                continue
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
 
 
 def _other_sharding(folder: Path, *, sharded: bool) -> UserError:
