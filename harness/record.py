@@ -77,8 +77,8 @@ class TrainingSummary(Config):
 
     Attributes:
         history: entries in the order logged.
-        items: training pairs of one epoch; None in records of before.
-        left_out: pairs of each epoch that did not fill a step; None in records of before.
+        items: training pairs of one epoch; None in older records.
+        left_out: pairs of each epoch that did not fill a step; None in older records.
         note: what a reader should know of the steps: few, or many pairs left out.
         seconds: of the training alone, without loading and evaluation.
         peak_memory_mib: of the GPU; on a CPU of the whole process.

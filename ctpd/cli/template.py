@@ -13,6 +13,8 @@ from ctpd.core.printing import printable
 from ctpd.core.userfiles import exists, regular_file, user_path
 from ctpd.pipeline.sources import count_rows
 from ctpd.recipe import shipped_recipes
+from ctpd.recipe.load import looks_local
+from ctpd.recipe.model import is_commit
 from ctpd.recipe.schema import schema_file
 
 PAIRS_PER_STEP, SFT_PAIRS_PER_STEP = 16, 128  # the paper's, where the data are enough
@@ -67,7 +69,7 @@ def write_recipe(to: Path, *, teacher: str, student: str, data: Path) -> None:
         data: the pairs.
 
     Raises:
-        UserError: `to` exists, or the data do not or hold no pair.
+        UserError: `to` exists, or the data do not or hold no pair; a hub id has no commit as its revision.
     """
     if to.exists():
         raise UserError(f"the file '{to}' exists already", fix="Give another name with --to")
@@ -185,6 +187,16 @@ def _schema(to: Path) -> str:
 
 
 def _model(model: str) -> str:
+    """The lines of a model, which the recipe can be loaded with.
+
+    Raises:
+        UserError: a hub id without a commit.
+    """
     name, _, revision = (model, "", "") if exists(user_path(model)) else model.partition("@")
+    if not (is_commit(revision) if revision else looks_local(name)):
+        raise UserError(
+            f"the directory '{model}' does not exist, and as a hub id it lacks a commit",
+            fix=f"For the hub's model give `{name}@COMMIT`, 40 hex digits; else correct the path",
+        )
     lines = [f"    model: {_quoted(name)}", *([f"    revision: {_quoted(revision)}"] if revision else [])]
     return "\n".join(lines)

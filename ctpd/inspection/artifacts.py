@@ -8,7 +8,7 @@ from ctpd.core.store import Artifact, Store
 
 
 def artifact_label(store: Store, artifact: Artifact) -> str:
-    """The label of the stage that built an artifact, such as `CTPD, seed 0`; artifacts of before have none, and get
+    """The label of the stage that built an artifact, such as `CTPD, seed 0`; older artifacts have none, and get
     what their identity says."""
     try:
         manifest = store.manifest(artifact.stage, artifact.key)

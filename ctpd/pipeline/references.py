@@ -11,6 +11,7 @@ from ctpd.core.errors import UserError
 from ctpd.core.hashes import digest_folder, state, visible_files
 from ctpd.core.userfiles import exists, user_path
 from ctpd.pipeline.stage import Part, Stage, Work
+from ctpd.recipe.model import checked_commit
 
 if TYPE_CHECKING:
     from torch import nn
@@ -55,8 +56,8 @@ def external_model(location: str, *, revision: str | None, role: str, in_recipe:
         in_recipe: whether ``location`` is written in a recipe, for messages; else it comes from `--model`.
 
     Raises:
-        UserError: the directory does not exist or holds no model; a hub id has no revision; a hub id with a revision
-            is the name of a local directory too.
+        UserError: the directory does not exist or holds no model; a hub id has no revision, or a branch; a hub id
+            with a revision is the name of a local directory too.
     """
     folder = user_path(location)
     if revision is not None:
@@ -67,7 +68,7 @@ def external_model(location: str, *, revision: str | None, role: str, in_recipe:
                 fix=f"For the directory give './{location}' without a revision; for the hub's model run the command in "
                 "another working directory",
             )
-        return External(location, f"hub:{location}@{revision}", revision)
+        return External(location, f"hub:{location}@{checked_commit(revision)}", revision)
     if _HUB_ID.fullmatch(location) and not exists(folder):
         pinned = "add `revision:` with a commit" if in_recipe else f"give `{location}@COMMIT`"
         raise UserError(
@@ -80,9 +81,8 @@ def external_model(location: str, *, revision: str | None, role: str, in_recipe:
         fix = "Correct the path, which is relative to the working directory"
         if in_recipe:
             fix = (
-                "Correct the path in the recipe (it is relative to the working directory), or create the model first;  "
+                "Correct the path in the recipe, which is relative to the working directory, or create the model first"
             )
-            fix += "the recipe's header says how"
         raise UserError(f"the model directory '{location}' of the {role} {problem}", fix=fix)
     # Absolute, because artifacts name their base model and are read from other working directories.
     return External(str(folder.absolute()), cached_digest(folder))

@@ -45,21 +45,23 @@ def plan_runs(recipe: Recipe, stages: SharedStages, *, source: str) -> Iterator[
 
 def _plan_run(name: str, spec: RunSpec, seed: int, *, recipe: Recipe, stages: SharedStages, source: str) -> PlannedRun:
     tuned = {key: value for key, value in spec.tuned.items() if key != "learning_rate"}
+    start, schedule = stages.sft["student"], recipe.shared.train
     try:
         method = Method.make(spec.method, {**spec.params, **tuned}, source=source)
+        training = stages.training(
+            "student",
+            start,
+            Training(
+                method=method,
+                schedule=schedule,
+                learning_rate=float(spec.tuned["learning_rate"]),
+                seed=seed,
+                label=f"{name}, seed {seed}",
+            ),
+        )
     except UserError as error:
+        if error.where != source:  # of another block, a file or a model, which the error names
+            raise
         raise UserError(error.what, where=run_position(source, name), fix=error.fix) from error
-    start, schedule = stages.sft["student"], recipe.shared.train
-    training = stages.training(
-        "student",
-        start,
-        Training(
-            method=method,
-            schedule=schedule,
-            learning_rate=float(spec.tuned["learning_rate"]),
-            seed=seed,
-            label=f"{name}, seed {seed}",
-        ),
-    )
     model = start.trained(training, adapter=schedule.lora is not None)
     return PlannedRun(name, seed, "student", model, method, spec, training)

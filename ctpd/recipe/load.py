@@ -15,6 +15,7 @@ from ctpd.core.errors import UserError, shortened
 from ctpd.core.names import unfit_name, unfit_text
 from ctpd.core.refusals import Keys, position
 from ctpd.core.userfiles import CONFIGURATION_BYTES, exists, read_text, regular_file, user_path
+from ctpd.recipe.expand import trials
 from ctpd.recipe.model import ModelSpec, Recipe, ablation_run
 from ctpd.train.config import Schedule
 
@@ -70,7 +71,7 @@ def run_position(recipe: str | os.PathLike[str], run: str) -> str:
     return f"{position(source, data, keys)}, run '{run}'"
 
 
-def _looks_local(model: str) -> bool:
+def looks_local(model: str) -> bool:
     """Whether a model name is a path: it exists, or does not have the form of a hub id."""
     return exists(user_path(model)) or model.startswith((".", "/", "~")) or model.count("/") != 1
 
@@ -134,7 +135,7 @@ class _Checks:
                     ("shared", role, "pretrain"),
                     f"'shared.{role}' is pretrained on the testbed, and `shared.testbed` is missing",
                 )
-            if model.model is not None and model.revision is None and not _looks_local(model.model):
+            if model.model is not None and model.revision is None and not looks_local(model.model):
                 self.refuse(
                     ("shared", role, "model"),
                     f"'shared.{role}.model' is '{model.model}', which is not a local directory, and it has no `revision`",
@@ -227,7 +228,9 @@ class _Checks:
 
     def names(self) -> None:
         """Refuse two rows of the same name: one would replace the other."""
-        rows: list[tuple[str, Keys]] = [(name, ("runs", name)) for name in self.recipe.runs]
+        rows: list[tuple[str, Keys]] = [
+            (trial, ("runs", name)) for name in self.recipe.runs for trial in trials(self.recipe, name)
+        ]
         rows += [(name, ("untrained", name)) for name in self.recipe.untrained]
         for name, ablation in self.recipe.ablations.items():
             rows += [(ablation_run(name, label), ("ablations", name, "values", label)) for label in ablation.values]

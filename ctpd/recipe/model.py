@@ -23,8 +23,18 @@ def _holds_content(text: str) -> str:
     return text
 
 
-def _is_commit(revision: str) -> str:
-    if not re.fullmatch(r"[0-9a-f]{40}", revision):
+def is_commit(revision: str) -> bool:
+    """Whether a revision is a commit, which does not change, and no branch."""
+    return re.fullmatch(r"[0-9a-f]{40}", revision) is not None
+
+
+def checked_commit(revision: str) -> str:
+    """The revision, which is a commit.
+
+    Raises:
+        UserError: it is a branch or a tag.
+    """
+    if not is_commit(revision):
         raise UserError(
             f"'{revision}' is not a commit; a branch changes, and the run could not be repeated",
             fix="Give the commit, 40 hex digits, which the hub shows under `History`",
@@ -40,7 +50,7 @@ def _is_unique(seeds: tuple[int, ...]) -> tuple[int, ...]:
 
 
 Turn = Annotated[str, AfterValidator(_holds_content), Field(json_schema_extra={"pattern": r"\{content\}"})]
-Commit = Annotated[str, AfterValidator(_is_commit), Field(json_schema_extra={"pattern": "^[0-9a-f]{40}$"})]
+Commit = Annotated[str, AfterValidator(checked_commit), Field(json_schema_extra={"pattern": "^[0-9a-f]{40}$"})]
 
 
 class SftPhase(Schedule):

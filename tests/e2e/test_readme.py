@@ -44,8 +44,9 @@ def test_every_shown_command_works(
     store = Store(smoke.store)
     key = next(a.key for a in store.artifacts() if a.stage == "train")
     big, small = (str(store.path(a.stage, a.key) / "model") for a in store.artifacts() if a.stage == "tokenizer")
-    theirs = {"mine.yaml": "testbed-smoke", "models/big": big, "models/small": small}
-    put = {"KEY": key} if line[1] == "init" else {"KEY": key, **theirs}
+    put = {"KEY": key, "models/big": big, "models/small": small}
+    if line[1] != "init":
+        put["mine.yaml"] = "testbed-smoke"
     outcome = cli(*(put.get(word, word) for word in line[1:]))
     assert outcome.code == 0, outcome.err
 

@@ -46,7 +46,8 @@ def recipe(tmp_path: Path) -> Path:
 
 def test_a_method_for_one_tokenizer_is_refused_for_two_ready_made_models(recipe: Path) -> None:
     """Before any stage: their tokenizer files say it."""
-    with pytest.raises(UserError, match=r"'token_kd' compares distributions token by token.*different tokenizers"):
+    refused = r"line \d+, run 'KD': the method 'token_kd' compares distributions token by token.*different tokenizers"
+    with pytest.raises(UserError, match=refused):
         Experiment(recipe)
 
 

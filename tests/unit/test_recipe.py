@@ -105,6 +105,7 @@ CONTRADICTIONS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "no rate": ({"runs.DPO.tuned": {"beta": 0.1}}, ("'runs.DPO.tuned' lacks `learning_rate`")),
     "given twice": ({"runs.CTPD.params": {"beta": 0.2}}, ("'runs.CTPD' gives `beta` twice", "in `params` and in `tuned`")),
     "grid value twice": ({"ablations": None, "tables.weights": None, "tables.reference": None, "grid": {"k": [1, 2, 1.0]}}, ("'grid.k' holds a value twice",)),
+    "trial and untrained": ({"ablations": None, "tables.weights": None, "tables.reference": None, "tables.main.base": None, "grid": {"k": [1, 2]}, "untrained.CTPD: k 2": "student"}, ("two rows have the name 'CTPD: k 2'",)),
     "grid and ablations": ({"grid": {"k": [1.0]}}, ("a `grid` or `ablations`, not both",)),
     "ablated learning rate": ({"ablations.weights": {"base": "CTPD", "field": "learning_rate", "values": {"Origin": 0}}}, ("'ablations.weights.values.Origin' must be a number above 0",)),
     "ablation of nothing": ({"ablations.weights.base": "CTP"}, ("names no run: 'CTP'", "Did you mean 'CTPD'?")),

@@ -12,6 +12,8 @@ from tests.fixtures.stages import small_stage
 
 HUB = External("org/name", "hub:org/name@abc", "abc")
 
+COMMIT = "a1" * 20
+
 
 def build(stage: Stage, work: Work) -> None:
     raise AssertionError("a plan builds nothing")
@@ -76,9 +78,16 @@ def test_a_local_directory_is_never_used_for_a_pinned_hub_model(model: Path, tmp
         external_model("org/name", revision="abc", role="student")
     assert external_model("org/name", revision=None, role="student").revision is None
     assert external_model("./org/name", revision=None, role="student").location == str(tmp_path / "org" / "name")
-    assert external_model("org/other", revision="abc", role="student") == External(
-        "org/other", "hub:org/other@abc", "abc"
+    assert external_model("org/other", revision=COMMIT, role="student") == External(
+        "org/other", f"hub:org/other@{COMMIT}", COMMIT
     )
+
+
+@pytest.mark.parametrize("revision", ["main", "a1b2c3d", "v1.0"])
+def test_a_branch_of_the_hub_is_refused(revision: str) -> None:
+    """`--model org/name@main` would find the scores of last month's commit."""
+    with pytest.raises(UserError, match=f"'{revision}' is not a commit"):
+        external_model("org/name", revision=revision, role="--model option", in_recipe=False)
 
 
 def test_a_hub_id_without_a_revision_is_recognised_and_the_message_fits_its_origin() -> None:

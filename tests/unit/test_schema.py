@@ -117,6 +117,19 @@ def test_init_names_an_installed_schema_below_the_recipe_relatively(
     assert template._schema(tmp_path / "mine.yaml") == ".venv/recipe.schema.json"
 
 
+@pytest.mark.parametrize("teacher", ["org/name", "org/name@main", "org/name@" + "A1" * 20, "org/name@"])
+def test_init_refuses_a_hub_id_that_the_recipe_would_refuse(
+    teacher: str, cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("p.jsonl").write_text("{}\n")
+    Path("small").mkdir()
+    outcome = cli("init", "--teacher", teacher, "--student", "small", "--data", "p.jsonl", "--to", "mine.yaml")
+    assert outcome.code == 2
+    assert "give `org/name@COMMIT`" in outcome.err
+    assert not Path("mine.yaml").exists()
+
+
 def test_init_into_no_folder_is_refused(cli: Cli, tmp_path: Path) -> None:
     (tmp_path / "p.jsonl").write_text("{}")
     args = ("--teacher", "a", "--student", "b", "--data", str(tmp_path / "p.jsonl"))
