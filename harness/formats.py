@@ -178,11 +178,9 @@ def _grid(table: Table) -> tuple[list[str], list[list[Styled]]]:
     rows = []
     for row in table.rows:
         cells = [Styled(row.label), *(_score(cell, row) for cell in row.cells)]
-        cells += (
-            [Styled(percent_interval(row.difference)), Styled(p_text(row.p_value, is_bound=row.p_is_bound))]
-            if compared
-            else []
-        )
+        if compared:
+            p_value = p_text(row.p_value, is_bound=row.p_is_bound)
+            cells += [Styled(percent_interval(row.difference)), Styled(p_value)]
         cells += [Styled(percent_interval(row.seed_difference))] if over_seeds else []
         cells += [Styled(_seeds(row))] if with_seeds else []
         rows.append(cells)

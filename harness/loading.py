@@ -153,7 +153,10 @@ def _datasets(name: str, index: Mapping[str, Any]) -> set[str]:
 
 def _missing_data(dataset: str, reason: str, where: str, data_root: Path | None, *, ours: bool) -> UserError:
     if ours:
-        fix = "Run the recipe that writes this data, for example `ctpd run testbed`"
+        fix = (
+            "Run the recipe that writes this data, for example `ctpd run testbed`, and give its folder, "
+            "STORE/world/KEY/hub, as the data root"
+        )
     else:
         target = f"{data_root if data_root is not None else 'DATA_ROOT'}/{dataset}"
         fix = (

@@ -241,6 +241,7 @@ def _score(result: "ColumnResult") -> tuple[str, str, str]:
 def _evaluate_model(model: str, protocol: dict[str, Any], flags: Flags) -> None:
     from ctpd.app import evaluation_stage
     from ctpd.core.store import Store
+    from ctpd.core.temporary import kept_in
     from ctpd.pipeline.references import Model, external_model
     from ctpd.recipe import EvaluationSpec, LaunchSpec
     from harness.suites import load_suite
@@ -255,10 +256,18 @@ def _evaluate_model(model: str, protocol: dict[str, Any], flags: Flags) -> None:
         chat_template=protocol["chat_template"],
         data_root=None if data_root is None else str(data_root),
     )
+    columns = load_suite(spec.suite).columns
     stages = {
         column.name: evaluation_stage(Model(root, root), column, spec, precision=protocol["precision"], title=name)
-        for column in load_suite(spec.suite).columns
+        for column in columns
     }
     store = Store(flags.store)
+    missing = [one for one in columns if not store.has(stages[one.name].kind, stages[one.name].key)]
+    if missing and not flags.plan and started_by_user():
+        from harness.evaluate import check_column
+
+        with kept_in(store.root):
+            for column in missing:
+                check_column(column, data_root=data_root)
     if execute(list(stages.values()), store, LaunchSpec(), flags):
         _print_scores({model: stages}, store, as_json=flags.as_json)
