@@ -29,7 +29,7 @@ def one_of_each_kind(root: Path) -> Iterator[tuple[str, str, Path]]:
     seen: set[tuple[str, str]] = set()
     for path in sorted(path for path in root.glob("*/*/**/*") if path.is_file()):
         stage, key = path.relative_to(root).parts[:2]
-        if stage != "tables" and (stage, path.name) not in seen:
+        if stage in KINDS and (stage, path.name) not in seen:
             seen.add((stage, path.name))
             yield stage, key, path
 

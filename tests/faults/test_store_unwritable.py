@@ -245,10 +245,10 @@ def test_a_limit_on_the_size_of_files(cli: Cli, tmp_path: Path, size_limit: Call
     assert_paragraph(outcome, "file too large", "ulimit -f", str(tmp_path / "s"))
 
 
-def test_a_small_folder_for_temporary_files_is_named(
+def test_a_small_folder_for_temporary_files_does_not_matter(
     cli: Cli, smoke: SmokeRun, tmp_path: Path, mounted: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The library of the data says that there is not enough space, and not where."""
+    """What a command needs for a time is in the store's own folder."""
     import tempfile
 
     root = tmp_path / "store"
@@ -260,7 +260,8 @@ def test_a_small_folder_for_temporary_files_is_named(
     monkeypatch.setenv("TMPDIR", str(temporary))
     monkeypatch.setattr(tempfile, "tempdir", str(temporary))
     outcome = cli("eval", "testbed-smoke", "--device", "cpu", "--only", "DPO", "--store", root)
-    assert_paragraph(outcome, f"{temporary}", "no space left on device")
+    assert outcome.code == 0, outcome.err
+    assert not list(temporary.iterdir())
 
 
 def test_a_full_folder_for_temporary_files_is_not_blamed_on_the_data(tmp_path: Path) -> None:
