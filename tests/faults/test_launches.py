@@ -121,17 +121,12 @@ def test_starved_threads_of_a_group_do_not_abort_a_launch(start: Start, tmp_path
             busy.kill()
 
 
-@pytest.mark.parametrize(
-    ("how", "number"),
-    [
-        (("--num-processes", 2), signal.SIGINT),
-        (("--num-processes", 2), signal.SIGTERM),
-        (("--num-processes", 2), signal.SIGHUP),
-        (("--jobs", 2), signal.SIGHUP),
-        ((), signal.SIGHUP),
-    ],
-    ids=str,
-)
+SIGNALS = [(("--num-processes", 2), signal.SIGTERM), (("--jobs", 2), signal.SIGHUP)]
+if "CTPD_FUZZ_EXAMPLES" in os.environ:  # `make faults`
+    SIGNALS += [(("--num-processes", 2), signal.SIGINT), (("--num-processes", 2), signal.SIGHUP), ((), signal.SIGHUP)]
+
+
+@pytest.mark.parametrize(("how", "number"), SIGNALS, ids=str)
 def test_a_signal_ends_everything_and_leaves_nothing(
     how: tuple[object, ...], number: signal.Signals, start: Start, tmp_path: Path
 ) -> None:
