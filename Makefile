@@ -36,6 +36,9 @@ $(STAMP): pyproject.toml constraints.txt | interpreter
 demo: setup  ## the main job on the testbed: train, evaluate, compare
 	$(BIN)/ctpd run testbed-demo
 
+# Models of tests are tiny: a second thread costs more than it computes.
+test unit e2e regression faults: export OMP_NUM_THREADS := 1
+
 test: check  ## everything: style, types, architecture, all tests
 	$(BIN)/python -m pytest
 
