@@ -13,10 +13,10 @@ from ctpd.text import limited
 from ctpd.text.pairs import Message
 from ctpd.text.render import ChatTemplate, TemplatedTokenizer
 from harness.evaluate import Documents, evaluate_column
+from tests.fixtures.colours import choice as choice
+from tests.fixtures.colours import data_root as data_root
 from tests.fixtures.tiny import tiny_model
 from tests.fixtures.tokenizers import tokenizer
-from tests.unit.test_evaluate import choice as choice
-from tests.unit.test_evaluate import data_root as data_root
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
