@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import lm_eval.api.metrics  # noqa: F401 (fills the registry)
-import yaml
 from lm_eval.api.registry import metric_registry
 
 from ctpd.core.errors import UserError
+from harness import task_yaml
 from harness.suites import Column
 
 _RUNS_GENERATED_CODE = ("code_eval",)
@@ -36,24 +36,6 @@ def refuse_code(column: Column, index: Mapping[str, Any], *, trusted: tuple[Path
             where=f"column '{column.name}'",
             fix=f"If you trust it, write `allow_code: [{column.task}]` into the `evaluation` block of a recipe",
         )
-
-
-class _Tagged(str):
-    """A value that a YAML file marks with a tag of its own, such as `!function`."""
-
-    __slots__ = ()
-
-
-class _Loader(yaml.SafeLoader):
-    """Reads values with tags as their text."""
-
-
-def _tagged(loader: _Loader, suffix: str, node: yaml.Node) -> _Tagged:
-    return _Tagged(f"{suffix} {node.value}" if isinstance(node, yaml.ScalarNode) else suffix)
-
-
-for _prefix in ("!", "tag:yaml.org,2002:python"):
-    _Loader.add_multi_constructor(_prefix, _tagged)
 
 
 @dataclass
@@ -80,7 +62,7 @@ class _Search:
             yield from _generated(merged)
             if not self._is_trusted(Path(entry.yaml_path)):
                 yield from _fetched(merged)
-            members = list(_members(merged))
+            members = list(task_yaml.members(merged))
         for member in members:
             yield from self.reasons(member)
 
@@ -89,12 +71,11 @@ class _Search:
         path = path.expanduser().resolve()
         if path in above:
             return
-        own = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
+        own = task_yaml.parse(path.read_text(encoding="utf-8"))
         if not isinstance(own, dict):
             return
         yield path, own
-        included = own.get("include") or []
-        for name in reversed([included] if isinstance(included, str) else included):
+        for name in reversed(task_yaml.included(own)):
             yield from self._files(path.parent / name, above | {path})
 
     def _is_trusted(self, path: Path) -> bool:
@@ -102,13 +83,14 @@ class _Search:
 
 
 def _functions(path: Path, config: Mapping[str, Any]) -> Iterator[str]:
-    for key, value in _leaves(config):
-        if isinstance(value, _Tagged):
-            yield f"runs Python of its own (`{key}: !{value}` in {path})"
+    for keys, value in task_yaml.leaves(config):
+        if isinstance(value, task_yaml.Tagged):
+            yield f"runs Python of its own (`{keys[-1]}: !{value.tag} {value}` in {path})"
 
 
 def _generated(config: Mapping[str, Any]) -> Iterator[str]:
-    for key, value in _leaves(config):
+    for keys, value in task_yaml.leaves(config):
+        key = keys[-1]
         if (key == "unsafe_code" and value) or (key == "metric" and value in _RUNS_GENERATED_CODE):
             yield "runs the code that a model generates"
 
@@ -122,25 +104,3 @@ def _fetched(config: Mapping[str, Any]) -> Iterator[str]:
         name = metric.get("metric") if isinstance(metric, Mapping) else metric
         if isinstance(metric, Mapping) and (metric.get("hf_evaluate") or name not in metric_registry):
             yield f"runs the program of a metric that lm-eval does not have ('{name}')"
-
-
-def _leaves(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
-    """Every leaf with the innermost key that leads to it."""
-    if isinstance(value, Mapping):
-        for name, item in value.items():
-            yield from _leaves(item, str(name))
-    elif isinstance(value, list):
-        for item in value:
-            yield from _leaves(item, key)
-    else:
-        yield key, value
-
-
-def _members(config: Mapping[str, Any]) -> Iterator[str]:
-    members = config.get("task")
-    for member in members if isinstance(members, list) else []:
-        if isinstance(member, Mapping):
-            yield str(member.get("task") or member.get("group"))
-            yield from _members(member)
-        else:
-            yield str(member)

@@ -13,10 +13,11 @@ from typing import Any, NamedTuple
 
 import yaml
 
+from harness import task_yaml
 from harness.suites import Column
 
 _SKIPPED = ("__pycache__",)
-_DATA_KEYS = ("dataset_path", "data_files", "data_dir")
+_DATA_KEYS = frozenset({"dataset_path", "data_files", "data_dir"})
 
 
 class TaskFile(NamedTuple):
@@ -83,23 +84,6 @@ def task_files(column: Column, *, base: Path | None, mirrored: bool = False) -> 
     return TaskFiles(tuple(sorted(found.files)), tuple(sorted(data)))
 
 
-class _Function(str):
-    """`module.function`, as a YAML file's `!function` gives it."""
-
-    __slots__ = ()
-
-
-class _Loader(yaml.SafeLoader):
-    """Reads functions as their names."""
-
-
-def _function(loader: _Loader, node: yaml.ScalarNode) -> _Function:
-    return _Function(loader.construct_scalar(node))
-
-
-_Loader.add_constructor("!function", _function)
-
-
 @dataclass(frozen=True)
 class _Definition:
     """A YAML file: its contents with those of the files that it includes, and all of these files with their contents."""
@@ -129,7 +113,7 @@ class _Found:
             for file, config in definition.files.items():
                 self.files.add(file)
                 self.files |= set(_python_files(file.path, config, folder=self.folder))
-            for member in _members(definition.config):
+            for member in task_yaml.members(definition.config):
                 self.add(member, definitions)
 
 
@@ -149,10 +133,9 @@ def _definition(file: TaskFile, *, seen: frozenset[Path]) -> _Definition:
     own = _parsed(*_stat(file.path))
     if not isinstance(own, dict) or file.path in seen:
         raise ValueError(f"{file.path} is no definition of a task")
-    included = own.get("include") or []
     config: dict[str, Any] = {}
     files: dict[TaskFile, Mapping[str, Any]] = {file: own}
-    for reference in [included] if isinstance(included, str) else included:
+    for reference in task_yaml.included(own):
         name = str(Path(file.name).parent / reference)
         other = _definition(TaskFile(name, (file.path.parent / reference).resolve()), seen=seen | {file.path})
         config |= other.config
@@ -167,32 +150,15 @@ def _names(config: Mapping[str, Any]) -> set[str]:
     return {str(own), *([tags] if isinstance(tags, str) else tags)}
 
 
-def _members(config: Mapping[str, Any]) -> Iterator[str]:
-    members = config.get("task")
-    for member in members if isinstance(members, list) else []:
-        yield member if isinstance(member, str) else str(member.get("group") or member.get("task"))
-
-
-def _leaves(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
-    """Every leaf with the innermost key that leads to it, for lists and mappings below a key of data that key."""
-    if isinstance(value, Mapping):
-        for name, item in value.items():
-            yield from _leaves(item, key if key in _DATA_KEYS else str(name))
-    elif isinstance(value, list):
-        for item in value:
-            yield from _leaves(item, key)
-    else:
-        yield key, value
-
-
 def _references(config: Mapping[str, Any]) -> Iterator[str]:
     """What may be paths of local data: data sets, their files and folders."""
-    return (value for key, value in _leaves(config) if key in _DATA_KEYS and isinstance(value, str))
+    found = task_yaml.leaves(config)
+    return (value for keys, value in found if isinstance(value, str) and not _DATA_KEYS.isdisjoint(keys))
 
 
 def _python_files(path: Path, config: Mapping[str, Any], *, folder: Path) -> Iterator[TaskFile]:
     """The modules of a YAML file's functions, and the files beside them, which a function can read."""
-    functions = [value for _, value in _leaves(config) if isinstance(value, _Function)]
+    functions = [value for _, value in task_yaml.leaves(config) if isinstance(value, task_yaml.Tagged)]
     for function in functions:
         module = path.parent / (function.rpartition(".")[0].replace(".", "/") + ".py")
         for beside in {path.parent, module.parent}:
@@ -235,7 +201,7 @@ def _stat(path: Path) -> tuple[Path, int, int]:
 @cache
 def _parsed(path: Path, size: int, changed: int) -> Any:
     """The contents of a YAML file in this state: a plan asks for the same files many times."""
-    return yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
+    return task_yaml.parse(path.read_text(encoding="utf-8"))
 
 
 @cache

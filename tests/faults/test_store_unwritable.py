@@ -48,7 +48,7 @@ def mounted(tmp_path: Path) -> Iterator[Callable[..., Path]]:
         place.mkdir()
         command = ["mount", "-t", "tmpfs", "-o", ",".join(options), "tmpfs", str(place)]
         if shutil.which("mount") is None or subprocess.run(command, capture_output=True).returncode:
-            pytest.skip("mounting a file system is not permitted here")
+            pytest.skip(reason="mounting a file system is not permitted here")
         places.append(place)
         return place
 

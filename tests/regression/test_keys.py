@@ -20,7 +20,7 @@ def test_keys_of_the_smallest_recipe_are_the_recorded_ones() -> None:
     found = recorded(identities.KEYS)
     if found["lm_eval"] != metadata.version("lm_eval"):
         pytest.skip(
-            "the keys of evaluations hold the version of lm-eval, and this version differs from the recorded one"
+            reason="the keys of evaluations hold the version of lm-eval, and this version differs from the recorded one"
         )
     assert identities.keys() == found["keys"], HOW
 

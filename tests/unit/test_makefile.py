@@ -22,7 +22,7 @@ cp "$0" .venv/bin/python.new && mv .venv/bin/python.new .venv/bin/python
 @pytest.fixture
 def project(tmp_path: Path) -> Path:
     if shutil.which("make") is None:
-        pytest.skip("there is no make")
+        pytest.skip(reason="there is no make")
     shutil.copy(ROOT / "Makefile", tmp_path)
     for name in ("pyproject.toml", "constraints.txt"):
         (tmp_path / name).touch()
