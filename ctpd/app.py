@@ -104,24 +104,10 @@ class Experiment:
         Raises:
             UserError: an unknown task, one that runs code, another version than the suite's, missing data.
         """
-        spec = self.recipe.shared.evaluation
-        root = None if spec.data_root is None else user_path(spec.data_root)
         stages = [(name, stage) for columns in self.evaluations.values() for name, stage in columns.items()]
         missing = {name for name, stage in stages if not store.has(stage.kind, stage.key)}
         columns = [column for column in self.suite.columns if column.name in missing]
-        if spec.data_root == "testbed":  # the recipe itself writes the data; tasks of the user's own may run code
-            columns = [column for column in columns if column.folder is not None]
-        if not columns:
-            return
-        from harness.evaluate import check_code, check_column
-
-        with kept_in(store.root):
-            for column in columns:
-                allowed = column.task in spec.allow_code
-                if spec.data_root != "testbed":
-                    check_column(column, data_root=root, allow_code=allowed)
-                elif not allowed:
-                    check_code(column)
+        check_columns(columns, self.recipe.shared.evaluation, store)
 
     def _evaluation(self, run: PlannedRun, column: Column) -> EvaluateStage:
         spec = self.recipe.shared.evaluation
@@ -181,6 +167,34 @@ def run(
 def plan(recipe: str | os.PathLike[str]) -> Graph:
     """The graph of all stages of a recipe; nothing is computed."""
     return Graph(Experiment(recipe).records)
+
+
+def check_columns(columns: Sequence[Column], spec: EvaluationSpec, store: Store) -> None:
+    """Load the tasks of columns that are to be evaluated, which finds what is wrong with them before anything is run.
+
+    Args:
+        columns: of a suite.
+        spec: the protocol.
+        store: which keeps temporary files.
+
+    Raises:
+        UserError: an unknown task, one that runs code, another version than the suite's, missing data.
+    """
+    is_testbed = spec.data_root == "testbed"
+    if is_testbed:  # the recipe itself writes the data; tasks of the user's own may run code
+        columns = [column for column in columns if column.folder is not None]
+    if not columns:
+        return
+    from harness.evaluate import check_code, check_column
+
+    root = None if spec.data_root is None else user_path(spec.data_root)
+    with kept_in(store.root):
+        for column in columns:
+            allowed = column.task in spec.allow_code
+            if not is_testbed:
+                check_column(column, data_root=root, allow_code=allowed)
+            elif not allowed:
+                check_code(column)
 
 
 def evaluation_stage(

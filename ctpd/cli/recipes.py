@@ -239,9 +239,8 @@ def _score(result: "ColumnResult") -> tuple[str, str, str]:
 
 
 def _evaluate_model(model: str, protocol: dict[str, Any], flags: Flags) -> None:
-    from ctpd.app import evaluation_stage
+    from ctpd.app import check_columns, evaluation_stage
     from ctpd.core.store import Store
-    from ctpd.core.temporary import kept_in
     from ctpd.pipeline.references import Model, external_model
     from ctpd.recipe import EvaluationSpec, LaunchSpec
     from harness.suites import load_suite
@@ -254,7 +253,7 @@ def _evaluate_model(model: str, protocol: dict[str, Any], flags: Flags) -> None:
         limit=flags.limit,
         batch_size=protocol["batch_size"],
         chat_template=protocol["chat_template"],
-        data_root=None if data_root is None else str(data_root),
+        data_root=None if data_root is None else str(data_root.absolute()),
     )
     columns = load_suite(spec.suite).columns
     stages = {
@@ -263,11 +262,7 @@ def _evaluate_model(model: str, protocol: dict[str, Any], flags: Flags) -> None:
     }
     store = Store(flags.store)
     missing = [one for one in columns if not store.has(stages[one.name].kind, stages[one.name].key)]
-    if missing and not flags.plan and started_by_user():
-        from harness.evaluate import check_column
-
-        with kept_in(store.root):
-            for column in missing:
-                check_column(column, data_root=data_root)
+    if not flags.plan and started_by_user():
+        check_columns(missing, spec, store)
     if execute(list(stages.values()), store, LaunchSpec(), flags):
         _print_scores({model: stages}, store, as_json=flags.as_json)

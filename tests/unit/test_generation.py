@@ -13,21 +13,9 @@ from ctpd.core.errors import UserError
 from ctpd.decoding import greedy_responses, takes_padded_prompts
 from ctpd.models import install_scorer
 from ctpd.pipeline.stages.generate import refuse_losses
-from tests.fixtures.tiny import CONFIGS, VOCABULARY, tiny_model
+from tests.fixtures.tiny import COMMON, CONFIGS, VOCABULARY, tiny_model
 
-HYBRID = Lfm2Config(
-    vocab_size=VOCABULARY,
-    hidden_size=16,
-    intermediate_size=32,
-    num_hidden_layers=2,
-    num_attention_heads=2,
-    num_key_value_heads=2,
-    layer_types=["conv", "full_attention"],
-    initializer_range=0.3,
-    pad_token_id=0,
-    bos_token_id=1,
-    eos_token_id=2,
-)
+HYBRID = Lfm2Config(**COMMON, layer_types=["conv", "full_attention"], bos_token_id=1, eos_token_id=2)
 PROMPTS = [np.random.default_rng(n).integers(1, VOCABULARY, n).astype(np.int32) for n in (3, 9, 5, 7, 4, 6)]
 
 

@@ -32,7 +32,7 @@ from ctpd.train.scoring import (
 )
 from ctpd.train.sharing import SHARING, can_share_prompts, enable_prompt_sharing
 from ctpd.train.trainer import Training, UnitPass
-from tests.fixtures.tiny import CONFIGS, VOCABULARY, pairs_with_prompts, tiny_model
+from tests.fixtures.tiny import COMMON, CONFIGS, VOCABULARY, pairs_with_prompts, tiny_model
 
 SHARING_FAMILIES = [name for name in CONFIGS if name != "gemma2_softcap"]
 
@@ -187,33 +187,9 @@ def test_a_model_whose_shared_rows_differ_is_refused_and_left_as_it_was(monkeypa
 
 
 HYBRIDS: dict[str, Any] = {
-    "convolutions by layer": lambda: Lfm2Config(
-        vocab_size=VOCABULARY,
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        layer_types=["conv", "full_attention"],
-        pad_token_id=0,
-        bos_token_id=1,
-        eos_token_id=2,
-    ),
+    "convolutions by layer": lambda: Lfm2Config(**COMMON, layer_types=["conv", "full_attention"]),
     "state spaces beside attention": lambda: FalconH1Config(
-        vocab_size=VOCABULARY,
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        mamba_d_ssm=32,
-        mamba_n_heads=4,
-        mamba_d_head=8,
-        mamba_d_state=8,
-        mamba_chunk_size=8,
-        pad_token_id=0,
-        bos_token_id=1,
-        eos_token_id=2,
+        **COMMON, mamba_d_ssm=32, mamba_n_heads=4, mamba_d_head=8, mamba_d_state=8, mamba_chunk_size=8
     ),
 }
 
