@@ -57,7 +57,7 @@ e2e: setup  ## the command line, end to end
 regression: setup  ## testbed-smoke against its recorded losses and scores
 	$(BIN)/python -m pytest tests/regression
 
-faults: setup  ## the fault tests with long fuzzing: about an hour on two idle cores
+faults: setup  ## the fault tests with long fuzzing, all signals and all launches
 	CTPD_FUZZ_EXAMPLES=$(EXAMPLES) $(BIN)/python -m pytest tests/faults
 
 record-regression: setup  ## record them anew, after a change that is meant to move numbers (say so in CHANGELOG)
