@@ -155,6 +155,7 @@ class SharedStages:
             learning_rate=phase.learning_rate,
             seed=phase.seed,
             label=f"{role}: SFT",
+            swap=self.spec(role).reversed,
         )
         return self.trained(role, base, training)
 
@@ -178,7 +179,7 @@ class SharedStages:
             learning_rate=phase.learning_rate,
             seed=phase.seed,
             label=f"{role}: contrastive {signal.phase}",
-            swap=signal.phase == "negative",
+            swap=(signal.phase == "negative") != spec.reversed,
         )
         return self.trained(role, self.sft[role], training)
 

@@ -103,6 +103,8 @@ class ModelSpec(Config):
     """The model that prefers chosen responses: a training, or the path of a model or of a LoRA adapter on the SFT model."""
     negative: ContrastivePhase | Text | None = None
     """The model that prefers rejected responses: a training, or the path of a model or of a LoRA adapter on the SFT model."""
+    reversed: bool = False
+    """Train SFT model and contrastive pair on reversed preferences, chosen for rejected: a teacher that misleads, for studies of the reference."""
 
     @model_validator(mode="after")
     def _has_one_origin(self) -> Self:

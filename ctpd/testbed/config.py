@@ -10,6 +10,9 @@ from pydantic import model_validator
 from ctpd.core.config import Config, Positive, PositiveInt, Seed, Share
 from ctpd.core.errors import UserError
 from ctpd.testbed.documents import most_documents
+from ctpd.testbed.world import SKILLS, Skill
+
+TokenizerKind = Literal["byte_bpe", "unigram", "wordpiece", "characters"]
 
 
 class WorldConfig(Config):
@@ -17,24 +20,31 @@ class WorldConfig(Config):
 
     seed: Seed = 0
     """Seed of everything that is drawn: names, facts, pairs, corpora, documents. The same configuration gives the same files, byte for byte."""
-    num_topics: PositiveInt = 28
-    """Number of invented towns (topics). Each has four attributes, so there are four times as many facts."""
+    num_topics: PositiveInt = 16
+    """Number of invented towns (topics). Each has four attributes, so there are four times as many facts. Of a multiple of eight topics, each value
+    is true of as many towns as it is the popular error about; with other numbers, nearly."""
     num_pairs: PositiveInt = 1500
     """Preference pairs to train on."""
     num_eval_pairs: PositiveInt = 200
     """Preference pairs for the evaluation loss; their prompts differ from all training prompts."""
     num_documents: PositiveInt = 200
-    """Test documents of each lm-eval task; at most eight for each topic."""
+    """Test documents of each lm-eval task; at most 32 for each topic."""
     teacher_texts: PositiveInt = 12000
-    """Texts in the teacher's corpus, in which every answer is right."""
+    """Texts in the teacher's corpus."""
     student_texts: PositiveInt = 4000
     """Texts in the student's corpus."""
     student_error: Share = 0.6
     """Mean rate at which the student's corpus states the popular error; each fact, sum and relation has its own rate, spread around this mean."""
+    teacher_error: Share = 0.0
+    """The same for the teacher's corpus; 0 states no error at all."""
     chosen_right: Share = 0.85
     """Probability that an answer of a chosen response is right, before pairs whose chosen response is not the better one are redrawn."""
     rejected_right: Share = 0.35
     """The same for a rejected response."""
+    swapped: Share = 0.0
+    """Share of the pairs whose responses are exchanged: label noise, and with 1 reversed preferences."""
+    pair_skills: tuple[Skill, ...] = SKILLS
+    """Skills that the pairs ask for; the corpora and the evaluation documents have all of them."""
 
     @model_validator(mode="after")
     def _pairs_can_be_drawn(self) -> Self:
@@ -61,10 +71,10 @@ class PretrainConfig(Config):
 
     corpus: Literal["teacher", "student"]
     """Which corpus the model sees."""
-    tokenizer: Literal["byte_bpe", "unigram"]
-    """Kind of tokenizer: byte-level BPE as in GPT-2, or unigram as in SentencePiece."""
+    tokenizer: TokenizerKind
+    """Kind of tokenizer: byte-level BPE as in GPT-2, unigram as in SentencePiece, WordPiece as in BERT (with its spaces kept), or characters."""
     vocab_size: PositiveInt
-    """Upper bound of the vocabulary size; a small corpus may give fewer pieces."""
+    """Upper bound of the vocabulary size; a small corpus may give fewer pieces. Characters need no more than the corpus has."""
     hidden: PositiveInt
     """Hidden size: an even number of channels for each head."""
     layers: PositiveInt

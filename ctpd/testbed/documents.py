@@ -13,8 +13,8 @@ from ctpd.testbed import world as w
 DATASET = "ctpd/testbed"
 """The name under which lm-eval loads the documents, with the folder `hub` as working directory."""
 
-NUM_TEST_WORDINGS, NUM_DEVELOPMENT_WORDINGS = 2, 1
-"""How many of the six wordings of each fact's question are held out for each split."""
+NUM_TEST_WORDINGS, NUM_DEVELOPMENT_WORDINGS = 2 * len(w.FACT_OPENINGS), len(w.FACT_OPENINGS)
+"""How many wordings of each fact's question are held out for each split: two of the six forms, and one."""
 NUM_STRANGERS = 2
 """Wrong choices of a facts document besides the myth in its two wordings."""
 
@@ -28,7 +28,7 @@ def most_documents(num_topics: int) -> int:
     return min(num_topics * len(w.ATTRIBUTES) * NUM_TEST_WORDINGS, relations * 2 // 3)
 
 
-def draw_documents(world: w.World, skill: str, *, num: int) -> Documents:
+def draw_documents(world: w.World, skill: w.Skill, *, num: int) -> Documents:
     """Questions for `num` test and `num // 2` development documents; no key occurs twice."""
     rng = Random(f"documents/{world.seed}/{skill}")
     if skill == "facts":
@@ -46,13 +46,13 @@ def draw_documents(world: w.World, skill: str, *, num: int) -> Documents:
 def _fact_questions(world: w.World, rng: Random, *, num: int) -> Documents:
     """Every fact is asked once before any is asked again.
 
-    The wordings held out for a split rotate from fact to fact: training texts contain each fact and each wording, but not this
+    The forms held out for a split rotate from fact to fact: training texts contain each fact and each form, but not this
     combination.
     """
     rounds = []
     for turn in range(NUM_TEST_WORDINGS + NUM_DEVELOPMENT_WORDINGS):
         questions = [
-            w.facts_question(fact, wording=(index + turn) % len(w.FACT_QUESTIONS))
+            w.facts_question(fact, wording=(index * len(w.FACT_OPENINGS) + turn) % len(w.FACT_QUESTIONS))
             for index, fact in enumerate(world.facts)
         ]
         rng.shuffle(questions)
@@ -62,15 +62,18 @@ def _fact_questions(world: w.World, rng: Random, *, num: int) -> Documents:
     return {"test": test[:num], "development": development[: num // 2]}
 
 
-def rows(questions: Iterable[w.Question], skill: str, rng: Random) -> list[dict[str, object]]:
+def rows(questions: Iterable[w.Question], skill: w.Skill, rng: Random) -> list[dict[str, object]]:
     """The data set's rows for some questions of a skill."""
-    make = {"arithmetic": _arithmetic_rows, "facts": _facts_rows, "resolution": _resolution_rows}[skill]
+    make = {"arithmetic": _number_rows, "steps": _number_rows, "facts": _facts_rows, "resolution": _resolution_rows}[
+        skill
+    ]
     return [row for question in questions for row in make(question, rng)]
 
 
-def _arithmetic_rows(question: w.Question, rng: Random) -> list[dict[str, object]]:
+def _number_rows(question: w.Question, rng: Random) -> list[dict[str, object]]:
     answer = question.right[0]
-    return [{"question": question.text, "answer": answer.text[answer.start : answer.end]}]
+    last = answer.marks[-1]
+    return [{"question": question.text, "answer": answer.text[last.start : last.end]}]
 
 
 def _facts_rows(question: w.Question, rng: Random) -> list[dict[str, object]]:
@@ -97,7 +100,7 @@ def _resolution_rows(question: w.Question, rng: Random) -> list[dict[str, object
     return found
 
 
-def write_hub(directory: Path, documents: Mapping[str, Documents], *, num: int) -> None:
+def write_hub(directory: Path, documents: Mapping[w.Skill, Documents], *, num: int) -> None:
     """Write the data set: a card that names splits and files, and a JSON-lines file for each skill and split."""
     lines = ["---", "configs:"]
     for skill, splits in documents.items():

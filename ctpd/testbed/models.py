@@ -3,6 +3,7 @@
 import string
 from collections import Counter
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from tokenizers import Regex, Tokenizer, decoders, pre_tokenizers, processors, trainers
@@ -14,6 +15,8 @@ from ctpd.core.errors import UserError
 from ctpd.testbed.config import PretrainConfig
 from ctpd.testbed.unigram import train_unigram
 
+ALWAYS = string.ascii_letters + string.digits
+"""Characters that every vocabulary holds, whether or not its corpus does."""
 BOS, EOS, PAD, UNK = SPECIAL_TOKENS = ("<s>", "</s>", "<pad>", "<unk>")
 
 
@@ -21,13 +24,14 @@ def train_tokenizer(texts: Iterable[str], *, kind: str, vocab_size: int) -> PreT
     """A fast tokenizer trained on `texts`, which puts BOS before a text and nothing after it.
 
     `byte_bpe` is GPT-2's scheme: the space belongs to the word, a number is a word like any other. `unigram` is SentencePiece's
-    with its digits split and line breaks kept. Both keep a line break apart from the words around it, so that no token crosses
+    with line breaks kept. `wordpiece` is BERT's greedy longest match, over words that keep their space and their case. `characters` has a token for
+    each character. All keep a line break apart from the words around it, so that no token crosses
     from a prompt into its response. The vocabulary holds at most `vocab_size` pieces, special tokens included.
 
     Raises:
         UserError: an unknown kind, or a vocabulary too small for the kind.
     """
-    kinds = {"byte_bpe": _byte_bpe, "unigram": _unigram}
+    kinds = {"byte_bpe": _byte_bpe, "unigram": _unigram, "wordpiece": _wordpiece, "characters": _characters}
     if kind not in kinds:
         raise UserError(
             f"There is no tokenizer kind `{kind}`.{nearest(kind, kinds)}",
@@ -70,28 +74,77 @@ def _byte_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     return tokenizer
 
 
-def _unigram(texts: Iterable[str], vocab_size: int) -> Tokenizer:
-    splitter = pre_tokenizers.Sequence(
+def _words_with_spaces() -> Any:
+    """Pre-tokens are words with the space before them, and line breaks."""
+    return pre_tokenizers.Sequence(
         [
             pre_tokenizers.Split(Regex("\n"), behavior="isolated"),
             pre_tokenizers.Metaspace(prepend_scheme="never"),
         ]
     )
-    words = Counter(word for text in texts for word, _ in splitter.pre_tokenize_str(text))
-    always = string.ascii_letters + string.digits
-    smallest = len(SPECIAL_TOKENS) + len({*always, *"".join(words)})
+
+
+def _check_size(vocab_size: int, smallest: int) -> None:
     if vocab_size < smallest:
         raise UserError(
             f"A vocabulary for this corpus has at least {smallest} pieces, not {vocab_size}",
             where="pretrain.vocab_size",
         )
-    vocabulary = train_unigram(words, num_pieces=vocab_size - len(SPECIAL_TOKENS), always=always)
+
+
+def _unigram(texts: Iterable[str], vocab_size: int) -> Tokenizer:
+    splitter = _words_with_spaces()
+    words = Counter(word for text in texts for word, _ in splitter.pre_tokenize_str(text))
+    _check_size(vocab_size, len(SPECIAL_TOKENS) + len({*ALWAYS, *"".join(words)}))
+    vocabulary = train_unigram(words, num_pieces=vocab_size - len(SPECIAL_TOKENS), always=ALWAYS)
     tokenizer = Tokenizer(
         pieces.Unigram([*((token, 0.0) for token in SPECIAL_TOKENS), *vocabulary], unk_id=SPECIAL_TOKENS.index(UNK))
     )
     tokenizer.add_special_tokens(list(SPECIAL_TOKENS))
     tokenizer.pre_tokenizer = splitter
     tokenizer.decoder = decoders.Metaspace(prepend_scheme="never")
+    return tokenizer
+
+
+def _wordpiece(texts: Iterable[str], vocab_size: int) -> Tokenizer:
+    """The vocabulary is that of BPE merges, as in BERT; the trainer of the `tokenizers` library breaks ties at random.
+
+    Each character is a piece both at the beginning of a word and inside it, so that no word is unknown.
+    """
+    splitter = _words_with_spaces()
+    words = Counter(word for text in texts for word, _ in splitter.pre_tokenize_str(text))
+    singles = sorted({*ALWAYS, *"".join(words)})
+    needed = [*SPECIAL_TOKENS, *singles, *(f"##{char}" for char in singles)]
+    _check_size(vocab_size, len(needed))
+    learned = Tokenizer(pieces.BPE())
+    learned.pre_tokenizer = splitter
+    trainer = trainers.BpeTrainer(vocab_size=vocab_size, initial_alphabet=singles, show_progress=False)
+    learned.train_from_iterator((word for word, count in sorted(words.items()) for _ in range(count)), trainer)
+    begin = {word[: len(piece)] for word in words for piece in learned.get_vocab() if word.startswith(piece)}
+    merged = sorted(learned.get_vocab().items(), key=lambda entry: entry[1])
+    learned_pieces = [piece if piece in begin else f"##{piece}" for piece, _ in merged]
+    vocabulary = list(dict.fromkeys([*needed, *learned_pieces]))[:vocab_size]
+    tokenizer = Tokenizer(
+        pieces.WordPiece(
+            {piece: index for index, piece in enumerate(vocabulary)}, unk_token=UNK, max_input_chars_per_word=1000
+        )
+    )
+    tokenizer.add_special_tokens(list(SPECIAL_TOKENS))
+    tokenizer.pre_tokenizer = splitter
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("##", ""), decoders.Fuse(), decoders.Metaspace(prepend_scheme="never")]
+    )
+    return tokenizer
+
+
+def _characters(texts: Iterable[str], vocab_size: int) -> Tokenizer:
+    singles = sorted({*ALWAYS, *"".join(texts)})
+    _check_size(vocab_size, len(SPECIAL_TOKENS) + len(singles))
+    vocabulary = {token: index for index, token in enumerate((*SPECIAL_TOKENS, *singles))}
+    tokenizer = Tokenizer(pieces.WordLevel(vocabulary, unk_token=UNK))
+    tokenizer.add_special_tokens(list(SPECIAL_TOKENS))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), behavior="isolated")
+    tokenizer.decoder = decoders.Fuse()
     return tokenizer
 
 

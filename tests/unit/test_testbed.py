@@ -1,13 +1,14 @@
 """The testbed: answers are marked correctly, and evaluation questions are held out."""
 
 import hashlib
+import itertools
 import json
 import re
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from random import Random
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from ctpd.core.errors import UserError
 from ctpd.testbed import world as w
-from ctpd.testbed.config import PretrainConfig, WorldConfig
+from ctpd.testbed.config import PretrainConfig, TokenizerKind, WorldConfig
 from ctpd.testbed.corpus import ERROR_SPREAD, write_world
 from ctpd.testbed.documents import draw_documents, most_documents
 from ctpd.testbed.models import new_model, train_tokenizer
@@ -27,7 +28,7 @@ from ctpd.text.align import align_spans
 from harness.evaluate import Documents, evaluate_column, score
 from harness.suites import load_suite
 
-DIGEST = "33ce5746ee9d405608036e416a5487d95fe9ebb6bbf910719d72179bbab789d3"
+DIGEST = "fe90b97c570da2ae3de4030cdb5b2e11cccc89fe42ea6fd3134b1d2c641b5d34"
 """Of all files of the world of CONFIG, in the order of their names."""
 CONFIG = WorldConfig(
     seed=3, num_topics=8, num_pairs=400, num_eval_pairs=40, num_documents=24, teacher_texts=400, student_texts=400
@@ -79,21 +80,43 @@ def texts(folder: Path) -> dict[str, list[str]]:
 @pytest.fixture(scope="module")
 def tokenizers(texts: dict[str, list[str]]) -> tuple[PreTrainedTokenizerFast, PreTrainedTokenizerFast]:
     teacher = train_tokenizer(texts["teacher"], kind="byte_bpe", vocab_size=512)
-    return teacher, train_tokenizer(texts["student"], kind="unigram", vocab_size=256)
+    return teacher, train_tokenizer(texts["student"], kind="unigram", vocab_size=260)
 
 
-def sentence_is_right(world: w.World, prompt: str, sentence: str) -> bool:
-    """Whether the sentence is a right answer to some question of the prompt, independently of the generator."""
+def steps_of(world: w.World, question: str, sentence: str) -> list[bool]:
+    """Which steps of a sentence are right, independently of the generator; a step is right for the steps before it."""
     if found := re.fullmatch(r"(\w+) has (\d+) (\w+)\.", sentence):
         name, value, item = found.groups()
-        asked = re.findall(rf"{name} has (\d+) {item} and \w+ (\d+) more", prompt)
-        return any(int(have) + int(more) == int(value) for have, more in asked)
-    if found := re.fullmatch(r"The (\w+) of (\w+) is (\w+)\.|In (\w+) the (\w+) is (\w+)\.", sentence):
-        attribute, topic, value = found.group(1, 2, 3) if found.group(1) else found.group(5, 4, 6)
-        return any(fact[:3] == (topic, attribute, value) for fact in world.facts)
+        have, more = re.search(rf"{name} has (\d+) {item} and \w+ (\d+) more", question).groups()
+        return [int(have) + int(more) == int(value)]
+    if found := re.fullmatch(r"(\w+) first has (\d+) (\w+) and then (\d+)\.", sentence):
+        name, first, item, last = found.groups()
+        numbers = rf"{name} has (\d+) {item}, \w+ (\d+) more and then \D+ (\d+)\."
+        have, more, less = map(int, re.search(numbers, question).groups())
+        return [have + more == int(first), int(first) - less == int(last)]
+    if found := re.fullmatch(r"(?:The|Its) (\w+) is (\w+)\.", sentence):
+        facts = {(fact.topic, fact.attribute): fact.value for fact in world.facts}
+        topics = {topic for topic, _ in facts if re.search(rf"\b{topic}\b", question)}
+        return [facts[topics.pop(), found[1]] == found[2]]
     noun, quality = re.fullmatch(r"(\w+) is (\w+)\.", sentence).groups()
-    verbs = re.findall(rf"{noun} (\w+) \w+" if noun in w.HUNTERS else rf"(\w+) {noun}\b", prompt)
-    return any(w.RELATIONS[verb][noun in w.QUARRY] == quality for verb in verbs if verb in w.RELATIONS)
+    animal = "|".join((*w.HUNTERS, *w.QUARRY))
+    hunter, verb, quarry = re.search(rf"({animal}) ({'|'.join(w.RELATIONS)}) ({animal})", question).groups()
+    assert noun in (hunter, quarry)
+    return [w.RELATIONS[verb][noun == quarry] == quality]
+
+
+def questions_of(prompt: str) -> list[str]:
+    return [f"{question.strip()}?" for question in prompt.split("?")[:-1]]
+
+
+def skill_of(sentence: str) -> str:
+    forms = {
+        "arithmetic": r"\w+ has \d+ \w+\.",
+        "steps": r".* first has .*",
+        "facts": r"(The|Its) .*",
+        "resolution": r".*",
+    }
+    return next(skill for skill, form in forms.items() if re.fullmatch(form, sentence))
 
 
 # --- files ----------------------------------------------------------------------------------------------------------------------
@@ -106,7 +129,7 @@ def test_a_world_is_its_seed(folder: Path, tmp_path: Path) -> None:
     write_world(tmp_path / "again", CONFIG)
     write_world(tmp_path / "other", CONFIG.model_copy(update={"seed": 4}))
     files = sorted(path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
-    assert len(files) == 4 + 1 + 3 * 2
+    assert len(files) == 4 + 1 + 4 * 2
     assert all((folder / path).read_bytes() == (tmp_path / "again" / path).read_bytes() for path in files)
     assert (folder / "pairs_train.jsonl").read_bytes() != (tmp_path / "other" / "pairs_train.jsonl").read_bytes()
     digest = hashlib.sha256(b"".join((folder / path).read_bytes() for path in files)).hexdigest()
@@ -127,7 +150,7 @@ def test_sizes_are_those_asked_for(folder: Path) -> None:
     ("changes", "problem"),
     [
         ({"num_pairs": 0}, "num_pairs"),
-        ({"num_documents": 65}, "at most 64 test documents"),
+        ({"num_documents": 257}, "at most 256 test documents"),
         ({"student_error": 1.5}, "student_error"),
         ({"chosen_right": 0.0}, "never have more right answers"),
         ({"rejected_right": 1.0}, "never have more right answers"),
@@ -154,37 +177,80 @@ def test_the_largest_number_of_documents_can_be_drawn() -> None:
 
 
 def test_marks_are_true_and_cover_the_words_that_decide(world: w.World, pairs: list[dict[str, object]]) -> None:
-    """Each sentence has one mark, on its number, value or quality, and it says what an independent reader finds."""
+    """Each step has one mark, on its number, value or quality, and it says what an independent reader finds."""
+    wrong_steps: Counter[tuple[bool, ...]] = Counter()
     for pair in pairs:
         for role in ("chosen", "rejected"):
-            response = str(pair[role])
+            response, marks = str(pair[role]), list(pair[f"{role}_marks"])
             sentences = re.findall(r"[^.]+\.", response)
-            marks = pair[f"{role}_marks"]
-            assert len(sentences) == len(marks)
-            offset = 0
-            for sentence, (start, end, right) in zip(sentences, marks, strict=True):
-                assert offset < start < end < offset + len(sentence)
-                assert re.search(r"(?:has|is) (\w+)", sentence).group(1) == response[start:end]
-                assert sentence_is_right(world, str(pair["prompt"]), sentence.strip()) == right
-                offset += len(sentence)
+            for question, sentence in zip(questions_of(str(pair["prompt"])), sentences, strict=True):
+                steps = steps_of(world, question, sentence.strip())
+                found = [marks.pop(0) for _ in steps]
+                assert [right for _, _, right in found] == steps
+                words = [response[start:end] for start, end, _ in found]
+                assert words == re.findall(r"(?:has|is|then) (\w+)", sentence)
+                if len(steps) > 1:
+                    wrong_steps[tuple(steps)] += 1
+            assert not marks
+    assert set(wrong_steps) == {(True, True), (False, True), (True, False)}
 
 
-def test_chosen_has_more_right_answers_and_both_hold_errors(pairs: list[dict[str, object]]) -> None:
+def right_answers(world: w.World, pair: Mapping[str, object], role: str) -> list[bool]:
+    sentences = re.findall(r"[^.]+\.", str(pair[role]))
+    asked = zip(questions_of(str(pair["prompt"])), sentences, strict=True)
+    return [all(steps_of(world, question, sentence.strip())) for question, sentence in asked]
+
+
+def test_chosen_has_more_right_answers_and_both_hold_errors(world: w.World, pairs: list[dict[str, object]]) -> None:
     num_right: dict[str, list[int]] = {"chosen": [], "rejected": []}
     num_sentences = []
     for pair in pairs:
-        counts = {role: sum(right for _, _, right in pair[f"{role}_marks"]) for role in num_right}
-        assert counts["chosen"] > counts["rejected"]
-        assert len(pair["chosen_marks"]) == len(pair["rejected_marks"]) in (1, 2, 3)
-        num_sentences.append(len(pair["chosen_marks"]))
-        for role, count in counts.items():
-            num_right[role].append(count)
+        rights = {role: right_answers(world, pair, role) for role in num_right}
+        assert sum(rights["chosen"]) > sum(rights["rejected"])
+        num_sentences.append(len(rights["chosen"]))
+        for role, answers in rights.items():
+            num_right[role].append(sum(answers))
     assert set(Counter(num_sentences)) == {1, 2, 3}
     rates = {role: sum(counts) / sum(num_sentences) for role, counts in num_right.items()}
     assert (
-        0.85 < rates["chosen"] < 0.97
-    )  # above 0.85: pairs whose chosen response was not the better one were drawn again
-    assert 0.15 < rates["rejected"] < 0.35
+        CONFIG.chosen_right < rates["chosen"] < 0.97
+    )  # pairs whose chosen response was not the better one were drawn again
+    assert 0.1 < rates["rejected"] < CONFIG.rejected_right
+
+
+def test_swapped_pairs_have_their_responses_exchanged(folder: Path, tmp_path: Path) -> None:
+    """Label noise changes nothing but the labels: with 1 all of them, with a share about that many."""
+    straight = rows(folder / "pairs_train.jsonl")
+    for share in (0.3, 1.0):
+        (tmp_path / str(share)).mkdir()
+        write_world(tmp_path / str(share), CONFIG.model_copy(update={"swapped": share}))
+        found = rows(tmp_path / str(share) / "pairs_train.jsonl")
+        swapped = [pair["chosen"] == before["rejected"] for pair, before in zip(found, straight, strict=True)]
+        assert sum(swapped) / len(swapped) == pytest.approx(share, abs=0.08)
+        for pair, before, is_swapped in zip(found, straight, swapped, strict=True):
+            ways = ("rejected", "chosen") if is_swapped else ("chosen", "rejected")
+            assert all(
+                pair[f"{role}{end}"] == before[f"{way}{end}"]
+                for role, way in zip(("chosen", "rejected"), ways, strict=True)
+                for end in ("", "_marks")
+            )
+
+
+def test_pairs_of_some_skills_ask_for_no_other(tmp_path: Path) -> None:
+    """The documents of the evaluation stay those of all skills."""
+    write_world(tmp_path, CONFIG.model_copy(update={"pair_skills": ("facts", "steps")}))
+    sentences = [
+        s for pair in rows(tmp_path / "pairs_train.jsonl") for s in re.findall(r"[^.]+\.", str(pair["chosen"]))
+    ]
+    assert {skill_of(sentence.strip()) for sentence in sentences} == {"facts", "steps"}
+    assert {path.name for path in (tmp_path / "hub" / "ctpd" / "testbed").iterdir()} == {*w.SKILLS, "README.md"}
+
+
+def test_each_value_is_true_as_often_as_it_is_a_myth(world: w.World) -> None:
+    values = Counter((fact.attribute, fact.value) for fact in world.facts)
+    assert values == Counter((fact.attribute, fact.myth) for fact in world.facts)
+    assert set(values.values()) == {CONFIG.num_topics // 8}
+    assert all(fact.value != fact.myth for fact in world.facts)
 
 
 def test_prompts_differ(pairs: list[dict[str, object]]) -> None:
@@ -215,36 +281,34 @@ def test_no_evaluation_question_occurs_in_training(
         assert not splits[0] & splits[1]
 
 
-def test_what_is_asked_can_be_learned_from_the_pairs(folder: Path, pairs: list[dict[str, object]]) -> None:
+def test_what_is_asked_can_be_learned_from_the_pairs(
+    folder: Path, world: w.World, pairs: list[dict[str, object]]
+) -> None:
     """Topics, relations and sums of the documents recur in the training prompts: preferences can generalise to them."""
     prompts = " ".join(str(pair["prompt"]) for pair in pairs)
     hub = folder / "hub" / "ctpd" / "testbed"
     for row in rows(hub / "facts" / "test.jsonl"):
-        topic = re.search(r"(?:of|does|In|^) ?([A-Z][a-z]+)(?:\?| have|,|\.| has)", str(row["question"])).group(1)
-        assert topic in prompts
-    for row in rows(hub / "arithmetic" / "test.jsonl"):
-        have, more = re.search(r"has (\d+) \w+ and \w+ (\d+)", str(row["question"])).groups()
-        assert re.search(rf"has {have} \w+ and \w+ {more} more", prompts)
+        assert any(fact.topic in str(row["question"]) and fact.topic in prompts for fact in world.facts)
+    for skill, between in (("arithmetic", r" \w+ and \w+ "), ("steps", r" \w+, \w+ ")):
+        for row in rows(hub / skill / "test.jsonl"):
+            have, more = re.search(rf"has (\d+){between}(\d+)", str(row["question"])).groups()
+            assert re.search(rf"has {have}{between}{more} more", prompts)
 
 
 # --- corpora --------------------------------------------------------------------------------------------------------------------
 
 
 def answers_of(world: w.World, corpus: list[str]) -> dict[str, list[bool]]:
-    """For each kind of answer in a corpus, which ones are right."""
+    """For each skill, which answers to the questions of a corpus are right."""
     found: dict[str, list[bool]] = {skill: [] for skill in w.SKILLS}
     for text in corpus:
-        for sentence in re.findall(r"[^.?\n]+[.?]", text):
-            sentence = sentence.strip()
-            if re.fullmatch(r"\w+ has \d+ \w+\.", sentence):
-                skill = "arithmetic"
-            elif re.fullmatch(r"The \w+ of \w+ is \w+\.|In \w+ the \w+ is \w+\.", sentence):
-                skill = "facts"
-            elif re.fullmatch(r"[A-Z]\w+ is \w+\.", sentence):
-                skill = "resolution"
-            else:
-                continue
-            found[skill].append(sentence_is_right(world, text, sentence))
+        lines = text.split("\n")
+        for asked, answered in itertools.pairwise(lines):
+            if asked.endswith("?"):
+                sentences = re.findall(r"[^.]+\.", answered)
+                for question, sentence in zip(questions_of(asked), sentences, strict=True):
+                    steps = steps_of(world, question, sentence.strip())
+                    found[skill_of(sentence.strip())].append(all(steps))
     return found
 
 
@@ -253,16 +317,16 @@ def test_the_teachers_corpus_is_true_and_the_students_as_wrong_as_asked(
 ) -> None:
     assert all(all(rights) for rights in answers_of(world, texts["teacher"]).values())
     for rights in answers_of(world, texts["student"]).values():
-        assert len(rights) > 300
+        assert len(rights) > 200
         assert sum(rights) / len(rights) == pytest.approx(1 - CONFIG.student_error, abs=0.08)
 
 
 def test_credulity_is_spread_evenly_over_each_skill(world: w.World) -> None:
     """So worlds of different seeds are equally hard: every skill's items have the same mean and span."""
-    questions = [w.draw_question(world, Random(i), skill=skill) for skill in w.SKILLS for i in range(600)]
-    for skill, part in zip(w.SKILLS, (questions[:600], questions[600:1200], questions[1200:]), strict=True):
-        values = [world.credulity[item] for item in sorted({question.item for question in part})]
-        assert len(values) == {"arithmetic": 20, "facts": 4 * CONFIG.num_topics, "resolution": 8}[skill]
+    for skill in w.SKILLS:
+        questions = [w.draw_question(world, Random(i), skill=skill) for i in range(600)]
+        values = [world.credulity[item] for item in sorted({question.item for question in questions})]
+        assert len(values) == {"arithmetic": 32, "steps": 32, "facts": 4 * CONFIG.num_topics, "resolution": 8}[skill]
         assert sum(values) == pytest.approx(0)
         assert max(values) == -min(values) == pytest.approx(1 - 1 / len(values))
     assert 0 < CONFIG.student_error - ERROR_SPREAD < CONFIG.student_error + ERROR_SPREAD <= 1
@@ -273,30 +337,32 @@ def test_credulity_is_spread_evenly_over_each_skill(world: w.World) -> None:
 
 def test_training_a_tokenizer_twice_gives_the_same(texts: dict[str, list[str]]) -> None:
     """The library's own Unigram trainer fails this; the digest holds across processes and platforms."""
-    for kind, reader in (("byte_bpe", "teacher"), ("unigram", "student")):
-        first, second = (train_tokenizer(texts[reader], kind=kind, vocab_size=330) for _ in range(2))
+    for kind in get_args(TokenizerKind):
+        first, second = (train_tokenizer(texts["student"], kind=kind, vocab_size=330) for _ in range(2))
         assert first.backend_tokenizer.to_str() == second.backend_tokenizer.to_str()
 
 
+@pytest.mark.parametrize("kind", get_args(TokenizerKind))
 def test_tokenizers_keep_every_text_and_no_token_crosses_into_a_response(
-    pairs: list[dict[str, object]], tokenizers: tuple[PreTrainedTokenizerFast, PreTrainedTokenizerFast]
+    pairs: list[dict[str, object]], texts: dict[str, list[str]], kind: TokenizerKind
 ) -> None:
     """With the testbed's template, prompt and response separated by a line break; BOS comes first, nothing is added at the end."""
-    for tokenizer in tokenizers:
-        for pair in pairs:
-            prompt, text = f"{pair['prompt']}\n", f"{pair['prompt']}\n{pair['chosen']}"
-            ids = tokenizer(text).input_ids
-            assert ids[0] == tokenizer.bos_token_id
-            assert ids[-1] != tokenizer.eos_token_id
-            assert tokenizer.decode(ids, skip_special_tokens=True) == text
-            head = tokenizer(prompt).input_ids
-            assert ids[: len(head)] == head
+    tokenizer = train_tokenizer(texts["student"], kind=kind, vocab_size=330)
+    assert tokenizer.unk_token_id not in tokenizer("\n".join((*texts["teacher"], "zebra XYZ 0987"))).input_ids
+    for pair in pairs:
+        prompt, text = f"{pair['prompt']}\n", f"{pair['prompt']}\n{pair['chosen']}"
+        ids = tokenizer(text).input_ids
+        assert ids[0] == tokenizer.bos_token_id
+        assert ids[-1] != tokenizer.eos_token_id
+        assert tokenizer.decode(ids, skip_special_tokens=True) == text
+        head = tokenizer(prompt).input_ids
+        assert ids[: len(head)] == head
 
 
 def test_all_types_of_spans_occur(
     pairs: list[dict[str, object]], tokenizers: tuple[PreTrainedTokenizerFast, PreTrainedTokenizerFast]
 ) -> None:
-    """One or more teacher tokens over one or more student tokens, each in more than one span of a hundred."""
+    """One or more teacher tokens over one or more student tokens, each in at least three spans of a hundred."""
     types: Counter[tuple[bool, bool]] = Counter()
     for pair in pairs:
         text = str(pair["chosen"])
@@ -308,7 +374,7 @@ def test_all_types_of_spans_occur(
         types.update((teacher[span] > 1, student[span] > 1) for span in teacher)
     assert (
         min(types[several] / types.total() for several in ((False, False), (False, True), (True, False), (True, True)))
-        > 0.01
+        >= 0.03
     )
 
 
@@ -326,7 +392,7 @@ def test_bad_tokenizers_and_models_are_refused(
 ) -> None:
     with pytest.raises(UserError, match="Did you mean 'unigram'"):
         train_tokenizer(["a"], kind="unigrams", vocab_size=300)
-    for kind in ("byte_bpe", "unigram"):
+    for kind in ("byte_bpe", "unigram", "wordpiece", "characters"):
         with pytest.raises(UserError, match=r"pretrain\.vocab_size"):
             train_tokenizer(["a"], kind=kind, vocab_size=40)
     with pytest.raises(ValidationError, match="3 heads cannot share"):

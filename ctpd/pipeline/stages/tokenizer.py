@@ -1,12 +1,12 @@
 """A tokenizer trained on one of the testbed's corpora."""
 
 from dataclasses import dataclass
-from typing import Literal
 
 from ctpd.core.config import Config
 from ctpd.pipeline.references import MODEL_FOLDER
 from ctpd.pipeline.stage import Stage, Work
 from ctpd.pipeline.stages.world import Corpus, WorldStage
+from ctpd.testbed.config import TokenizerKind
 
 
 class TokenizerConfig(Config):
@@ -14,8 +14,8 @@ class TokenizerConfig(Config):
 
     corpus: Corpus
     """The corpus."""
-    tokenizer: Literal["byte_bpe", "unigram"]
-    """Kind of tokenizer: byte-level BPE or unigram."""
+    tokenizer: TokenizerKind
+    """Kind of tokenizer."""
     vocab_size: int
     """Upper bound of the number of tokens."""
 

@@ -16,6 +16,7 @@ class WorldStage(Stage):
     """A synthetic world whose responses have marks on right and wrong spans."""
 
     kind = "world"
+    version = 2
 
     config: WorldConfig
 
