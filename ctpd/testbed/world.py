@@ -159,7 +159,7 @@ def build_world(*, seed: int, num_topics: int) -> World:
     credulity: dict[str, float] = {}
     for items in (
         [_sum_item(number, amount) for number in NUMBERS for amount in AMOUNTS],
-        [_steps_item(number, less) for number in NUMBERS for less in AMOUNTS],
+        [_steps_item(number) for number in NUMBERS],
         [_fact_item(fact) for fact in facts],
         [_relation_item(verb) for verb in RELATIONS],
     ):
@@ -192,8 +192,8 @@ def _sum_item(number: int, amount: int) -> str:
     return f"{number}+{amount}"
 
 
-def _steps_item(number: int, less: int) -> str:
-    return f"{number}-{less}"
+def _steps_item(number: int) -> str:
+    return f"{number} in steps"
 
 
 def _fact_item(fact: Fact) -> str:
@@ -270,7 +270,7 @@ def steps_question(*, name: str, item: str, changes: tuple[str, str], numbers: t
         text=text,
         premise=premise,
         key=text,
-        item=_steps_item(number, less),
+        item=_steps_item(number),
         right=(answer(amount, less),),
         popular=popular[:1],
         other=(*popular[1:], *rare[1:]),
