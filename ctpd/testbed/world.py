@@ -1,4 +1,4 @@
-"""The synthetic world: what can be asked, which answers are right, and which error is popular.
+"""The synthetic world: what can be asked, which answers are right, and which error is popular (docs/method.md#testbed).
 
 Four skills. *arithmetic*: small sums. *steps*: a sum and then a difference, both of which the answer states. *facts*:
 attributes of invented towns; the popular error is the town's myth. *resolution*: which of two animals a quality is true
