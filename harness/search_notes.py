@@ -23,6 +23,8 @@ def tuning_notes(labels: Mapping[str, str], records: Sequence[Record]) -> Iterat
         f"Values of the parameters: those of the trial with the highest mean Average on development documents "
         f"(suite `{some.suite}`) over the training seeds {', '.join(map(str, some.seeds))}. All trials: table `tuning`."
     )
+    if shared := max(tuning.shared_documents for tuning in tuned.values()):
+        yield f"{shared:,} documents of the tables are development documents, too: the choice has seen them."
     own = {run: tuning for run, tuning in tuned.items() if tuning.run == run}
     others = {tuning.run: tuning for run, tuning in tuned.items() if run not in own and tuning.run not in own}
     yield from search_notes({**{name: name for name in others}, **{run: labels[run] for run in own}}, {**own, **others})

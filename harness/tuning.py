@@ -42,6 +42,7 @@ class Tuning(Config):
         trials: in the order in which they are numbered, from 1.
         chosen: index of the one that was chosen.
         start: the score of the model that every trial starts from.
+        shared_documents: how many documents of the study are development documents, too: there should be none.
     """
 
     run: str
@@ -52,6 +53,7 @@ class Tuning(Config):
     trials: tuple[Trial, ...]
     chosen: int
     start: Number
+    shared_documents: int = 0
 
     @property
     def best(self) -> Trial:

@@ -1,9 +1,10 @@
 """The trials of a recipe with `tune` as stages: trainings and evaluations on development documents, and the choices of runs."""
 
+import contextlib
 from collections.abc import Callable, Iterator
 from functools import cached_property
 
-from ctpd.core.errors import UserError
+from ctpd.core.errors import DamagedArtifact, UserError
 from ctpd.core.store import Store
 from ctpd.pipeline.plan import SharedStages
 from ctpd.pipeline.references import Model
@@ -74,11 +75,14 @@ class Search:
         return {name: self._choice(name, spec, start) for name, (spec, _) in self.runs.items()}
 
     def chosen(self, store: Store | None) -> Chosen:
-        """The values of the runs whose trials have chosen."""
+        """The values of the runs whose trials have chosen. A damaged choice is none: the command that builds it says so."""
+        values: dict[str, Point] = {}
         if store is None:
-            return {}
-        done = {name: stage for name, stage in self.choices.items() if store.has(stage.kind, stage.key)}
-        values = {name: read_tuning(store.open(one.kind, one.key)).best.values for name, one in done.items()}
+            return values
+        for name, stage in self.choices.items():
+            if store.has(stage.kind, stage.key):
+                with contextlib.suppress(DamagedArtifact):
+                    values[name] = read_tuning(store.open(stage.kind, stage.key)).best.values
         return values
 
     def outlook(self) -> Chosen:

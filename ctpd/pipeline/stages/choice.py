@@ -1,15 +1,18 @@
 """Which trial of a run is chosen: the highest mean score on development documents."""
 
-from collections.abc import Iterator, Mapping
+import json
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from ctpd.core.config import Config, Number
 from ctpd.pipeline.stage import Part, Stage, Work
 from ctpd.pipeline.stages.evaluate import EvaluateStage
+from harness.record import ColumnResult
 from harness.tuning import Trial, Tuning, choose, mean
 
 TUNING = "tuning.json"
+DOCUMENTS = "documents.json"
 
 
 class ChoiceConfig(Config):
@@ -72,10 +75,15 @@ class ChoiceStage(Stage):
             start=_average(self.start, work),
         )
         (work.folder / TUNING).write_text(tuning.model_dump_json() + "\n", encoding="utf-8")
+        seen = {document.doc_hash for stage in self.start.values() for document in stage.result(work).documents}
+        (work.folder / DOCUMENTS).write_text(json.dumps(sorted(seen)) + "\n", encoding="utf-8")
 
-    def tuning(self, work: Work) -> Tuning:
-        """Read the choice."""
-        return read_tuning(work.path(self))
+    def tuning(self, work: Work, *, measured: Iterable[ColumnResult]) -> Tuning:
+        """Read the choice, and count the documents of the study that are development documents, too."""
+        folder = work.path(self)
+        seen = set(json.loads((folder / DOCUMENTS).read_text(encoding="utf-8")))
+        found = {document.doc_hash for result in measured for document in result.documents}
+        return read_tuning(folder).model_copy(update={"shared_documents": len(seen & found)})
 
 
 def read_tuning(folder: Path) -> Tuning:

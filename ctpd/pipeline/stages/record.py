@@ -64,13 +64,14 @@ class RecordStage(Stage):
     def build(self, work: Work) -> None:
         """Collect the results and write the record."""
         origin = {**provenance(work.runtime), "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
+        evaluation = {column: stage.result(work) for column, stage in self.evaluations.items()}
         Record(
             **dict(self.head.record),
             training=self._training(work),
             weights=None if self.weights is None else self.weights.summary(work),
             data=self._data(work),
-            evaluation={column: stage.result(work) for column, stage in self.evaluations.items()},
-            tuning=None if self.choice is None else self.choice.tuning(work),
+            evaluation=evaluation,
+            tuning=None if self.choice is None else self.choice.tuning(work, measured=evaluation.values()),
             provenance=Provenance.model_validate_json(json.dumps(to_plain(origin))),
         ).write(work.folder / RECORD)
 
