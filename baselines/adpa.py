@@ -6,13 +6,13 @@ have been. The rejected response of a pair is the student's own (`generation`); 
 Shape legend: N scored tokens, R rows of a tile, V vocabulary, K kept tokens of the tuned teacher, L of the reference.
 """
 
-from typing import final
+from typing import Annotated, final
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ctpd.core.config import Config, NonNegative, PositiveInt
+from ctpd.core.config import Config, NonNegative, PositiveInt, Tunable
 from ctpd.objectives.base import BOTH_SIDES, Generation, Sums
 from ctpd.objectives.distillation import (
     DistillationObjective,
@@ -35,7 +35,7 @@ class ADPAParams(Config):
 
     sft_weight: NonNegative = 1.0
     """Factor of the chosen response's cross-entropy."""
-    advantage_weight: NonNegative = 1.0
+    advantage_weight: Annotated[NonNegative, Tunable((0.3, 1.0, 3.0))] = 1.0
     """Factor of the advantage on the student's own response."""
     top_k: PositiveInt = 50
     """How many of the likeliest tokens are stored of each teacher."""

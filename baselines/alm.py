@@ -16,7 +16,7 @@ from jaxtyping import Float, Int
 from pydantic import model_validator
 from torch import Tensor
 
-from ctpd.core.config import Config, Positive, Share
+from ctpd.core.config import Config, Positive, Share, Tunable
 from ctpd.objectives.base import Sums
 from ctpd.objectives.distillation import (
     BoundaryTokens,
@@ -32,11 +32,11 @@ from ctpd.ops.likelihoods import DISTANCES, Distance
 class ALMParams(Config):
     """Defaults: what tokenkit's documentation recommends, as the mean of its losses `[sft, alm_unconstrained]`."""
 
-    kd_rate: Share = 0.5
+    kd_rate: Annotated[Share, Tunable((0.1, 0.5, 0.9))] = 0.5
     """Share of the distance; the rest is cross-entropy."""
     distance: Distance = "binary_ce"
     """Of two likelihoods; `binary_ce` is the paper's."""
-    temperature: Positive = 100.0
+    temperature: Annotated[Positive, Tunable((1.0, 10.0, 100.0))] = 100.0
     """Divides log-likelihoods before the distance is taken; `binary_kl_temp_limit` is its limit."""
     append_space: bool = True
     """A chunk's likelihood includes that of a word boundary after it, so that a chunk which a tokenizer can only end by a token that goes on is not taken for a likely one."""

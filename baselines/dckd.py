@@ -6,13 +6,13 @@ and one bucket for the rest; the student learns them on the chosen and on the re
 Shape legend: N scored tokens, R rows of a tile, V vocabulary.
 """
 
-from typing import final
+from typing import Annotated, final
 
 import torch
 from torch import Tensor
 
 from baselines.kept import buckets
-from ctpd.core.config import Config, NonNegative, PositiveInt
+from ctpd.core.config import Config, NonNegative, PositiveInt, Tunable
 from ctpd.objectives.base import BOTH_SIDES, Sums
 from ctpd.objectives.distillation import (
     DistillationObjective,
@@ -34,7 +34,7 @@ class DCKDParams(Config):
 
     sft_weight: NonNegative = 1.0
     """Factor of the chosen response's cross-entropy."""
-    distillation_weight: NonNegative = 1.0
+    distillation_weight: Annotated[NonNegative, Tunable((0.3, 1.0, 3.0))] = 1.0
     """Factor of both divergences."""
     chosen_weight: NonNegative = 1.0
     """Factor of the divergence on the chosen response."""

@@ -8,13 +8,13 @@ Shape legend: N scored tokens of the student, M of the teacher, R rows of a tile
 H hidden size.
 """
 
-from typing import NamedTuple, final
+from typing import Annotated, NamedTuple, final
 
 import torch
 from torch import Tensor, nn
 
 from baselines.divergences import DivergenceName, RowDivergence, find_divergence, forward_kl
-from ctpd.core.config import Config, Positive, Share
+from ctpd.core.config import Config, Positive, Share, Tunable
 from ctpd.core.errors import UserError
 from ctpd.objectives.base import Sums
 from ctpd.objectives.distillation import (
@@ -33,9 +33,9 @@ class DSKDParams(Config):
 
     divergence: DivergenceName = "forward_kl"
     """In the student's space; in the teacher's space it is always forward KL, as published."""
-    kd_rate: Share = 0.5
+    kd_rate: Annotated[Share, Tunable((0.1, 0.5, 0.9))] = 0.5
     """Share of the three distillation terms; the rest is cross-entropy."""
-    temperature: Positive = 2.0
+    temperature: Annotated[Positive, Tunable((1.0, 2.0, 4.0))] = 2.0
     """Divides the logits of both divergences."""
     projector_learning_rate: Positive = 1e-3
     """Learning rate of the projectors."""

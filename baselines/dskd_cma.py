@@ -9,14 +9,14 @@ tokens of the student and the teacher, H hidden size of the student, K of the te
 """
 
 import math
-from typing import Literal, NamedTuple, final
+from typing import Annotated, Literal, NamedTuple, final
 
 import torch
 from torch import Tensor, nn
 
 from baselines.divergences import DivergenceName, find_divergence
 from baselines.dskd import check_states, student_space, teacher_space
-from ctpd.core.config import Config, Positive, PositiveInt, Share
+from ctpd.core.config import Config, Positive, PositiveInt, Share, Tunable
 from ctpd.objectives.base import Sums
 from ctpd.objectives.distillation import (
     DistillationObjective,
@@ -38,9 +38,9 @@ class DSKDCMAParams(Config):
 
     divergence: DivergenceName = "forward_kl"
     """In the student's space; in the teacher's space it is always forward KL, as published."""
-    kd_rate: Share = 0.5
+    kd_rate: Annotated[Share, Tunable((0.1, 0.5, 0.9))] = 0.5
     """Share of the three distillation terms; the rest is cross-entropy."""
-    temperature: Positive = 2.0
+    temperature: Annotated[Positive, Tunable((1.0, 2.0, 4.0))] = 2.0
     """Divides the logits of both divergences."""
     projector_learning_rate: Positive = 1e-3
     """Learning rate of the projectors."""

@@ -12,7 +12,7 @@ vocabulary, U the teacher's, M shared tokens.
 """
 
 import math
-from typing import Literal, NamedTuple, final
+from typing import Annotated, Literal, NamedTuple, final
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +20,7 @@ from jaxtyping import Float, Int
 from pydantic import model_validator
 from torch import Tensor
 
-from ctpd.core.config import Config, NonNegative, Positive, Share
+from ctpd.core.config import Config, NonNegative, Positive, Share, Tunable
 from ctpd.core.errors import UserError
 from ctpd.objectives.base import Sums
 from ctpd.objectives.distillation import DistillationObjective, DistillBatch, LogitTokens, ModelFacts, TeacherView
@@ -33,7 +33,7 @@ _LOG_EPSILON = math.log(1e-8)  # TRL's lower bound of a probability
 class GOLDParams(Config):
     """Defaults: TRL's `GOLDConfig`, but for `merge`, where TRL's is off by one."""
 
-    ce_weight: NonNegative = 0.0
+    ce_weight: Annotated[NonNegative, Tunable((0.0, 0.1, 1.0))] = 0.0
     """Factor of the cross-entropy."""
     hybrid: bool = False
     """Compare tokens of equal spelling with each other, and only the rest sorted."""

@@ -9,12 +9,12 @@ the student that some id of the teacher is mapped to.
 """
 
 from collections.abc import Sequence
-from typing import final
+from typing import Annotated, final
 
 import torch
 from torch import Tensor
 
-from ctpd.core.config import Config, Positive, Share
+from ctpd.core.config import Config, Positive, Share, Tunable
 from ctpd.objectives.base import Sums
 from ctpd.objectives.distillation import (
     DistillationObjective,
@@ -30,9 +30,9 @@ from ctpd.text.edit_distance import SPACE_MARKS, nearest_tokens
 class MinEDParams(Config):
     """Defaults: DSKD's scripts."""
 
-    kd_rate: Share = 0.5
+    kd_rate: Annotated[Share, Tunable((0.1, 0.5, 0.9))] = 0.5
     """Share of the divergence; the rest is cross-entropy."""
-    temperature: Positive = 2.0
+    temperature: Annotated[Positive, Tunable((1.0, 2.0, 4.0))] = 2.0
     """Divides both models' logits."""
 
 

@@ -8,7 +8,7 @@ Shape legend: N scored tokens, R rows of a tile, B responses, L tokens of the lo
 """
 
 from collections.abc import Callable
-from typing import NamedTuple, final
+from typing import Annotated, NamedTuple, final
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +17,7 @@ from pydantic import model_validator
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from ctpd.core.config import Config, NonNegative, PositiveInt
+from ctpd.core.config import Config, NonNegative, PositiveInt, Tunable
 from ctpd.core.errors import UserError
 from ctpd.objectives.base import Sums
 from ctpd.objectives.distillation import (
@@ -43,7 +43,7 @@ class MultiLevelOTParams(Config):
 
     ce_weight: NonNegative = 1.0
     """Factor of the cross-entropy."""
-    distillation_weight: NonNegative = 1.5
+    distillation_weight: Annotated[NonNegative, Tunable((0.5, 1.5, 4.5))] = 1.5
     """Factor of all three distances."""
     sequence_weight: NonNegative = 0.1
     """Factor of the second distance, between the rows' softened columns."""

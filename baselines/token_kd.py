@@ -7,7 +7,7 @@ DSKD's. GKD's sampling from the student while training is not part of it: the re
 Shape legend: R rows of a tile, V vocabulary, B1 buckets of a stored row (`baselines.kept`).
 """
 
-from typing import final
+from typing import Annotated, final
 
 import torch
 from pydantic import model_validator
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from baselines.divergences import DivergenceName, find_divergence
 from baselines.kept import buckets
-from ctpd.core.config import Config, Positive, PositiveInt, Share
+from ctpd.core.config import Config, Positive, PositiveInt, Share, Tunable
 from ctpd.core.errors import UserError
 from ctpd.objectives.distillation import RowObjective, TeacherView
 from ctpd.ops.logit_rows import Top
@@ -26,9 +26,9 @@ class TokenKDParams(Config):
 
     divergence: DivergenceName = "forward_kl"
     """Of the teacher's and the student's distribution."""
-    kd_rate: Share = 0.5
+    kd_rate: Annotated[Share, Tunable((0.1, 0.5, 0.9))] = 0.5
     """Share of the divergence; the rest is cross-entropy."""
-    temperature: Positive = 2.0
+    temperature: Annotated[Positive, Tunable((1.0, 2.0, 4.0))] = 2.0
     """Divides both models' logits. GKD's own loss has 1.0."""
     beta: Share = 0.5
     """The teacher's share in the mixture of `generalised_jsd`; 0 is forward KL, 1 reverse KL, as in TRL."""

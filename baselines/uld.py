@@ -6,12 +6,12 @@ sorted distributions, so no vocabulary has to be mapped.
 Shape legend: R rows of a tile, V the student's vocabulary.
 """
 
-from typing import final
+from typing import Annotated, final
 
 import torch.nn.functional as F
 from torch import Tensor
 
-from ctpd.core.config import Config, PositiveInt, Share
+from ctpd.core.config import Config, PositiveInt, Share, Tunable
 from ctpd.objectives.distillation import RowObjective, TeacherView, sorted_probabilities
 from ctpd.ops.logit_rows import Top
 
@@ -19,7 +19,7 @@ from ctpd.ops.logit_rows import Top
 class ULDParams(Config):
     """Defaults: the scripts of CTPD's authors, but for an exact teacher."""
 
-    kd_rate: Share = 0.5
+    kd_rate: Annotated[Share, Tunable((0.1, 0.5, 0.9))] = 0.5
     """Share of the distance; the rest is cross-entropy."""
     top_k: PositiveInt | None = None
     """Left out for a teacher in memory; else its K largest probabilities from a stored signal. The distance is then wrong by at most the mass that was dropped, which is recorded."""

@@ -10,14 +10,14 @@ E entries of the matrix.
 """
 
 from collections.abc import Callable
-from typing import Literal, NamedTuple, final
+from typing import Annotated, Literal, NamedTuple, final
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from ctpd.core.config import Config, NonNegative, Positive, PositiveInt
+from ctpd.core.config import Config, NonNegative, Positive, PositiveInt, Tunable
 from ctpd.objectives.base import Sums
 from ctpd.objectives.distillation import DistillationObjective, DistillBatch, LogitTokens, ModelFacts, TeacherView
 from ctpd.objectives.groups import shared_groups
@@ -35,9 +35,9 @@ class XTokenParams(Config):
     """`p_kl`: the student's distribution is projected into the teacher's vocabulary; `h_kl`: tokens of equal spelling are shared; `relaxed_h_kl`: also those whose first piece is. NeMo calls these two `gold` and `xtoken`."""
     kl_weight: NonNegative = 1.0
     """Factor of the distance, a mean over spans, times the squared temperature."""
-    ce_weight: NonNegative = 0.1
+    ce_weight: Annotated[NonNegative, Tunable((0.0, 0.1, 1.0))] = 0.1
     """Factor of the cross-entropy."""
-    temperature: Positive = 1.0
+    temperature: Annotated[Positive, Tunable((1.0, 2.0, 4.0))] = 1.0
     """Of both distributions."""
     reverse_kl: bool = False
     """The student's distribution comes first."""

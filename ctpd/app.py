@@ -1,9 +1,9 @@
 """The composition: a recipe's runs with their evaluations and records, and the public `run` and `plan`."""
 
+import copy
 import os
-from collections.abc import Mapping, Sequence
-from functools import cache, cached_property
-from importlib import metadata
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,8 +13,8 @@ from ctpd.core.printing import command
 from ctpd.core.processes import processes
 from ctpd.core.store import Artifact, Store
 from ctpd.core.temporary import kept_in
-from ctpd.core.userfiles import user_path
 from ctpd.pipeline.build import build_missing
+from ctpd.pipeline.evaluations import check_columns, evaluation_stage
 from ctpd.pipeline.graph import Graph
 from ctpd.pipeline.notes import refuse_idle
 from ctpd.pipeline.plan import SharedStages
@@ -24,16 +24,17 @@ from ctpd.pipeline.references import Model
 from ctpd.pipeline.runs import PlannedRun, plan_runs
 from ctpd.pipeline.runtime import Runtime
 from ctpd.pipeline.stage import Stage
-from ctpd.pipeline.stages.evaluate import ColumnTask, EvaluateStage, Mirror, Protocol
+from ctpd.pipeline.stages.choice import ChoiceStage
+from ctpd.pipeline.stages.evaluate import EvaluateStage
 from ctpd.pipeline.stages.generate import generated_by
 from ctpd.pipeline.stages.pretrain import PretrainStage
 from ctpd.pipeline.stages.record import RECORD, Head, RecordStage
 from ctpd.pipeline.stages.train import TrainStage
 from ctpd.pipeline.stages.weights import WeightsStage
-from ctpd.pipeline.stages.world import WorldStage
+from ctpd.pipeline.tuning import Search
 from ctpd.recipe import EvaluationSpec, Recipe, load_recipe
 from harness.record import Record
-from harness.suites import Column, Suite, load_suite
+from harness.suites import Suite, load_suite
 
 if TYPE_CHECKING:
     from harness.sheet import Table
@@ -42,11 +43,15 @@ if TYPE_CHECKING:
 class Experiment:
     """A recipe with its stages. Making one plans everything and computes nothing.
 
+    In a recipe with `tune`, the stages of a run are known when its trials have chosen its values: `runs` are those that are
+    known, `later` the others, `choices` what is to be built for them first. `decided` is the experiment after that.
+
     Args:
         recipe: a shipped name or a path.
         only: keep these runs and untrained rows.
-        seeds: keep these seeds.
-        limit: number of documents of each task to evaluate; overrides the recipe's.
+        seeds: keep these seeds; trials have seeds of their own.
+        limit: number of documents of each task to evaluate; overrides the recipe's, but not that of trials.
+        store: where the choices of trials are read; None for none.
     """
 
     def __init__(
@@ -56,18 +61,68 @@ class Experiment:
         only: Sequence[str] = (),
         seeds: Sequence[int] = (),
         limit: int | None = None,
+        store: Store | None = None,
     ) -> None:
-        self.source, self.limit = str(recipe), limit
+        self.source, self.limit, self.only = str(recipe), limit, tuple(only)
         self.is_narrowed = bool(only or seeds)
-        self.recipe = _narrowed(load_recipe(recipe), seeds=seeds, limit=limit, source=self.source)
+        whole = load_recipe(recipe)
+        self.recipe = _narrowed(whole, seeds=seeds, limit=limit, source=self.source)
         self.stages = SharedStages(self.recipe.shared, source=self.source)
-        runs = list(plan_runs(self.recipe, self.stages, source=self.source))
-        self.runs = _chosen(runs, only, source=self.source)
+        self.search = (
+            None if whole.tune is None else Search(whole, self.stages, evaluations=self._columns, source=self.source)
+        )
+        self._plan(store)
+
+    def _plan(self, store: Store | None) -> None:
+        """Plan the runs, with what trials have chosen as far as the store has it."""
+        self.store = store
+        chosen = {} if self.search is None else self.search.chosen(store)
+        values = chosen if self.search is None else {**self.search.outlook(), **chosen}
+        runs = _chosen(
+            list(plan_runs(self.recipe, self.stages, source=self.source, chosen=values)), self.only, self.source
+        )
+        waiting = {run for run, chooser in self._choosers.items() if chooser not in chosen}
+        self.runs = [run for run in runs if run.name not in waiting]
+        self.later = [run for run in runs if run.name in waiting]
+
+    @property
+    def _choosers(self) -> Mapping[str, str]:
+        return {} if self.search is None else self.search.choosers
+
+    def decided(self, store: Store) -> "Experiment":
+        """This experiment with the choices that the store has now."""
+        return self if self.search is None else self._copy(lambda other: other._plan(store))
+
+    @cached_property
+    def outlook(self) -> "Experiment":
+        """This experiment with all runs, those that wait for a choice at their first trial's values: to plan, not to build."""
+
+        def add(other: "Experiment") -> None:
+            other.runs, other.later = [*self.runs, *self.later], []
+
+        return self._copy(add)
+
+    def _copy(self, change: "Callable[[Experiment], None]") -> "Experiment":
+        other = copy.copy(self)
+        for name in ("whole", "outlook", "training", "weights", "evaluations", "records"):
+            other.__dict__.pop(name, None)
+        change(other)
+        return other
 
     @cached_property
     def whole(self) -> "Experiment":
         """The same recipe with all of its runs and seeds: what tables are made of, whatever was chosen to be built."""
-        return Experiment(self.source, limit=self.limit) if self.is_narrowed else self
+        return Experiment(self.source, limit=self.limit, store=self.store) if self.is_narrowed else self
+
+    @property
+    def choices(self) -> list[ChoiceStage]:
+        """What trials choose for the runs: to be built before the runs that wait for it are known."""
+        if self.search is None:
+            return []
+        names = dict.fromkeys(
+            self._choosers[run.name] for run in (*self.runs, *self.later) if run.name in self._choosers
+        )
+        return [self.search.choices[name] for name in names]
 
     @cached_property
     def suite(self) -> Suite:
@@ -89,7 +144,7 @@ class Experiment:
     def evaluations(self) -> dict[int, dict[str, EvaluateStage]]:
         """Index of the run -> column -> evaluation."""
         return {
-            number: {column.name: self._evaluation(run, column) for column in self.suite.columns}
+            number: self._columns(run.model, self.suite, self.recipe.shared.evaluation, run.title)
             for number, run in enumerate(self.runs)
         }
 
@@ -104,16 +159,19 @@ class Experiment:
         Raises:
             UserError: an unknown task, one that runs code, another version than the suite's, missing data.
         """
-        stages = [(name, stage) for columns in self.evaluations.values() for name, stage in columns.items()]
-        missing = {name for name, stage in stages if not store.has(stage.kind, stage.key)}
-        columns = [column for column in self.suite.columns if column.name in missing]
-        check_columns(columns, self.recipe.shared.evaluation, store)
+        if self.search is not None and not all(store.has(one.kind, one.key) for one in self.choices):
+            _check_missing(self.search.suite, self.search.evaluations(), self.search.protocol, store)
+        stages = [item for columns in self.outlook.evaluations.values() for item in columns.items()]
+        _check_missing(self.suite, stages, self.recipe.shared.evaluation, store)
 
-    def _evaluation(self, run: PlannedRun, column: Column) -> EvaluateStage:
-        spec = self.recipe.shared.evaluation
+    def _columns(self, model: Model, suite: Suite, spec: EvaluationSpec, title: str) -> dict[str, EvaluateStage]:
+        """The evaluation of a model on each column of a suite."""
         world = self.stages.world if spec.data_root == "testbed" else None
         precision = spec.precision or self.recipe.shared.precision
-        return evaluation_stage(run.model, column, spec, precision=precision, title=run.title, world=world)
+        return {
+            column.name: evaluation_stage(model, column, spec, precision=precision, title=title, world=world)
+            for column in suite.columns
+        }
 
     def _record(self, run: PlannedRun, evaluations: Mapping[str, EvaluateStage]) -> RecordStage:
         pairs = self.stages.pairs if run.training is None else run.training.pairs
@@ -126,6 +184,9 @@ class Experiment:
             generated=generated_by(pairs),
             training=newest if isinstance(newest, TrainStage | PretrainStage) else None,
             weights=None if run.training is None else run.training.weights,
+            choice=self.search.choices[self._choosers[run.name]]
+            if self.search and run.name in self._choosers
+            else None,
         )
 
 
@@ -152,90 +213,37 @@ def run(
     """
     from harness.comparison import tables  # pandas: a plan does not need it
 
-    experiment, artifacts = Experiment(recipe), Store(Path(store))
+    artifacts = Store(Path(store))
+    experiment = Experiment(recipe, store=artifacts)
     runtime = runtime or Runtime.of(experiment.recipe.launch, project=experiment.recipe.name)
-    graph = Graph(experiment.records)
-    refuse_idle(graph)
+    refuse_idle(Graph(experiment.outlook.records))
     experiment.check_suite(artifacts)
     with kept_in(artifacts.root):
-        build_missing(graph, artifacts, runtime=runtime, progress=Progress(quiet=quiet))
+        if experiment.search is not None:
+            build_missing(Graph(experiment.choices), artifacts, runtime=runtime, progress=Progress(quiet=quiet))
+            experiment = experiment.decided(artifacts)
+        build_missing(Graph(experiment.records), artifacts, runtime=runtime, progress=Progress(quiet=quiet))
     processes().destroy_process_group()
     columns = [column.name for column in experiment.suite.columns]
     return tables(experiment.recipe, read_records(experiment, artifacts), columns=columns)
 
 
-def plan(recipe: str | os.PathLike[str]) -> Graph:
-    """The graph of all stages of a recipe; nothing is computed."""
-    return Graph(Experiment(recipe).records)
-
-
-def check_columns(columns: Sequence[Column], spec: EvaluationSpec, store: Store) -> None:
-    """Load the tasks of columns that are to be evaluated, which finds what is wrong with them before anything is run.
+def plan(recipe: str | os.PathLike[str], *, store: str | os.PathLike[str] | None = None) -> Graph:
+    """The graph of all stages of a recipe; nothing is computed.
 
     Args:
-        columns: of a suite.
-        spec: the protocol.
-        store: which keeps temporary files.
-
-    Raises:
-        UserError: an unknown task, one that runs code, another version than the suite's, missing data.
+        recipe: a shipped name or a path. With `tune`, the stages of a run are known when its trials have chosen.
+        store: where the choices are read; without it, or before they are there, the graph has the trials alone.
     """
-    is_testbed = spec.data_root == "testbed"
-    if is_testbed:  # the recipe itself writes the data; tasks of the user's own may run code
-        columns = [column for column in columns if column.folder is not None]
-    if not columns:
-        return
-    from harness.evaluate import check_code, check_column
-
-    root = None if spec.data_root is None else user_path(spec.data_root)
-    with kept_in(store.root):
-        for column in columns:
-            allowed = column.task in spec.allow_code
-            if not is_testbed:
-                check_column(column, data_root=root, allow_code=allowed)
-            elif not allowed:
-                check_code(column)
+    experiment = Experiment(recipe, store=None if store is None else Store(Path(store)))
+    return Graph([*experiment.choices, *experiment.records])
 
 
-def evaluation_stage(
-    model: Model,
-    column: Column,
-    spec: EvaluationSpec,
-    *,
-    precision: str,
-    title: str,
-    world: WorldStage | None = None,
-) -> EvaluateStage:
-    """The stage that evaluates one model on one column with a recipe's evaluation settings.
-
-    Args:
-        precision: number format of the weights in evaluation.
-        title: the model's name in the stage's label.
-        world: the testbed whose documents are read; None for the hub, or the mirror that ``spec`` names.
-    """
-    documents: WorldStage | Mirror | None = world
-    if world is None and spec.data_root is not None:
-        documents = Mirror.of(spec.data_root, column)
-    return EvaluateStage(
-        label=f"evaluate: {title} on {column.name}",
-        protocol=Protocol(
-            limit=spec.limit,
-            batch_size=spec.batch_size,
-            chat_template=spec.chat_template,
-            precision=precision,
-            backend=spec.backend,
-            lm_eval=_lm_eval_version(),
-            allow_code=column.task in spec.allow_code,
-        ),
-        task=ColumnTask.of(column, documents),
-        model=model,
-        documents=documents,
-    )
-
-
-@cache
-def _lm_eval_version() -> str:
-    return metadata.version("lm_eval")  # reads the file system on every call
+def _check_missing(
+    suite: Suite, stages: Iterable[tuple[str, EvaluateStage]], spec: EvaluationSpec, store: Store
+) -> None:
+    missing = {name for name, stage in stages if not store.has(stage.kind, stage.key)}
+    check_columns([column for column in suite.columns if column.name in missing], spec, store)
 
 
 def read_records(experiment: Experiment, store: Store) -> list[Record]:
@@ -272,7 +280,7 @@ def evaluated_parts(recipe: str | os.PathLike[str], store: Store) -> list[Experi
     """The recipe as it is, and with each `--limit` that evaluations in the store were made with."""
     found = {_limit_of(store, artifact) for artifact in store.artifacts("evaluate")}
     limits = sorted(limit for limit in found if limit is not None)
-    return [Experiment(recipe), *(Experiment(recipe, limit=limit) for limit in limits)]
+    return [Experiment(recipe, store=store), *(Experiment(recipe, limit=limit, store=store) for limit in limits)]
 
 
 def _limit_of(store: Store, artifact: Artifact) -> int | None:
@@ -284,9 +292,9 @@ def _limit_of(store: Store, artifact: Artifact) -> int | None:
 
 
 def missing_runs(experiment: Experiment, store: Store) -> list[PlannedRun]:
-    """The runs whose record is not in the store."""
+    """The runs whose record is not in the store, those included whose trials have not chosen yet."""
     stages = zip(experiment.runs, experiment.records, strict=True)
-    return [run for run, stage in stages if not store.has(stage.kind, stage.key)]
+    return [*(run for run, stage in stages if not store.has(stage.kind, stage.key)), *experiment.later]
 
 
 def _narrowed(recipe: Recipe, *, seeds: Sequence[int], limit: int | None, source: str) -> Recipe:
@@ -302,7 +310,7 @@ def _narrowed(recipe: Recipe, *, seeds: Sequence[int], limit: int | None, source
     return recipe.model_copy(update={"shared": shared})
 
 
-def _chosen(runs: list[PlannedRun], only: Sequence[str], *, source: str) -> list[PlannedRun]:
+def _chosen(runs: list[PlannedRun], only: Sequence[str], source: str) -> list[PlannedRun]:
     names = list(dict.fromkeys(run.name for run in runs))
     for name in only:
         if name not in names:

@@ -4,17 +4,18 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from ctpd.recipe import Recipe, ablation_run, trials
+from ctpd.recipe import Recipe, ablation_run
 from harness import figures
 from harness.contents import contents
 from harness.files import file_stem
-from harness.formats import write_table
+from harness.formats import WRITTEN, frame_csv, view_text, write_table
 from harness.record import Record
 from harness.report import write_report as write
+from harness.search_table import tuning_frame, tuning_view
 from harness.sheet import Table, TableSpec
 from harness.tables import build_tables
 
-REPORT, FIGURES = "report.html", "figures"
+REPORT, FIGURES, TUNING = "report.html", "figures", "tuning"
 
 
 def differing_versions(records: Iterable[Record]) -> dict[str, list[str]]:
@@ -53,8 +54,7 @@ def table_specs(recipe: Recipe) -> list[TableSpec]:
             rows = tuple((label, ablation_run(entry.ablation, label)) for label in labels)
             base = None if entry.base is None else ablation_run(entry.ablation, entry.base)
         else:
-            runs = [trial for row in entry.rows for trial in (trials(recipe, row) if row in recipe.runs else [row])]
-            rows, base = tuple((run, run) for run in runs), entry.base
+            rows, base = tuple((run, run) for run in entry.rows), entry.base
         specs.append(
             TableSpec(
                 name,
@@ -73,6 +73,25 @@ def write_tables(made: Iterable[Table], folder: Path) -> list[Path]:
     """Markdown, CSV, LaTeX and HTML of every table; returns the files."""
     folder.mkdir(parents=True, exist_ok=True)
     return [path for table in made for path in write_table(table, folder)]
+
+
+def write_tuning(records: Sequence[Record], folder: Path) -> list[Path]:
+    """The table of all trials in the same formats, where something was tuned; returns the files."""
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = []
+    for kind in WRITTEN:
+        if (text := tuning_text(records, kind)) is not None:
+            paths.append(folder / f"{TUNING}.{kind}")
+            paths[-1].write_text(text, encoding="utf-8", newline="\n")
+    return paths
+
+
+def tuning_text(records: Sequence[Record], kind: str) -> str | None:
+    """The table of all trials in one format; None where nothing was tuned."""
+    shown = tuning_view(records)
+    if shown is None:
+        return None
+    return frame_csv(tuning_frame(records)) if kind == "csv" else view_text(shown, kind, name=TUNING)
 
 
 def write_report(recipe: Recipe, made: Sequence[Table], records: Sequence[Record], folder: Path) -> Path:

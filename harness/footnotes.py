@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from harness.cautions import cautions
 from harness.record import ColumnResult, Record
+from harness.search_notes import tuning_notes
 from harness.sheet import Row, TableSpec
 from harness.statistics import CONFIDENCE, DRAWS, LEAST_P, MIN_SEEDS
 
@@ -30,6 +31,7 @@ def footnotes(
     yield from _protocol(results)
     yield from _truncated(records)
     yield from _not_finite(records)
+    yield from tuning_notes({row.run: row.label for row in rows}, records)
     yield from cautions(records)
     if spec.note is not None:
         yield spec.note

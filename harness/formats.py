@@ -145,7 +145,11 @@ FORMATS: Mapping[str, Callable[[Table], str]] = {
 """By the suffix of the file."""
 
 
-def write_table(table: Table, directory: Path, *, formats: Sequence[str] = ("md", "csv", "tex", "html")) -> list[Path]:
+WRITTEN = ("md", "csv", "tex", "html")
+"""The formats that are written to files."""
+
+
+def write_table(table: Table, directory: Path, *, formats: Sequence[str] = WRITTEN) -> list[Path]:
     """Write a file for each format, named by the table (``file_stem``), and return the paths."""
     directory.mkdir(parents=True, exist_ok=True)
     paths = [directory / f"{file_stem(table.spec.name)}.{suffix}" for suffix in formats]
@@ -262,3 +266,33 @@ def _aligned(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
         return "  ".join([first[0].ljust(first[1]), *(cell.rjust(width) for cell, width in others)]).rstrip()
 
     return [line(header), "-" * (sum(widths) + 2 * (len(widths) - 1)), *map(line, rows)]
+
+
+def view_text(shown: View, kind: str, *, name: str) -> str:
+    """A view without published numbers as Markdown, LaTeX, HTML or plain text; CSV is made of numbers.
+
+    Args:
+        shown: the table.
+        kind: a key of ``FORMATS``.
+        name: stem of its file.
+    """
+    caption, header, rows, notes, *_ = shown
+    if kind == "md":
+        body = [[_mark(cell, _markdown) for cell in row] for row in rows]
+        lines = [f"**{_markdown(caption)}**", "", *_pipe_table(header, body), ""]
+        return "\n".join([*lines, *(f"- {_markdown(note)}" for note in notes)]) + "\n"
+    if kind == "tex":
+        body = [[_mark(cell, latex.escape, best=r"\textbf{%s}") for cell in row] for row in rows]
+        return latex.table([*latex.tabular(header, body), *latex.notes(notes)], caption=caption, label=name)
+    if kind == "html":
+        return printable_lines(html.render("table_page.html", title=caption, table=shown))
+    body = [[printable(cell.text) + {1: " *"}.get(cell.rank or 0, "") for cell in row] for row in rows]
+    lines = [caption, "", *_aligned([printable(name) for name in header], body), "", *_wrapped(notes)]
+    return printable_lines("\n".join(lines).rstrip() + "\n")
+
+
+def frame_csv(lines: pd.DataFrame) -> str:
+    """Numbers at four decimals; a name that a spreadsheet would take for a formula has a quote before it."""
+    lines = lines.rename(columns=_no_formula)
+    texts = lines.apply(lambda column: column.map(lambda cell: _no_formula(cell) if isinstance(cell, str) else cell))
+    return printable_lines(str(texts.to_csv(index=False, float_format="%.6g", lineterminator="\n")))

@@ -6,28 +6,21 @@ type is ``Number`` and the record holds null.
 """
 
 import json
-import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
-from pydantic import BeforeValidator, ConfigDict, Field, JsonValue, ValidationError
+from pydantic import ConfigDict, Field, JsonValue, ValidationError
 
 from ctpd.core.config import Config
 from ctpd.core.errors import UserError
 from ctpd.core.roles import Phase, Role
+from harness.numbers import Number as Number
+from harness.tuning import Tuning
 
 SCHEMA = 2
 
 RowKind = Literal["trained", "untrained teacher", "untrained student"]
-
-
-def _finite(value: object) -> object:
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-Number = Annotated[float | None, BeforeValidator(_finite)]
-"""A measured number; None (null in JSON) where it was not finite."""
 
 
 class Method(Config):
@@ -308,6 +301,7 @@ class Record(RecordHead):
         training: of the row's model; of an untrained row its SFT, None where that was ready-made.
         weights: None for a method without importance weights.
         evaluation: by the column's name, in the suite's order.
+        tuning: the trials that chose the row's values; None for a row that the recipe does not tune, and in older records.
     """
 
     model_config = ConfigDict(validate_by_name=True, validate_by_alias=True, serialize_by_alias=True)
@@ -317,6 +311,7 @@ class Record(RecordHead):
     weights: WeightsSummary | None
     data: DataSummary
     evaluation: Mapping[str, ColumnResult]
+    tuning: Tuning | None = None
     provenance: Provenance
 
     @property

@@ -13,6 +13,7 @@ from harness.costs import cost_table
 from harness.formats import p_text, percent_interval
 from harness.provenance import provenance_of
 from harness.record import Record
+from harness.search_table import tuning_view
 from harness.sheet import AVERAGE, Table
 
 
@@ -37,6 +38,7 @@ def report(contents: Contents, records: Sequence[Record], *, title: str, about: 
         about=about,
         summary=list(_summary(contents.tables[0].table)),
         sections=contents.tables,
+        tuning=tuning_view(records),
         curves=contents.curves,
         weights=contents.weights,
         costs=cost_table(by_run(records)),

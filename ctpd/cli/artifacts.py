@@ -109,7 +109,7 @@ def gc(recipes: tuple[str, ...], *, store: Path, dry_run: bool) -> None:
     else:
         opened.check_removable()
     parts = [part for recipe in recipes for part in evaluated_parts(recipe, opened)]
-    kept = {stage.key for part in parts for stage in Graph(part.records).stages}
+    kept = {stage.key for part in parts for stage in Graph([*part.choices, *part.records]).stages}
     unneeded = {(a.stage, a.key): (a.bytes, artifact_label(opened, a)) for a in opened.artifacts() if a.key not in kept}
     partials = [(path.parent.name, path.name.removesuffix(".partial")) for path in opened.partials()]
     left = [(stage, key) for stage, key in partials if key not in kept]

@@ -2,7 +2,7 @@
 
 import contextlib
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,9 +16,11 @@ if TYPE_CHECKING:
     from ctpd.app import Experiment
     from ctpd.core.store import Store
     from ctpd.pipeline.graph import Graph, PlanLine
+    from ctpd.pipeline.runtime import Runtime
     from ctpd.pipeline.stage import Stage
     from ctpd.recipe import LaunchSpec
 
+LATER = "chosen later"  # in a plan, in the place of the key of a stage whose values the trials are still to choose
 RUNNING = (
     "store",
     "device",
@@ -74,16 +76,54 @@ def opened(recipe: str, flags: Flags) -> "tuple[Experiment, Store]":
     from ctpd.app import Experiment
     from ctpd.core.store import Store
 
-    return Experiment(recipe, only=flags.only, seeds=flags.seed, limit=flags.limit), Store(flags.store)
+    store = Store(flags.store)
+    return Experiment(recipe, only=flags.only, seeds=flags.seed, limit=flags.limit, store=store), store
 
 
-def execute(
-    targets: "Sequence[Stage]", store: "Store", launch: "LaunchSpec", flags: Flags, *, project: str = "ctpd"
-) -> bool:
-    """Run the graph of ``targets``, or show it with --plan; returns whether this process has results to print.
+@dataclass(frozen=True, kw_only=True)
+class Wanted:
+    """What a command builds: ``first``, and then what is known after that.
+
+    Attributes:
+        first: stages that are known now; of a recipe with `tune`, the choices of the trials.
+        then: called when they are built; None where they are all.
+        planned: all stages that are known now.
+        later: for a plan, stages like those that follow when the trials have chosen.
+    """
+
+    first: "Sequence[Stage]"
+    then: "Callable[[], Sequence[Stage]] | None" = None
+    planned: "Sequence[Stage]" = ()
+    later: "Sequence[Stage]" = ()
+
+    @classmethod
+    def of(
+        cls, experiment: "Experiment", store: "Store", stages: "Callable[[Experiment], Sequence[Stage]]"
+    ) -> "Wanted":
+        """What a command about a recipe wants: ``stages`` of the experiment, after the choices of its trials."""
+        if experiment.search is None:
+            return cls(first=stages(experiment))
+        return cls(
+            first=experiment.choices,
+            then=lambda: stages(experiment.decided(store)),
+            planned=stages(experiment),
+            later=stages(experiment.outlook) if experiment.later else (),
+        )
+
+    def phases(self) -> "Iterator[Graph]":
+        """What is built, one graph after the other: each is known when the one before has been built."""
+        from ctpd.pipeline.graph import Graph
+
+        yield Graph(self.first)
+        if self.then is not None:
+            yield Graph(self.then())
+
+
+def execute(wanted: Wanted, store: "Store", launch: "LaunchSpec", flags: Flags, *, project: str = "ctpd") -> bool:
+    """Build what is wanted, or show it with --plan; returns whether this process has results to print.
 
     Args:
-        targets: what is wanted; what they need is built, too.
+        wanted: the targets; what they need is built, too.
         store: where artifacts are.
         launch: the recipe's block.
         flags: of the command.
@@ -92,42 +132,66 @@ def execute(
     Raises:
         UserError: no such device or logger; flags that contradict each other.
     """
-    from ctpd.cli.launch import helpers, processes_to_start, run_launched
+    from ctpd.cli.launch import processes_to_start
     from ctpd.core.processes import processes
-    from ctpd.core.temporary import kept_in
-    from ctpd.pipeline.build import build_missing
     from ctpd.pipeline.graph import Graph
     from ctpd.pipeline.notes import plan_notes, refuse_idle
-    from ctpd.pipeline.progress import Progress
     from ctpd.pipeline.runtime import Runtime
     from ctpd.train.loggers import check_loggers
 
-    graph = Graph(targets)
-    refuse_idle(graph)
+    graph = Graph([*wanted.first, *wanted.planned])
+    outlook = Graph([*graph.targets, *wanted.later])
+    refuse_idle(outlook)
     if flags.plan:
-        _print_plan(graph.plan(store), [*plan_notes(graph), *_pairs_hint(graph, flags)], as_json=flags.as_json)
+        lines = [*graph.plan(store), *_later(graph, outlook)]
+        _print_plan(lines, [*plan_notes(outlook), *_pairs_hint(graph, flags)], as_json=flags.as_json)
         return False
     count = processes_to_start(launch, num_processes=flags.num_processes, jobs=flags.jobs)
     device = _checked_device(flags, count=count)
     check_loggers(flags.report_to, flags.log_dir)
-    rebuild, argv = flags.rebuild, click.get_current_context().find_root().obj
     runtime = Runtime.of(launch, device=device, report_to=flags.report_to, log_dir=flags.log_dir, project=project)
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(kept_in(store.root))
-        if count > 1 or flags.jobs > 1:
-            graph.check(store, rebuild=rebuild)  # here, once: no process may remove what another reads
-            rebuild = False
-            if graph.missing(store) and count > 1:
-                run_launched(argv, count=count, device=device)
-                return False  # rank 0 has printed
-            if graph.missing(store):
-                stack.enter_context(helpers(argv, jobs=flags.jobs, device=device, quiet=flags.quiet))
-        built = build_missing(graph, store, runtime=runtime, progress=Progress(quiet=flags.quiet), rebuild=rebuild)
+    built = _build(wanted, store, flags, runtime, count=count)
+    if built is None:
+        return False  # rank 0 of the launch has printed
     processes().destroy_process_group()
     if not flags.quiet and processes().is_main:
-        left = len(graph.stages) - built
-        click.echo(f"{built} stage{'' if built == 1 else 's'} built, {left} not needed or already there.\n", err=True)
+        num, left = built
+        click.echo(f"{num} stage{'' if num == 1 else 's'} built, {left} not needed or already there.\n", err=True)
     return processes().is_main
+
+
+def _build(wanted: Wanted, store: "Store", flags: Flags, runtime: "Runtime", *, count: int) -> tuple[int, int] | None:
+    """Build in this process, with helpers, or in a launch; the stages built and left, None if a launch has done it."""
+    from ctpd.cli.launch import helpers, run_launched
+    from ctpd.core.temporary import kept_in
+    from ctpd.pipeline.build import build_missing
+    from ctpd.pipeline.progress import Progress
+
+    argv, built, keys, alone = click.get_current_context().find_root().obj, 0, set[str](), True
+    several = count > 1 or flags.jobs > 1
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(kept_in(store.root))
+        for graph in wanted.phases():
+            if several:
+                graph.check(store, rebuild=flags.rebuild)  # here, once: no process may remove what another reads
+                if alone and graph.missing(store):
+                    if count > 1:
+                        run_launched(argv, count=count, device=runtime.device)
+                        return None
+                    stack.enter_context(helpers(argv, jobs=flags.jobs, device=runtime.device, quiet=flags.quiet))
+                    alone = False
+            progress, rebuild = Progress(quiet=flags.quiet), flags.rebuild and not several
+            built += build_missing(graph, store, runtime=runtime, progress=progress, rebuild=rebuild)
+            keys |= {stage.key for stage in graph.stages}
+    return built, len(keys) - built
+
+
+def _later(graph: "Graph", outlook: "Graph") -> "list[PlanLine]":
+    """The stages that follow when the trials have chosen."""
+    from ctpd.pipeline.graph import PlanLine
+
+    known = {stage.key for stage in graph.stages}
+    return [PlanLine(one.label, one.kind, None, hit=False) for one in outlook.stages if one.key not in known]
 
 
 def _checked_device(flags: Flags, *, count: int) -> str:
@@ -162,9 +226,18 @@ def _print_plan(lines: "Sequence[PlanLine]", notes: Sequence[str], *, as_json: b
 
     from ctpd.cli.terminal import rendered, table
 
-    states = {True: Text("hit"), False: Text("miss", style="yellow")}
-    rows = [(states[line.hit], line.key[:12], line.label) for line in lines]
+    rows = [(Text(*_state(line)), (line.key or LATER)[:12], line.label) for line in lines]
     click.echo(rendered(table(["", "key", "stage"], rows)))
-    hits = sum(line.hit for line in lines)
+    known = [line for line in lines if line.key is not None]
+    hits = sum(line.hit for line in known)
     click.echo("\n" + "".join(f"Note: {printable(note)}\n" for note in notes), nl=False)
-    click.echo(f"{len(lines)} stages: {hits} hits, {len(lines) - hits} misses. Nothing was run.")
+    later = len(lines) - len(known)
+    more = f" {later} stages follow when the trials have chosen their values." if later else ""
+    click.echo(f"{len(known)} stages: {hits} hits, {len(known) - hits} misses.{more} Nothing was run.")
+
+
+def _state(line: "PlanLine") -> tuple[str, str]:
+    """Whether a stage is in the store, in a word and its style."""
+    if line.failed:
+        return "failed", "red"
+    return ("hit", "") if line.hit else ("later" if line.key is None else "miss", "yellow")

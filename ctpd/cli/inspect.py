@@ -170,11 +170,12 @@ def _weight_keys(recipe: str, store: "Store", *, only: tuple[str, ...], seed: tu
         return {artifact.key: [f"weights/{artifact.key[:12]}"]}
     from ctpd.app import Experiment
 
-    stages = list(Experiment(recipe, only=only, seeds=seed).weights.items())
+    experiment = Experiment(recipe, only=only, seeds=seed, store=store)
+    stages = list(experiment.outlook.weights.items())
     keys: dict[str, list[str]] = {}
     missing = []
     for title, stage in stages:
-        if store.has(stage.kind, stage.key):
+        if title in experiment.weights and store.has(stage.kind, stage.key):
             keys.setdefault(stage.key, []).append(title)
         else:
             missing.append(title)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ctpd.cli.execute import RUNNING, Flags, execute, opened, prepared
+from ctpd.cli.execute import RUNNING, Flags, Wanted, execute, opened, prepared
 from ctpd.cli.launch import started_by_user
 from ctpd.cli.options import execution, given, refuse
 from ctpd.cli.tables import Shown, show_chosen, show_tables
@@ -36,8 +36,9 @@ def run(recipe: str, **values: Any) -> None:
     experiment, store = opened(recipe, flags)
     if not flags.plan and started_by_user():
         experiment.check_suite(store)
-    if execute(experiment.records, store, experiment.recipe.launch, flags, project=experiment.recipe.name):
-        show_tables(experiment, store, Shown(as_json=flags.as_json, main_only=True))
+    wanted = Wanted.of(experiment, store, lambda chosen: chosen.records)
+    if execute(wanted, store, experiment.recipe.launch, flags, project=experiment.recipe.name):
+        show_tables(experiment.decided(store), store, Shown(as_json=flags.as_json, main_only=True))
 
 
 @click.command()
@@ -48,10 +49,12 @@ def train(recipe: str, **values: Any) -> None:
     flags = prepared(**values)
     refuse_with_plan(flags)
     experiment, store = opened(recipe, flags)
-    if not execute(experiment.training, store, experiment.recipe.launch, flags, project=experiment.recipe.name):
+    wanted = Wanted.of(experiment, store, lambda chosen: chosen.training)
+    if not execute(wanted, store, experiment.recipe.launch, flags, project=experiment.recipe.name):
         return
+    runs = experiment.decided(store).runs
     trained: list[dict[str, Any]] = [
-        {"run": run.name, "seed": run.seed, "key": getattr(run.model.newest, "key", None)} for run in experiment.runs
+        {"run": run.name, "seed": run.seed, "key": getattr(run.model.newest, "key", None)} for run in runs
     ]
     if flags.as_json:
         click.echo(json_text(trained))
@@ -105,9 +108,12 @@ def evaluate(recipe: str | None, *, model: str | None, **values: Any) -> None:
     experiment, store = opened(recipe, flags)
     if not flags.plan and started_by_user():
         experiment.check_suite(store)
-    stages = [stage for columns in experiment.evaluations.values() for stage in columns.values()]
-    if execute(stages, store, experiment.recipe.launch, flags, project=experiment.recipe.name):
-        named = {run.title: experiment.evaluations[i] for i, run in enumerate(experiment.runs)}
+    wanted = Wanted.of(
+        experiment, store, lambda chosen: [one for columns in chosen.evaluations.values() for one in columns.values()]
+    )
+    if execute(wanted, store, experiment.recipe.launch, flags, project=experiment.recipe.name):
+        chosen = experiment.decided(store)
+        named = {run.title: chosen.evaluations[i] for i, run in enumerate(chosen.runs)}
         _print_scores(named, store, as_json=flags.as_json)
 
 
@@ -239,8 +245,8 @@ def _score(result: "ColumnResult") -> tuple[str, str, str]:
 
 
 def _evaluate_model(model: str, protocol: dict[str, Any], flags: Flags) -> None:
-    from ctpd.app import check_columns, evaluation_stage
     from ctpd.core.store import Store
+    from ctpd.pipeline.evaluations import check_columns, evaluation_stage
     from ctpd.pipeline.references import Model, external_model
     from ctpd.recipe import EvaluationSpec, LaunchSpec
     from harness.suites import load_suite
@@ -264,5 +270,5 @@ def _evaluate_model(model: str, protocol: dict[str, Any], flags: Flags) -> None:
     missing = [one for one in columns if not store.has(stages[one.name].kind, stages[one.name].key)]
     if not flags.plan and started_by_user():
         check_columns(missing, spec, store)
-    if execute(list(stages.values()), store, LaunchSpec(), flags):
+    if execute(Wanted(first=list(stages.values())), store, LaunchSpec(), flags):
         _print_scores({model: stages}, store, as_json=flags.as_json)

@@ -52,7 +52,8 @@ def show_tables(experiment: "Experiment", store: "Store", shown: Shown, *, to: P
     root, written = store.root / "tables" if to is None else to, ""
     try:
         folder = _folder(root, whole)
-        names = [path.name for path in comparison.write_tables(made, folder)]
+        written_files = [*comparison.write_tables(made, folder), *comparison.write_tuning(records, folder)]
+        names = [path.name for path in written_files]
         report = comparison.write_report(whole.recipe, made, records, folder)
         if not shown.main_only:
             comparison.write_figures(made, records, folder)
@@ -62,7 +63,7 @@ def show_tables(experiment: "Experiment", store: "Store", shown: Shown, *, to: P
         written = f"\nWritten to {folder}: {', '.join(names)}\nReport: {report}"
     except OSError as error:
         report_unwritten(error, root, recipe=experiment.source, store=store.root, required=not shown.main_only)
-    _print(made, shown)
+    _print(made, records, shown)
     if written and not shown.as_json:
         click.echo(written)
 
@@ -73,7 +74,7 @@ def show_chosen(experiment: "Experiment", store: "Store", shown: Shown) -> None:
 
     records = app.read_records(experiment, store)
     _warn(experiment, records, store)
-    _print(_tables(experiment, records, only=[run.name for run in experiment.runs]), shown)
+    _print(_tables(experiment, records, only=[run.name for run in experiment.outlook.runs]), records, shown)
     if not shown.as_json:
         click.echo("\nOnly the chosen rows, and so nothing was written.")
 
@@ -88,14 +89,21 @@ def _tables(
     )
 
 
-def _print(made: "Sequence[Table]", shown: Shown) -> None:
+def _print(made: "Sequence[Table]", records: "Sequence[Record]", shown: Shown) -> None:
+    from harness.comparison import TUNING, tuning_text
     from harness.formats import FORMATS, json_rows
+    from harness.search_table import tuning_rows
 
     if shown.as_json:
-        click.echo(json_text({table.spec.name: json_rows(table) for table in made}))
+        trials = tuning_rows(records)
+        click.echo(
+            json_text({table.spec.name: json_rows(table) for table in made} | ({TUNING: trials} if trials else {}))
+        )
         return
     for kind in shown.formats:
-        click.echo("\n\n".join(FORMATS[kind](table) for table in (made[:1] if shown.main_only else made)))
+        texts = [FORMATS[kind](table) for table in (made[:1] if shown.main_only else made)]
+        trials_text = None if shown.main_only else tuning_text(records, kind)
+        click.echo("\n\n".join(texts if trials_text is None else [*texts, trials_text]))
 
 
 def _warn(experiment: "Experiment", records: "Sequence[Record]", store: "Store") -> None:

@@ -32,6 +32,19 @@ class Config(BaseModel):
         return cls.model_validate({name: getattr(other, name) for name in cls.model_fields})
 
 
+@dataclasses.dataclass(frozen=True)
+class Tunable:
+    """Marks a parameter that `tune` varies, with the values that it tries: `Annotated[Share, Tunable((0.1, 0.5, 0.9))]`.
+
+    A recipe may give other values. The mark is no part of the type: it moves no key and is no range.
+
+    Attributes:
+        values: in ascending order.
+    """
+
+    values: tuple[float, ...]
+
+
 # Ranges of values: errors and the JSON Schema of a recipe show them.
 PositiveInt = Annotated[int, Ge(1)]
 Positive = Annotated[float, Gt(0)]

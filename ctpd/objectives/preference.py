@@ -11,7 +11,7 @@ from jaxtyping import Float
 from pydantic import Field, field_validator, model_validator
 from torch import Tensor
 
-from ctpd.core.config import Config
+from ctpd.core.config import Config, Tunable
 from ctpd.core.roles import Role
 from ctpd.objectives.base import BOTH_SIDES, Granularity, Layout, PairObjective, Sums, Units, Weighting
 from ctpd.ops.spans import Aggregate
@@ -21,7 +21,7 @@ from ctpd.ops.weights import WeightParameters, find_strategy
 class MarginParams(Config):
     """What every preference objective has."""
 
-    beta: Annotated[float, Field(gt=0)] = 0.1
+    beta: Annotated[float, Field(gt=0), Tunable((0.03, 0.1, 0.3, 1.0))] = 0.1
     """Factor of the margin inside the sigmoid: the strength of the pull to the reference."""
 
 

@@ -15,7 +15,7 @@ from jaxtyping import Bool, Float, Int
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from ctpd.core.config import Config, nearest
+from ctpd.core.config import Config, Tunable, nearest
 from ctpd.core.errors import UserError
 from ctpd.core.roles import Phase, Role
 
@@ -54,7 +54,7 @@ class WeightParameters(Config):
 
     k: Annotated[float, Field(gt=0)] = 1.0
     """Factor of every weight."""
-    mu: float = 1.0
+    mu: Annotated[float, Tunable((0.5, 1.0, 2.0))] = 1.0
     """Factor of the exponent in chosen responses; rejected ones take its negative."""
     lower: float = -0.5
     """Lower clamp of the log ratio, in nats."""

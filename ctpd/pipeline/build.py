@@ -2,13 +2,15 @@
 
 import contextlib
 import gc
+import json
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
+from ctpd.core.errors import NotFinite
 from ctpd.core.processes import processes
 from ctpd.core.store import Store
-from ctpd.pipeline.graph import Graph, ready
+from ctpd.pipeline.graph import FAILED, Graph, ready
 from ctpd.pipeline.progress import Bar, Progress
 from ctpd.pipeline.runtime import LOGS, Runtime, provenance
 from ctpd.pipeline.stage import Stage, Work
@@ -91,7 +93,19 @@ class _Builder:
         return ONE_EACH if missing else NOTHING_MISSING
 
     def _build_collective(self, stage: Stage) -> None:
-        ranks, remarks = processes(), list[str]()
+        remarks: list[str] = []
+        try:
+            self._build_together(stage, remarks)
+        except NotFinite as error:  # every rank raises it, or none
+            if stage.key not in self.graph.attempts:
+                raise
+            if processes().is_main:
+                self._fail(stage, error)
+        self._show(stage, remarks)
+        processes().barrier()  # the artifact, or the note of its failure, is complete now
+
+    def _build_together(self, stage: Stage, remarks: list[str]) -> None:
+        ranks = processes()
         with contextlib.ExitStack() as stack:
             bar = stack.enter_context(self._bar(stage))
             if ranks.is_main:
@@ -100,8 +114,6 @@ class _Builder:
             ranks.barrier()  # the folder exists now, and the inputs are checked
             stage.unlabelled().build(work)
             ranks.barrier()  # the other ranks may still be writing or computing
-        self._show(stage, remarks)
-        ranks.barrier()  # the artifact is complete now
 
     def _build_one_each(self) -> None:
         """A round in which each process builds what it can lock of the stages that are ready now."""
@@ -121,12 +133,27 @@ class _Builder:
                 if not locked or self.store.has(stage.kind, stage.key):
                     continue
                 remarks: list[str] = []
-                with self._bar(stage) as bar, _artifact(stage, self.store, self.runtime):
-                    stage.unlabelled().build(self._work(stage, bar, remarks))
+                try:
+                    with self._bar(stage) as bar, _artifact(stage, self.store, self.runtime):
+                        stage.unlabelled().build(self._work(stage, bar, remarks))
+                except NotFinite as error:
+                    if stage.key not in self.graph.attempts:
+                        raise
+                    self._fail(stage, error)
                 self._show(stage, remarks)
             _collect_garbage()
             return True
         return False
+
+    def _fail(self, stage: Stage, error: NotFinite) -> None:
+        """Note that a trial cannot be trained or evaluated; the search goes on without it. Hold the lock of the stage."""
+        details = {"label": f"failed: {stage.label}", **provenance(self.runtime)}
+        with self.store.lock(FAILED, stage.key):
+            if not self.store.has(FAILED, stage.key):
+                with self.store.build(FAILED, stage.key, identity=stage.identity, provenance=details) as folder:
+                    (folder / "failure.json").write_text(json.dumps({"error": error.what}) + "\n", encoding="utf-8")
+        self.store.remove(stage.kind, stage.key)  # what is left of the build
+        self.progress.note(f"Note: {stage.label}: {error.what}. The trial counts as the worst.")
 
     def _bar(self, stage: Stage) -> contextlib.AbstractContextManager[Bar]:
         done = self.total - len(self.graph.missing(self.store))
@@ -139,7 +166,8 @@ class _Builder:
     def _work(self, stage: Stage, bar: Bar, remarks: list[str], *, writes: bool = True) -> Work:
         """The arguments of a build; the process that writes checks the inputs now, right before they are read."""
         find = self.store.open if writes else self.store.path
-        folders = {source.key: find(source.kind, source.key) for source in stage.inputs.values()}
+        present = [source for source in stage.inputs.values() if not self.graph.failed(source, self.store)]
+        folders = {source.key: find(source.kind, source.key) for source in present}
         folder = self.store.partial(stage.kind, stage.key)
         runtime = self.runtime
         target = LogTarget(

@@ -7,15 +7,19 @@ from ctpd.core.errors import DamagedArtifact
 from ctpd.core.store import Store
 from ctpd.pipeline.stage import Stage
 
+FAILED = "failed"
+"""Kind of the artifact that stands for a stage of a trial whose numbers were not finite; its key is the stage's."""
+
 
 @dataclass(frozen=True)
 class PlanLine:
-    """One line of `--plan`."""
+    """One line of `--plan`. The key is None where the trials of a run are still to choose its values."""
 
     label: str
     kind: str
-    key: str
+    key: str | None
     hit: bool
+    failed: bool = False
 
 
 class Graph:
@@ -27,10 +31,22 @@ class Graph:
         for target in targets:
             _visit(target, ordered)
         self.stages = tuple(ordered.values())
+        self.attempts = {attempt.key for stage in self.stages for attempt in stage.attempts()}
+        """Keys of the stages that may fail: only trials read them."""
 
     def plan(self, store: Store) -> list[PlanLine]:
         """Which stages are in the store; builds nothing."""
-        return [PlanLine(s.label, s.kind, s.key, store.has(s.kind, s.key)) for s in self.stages]
+        lines = []
+        for stage in self.stages:
+            hit, failed = store.has(stage.kind, stage.key), self.failed(stage, store)
+            lines.append(PlanLine(stage.label, stage.kind, stage.key, hit or failed, failed))
+        return lines
+
+    def failed(self, stage: Stage, store: Store) -> bool:
+        """Whether this is a stage of a trial, and its numbers, or those of a stage that it reads, were not finite."""
+        if stage.key not in self.attempts or store.has(stage.kind, stage.key):
+            return False
+        return store.has(FAILED, stage.key) or any(self.failed(source, store) for source in stage.inputs.values())
 
     def missing(self, store: Store) -> list[Stage]:
         """The stages that must be built: those that the targets need, and those whose damaged artifact `check` removed.
@@ -40,8 +56,15 @@ class Graph:
         needed: dict[str, Stage] = {}
         removed = [stage for stage in self.stages if store.is_removed(stage.kind, stage.key)]
         for stage in (*self.targets, *removed):
-            _visit_missing(stage, store, needed)
+            self._visit_missing(stage, store, needed)
         return list(needed.values())
+
+    def _visit_missing(self, stage: Stage, store: Store, needed: dict[str, Stage]) -> None:
+        if stage.key in needed or store.has(stage.kind, stage.key) or self.failed(stage, store):
+            return
+        for source in stage.inputs.values():
+            self._visit_missing(source, store, needed)
+        needed.setdefault(stage.key, stage)
 
     def check(self, store: Store, *, rebuild: bool = False) -> None:
         """Compare the artifacts that a build would read with their manifests.
@@ -85,11 +108,3 @@ def _visit(stage: Stage, ordered: dict[str, Stage]) -> None:
     for source in stage.inputs.values():
         _visit(source, ordered)
     ordered.setdefault(stage.key, stage)
-
-
-def _visit_missing(stage: Stage, store: Store, needed: dict[str, Stage]) -> None:
-    if stage.key in needed or store.has(stage.kind, stage.key):
-        return
-    for source in stage.inputs.values():
-        _visit_missing(source, store, needed)
-    needed.setdefault(stage.key, stage)

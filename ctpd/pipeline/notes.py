@@ -8,6 +8,8 @@ from ctpd.pipeline.stages.evaluate import EvaluateStage
 from ctpd.pipeline.stages.pairs import PairsStage
 from ctpd.pipeline.stages.train import TrainStage
 
+MOST_NAMED = 12  # trainings of which the same is to be said; a search has hundreds
+
 
 def plan_notes(graph: Graph) -> list[str]:
     """Sentences about the stages of a graph, for `--plan`."""
@@ -36,7 +38,8 @@ def _short_trainings(graph: Graph) -> Iterator[str]:
         if steps is not None and steps.note is not None:
             labels.setdefault(steps.note, []).append(stage.label)
     for note, found in labels.items():
-        yield f"{'; '.join(found)}: {note}."
+        more = f" and {len(found) - MOST_NAMED} more" if len(found) > MOST_NAMED else ""
+        yield f"{'; '.join(found[:MOST_NAMED])}{more}: {note}."
 
 
 def _templates(graph: Graph) -> Iterator[str]:

@@ -9,7 +9,7 @@ from ctpd.pipeline.methods import Method
 from ctpd.pipeline.plan import SharedStages, Training
 from ctpd.pipeline.references import Model
 from ctpd.pipeline.stages.train import TrainStage
-from ctpd.recipe import Recipe, RunSpec, expand, run_position
+from ctpd.recipe import Chosen, Recipe, RunSpec, expand, run_position
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,16 +34,30 @@ class PlannedRun:
         return self.name if self.seed is None else f"{self.name}, seed {self.seed}"
 
 
-def plan_runs(recipe: Recipe, stages: SharedStages, *, source: str) -> Iterator[PlannedRun]:
-    """Every run of a recipe: untrained rows first, then seed by seed, so that an interrupted study has complete seeds."""
+def plan_runs(
+    recipe: Recipe, stages: SharedStages, *, source: str, chosen: Chosen | None = None
+) -> Iterator[PlannedRun]:
+    """Every run of a recipe: untrained rows first, then seed by seed, so that an interrupted study has complete seeds.
+
+    Args:
+        recipe: the recipe.
+        stages: of its `shared` block.
+        source: the recipe, for errors.
+        chosen: the values of each run that is tuned.
+    """
     for name, role in recipe.untrained.items():
         yield PlannedRun(name, None, role, stages.sft[role])
     for seed in recipe.shared.seeds:
-        for name, spec in expand(recipe).items():
-            yield _plan_run(name, spec, seed, recipe=recipe, stages=stages, source=source)
+        for name, spec in expand(recipe, chosen).items():
+            yield plan_run(name, spec, seed, recipe=recipe, stages=stages, source=source)
 
 
-def _plan_run(name: str, spec: RunSpec, seed: int, *, recipe: Recipe, stages: SharedStages, source: str) -> PlannedRun:
+def plan_run(name: str, spec: RunSpec, seed: int, *, recipe: Recipe, stages: SharedStages, source: str) -> PlannedRun:
+    """One run with one seed: a row of a table, or a trial of one.
+
+    Raises:
+        UserError: wrong parameters, which the error places in the recipe; files or models that cannot be read.
+    """
     tuned = {key: value for key, value in spec.tuned.items() if key != "learning_rate"}
     start, schedule = stages.sft["student"], recipe.shared.train
     try:

@@ -94,6 +94,10 @@ class Stage(Part):
     def build(self, work: Work) -> None:
         """Write the artifact's files into ``work.folder``."""
 
+    def attempts(self) -> "Iterator[Stage]":
+        """Inputs, and inputs of these, that `build` can do without where their numbers were not finite; others have none."""
+        yield from ()
+
     @cached_property
     def inputs(self) -> dict[str, "Stage"]:
         """The stages whose artifacts `build` may read, by the path of their field."""

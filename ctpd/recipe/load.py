@@ -15,8 +15,7 @@ from ctpd.core.errors import UserError, shortened
 from ctpd.core.names import unfit_name, unfit_text
 from ctpd.core.refusals import Keys, position
 from ctpd.core.userfiles import CONFIGURATION_BYTES, exists, read_text, regular_file, user_path
-from ctpd.recipe.expand import trials
-from ctpd.recipe.model import ModelSpec, Recipe, ablation_run
+from ctpd.recipe.model import ModelSpec, Recipe, RunSpec, Space, TuneSpec, ablation_run
 from ctpd.train.config import Schedule
 
 LEARNING_RATE = "learning_rate"
@@ -45,8 +44,8 @@ def load_recipe(recipe: str | os.PathLike[str]) -> Recipe:
     checks.sources()
     checks.precision()
     checks.runs()
-    checks.grid()
     checks.ablations()
+    checks.tune()
     checks.names()
     checks.tables()
     return loaded
@@ -57,18 +56,26 @@ def run_position(recipe: str | os.PathLike[str], run: str) -> str:
 
     Args:
         recipe: what was given to ``load_recipe``.
-        run: a run, a trial of the grid (``RUN: ...``) or a row of an ablation.
+        run: a run, a row of an ablation, or a trial of one (``RUN: ...``).
     """
-    path = _file(recipe)
-    source = str(recipe)
-    data = parse_yaml(read_text(path, most_bytes=CONFIGURATION_BYTES), source=source)
+    source, data = str(recipe), _parsed(recipe)
     for name, ablation in data.get("ablations", {}).items():
         for label in ablation["values"]:
-            if ablation_run(name, label) == run:
+            row = ablation_run(name, label)
+            if run == row or run.startswith(f"{row}: "):
                 return f"{position(source, data, ('ablations', name, 'values', label))}, run '{run}'"
     named = [name for name in data["runs"] if run == name or run.startswith(f"{name}: ")]
     keys: Keys = ("runs", max(named, key=len)) if named else ("runs",)
     return f"{position(source, data, keys)}, run '{run}'"
+
+
+def key_position(recipe: str | os.PathLike[str], *keys: str) -> str:
+    """The file and the line of a key, for errors that are found when a recipe is planned."""
+    return position(str(recipe), _parsed(recipe), keys)
+
+
+def _parsed(recipe: str | os.PathLike[str]) -> Located:
+    return parse_yaml(read_text(_file(recipe), most_bytes=CONFIGURATION_BYTES), source=str(recipe))
 
 
 def looks_local(model: str) -> bool:
@@ -116,7 +123,7 @@ class _Checks:
     def _names(self) -> Iterator[tuple[Keys, str]]:
         recipe = self.recipe
         yield ("name",), recipe.name
-        for block in ("untrained", "runs", "grid", "ablations", "tables"):
+        for block in ("untrained", "runs", "ablations", "tables"):
             yield from (((block, name), name) for name in getattr(recipe, block))
         for name, ablation in recipe.ablations.items():
             yield from ((("ablations", name, "values", label), label) for label in ablation.values)
@@ -180,7 +187,9 @@ class _Checks:
                     f"'runs.{name}.params' holds `{LEARNING_RATE}`, which belongs in `tuned`",
                     "Move it there",
                 )
-            if LEARNING_RATE not in {*run.tuned, *self.recipe.grid}:
+            if self.recipe.tune is not None and run.tune:
+                self._is_tuned(keys, run)
+            elif LEARNING_RATE not in run.tuned:
                 for block, given in (("tuned", run.tuned), ("params", run.params)):
                     for key in get_close_matches(LEARNING_RATE, given, n=1, cutoff=0.7):
                         self.refuse(
@@ -195,20 +204,66 @@ class _Checks:
                     f"'runs.{name}' gives `{twice[0]}` twice, in `params` and in `tuned`",
                     "Remove one of the two",
                 )
-            if fixed := sorted({*run.tuned, *run.params} & set(self.recipe.grid)):
-                block = "tuned" if fixed[0] in run.tuned else "params"
-                self.refuse((*keys, block, fixed[0]), f"'runs.{name}' fixes `{fixed[0]}`, which the grid varies")
             if LEARNING_RATE in run.tuned:
                 self._positive((*keys, "tuned", LEARNING_RATE), [run.tuned[LEARNING_RATE]])
 
-    def grid(self) -> None:
-        if self.recipe.grid and self.recipe.ablations:
-            self.refuse(("grid",), "a recipe has a `grid` or `ablations`, not both")
-        for name, values in self.recipe.grid.items():
-            if len(set(values)) < len(values):
-                self.refuse(("grid", name), f"'grid.{name}' holds a value twice", "Remove one of the two")
-            if name == LEARNING_RATE:
-                self._positive(("grid", name), values)
+    def _is_tuned(self, keys: Keys, run: RunSpec) -> None:
+        """Refuse a run whose values are chosen by trials, and given as well."""
+        name = keys[-1]
+        if run.tuned:
+            self.refuse(
+                (*keys, "tuned"),
+                f"'runs.{name}' gives `tuned`, whose values the recipe's `tune` chooses",
+                "Remove it; fix a parameter in `params`, or leave the run out of the search with `tune: false`",
+            )
+        for field in run.space:
+            if field in run.params:
+                self.refuse(
+                    (*keys, "space", field),
+                    f"'runs.{name}' fixes `{field}` in `params`, and `space` varies it",
+                    "Remove one of the two",
+                )
+
+    def tune(self) -> None:
+        recipe, tune = self.recipe, self.recipe.tune
+        spaces: list[tuple[Keys, Space]] = [(("runs", name, "space"), run.space) for name, run in recipe.runs.items()]
+        for keys, space in spaces:
+            if space and (tune is None or not recipe.runs[str(keys[1])].tune):
+                self.refuse(keys, f"'{'.'.join(map(str, keys))}' does nothing: the run is not tuned", "Remove it")
+        for name, ablation in recipe.ablations.items():
+            if ablation.tune and (tune is None or not recipe.runs[ablation.base].tune):
+                self.refuse(("ablations", name, "tune"), f"'ablations.{name}.tune' does nothing: its base is not tuned")
+        if tune is None:
+            return
+        self._tuned_names(tune)
+        for keys, space in [(("tune", "space"), tune.space), *spaces]:
+            for field, values in space.items():
+                where: Keys = (*keys, field)
+                if len(set(values)) < len(values):
+                    self.refuse(where, f"'{'.'.join(map(str, where))}' holds a value twice", "Remove one of the two")
+                if field == LEARNING_RATE:
+                    self._positive(where, values)
+
+    def _tuned_names(self, tune: TuneSpec) -> None:
+        """Refuse a search without learning rates or runs, with the seeds of the study, or whose table has another's name."""
+        if LEARNING_RATE not in tune.space:
+            self.refuse(
+                ("tune", "space"),
+                f"'tune.space' lacks `{LEARNING_RATE}`, whose values depend on the models, so that no method can declare them",
+                f"Add `{LEARNING_RATE}: [...]`, in steps of about a factor of three",
+            )
+        if both := sorted(set(tune.seeds) & set(self.recipe.shared.seeds)):
+            self.refuse(
+                ("tune", "seeds") if "seeds" in self.data["tune"] else ("shared", "seeds"),
+                f"the seed {both[0]} is in `tune.seeds` and in `shared.seeds`: what is chosen for its luck would be reported",
+                "Give other seeds",
+            )
+        if not any(run.tune for run in self.recipe.runs.values()):
+            self.refuse(("tune",), "every run says `tune: false`, and nothing is tuned", "Remove `tune`")
+        if "tuning" in self.recipe.tables:
+            self.refuse(
+                ("tables", "tuning"), "a table may not be named `tuning`: that file lists the trials", "Rename it"
+            )
 
     def ablations(self) -> None:
         for name, ablation in self.recipe.ablations.items():
@@ -228,9 +283,7 @@ class _Checks:
 
     def names(self) -> None:
         """Refuse two rows of the same name: one would replace the other."""
-        rows: list[tuple[str, Keys]] = [
-            (trial, ("runs", name)) for name in self.recipe.runs for trial in trials(self.recipe, name)
-        ]
+        rows: list[tuple[str, Keys]] = [(name, ("runs", name)) for name in self.recipe.runs]
         rows += [(name, ("untrained", name)) for name in self.recipe.untrained]
         for name, ablation in self.recipe.ablations.items():
             rows += [(ablation_run(name, label), ("ablations", name, "values", label)) for label in ablation.values]
@@ -257,12 +310,6 @@ class _Checks:
                     (*keys, "ablation"),
                     f"'tables.{name}.ablation' names no ablation: '{table.ablation}'"
                     f".{nearest(table.ablation, recipe.ablations)}",
-                )
-            if recipe.grid and table.base in recipe.runs:
-                self.refuse(
-                    (*keys, "base"),
-                    f"'tables.{name}.base' is the run '{table.base}', which the grid expands to several rows",
-                    "Leave `base` out, or take an untrained row",
                 )
             known = recipe.ablations[table.ablation].values if table.ablation else {**recipe.runs, **recipe.untrained}
             for key, rows in (("rows", table.rows), ("base", () if table.base is None else (table.base,))):

@@ -4,7 +4,7 @@ import re
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self
 
-from annotated_types import MinLen
+from annotated_types import Ge, MinLen
 from pydantic import AfterValidator, Field, model_validator
 
 from ctpd.core.config import Config, Number, Positive, PositiveInt, Seed, Text
@@ -46,6 +46,12 @@ def _is_unique(seeds: tuple[int, ...]) -> tuple[int, ...]:
     for seed in seeds:
         if seeds.count(seed) > 1:
             raise ValueError(f"the seed {seed} is given twice")
+    return seeds
+
+
+def _are_two(seeds: tuple[int, ...]) -> tuple[int, ...]:
+    if len(seeds) < 2:
+        raise ValueError("at least two seeds are needed: with one, the choice would follow its luck")
     return seeds
 
 
@@ -189,6 +195,27 @@ class Shared(Config):
     """The testbed's synthetic data; needed if a model or the pairs come from it."""
 
 
+Space = Mapping[str, Annotated[tuple[Number, ...], MinLen(1)]]
+"""Parameter -> the values that are tried."""
+
+
+class TuneSpec(Config):
+    """Hyper-parameter search: every run is trained at the same number of points of its own space, and the best is chosen."""
+
+    trials: Annotated[int, Ge(2)]
+    """Trials of each run; a run whose space has fewer points gets them all, and the tables say so."""
+    seeds: Annotated[
+        tuple[Seed, ...], AfterValidator(_is_unique), AfterValidator(_are_two), Field(json_schema_extra={"minItems": 2})
+    ] = (1000, 1001)
+    """Each trial is trained with each of these seeds; at least two, and none of `shared.seeds`."""
+    suite: Text
+    """The suite of development documents that a trial is evaluated on, with the protocol of `shared.evaluation`; none of its tasks may be in the suite of the study."""
+    limit: PositiveInt | None = None
+    """Number of development documents of each task; the flag `--limit` does not change it. Default: all."""
+    space: Space
+    """Values to try: of `learning_rate`, and, in the place of the methods' own values, of parameters that they declare to be tuned. One value fixes a parameter."""
+
+
 class RunSpec(Config):
     """One method with its parameters."""
 
@@ -197,7 +224,11 @@ class RunSpec(Config):
     params: Mapping[str, Any] = Field(default_factory=dict)
     """Parameters of the method that define the run; the others have the method's defaults."""
     tuned: Mapping[str, Number] = Field(default_factory=dict)
-    """Parameters chosen on the development split, `learning_rate` included; parameters of the recipe's `grid` are left out here."""
+    """Parameters chosen on development documents, `learning_rate` included. A recipe with `tune` chooses them itself."""
+    tune: bool = True
+    """In a recipe with `tune`: false leaves the run out of it; it has `tuned` instead."""
+    space: Space = Field(default_factory=dict)
+    """In a recipe with `tune`: values to try for this run, in addition to those of `tune.space` or in their place; any numeric parameter of the method."""
 
 
 class AblationSpec(Config):
@@ -209,6 +240,8 @@ class AblationSpec(Config):
     """The parameter that is varied: one of the method's, or `learning_rate`. The base may give it in `params` or `tuned`."""
     values: Annotated[Mapping[str, Any], MinLen(1)]
     """Row label -> value of the parameter."""
+    tune: bool = False
+    """In a recipe with `tune`: true gives each row trials of its own; default: the values chosen for the base."""
 
 
 class TableEntry(Config):
@@ -250,8 +283,8 @@ class Recipe(Config):
     """Rows without a training of their own: name -> the teacher or the student as they are after SFT."""
     runs: Mapping[str, RunSpec]
     """The rows that are trained: name -> method and parameters."""
-    grid: Mapping[str, Annotated[tuple[Number, ...], MinLen(1)]] = Field(default_factory=dict)
-    """Hyper-parameter search: every run is trained at every point of this grid, so that each has the same number of trials."""
+    tune: TuneSpec | None = None
+    """Hyper-parameter search before the runs: the same number of trials for each, on development documents."""
     ablations: Mapping[str, AblationSpec] = Field(default_factory=dict)
     """Runs with one parameter varied, as rows of a separate table."""
     tables: Annotated[Mapping[str, TableEntry], MinLen(1)]

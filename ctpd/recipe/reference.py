@@ -70,7 +70,7 @@ def keys_of_methods(schema: Mapping[str, Any]) -> list[Key]:
         found.append(Key(method, about, "block", "", "", block))
         for name in sorted(run["tuned"]["properties"].keys() - params.get("properties", {}).keys()):
             node = run["tuned"]["properties"][name]
-            about = f"{node['description']} It stands in `tuned`, or in the recipe's `grid`."
+            about = f"{node['description']} It stands in `tuned`, or in the `space` of the recipe's `tune`."
             found.append(Key(f"{method}.{name}", about, _type(node), _range(node), REQUIRED, None))
         found += _walk(params, schema["$defs"], f"{method}.")
     return found

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import pytest
-import yaml
 from annotated_types import MinLen
 from hypothesis import given
 from hypothesis import strategies as st
@@ -267,35 +266,6 @@ def test_hub_model_without_a_revision_is_refused(tmp_path: Path) -> None:
         load_recipe(path)
     path.write_text(text.replace(line, f"    model: org/name\n    revision: {'a1' * 20}"))
     assert load_recipe(path).shared.student.revision == "a1" * 20
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"grid": {"learning_rate": []}}, "'grid.learning_rate' must be a list that is not empty"),
-        ({"grid": {"learning_rate": [1e-3], "beta": [0.1]}}, "fixes `beta`, which the grid varies"),
-        ({"base": "DPO"}, "which the grid expands to several rows"),
-    ],
-)
-def test_a_grid_that_contradicts_the_recipe_is_refused_before_anything_runs(
-    change: dict[str, Any], message: str, tmp_path: Path
-) -> None:
-    recipe = yaml.safe_load(shipped_recipes()["testbed-tuning"].read_text())
-    recipe["tables"]["trials"] |= {key: value for key, value in change.items() if key == "base"}
-    recipe |= {key: value for key, value in change.items() if key == "grid"}
-    path = tmp_path / "recipe.yaml"
-    path.write_text(yaml.safe_dump(recipe))
-    with pytest.raises(UserError, match=message):
-        load_recipe(path)
-
-
-def test_a_grid_gives_every_run_every_point() -> None:
-    from ctpd.pipeline.runs import expand
-
-    recipe = load_recipe("testbed-tuning")
-    expanded = expand(recipe)
-    assert len(expanded) == len(recipe.runs) * len(recipe.grid["learning_rate"])
-    assert expanded["DPO: learning_rate 0.003"].tuned == {"beta": 0.1, "learning_rate": 0.003}
 
 
 def test_construction_in_code_is_as_strict() -> None:

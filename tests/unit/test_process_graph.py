@@ -5,14 +5,16 @@ import sys
 import threading
 import time
 from collections import Counter
+from collections.abc import Sequence
 from io import StringIO
 from pathlib import Path
 
 import pytest
 
+from ctpd.core.errors import NotFinite
 from ctpd.core.store import Store
 from ctpd.pipeline.build import build_missing
-from ctpd.pipeline.graph import Graph
+from ctpd.pipeline.graph import FAILED, Graph
 from ctpd.pipeline.progress import Progress
 from ctpd.pipeline.runtime import Runtime
 from ctpd.pipeline.stage import Stage, Work
@@ -140,3 +142,51 @@ def test_a_failure_in_one_process_ends_all_of_a_launch(store: Store) -> None:
     assert done.returncode != 0
     assert "ValueError: the second process fails" in done.stderr
     assert not store.artifacts()
+
+
+def _diverging(name: str, *inputs: Stage) -> Stage:
+    def build(stage: Stage, work: Work) -> None:
+        raise NotFinite("the loss is not finite")
+
+    return small_stage(name, build, *inputs)
+
+
+def _choice(name: str, *inputs: Stage, attempts: Sequence[Stage]) -> Stage:
+    """A stage that can do without those of its inputs that fail, and writes how many it was given."""
+
+    def build(stage: Stage, work: Work) -> None:
+        (work.folder / "given").write_text(str(len(work.folders)))
+
+    made = small_stage(name, build, *inputs)
+    object.__setattr__(made, "attempts", lambda: iter(attempts))
+    return made
+
+
+def test_an_attempt_that_is_not_finite_fails_alone_with_what_reads_it(store: Store) -> None:
+    built: list[tuple[str, int]] = []
+    lost = _diverging("lost")
+    reader, good = sleepy("reader", built, lost), sleepy("good", built)
+    graph = Graph([_choice("choice", reader, good, attempts=[lost, reader, good])])
+    run(store, graph)
+    assert [name for name, _ in built] == ["good"]
+    assert (store.open("choice", graph.targets[0].key) / "given").read_text() == "1"
+    assert graph.missing(store) == []
+    assert {line.label for line in graph.plan(store) if line.failed} == {"lost", "reader"}
+    assert store.has(FAILED, lost.key)
+    assert not store.partials()
+
+
+def test_what_is_not_finite_outside_of_attempts_stops_the_build(store: Store) -> None:
+    lost = _diverging("lost")
+    with pytest.raises(NotFinite):
+        run(store, Graph([lost]))
+    assert not store.has(FAILED, lost.key)
+    with pytest.raises(NotFinite):  # only the reader may fail
+        run(store, Graph([_choice("choice", lost, attempts=[])]))
+
+
+def test_a_failed_attempt_is_tried_again_by_a_graph_that_needs_it(store: Store) -> None:
+    lost = _diverging("lost")
+    run(store, Graph([_choice("choice", lost, attempts=[lost])]))
+    with pytest.raises(NotFinite):
+        run(store, Graph([lost]))

@@ -104,9 +104,6 @@ CONTRADICTIONS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "rate in params": ({"runs.DPO.params": {"learning_rate": 1e-3}}, ("'runs.DPO.params' holds `learning_rate`",)),
     "no rate": ({"runs.DPO.tuned": {"beta": 0.1}}, ("'runs.DPO.tuned' lacks `learning_rate`")),
     "given twice": ({"runs.CTPD.params": {"beta": 0.2}}, ("'runs.CTPD' gives `beta` twice", "in `params` and in `tuned`")),
-    "grid value twice": ({"ablations": None, "tables.weights": None, "tables.reference": None, "grid": {"k": [1, 2, 1.0]}}, ("'grid.k' holds a value twice",)),
-    "trial and untrained": ({"ablations": None, "tables.weights": None, "tables.reference": None, "tables.main.base": None, "grid": {"k": [1, 2]}, "untrained.CTPD: k 2": "student"}, ("two rows have the name 'CTPD: k 2'",)),
-    "grid and ablations": ({"grid": {"k": [1.0]}}, ("a `grid` or `ablations`, not both",)),
     "ablated learning rate": ({"ablations.weights": {"base": "CTPD", "field": "learning_rate", "values": {"Origin": 0}}}, ("'ablations.weights.values.Origin' must be a number above 0",)),
     "ablation of nothing": ({"ablations.weights.base": "CTP"}, ("names no run: 'CTP'", "Did you mean 'CTPD'?")),
     "row of an ablation": ({"runs.weights: Origin": {"method": "dpo", "tuned": {"learning_rate": 1e-3}}}, ("two rows have the name 'weights: Origin'", "'ablations.weights.values.Origin'")),
@@ -160,33 +157,16 @@ def test_an_ablation_of_an_unknown_field_is_refused_when_the_plan_is_made(tmp_pa
 def test_a_run_with_a_wrong_parameter_is_named_with_its_line(tmp_path: Path) -> None:
     from ctpd.app import Experiment
 
-    for name, old, new in [
-        (
-            "testbed-smoke",
-            "{method: dpo, tuned: {learning_rate: 1e-3, beta: 0.1}}",
-            "{method: uld, params: {top_k: 0}, tuned: {learning_rate: 1e-3}}",
-        ),
-        ("testbed-tuning", "{method: uld}", "{method: uld, params: {top_k: 0}}"),
-    ]:
-        text = shipped_recipes()[name].read_text(encoding="utf-8").replace(old, new)
-        path = tmp_path / f"{name}.yaml"
-        path.write_text(text, encoding="utf-8")
-        line = next(n for n, line in enumerate(text.splitlines(), start=1) if "top_k: 0" in line)
-        with pytest.raises(
-            UserError, match=rf"line {line}, run '.*: 'top_k' must be a whole number of at least 1, and is 0"
-        ):
-            Experiment(path)
-
-
-def test_grid_values_that_agree_in_six_digits_are_trials_of_their_own(load: Load) -> None:
-    grid = {"learning_rate": [1e-3, 1.0000001e-3], "k": [1, 2]}
-    drop = dict.fromkeys(["ablations", "tables.weights", "tables.reference", "tables.main.base"])
-    bare = {f"runs.{name}.tuned": {"beta": 0.1} for name in ("DPO", "TIS-DPO", "CTPD")}
-    runs = expand(load({**drop, **bare, "grid": grid}))
-    assert len(runs) == 3 * 4
-    assert "CTPD: learning_rate 0.001, k 1" in runs
-    assert runs["CTPD: learning_rate 0.0010000001, k 2"].tuned == {"beta": 0.1, "learning_rate": 1.0000001e-3, "k": 2}
-    assert isinstance(runs["CTPD: learning_rate 0.001, k 2"].tuned["k"], int)
+    old = "{method: dpo, tuned: {learning_rate: 1e-3, beta: 0.1}}"
+    new = "{method: uld, params: {top_k: 0}, tuned: {learning_rate: 1e-3}}"
+    text = shipped_recipes()["testbed-smoke"].read_text(encoding="utf-8").replace(old, new)
+    path = tmp_path / "mine.yaml"
+    path.write_text(text, encoding="utf-8")
+    line = next(n for n, line in enumerate(text.splitlines(), start=1) if "top_k: 0" in line)
+    with pytest.raises(
+        UserError, match=rf"line {line}, run '.*: 'top_k' must be a whole number of at least 1, and is 0"
+    ):
+        Experiment(path)
 
 
 def test_a_phase_trains_by_its_schedule_alone() -> None:

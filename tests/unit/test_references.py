@@ -37,7 +37,7 @@ def test_an_adapter_refers_to_the_pinned_base() -> None:
 
 
 def test_an_evaluation_from_a_mirror_is_keyed_by_the_documents_it_reads(tmp_path: Path) -> None:
-    from ctpd.app import evaluation_stage
+    from ctpd.pipeline.evaluations import evaluation_stage
     from ctpd.recipe import EvaluationSpec
     from harness.suites import load_suite
 

@@ -10,6 +10,7 @@ from ctpd.core.config import to_plain
 from ctpd.pipeline.methods import Method
 from ctpd.pipeline.runtime import provenance
 from ctpd.pipeline.stage import Part, Stage, Work
+from ctpd.pipeline.stages.choice import ChoiceStage
 from ctpd.pipeline.stages.evaluate import EvaluateStage
 from ctpd.pipeline.stages.generate import GenerateStage
 from ctpd.pipeline.stages.pairs import PairsStage
@@ -58,16 +59,19 @@ class RecordStage(Stage):
     generated: GenerateStage | None = None
     training: TrainStage | PretrainStage | None = None
     weights: WeightsStage | None = None
+    choice: ChoiceStage | None = None
 
     def build(self, work: Work) -> None:
         """Collect the results and write the record."""
         origin = {**provenance(work.runtime), "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
+        evaluation = {column: stage.result(work) for column, stage in self.evaluations.items()}
         Record(
             **dict(self.head.record),
             training=self._training(work),
             weights=None if self.weights is None else self.weights.summary(work),
             data=self._data(work),
-            evaluation={column: stage.result(work) for column, stage in self.evaluations.items()},
+            evaluation=evaluation,
+            tuning=None if self.choice is None else self.choice.tuning(work, measured=evaluation.values()),
             provenance=Provenance.model_validate_json(json.dumps(to_plain(origin))),
         ).write(work.folder / RECORD)
 
