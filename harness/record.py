@@ -215,6 +215,25 @@ class DocumentScore(NamedTuple):
     score: Number
 
 
+class Health(Config):
+    """What the generated answers of a column are like, whatever they score (``harness.health.measure``).
+
+    Attributes:
+        answers: their number.
+        ended: share that ended by itself, with a stop string or an end token before the task's limit of tokens; None where
+            the backend does not say.
+        in_form: share in the expected form; None where the column has none.
+        characters: mean length, without the stop string.
+        repeated: mean share of an answer's 4-grams of words that occurred in it before.
+    """
+
+    answers: int
+    ended: float | None
+    in_form: float | None
+    characters: float
+    repeated: float
+
+
 class ColumnResult(Config):
     """One model on one column of a suite. Scores are fractions, not percentages.
 
@@ -227,6 +246,7 @@ class ColumnResult(Config):
         truncated: requests that were longer and lost their beginning; None where the backend does not say.
         unshared: why requests with a common context did not share its computation; None where they did.
         seconds: of the evaluation, loading of the model not included.
+        health: of the generated answers; None for a column that generates none, and in older records.
     """
 
     protocol: Protocol
@@ -239,11 +259,19 @@ class ColumnResult(Config):
     truncated: int | None
     unshared: str | None
     seconds: float
+    health: Health | None = None
 
     @property
     def is_finite(self) -> bool:
         """Whether the score, and that of every document, is a number."""
         return self.value is not None and all(document.score is not None for document in self.documents)
+
+
+class Unmeasured(Config):
+    """A column that a model cannot be measured on, whatever is tried again: why, and what would mend it."""
+
+    reason: str
+    fix: str | None
 
 
 class Sharding(Config):
@@ -308,6 +336,7 @@ class Record(RecordHead):
         training: of the row's model; of an untrained row its SFT, None where that was ready-made.
         weights: None for a method without importance weights.
         evaluation: by the column's name, in the suite's order.
+        unmeasured: why the other columns of the suite cannot be measured on the row's model.
     """
 
     model_config = ConfigDict(validate_by_name=True, validate_by_alias=True, serialize_by_alias=True)
@@ -317,6 +346,7 @@ class Record(RecordHead):
     weights: WeightsSummary | None
     data: DataSummary
     evaluation: Mapping[str, ColumnResult]
+    unmeasured: Mapping[str, str] = {}
     provenance: Provenance
 
     @property

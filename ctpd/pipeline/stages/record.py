@@ -16,7 +16,7 @@ from ctpd.pipeline.stages.pairs import PairsStage
 from ctpd.pipeline.stages.pretrain import PretrainStage
 from ctpd.pipeline.stages.train import TrainStage
 from ctpd.pipeline.stages.weights import WeightsStage
-from harness.record import DataSummary, Provenance, Record, RecordHead, TrainingSummary
+from harness.record import ColumnResult, DataSummary, Provenance, Record, RecordHead, TrainingSummary, Unmeasured
 
 RECORD = "record.json"
 
@@ -61,13 +61,15 @@ class RecordStage(Stage):
 
     def build(self, work: Work) -> None:
         """Collect the results and write the record."""
+        results = {column: stage.result(work) for column, stage in self.evaluations.items()}
         origin = {**provenance(work.runtime), "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
         Record(
             **dict(self.head.record),
             training=self._training(work),
             weights=None if self.weights is None else self.weights.summary(work),
             data=self._data(work),
-            evaluation={column: stage.result(work) for column, stage in self.evaluations.items()},
+            evaluation={name: one for name, one in results.items() if isinstance(one, ColumnResult)},
+            unmeasured={name: one.reason for name, one in results.items() if isinstance(one, Unmeasured)},
             provenance=Provenance.model_validate_json(json.dumps(to_plain(origin))),
         ).write(work.folder / RECORD)
 
