@@ -53,11 +53,20 @@ class Endings:
 
 
 def watched_vllm(lm: Any) -> Endings:
-    """Count the endings of the answers that vLLM generates from now on, by the reasons that it gives."""
-    endings, usual = Endings(), lm._model_generate
+    """Count the endings of the answers that vLLM generates from now on, by the reasons that it gives.
 
-    def generate(*args: Any, **options: Any) -> Any:
-        outputs = usual(*args, **options)
+    It also refuses answers that do not fit into the model's context, of which lm-eval would cut the prompt by a negative number
+    of tokens.
+    """
+    endings, generate_text, generate_tokens = Endings(), lm.generate_until, lm._model_generate
+
+    def texts(requests: list[Instance], **options: Any) -> Any:
+        for request in requests:
+            room_for_prompt(lm.max_length, normalize_gen_kwargs(request.args[1], lm.max_gen_toks)["max_gen_toks"])
+        return generate_text(requests, **options)
+
+    def tokens(*args: Any, **options: Any) -> Any:
+        outputs = generate_tokens(*args, **options)
         if options.get("generate", False):
             for output in outputs:
                 reason = getattr(output.outputs[0], "finish_reason", None)
@@ -65,8 +74,23 @@ def watched_vllm(lm: Any) -> Endings:
                     endings.add(ended=reason == "stop")
         return outputs
 
-    lm._model_generate = generate
+    lm.generate_until, lm._model_generate = texts, tokens
     return endings
+
+
+def room_for_prompt(max_length: int, max_answer: int) -> int:
+    """The tokens of a model's length that an answer of ``max_answer`` tokens leaves for the prompt.
+
+    Raises:
+        Unmeasurable: none.
+    """
+    if max_length > max_answer:
+        return max_length - max_answer
+    raise Unmeasurable(
+        f"the model's length of {max_length} tokens leaves no room for a prompt before the {max_answer} tokens that "
+        "the task generates",
+        fix="Evaluate a model with a longer context, or lower `max_gen_toks` in the task's file",
+    )
 
 
 def open_vllm(
@@ -178,13 +202,7 @@ class SharedContextLM(HFLM):  # type: ignore[misc]  # lm-eval has no types
         self._encode_ahead([request.args[0] for request in requests])
         settings = [normalize_gen_kwargs(request.args[1], self.max_gen_toks) for request in requests]
         for (context, _), options in zip((request.args for request in requests), settings, strict=True):
-            room = self.max_length - options["max_gen_toks"]
-            if room <= 0:
-                raise Unmeasurable(
-                    f"the model's length of {self.max_length} tokens leaves no room for a prompt before the "
-                    f"{self.max_length - room} tokens that the task generates",
-                    fix="Evaluate a model with a longer context, or lower `max_gen_toks` in the task's file",
-                )
+            room = room_for_prompt(self.max_length, options["max_gen_toks"])
             self.num_truncated += len(self.tok_encode(context)) > room
         own = getattr(self.model, "generation_config", None)
         if self._branching is None or not is_plainly_greedy(own) or not all(map(_plain, settings)):

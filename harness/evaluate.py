@@ -23,12 +23,13 @@ from transformers import PreTrainedTokenizerBase
 from ctpd.core.errors import UserError
 from ctpd.core.temporary import TemporaryFolder
 from ctpd.text.limited import LimitReached, interrupted, limited
+from harness.answers import Health
 from harness.backends import Endings, SharedContextLM, open_vllm, watched_vllm
 from harness.finite import finite_logits, refuse_non_finite
 from harness.generations import health_of
 from harness.isolation import Progress, compiled_templates, dataset_cache, quiet, sandboxed_templates, seeded, shown
 from harness.loading import SEEDS, datasets_of, find_task, load_tasks
-from harness.record import ColumnResult, DocumentScore, Health, Protocol
+from harness.record import ColumnResult, DocumentScore, Protocol
 from harness.suites import Column
 from harness.task_files import TaskFiles, task_files
 

@@ -5,9 +5,9 @@ from typing import Any
 
 from ctpd.core.errors import UserError
 from ctpd.text.limited import LimitReached, interrupted
+from harness.answers import Health
 from harness.backends import Endings
 from harness.health import matches, measure
-from harness.record import Health
 from harness.suites import Column
 
 Samples = Mapping[str, Sequence[Mapping[str, Any]]]

@@ -9,7 +9,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from harness.record import Health, Record
+from harness.answers import Health
+from harness.record import Record
 
 FALL = 0.1
 """A share may be worse than the start's by so much."""

@@ -16,6 +16,7 @@ from pydantic import BeforeValidator, ConfigDict, Field, JsonValue, ValidationEr
 from ctpd.core.config import Config
 from ctpd.core.errors import UserError
 from ctpd.core.roles import Phase, Role
+from harness.answers import Health
 
 SCHEMA = 2
 
@@ -215,25 +216,6 @@ class DocumentScore(NamedTuple):
     score: Number
 
 
-class Health(Config):
-    """What the generated answers of a column are like, whatever they score (``harness.health.measure``).
-
-    Attributes:
-        answers: their number.
-        ended: share that ended by itself, with a stop string or an end token before the task's limit of tokens; None where
-            the backend does not say.
-        in_form: share in the expected form; None where the column has none.
-        characters: mean length, without the stop string.
-        repeated: mean share of an answer's 4-grams of words that occurred in it before.
-    """
-
-    answers: int
-    ended: float | None
-    in_form: float | None
-    characters: float
-    repeated: float
-
-
 class ColumnResult(Config):
     """One model on one column of a suite. Scores are fractions, not percentages.
 
@@ -265,13 +247,6 @@ class ColumnResult(Config):
     def is_finite(self) -> bool:
         """Whether the score, and that of every document, is a number."""
         return self.value is not None and all(document.score is not None for document in self.documents)
-
-
-class Unmeasured(Config):
-    """A column that a model cannot be measured on, whatever is tried again: why, and what would mend it."""
-
-    reason: str
-    fix: str | None
 
 
 class Sharding(Config):

@@ -11,7 +11,8 @@ from ctpd.core.errors import UserError
 from ctpd.core.printing import json_text
 
 if TYPE_CHECKING:
-    from harness.record import ColumnResult, Unmeasured
+    from harness.answers import Unmeasured
+    from harness.record import ColumnResult
 
     Results = Mapping[str, Mapping[str, ColumnResult | Unmeasured]]
     """By the model's title and the column's name."""
@@ -44,7 +45,7 @@ def refuse_unmeasured(results: "Results") -> None:
     """
     if HELPER in os.environ:  # the command that it helps says so
         return
-    from harness.record import Unmeasured
+    from harness.answers import Unmeasured
 
     lost: dict[Unmeasured, dict[str, dict[str, None]]] = {}
     for title, measured in results.items():
@@ -81,7 +82,7 @@ def _table(results: "Results") -> str:
 
 def _score(result: "ColumnResult | Unmeasured") -> tuple[str, str, str]:
     """Score and standard error in percent, and the documents that they come from."""
-    from harness.record import Unmeasured
+    from harness.answers import Unmeasured
 
     if isinstance(result, Unmeasured):
         return "not measured", NOTHING, NOTHING

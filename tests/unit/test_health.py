@@ -8,10 +8,11 @@ import pandas as pd
 import pytest
 
 from ctpd.core.errors import UserError
+from harness.answers import Health
 from harness.contents import by_run, contents
 from harness.formats import FORMATS, frame
 from harness.health import faults, health_table, matches, measure, repeated
-from harness.record import Health, Record
+from harness.record import Record
 from harness.report import report
 from harness.sheet import Table, TableSpec
 from harness.suites import load_suite

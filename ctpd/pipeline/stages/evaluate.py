@@ -15,7 +15,8 @@ from ctpd.core.userfiles import user_path
 from ctpd.pipeline.references import LocatedModel, Model, cached_digest, check_unchanged
 from ctpd.pipeline.stage import Part, Stage, Work
 from ctpd.pipeline.stages.world import WorldStage
-from harness.record import ColumnResult, Unmeasured
+from harness.answers import Unmeasured
+from harness.record import ColumnResult
 from harness.suites import Column
 from harness.task_files import task_files
 

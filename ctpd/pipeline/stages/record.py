@@ -16,7 +16,8 @@ from ctpd.pipeline.stages.pairs import PairsStage
 from ctpd.pipeline.stages.pretrain import PretrainStage
 from ctpd.pipeline.stages.train import TrainStage
 from ctpd.pipeline.stages.weights import WeightsStage
-from harness.record import ColumnResult, DataSummary, Provenance, Record, RecordHead, TrainingSummary, Unmeasured
+from harness.answers import Unmeasured
+from harness.record import ColumnResult, DataSummary, Provenance, Record, RecordHead, TrainingSummary
 
 RECORD = "record.json"
 

@@ -6,14 +6,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from lm_eval.api.instance import Instance
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from ctpd.core.errors import Unmeasurable, UserError
 from harness import generations
+from harness.answers import Health
 from harness.backends import watched_vllm
 from harness.evaluate import Documents, evaluate_column
 from harness.health import repeated
-from harness.record import Health
 from harness.suites import Column
 from tests.unit.evaluation.test_evaluate_scores import stock
 
@@ -92,16 +93,42 @@ def test_multiple_choice_has_no_health(
     assert result.health is None
 
 
+class FakeVLLM:
+    """What lm-eval's class for vLLM has of interest here."""
+
+    max_length, max_gen_toks = 64, 16
+
+    def __init__(self, reasons: list[str | None]) -> None:
+        self.reasons = reasons
+
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
+        self._model_generate(requests=requests, generate=True)
+        return ["text"] * len(requests)
+
+    def _model_generate(self, requests: list[Any], generate: bool = False) -> list[Any]:
+        return [types.SimpleNamespace(outputs=[types.SimpleNamespace(finish_reason=reason)]) for reason in self.reasons]
+
+
+def asked(max_gen_toks: int, number: int = 3) -> list[Instance]:
+    return [
+        Instance("generate_until", {}, ("Q", {"until": ["x"], "max_gen_toks": max_gen_toks}), i) for i in range(number)
+    ]
+
+
 @pytest.mark.parametrize(("reasons", "ended"), [(["stop", "length", "stop"], 2), (["stop", None, "stop"], None)])
 def test_vllm_says_how_its_answers_ended_or_nothing_is_claimed(reasons: list[str | None], ended: int | None) -> None:
-    def generate(requests: list[str], generate: bool = False) -> list[Any]:
-        return [types.SimpleNamespace(outputs=[types.SimpleNamespace(finish_reason=reason)]) for reason in reasons]
-
-    lm = types.SimpleNamespace(_model_generate=generate)
+    lm = FakeVLLM(reasons)
     endings = watched_vllm(lm)
     lm._model_generate(requests=["log-probabilities of a choice"])
-    lm._model_generate(requests=["a", "b", "c"], generate=True)
+    assert lm.generate_until(asked(16)) == ["text"] * 3
     assert endings.of(3) == ended
+
+
+def test_vllm_is_asked_for_no_answer_that_leaves_no_room_for_the_prompt() -> None:
+    lm = FakeVLLM([])
+    watched_vllm(lm)
+    with pytest.raises(Unmeasurable, match="length of 64 tokens leaves no room"):
+        lm.generate_until(asked(64))
 
 
 def test_a_form_that_takes_forever_is_refused(
