@@ -17,7 +17,7 @@ from lm_eval.models.utils import handle_stop_sequences, has_bos_prefix, normaliz
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from ctpd.core.errors import UserError
+from ctpd.core.errors import Unmeasurable, UserError
 from ctpd.decoding import MaskedModel, Unsupported, end_tokens, greedy_tokens, is_plainly_greedy
 from ctpd.probes import same_logits
 from harness.branching import BranchingModel, choices
@@ -29,6 +29,68 @@ ENCODED_AT_ONCE = 1024
 
 WORTHWHILE = 0.9
 """Requests are computed as trees if that takes at most this share of the tokens."""
+
+
+class Endings:
+    """How many generated answers ended by themselves, with a stop string or an end token before the limit of tokens.
+
+    Attributes:
+        answers: those of which it is known.
+        ended: those of them that did.
+    """
+
+    def __init__(self) -> None:
+        self.answers = self.ended = 0
+
+    def add(self, *, ended: bool) -> None:
+        """Count one answer."""
+        self.answers += 1
+        self.ended += ended
+
+    def of(self, answers: int) -> int | None:
+        """How many of so many ended; None where it is not known of all."""
+        return self.ended if self.answers == answers else None
+
+
+def watched_vllm(lm: Any) -> Endings:
+    """Count the endings of the answers that vLLM generates from now on, by the reasons that it gives.
+
+    It also refuses answers that do not fit into the model's context, of which lm-eval would cut the prompt by a negative number
+    of tokens.
+    """
+    endings, generate_text, generate_tokens = Endings(), lm.generate_until, lm._model_generate
+
+    def texts(requests: list[Instance], **options: Any) -> Any:
+        for request in requests:
+            room_for_prompt(lm.max_length, normalize_gen_kwargs(request.args[1], lm.max_gen_toks)["max_gen_toks"])
+        return generate_text(requests, **options)
+
+    def tokens(*args: Any, **options: Any) -> Any:
+        outputs = generate_tokens(*args, **options)
+        if options.get("generate", False):
+            for output in outputs:
+                reason = getattr(output.outputs[0], "finish_reason", None)
+                if reason is not None:
+                    endings.add(ended=reason == "stop")
+        return outputs
+
+    lm.generate_until, lm._model_generate = texts, tokens
+    return endings
+
+
+def room_for_prompt(max_length: int, max_answer: int) -> int:
+    """The tokens of a model's length that an answer of ``max_answer`` tokens leaves for the prompt.
+
+    Raises:
+        Unmeasurable: none.
+    """
+    if max_length > max_answer:
+        return max_length - max_answer
+    raise Unmeasurable(
+        f"the model's length of {max_length} tokens leaves no room for a prompt before the {max_answer} tokens that "
+        "the task generates",
+        fix="Evaluate a model with a longer context, or lower `max_gen_toks` in the task's file",
+    )
 
 
 def open_vllm(
@@ -86,6 +148,7 @@ class SharedContextLM(HFLM):  # type: ignore[misc]  # lm-eval has no types
             pretrained=model, tokenizer=copy.deepcopy(tokenizer), batch_size=batch_size, softmax_dtype="float32"
         )
         self.num_truncated = 0
+        self.endings = Endings()
         self.unshared: str | None = None
         self._progress = progress
         self._longest_continuation = 0
@@ -139,13 +202,7 @@ class SharedContextLM(HFLM):  # type: ignore[misc]  # lm-eval has no types
         self._encode_ahead([request.args[0] for request in requests])
         settings = [normalize_gen_kwargs(request.args[1], self.max_gen_toks) for request in requests]
         for (context, _), options in zip((request.args for request in requests), settings, strict=True):
-            room = self.max_length - options["max_gen_toks"]
-            if room <= 0:
-                raise UserError(
-                    f"the model's length of {self.max_length} tokens leaves no room for a prompt before the "
-                    f"{self.max_length - room} tokens that the task generates",
-                    fix="Evaluate a model with a longer context, or lower `max_gen_toks` in the task's file",
-                )
+            room = room_for_prompt(self.max_length, options["max_gen_toks"])
             self.num_truncated += len(self.tok_encode(context)) > room
         own = getattr(self.model, "generation_config", None)
         if self._branching is None or not is_plainly_greedy(own) or not all(map(_plain, settings)):
@@ -175,9 +232,19 @@ class SharedContextLM(HFLM):  # type: ignore[misc]  # lm-eval has no types
                 cut = [prompts[index][-(self.max_length - room) :] for index in batch]
                 found = greedy_tokens(model, cut, room=[room] * len(batch), finished=finished)
                 for index, tokens in zip(batch, found, strict=True):
+                    self.endings.add(ended=finished(tokens))
                     texts[index] = postprocess_generated_text(self.tok_decode(tokens), until, None)
                     self.cache_hook.add_partial("generate_until", requests[index].args, texts[index])
         return texts
+
+    def _model_generate(self, context: Tensor, max_length: int, stop: list[str], **generation_kwargs: Any) -> Tensor:
+        """lm-eval's, for models and settings that `_generate` does not take; the endings are read off its tokens."""
+        found: Tensor = super()._model_generate(context, max_length, stop, **generation_kwargs)
+        ends = end_tokens(getattr(self.model, "generation_config", None)) | {self.eot_token_id}
+        for tokens in found[:, context.shape[1] :].tolist():
+            text = self.tok_decode(tokens)
+            self.endings.add(ended=not ends.isdisjoint(tokens) or any(one in text for one in stop))
+        return found
 
     def _finish(self, until: Sequence[str]) -> Callable[[list[int]], bool]:
         """Whether a row ends: at the model's end token, or where its last tokens read as a stop string (as in lm-eval)."""

@@ -105,7 +105,8 @@ def by_run(records: Sequence[Record]) -> dict[str, list[Record]]:
 
 def _table_section(number: int, table: Table) -> TableSection:
     compared = [row for row in table.rows if row.difference is not None and row.differences is not None]
-    estimates = {name: [_estimate(row, name) for row in compared] for name in (AVERAGE, *table.columns)}
+    measured = [name for name in table.columns if all(name in (row.differences or {}) for row in compared)]
+    estimates = {name: [_estimate(row, name) for row in compared] for name in (AVERAGE, *measured)}
     forests = []
     if compared:
         unit = f"difference to {table.base_label}, percentage points"

@@ -23,8 +23,10 @@ from transformers import PreTrainedTokenizerBase
 from ctpd.core.errors import UserError
 from ctpd.core.temporary import TemporaryFolder
 from ctpd.text.limited import LimitReached, interrupted, limited
-from harness.backends import SharedContextLM, open_vllm
+from harness.answers import Health
+from harness.backends import Endings, SharedContextLM, open_vllm, watched_vllm
 from harness.finite import finite_logits, refuse_non_finite
+from harness.generations import health_of
 from harness.isolation import Progress, compiled_templates, dataset_cache, quiet, sandboxed_templates, seeded, shown
 from harness.loading import SEEDS, datasets_of, find_task, load_tasks
 from harness.record import ColumnResult, DocumentScore, Protocol
@@ -68,6 +70,7 @@ class Scores(NamedTuple):
     num_docs: int
     num_total: int
     task_hash: str
+    health: Health | None
 
 
 class Computed(NamedTuple):
@@ -115,7 +118,7 @@ def evaluate_column(
             with quiet("lm_eval"):
                 lm = SharedContextLM(model, tokenizer, batch_size=batch_size, progress=report)
             check()  # its trials, before hours of evaluation
-            scores = score(lm, column, documents)
+            scores = score(lm, column, documents, lm.endings)
             check()
     finally:
         for module, training in modes:
@@ -160,13 +163,17 @@ def evaluate_with_vllm(
         revision=model.revision,
         tokenizer_revision=tokenizer_at.revision,
     )
-    scores = score(lm, column, documents)
+    scores = score(lm, column, documents, watched_vllm(lm))
     seconds = time.perf_counter() - start
     return _result(column, documents, scores, Computed("vllm", precision, None, lm.max_length, None, None, seconds))
 
 
-def score(lm: LM, column: Column, documents: Documents) -> Scores:
-    """Evaluate any lm-eval model on one column; raises as ``evaluate_column``."""
+def score(lm: LM, column: Column, documents: Documents, endings: Endings | None = None) -> Scores:
+    """Evaluate any lm-eval model on one column; raises as ``evaluate_column``.
+
+    Args:
+        endings: where the model counts how its answers end; None where it does not.
+    """
     _, limit, chat_template, allow_code = documents
     with seeded(torch.device(lm.device or "cpu"), seeds=SEEDS), quiet("lm_eval"):
         kept = _kept(column, data_root=documents.data_root, allow_code=allow_code)
@@ -206,6 +213,7 @@ def score(lm: LM, column: Column, documents: Documents) -> Scores:
         num_docs=sum(count["effective"] for count in counts),
         num_total=sum(count["original"] for count in counts),
         task_hash=_task_hash(samples),
+        health=health_of(samples, loaded["tasks"], column, endings),
     )
 
 
@@ -236,6 +244,7 @@ def _result(column: Column, documents: Documents, scores: Scores, computed: Comp
         truncated=computed.truncated,
         unshared=computed.unshared,
         seconds=round(computed.seconds, 3),
+        health=scores.health,
     )
 
 

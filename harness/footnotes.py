@@ -9,6 +9,7 @@ from harness.sheet import Row, TableSpec
 from harness.statistics import CONFIDENCE, DRAWS, LEAST_P, MIN_SEEDS
 
 PARTIAL_MARK = "†"
+UNHEALTHY_MARK = "§"
 
 
 def footnotes(
@@ -23,7 +24,9 @@ def footnotes(
         results: one evaluation of each column that some row has; equal in all comparable records.
     """
     yield from _partial(results)
+    yield from _unhealthy(rows)
     yield from _missing(rows)
+    yield from _unmeasured(records)
     yield from _seeds(rows)
     yield _scale(spec, rows)
     yield from _differences(spec, rows)
@@ -47,6 +50,22 @@ def _partial(results: Mapping[str, ColumnResult]) -> Iterator[str]:
         yield f"{PARTIAL_MARK} Partial: evaluated on a part of the documents ({', '.join(parts)})."
 
 
+def _unhealthy(rows: Sequence[Row]) -> Iterator[str]:
+    parts = [f"{row.label}: {', '.join(row.faults)}" for row in rows if row.faults]
+    if parts:
+        yield f"{UNHEALTHY_MARK} Unhealthy, whatever the score: {'; '.join(parts)}."
+
+
+def _unmeasured(records: Sequence[Record]) -> Iterator[str]:
+    """A sentence for each column and reason, with the rows."""
+    runs: dict[tuple[str, str], dict[str, None]] = {}
+    for record in records:
+        for column, reason in record.unmeasured.items():
+            runs.setdefault((column, reason), {})[record.run] = None
+    for (column, reason), names in runs.items():
+        yield f"Not measured: {column} on {', '.join(names)}, since {reason}. The Average of every row is without {column}."
+
+
 def _missing(rows: Sequence[Row]) -> Iterator[str]:
     parts = [f"{row.label} (all)" for row in rows if row.missing]
     parts += [f"{row.label} (seed {', '.join(map(str, row.missing_seeds))})" for row in rows if row.missing_seeds]
@@ -56,7 +75,7 @@ def _missing(rows: Sequence[Row]) -> Iterator[str]:
 
 
 def _incomplete(row: Row) -> bool:
-    return any(cell is None or cell.num_seeds < len(row.seeds) for cell in row.cells)
+    return any(cell is None or (cell.num_seeds < len(row.seeds) and not cell.unmeasured) for cell in row.cells)
 
 
 def _seeds(rows: Sequence[Row]) -> Iterator[str]:

@@ -11,7 +11,7 @@ import pandas as pd
 from ctpd.core.printing import one_line, printable, printable_lines
 from harness import html, latex
 from harness.files import file_stem
-from harness.footnotes import PARTIAL_MARK
+from harness.footnotes import PARTIAL_MARK, UNHEALTHY_MARK
 from harness.published import Published
 from harness.sheet import AVERAGE, Cell, Row, Table
 from harness.statistics import Interval
@@ -68,6 +68,7 @@ def frame(table: Table) -> pd.DataFrame:
             for seed, test in tests.items():
                 line[f"{name} McNemar p (Holm)" + ("" if seed is None else f", seed {seed}")] = test.p_value
         line["partial columns"] = " ".join(table.partial)
+        line["unhealthy"] = "; ".join(row.faults)
         lines.append(line)
     return pd.DataFrame(lines)
 
@@ -181,7 +182,8 @@ def _grid(table: Table) -> tuple[list[str], list[list[Styled]]]:
     header += ["Seeds"] if with_seeds else []
     rows = []
     for row in table.rows:
-        cells = [Styled(row.label), *(_score(cell, row) for cell in row.cells)]
+        label = f"{row.label} {UNHEALTHY_MARK}" if row.faults else row.label
+        cells = [Styled(label), *(_score(cell, row) for cell in row.cells)]
         if compared:
             p_value = p_text(row.p_value, is_bound=row.p_is_bound)
             cells += [Styled(percent_interval(row.difference)), Styled(p_value)]
@@ -194,6 +196,8 @@ def _grid(table: Table) -> tuple[list[str], list[list[Styled]]]:
 def _score(cell: Cell | None, row: Row) -> Styled:
     if cell is None:
         return Styled(MISSING)
+    if cell.unmeasured:
+        return Styled(NOTHING)
     if cell.mean is None:
         return Styled(NOT_FINITE)
     text = f"{100 * cell.mean:.2f}" + (f" ± {100 * cell.spread:.2f}" if cell.spread is not None else "")

@@ -15,6 +15,7 @@ from pydantic import ConfigDict, Field, JsonValue, ValidationError
 from ctpd.core.config import Config
 from ctpd.core.errors import UserError
 from ctpd.core.roles import Phase, Role
+from harness.answers import Health
 from harness.numbers import Number as Number
 from harness.tuning import Tuning
 
@@ -220,6 +221,7 @@ class ColumnResult(Config):
         truncated: requests that were longer and lost their beginning; None where the backend does not say.
         unshared: why requests with a common context did not share its computation; None where they did.
         seconds: of the evaluation, loading of the model not included.
+        health: of the generated answers; None for a column that generates none, and in older records.
     """
 
     protocol: Protocol
@@ -232,6 +234,7 @@ class ColumnResult(Config):
     truncated: int | None
     unshared: str | None
     seconds: float
+    health: Health | None = None
 
     @property
     def is_finite(self) -> bool:
@@ -302,6 +305,7 @@ class Record(RecordHead):
         weights: None for a method without importance weights.
         evaluation: by the column's name, in the suite's order.
         tuning: the trials that chose the row's values; None for a row that the recipe does not tune, and in older records.
+        unmeasured: why the other columns of the suite cannot be measured on the row's model.
     """
 
     model_config = ConfigDict(validate_by_name=True, validate_by_alias=True, serialize_by_alias=True)
@@ -312,6 +316,7 @@ class Record(RecordHead):
     data: DataSummary
     evaluation: Mapping[str, ColumnResult]
     tuning: Tuning | None = None
+    unmeasured: Mapping[str, str] = {}
     provenance: Provenance
 
     @property

@@ -11,6 +11,7 @@ from harness import html
 from harness.contents import Contents, by_run
 from harness.costs import cost_table
 from harness.formats import p_text, percent_interval
+from harness.health import health_table
 from harness.provenance import provenance_of
 from harness.record import Record
 from harness.search_table import tuning_view
@@ -41,6 +42,7 @@ def report(contents: Contents, records: Sequence[Record], *, title: str, about: 
         tuning=tuning_view(records),
         curves=contents.curves,
         weights=contents.weights,
+        health=health_table(by_run(records)),
         costs=cost_table(by_run(records)),
         provenance=provenance_of(records),
     )
@@ -62,6 +64,9 @@ def _summary(table: Table) -> Iterator[str]:
                 f"Difference to {table.base_label}: {percent_interval(row.difference)} points (95\N{NO-BREAK SPACE}%), "
                 f"p\N{NO-BREAK SPACE}{_equals(p_text(row.p_value, is_bound=row.p_is_bound))} after Holm's correction."
             )
+    unhealthy = [row.label for row in table.rows if row.faults]
+    if unhealthy:
+        yield f"Unhealthy answers: {', '.join(unhealthy)}, see below the table."
     if any(row.missing or row.missing_seeds for row in table.rows):
         yield "Some runs are missing: see below the table."
 

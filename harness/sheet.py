@@ -36,13 +36,15 @@ class TableSpec:
 class Cell(NamedTuple):
     """One score: mean over seeds, their standard deviation (None below two) and rank (1 best, 2 second, else None).
 
-    The mean is None where the score of a seed, or of a document, is not finite.
+    The mean is None where the score of a seed, or of a document, is not finite, and where the column cannot be measured on
+    the row's models (``unmeasured``).
     """
 
     mean: float | None
     spread: float | None
     num_seeds: int
     rank: int | None = None
+    unmeasured: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +59,8 @@ class Row:
     has too few samples to say how small), ``seed_difference`` over seed means,
     ``differences`` by column, and ``mcnemar`` by column and seed (0/1 scores only; p-values corrected over all of the
     table's tests).
+
+    ``faults`` says what is wrong with the answers that the row's models generate, a clause each (``harness.health.faults``).
     """
 
     label: str
@@ -71,11 +75,12 @@ class Row:
     p_is_bound: bool = False
     seed_difference: Interval | None = None
     mcnemar: Mapping[str, Mapping[int | None, McNemar]] | None = None
+    faults: tuple[str, ...] = ()
 
     @property
     def is_finite(self) -> bool:
         """Whether all measured scores are numbers."""
-        return all(cell is None or cell.mean is not None for cell in self.cells)
+        return all(cell is None or cell.mean is not None or cell.unmeasured for cell in self.cells)
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,5 +1,6 @@
 """Suites: which lm-eval tasks make the columns of a table, with which shots and metric (docs/method.md#suites)."""
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
@@ -24,7 +25,20 @@ def _names_a_filter(key: str) -> str:
     return key
 
 
+def _is_a_form(pattern: str) -> str:
+    try:
+        re.compile(pattern)
+    except (re.error, RecursionError, OverflowError) as error:
+        raise UserError(
+            f"the form is no regular expression: {error}", fix="Write one of Python's, for example `\\d+`"
+        ) from error
+    return pattern
+
+
 Metric = Annotated[str, AfterValidator(_names_a_filter)]
+
+
+Form = Annotated[Text, AfterValidator(_is_a_form)]
 
 
 class Column(Config):
@@ -46,6 +60,8 @@ class Column(Config):
     """Where the definition is, when that is neither this project's `harness/tasks` nor the folder of lm-eval's packaged tasks that has the task's name: a folder beside the suite's file, or one of lm-eval's."""
     datasets: tuple[Text, ...] = ()
     """The data sets that the task reads, by their names on the hub; their files in a mirror are part of a result's identity. Without them the whole mirror is."""
+    form: Form | None = None
+    """The expected form of a generated answer: a regular expression of Python's over the whole text, without the white space around it. Left out, an answer has it if the filter of `metric` finds something in it."""
 
 
 class Suite(Config):

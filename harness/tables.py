@@ -13,6 +13,7 @@ from ctpd.core.config import nearest
 from ctpd.core.errors import UserError
 from harness.comparability import check_comparable
 from harness.footnotes import footnotes
+from harness.health import faults, start_of
 from harness.published import load_published
 from harness.record import ColumnResult, Record
 from harness.sheet import Cell, Row, Table, TableSpec
@@ -55,7 +56,7 @@ def build_tables(
         raise UserError("there are no records to make tables of", fix="Run the recipe first: `ctpd run RECIPE`")
     check_comparable(records)
     if columns is None:
-        columns = tuple({name: None for record in records for name in record.evaluation})
+        columns = tuple({name: None for record in records for name in (*record.evaluation, *record.unmeasured)})
     if seeds is None:
         seeds = sorted({record.seed for record in records if record.seed is not None})
     runs: dict[str, dict[int | None, Record]] = {}
@@ -74,10 +75,15 @@ def build_table(runs: Runs, spec: TableSpec, *, columns: tuple[str, ...], seeds:
                 where=f"table '{spec.name}'",
                 fix=f"Name one of its rows: {', '.join(names)}",
             )
-    rows = [_row(label, run, runs.get(run, {}), columns=columns, seeds=seeds) for label, run in spec.rows]
-    rows = _with_differences(_with_ranks(rows, spec.unranked), runs, spec.base, columns)
-    published = load_published(spec.published) if spec.published is not None else None
     shown = [record for run in names for record in runs.get(run, {}).values()]
+    averaged = tuple(name for name in columns if not any(name in record.unmeasured for record in shown))
+    rows = [
+        _row(label, run, runs.get(run, {}), columns=columns, averaged=averaged, seeds=seeds) for label, run in spec.rows
+    ]
+    rows = _with_differences(_with_ranks(rows, spec.unranked), runs, spec.base, averaged)
+    start = start_of([record for records in runs.values() for record in records.values()])
+    rows = [replace(row, faults=faults(list(runs.get(row.run, {}).values()), start)) for row in rows]
+    published = load_published(spec.published) if spec.published is not None else None
     results = _one_result_each(shown, columns)
     return Table(
         spec=spec,
@@ -96,10 +102,19 @@ def _one_result_each(records: Sequence[Record], columns: Sequence[str]) -> dict[
 
 
 def _row(
-    label: str, run: str, records: Mapping[int | None, Record], *, columns: tuple[str, ...], seeds: tuple[int, ...]
+    label: str,
+    run: str,
+    records: Mapping[int | None, Record],
+    *,
+    columns: tuple[str, ...],
+    averaged: tuple[str, ...],
+    seeds: tuple[int, ...],
 ) -> Row:
-    cells = [_cell(list(_values(records, name).values())) for name in columns]
-    average = _cell(list(_averages(records, columns).values()))
+    """One row; its Average is over the columns that can be measured on the models of all rows."""
+    cells = [_cell(list(_values(records, name).values())) or _unmeasured(records, name) for name in columns]
+    average = _cell(list(_averages(records, averaged).values()))
+    if not averaged and records:
+        average = Cell(None, None, len(records), unmeasured=True)
     measured = tuple(sorted(records, key=lambda seed: (seed is not None, seed)))
     seedless = None in records
     return Row(
@@ -119,6 +134,12 @@ def _cell(values: Sequence[float]) -> Cell | None:
     if not np.isfinite(values).all():
         return Cell(None, None, len(values))
     return Cell(float(np.mean(values)), spread(values), len(values))
+
+
+def _unmeasured(records: Mapping[int | None, Record], column: str) -> Cell | None:
+    """The cell of a column that cannot be measured on the models of a row; None if it is just missing."""
+    number = sum(column in record.unmeasured for record in records.values())
+    return Cell(None, None, number, unmeasured=True) if number else None
 
 
 def _with_ranks(rows: Sequence[Row], unranked: Sequence[str]) -> list[Row]:
@@ -143,7 +164,7 @@ def _with_ranks(rows: Sequence[Row], unranked: Sequence[str]) -> list[Row]:
 
 def _with_differences(rows: Sequence[Row], runs: Runs, base: str | None, columns: tuple[str, ...]) -> list[Row]:
     """Add what compares each row with the base: intervals, p-values, and McNemar's tests."""
-    if base is None or base not in runs or not all(row.is_finite for row in rows if row.run == base):
+    if not columns or base is None or base not in runs or not all(row.is_finite for row in rows if row.run == base):
         return list(rows)
     base_scores = {name: _scores(runs[base], name) for name in columns}
     compared = []
@@ -195,7 +216,9 @@ def _seed_difference(
 
 
 def _averages(records: Mapping[int | None, Record], columns: tuple[str, ...]) -> dict[int | None, float]:
-    """The Average of every seed that has all columns."""
+    """The Average of every seed that has all of these columns."""
+    if not columns:
+        return {}
     values = [_values(records, name) for name in columns]
     return {
         seed: float(np.mean([of_column[seed] for of_column in values]))

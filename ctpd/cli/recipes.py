@@ -10,14 +10,16 @@ import click
 from ctpd.cli.execute import RUNNING, Flags, Wanted, execute, opened, prepared
 from ctpd.cli.launch import started_by_user
 from ctpd.cli.options import execution, given, refuse
+from ctpd.cli.scores import refuse_unmeasured, show_scores
 from ctpd.cli.tables import Shown, show_chosen, show_tables
 from ctpd.core.printing import command, json_text
 from ctpd.core.userfiles import exists, user_path
 
 if TYPE_CHECKING:
+    from ctpd.app import Experiment
+    from ctpd.cli.scores import Results
     from ctpd.core.store import Store
-    from ctpd.pipeline.stage import Stage
-    from harness.record import ColumnResult
+    from ctpd.pipeline.stages.evaluate import EvaluateStage
 
 _OF_A_MODEL = ("suite", "data_root", "precision", "batch_size", "chat_template")  # options of `eval --model` alone
 
@@ -38,7 +40,9 @@ def run(recipe: str, **values: Any) -> None:
         experiment.check_suite(store)
     wanted = Wanted.of(experiment, store, lambda chosen: chosen.records)
     if execute(wanted, store, experiment.recipe.launch, flags, project=experiment.recipe.name):
-        show_tables(experiment.decided(store), store, Shown(as_json=flags.as_json, main_only=True))
+        chosen = experiment.decided(store)
+        show_tables(chosen, store, Shown(as_json=flags.as_json, main_only=True))
+        refuse_unmeasured(_results(_evaluations(chosen), store))
 
 
 @click.command()
@@ -112,9 +116,7 @@ def evaluate(recipe: str | None, *, model: str | None, **values: Any) -> None:
         experiment, store, lambda chosen: [one for columns in chosen.evaluations.values() for one in columns.values()]
     )
     if execute(wanted, store, experiment.recipe.launch, flags, project=experiment.recipe.name):
-        chosen = experiment.decided(store)
-        named = {run.title: chosen.evaluations[i] for i, run in enumerate(chosen.runs)}
-        _print_scores(named, store, as_json=flags.as_json)
+        show_scores(_results(_evaluations(experiment.decided(store)), store), as_json=flags.as_json)
 
 
 def refuse_with_plan(flags: Flags) -> None:
@@ -213,35 +215,18 @@ def _show_or_copy(show: str | None, copy: str | None, to: Path | None) -> None:
     click.echo(f"Wrote {target}. Change it, and its name, then: {shlex.join(['ctpd', 'run', str(target), '--plan'])}")
 
 
-def _print_scores(named: "Mapping[str, Mapping[str, Stage]]", store: "Store", *, as_json: bool) -> None:
+def _evaluations(experiment: "Experiment") -> "dict[str, dict[str, EvaluateStage]]":
+    """The evaluations of each run, by its title."""
+    return {run.title: experiment.evaluations[number] for number, run in enumerate(experiment.runs)}
+
+
+def _results(named: "Mapping[str, Mapping[str, EvaluateStage]]", store: "Store") -> "Results":
     from ctpd.pipeline.stages.evaluate import read_result
 
-    scores = {
-        title: {name: read_result(store.open(s.kind, s.key)) for name, s in columns.items()}
+    return {
+        title: {name: read_result(store.open(stage.kind, stage.key)) for name, stage in columns.items()}
         for title, columns in named.items()
     }
-    if as_json:
-        values = {title: {name: one.value for name, one in columns.items()} for title, columns in scores.items()}
-        click.echo(json_text(values))
-        return
-    from ctpd.cli.terminal import rendered, table
-
-    rows = [
-        (title if first else "", name, *_score(result))
-        for title, columns in scores.items()
-        for first, (name, result) in zip([True, *[False] * len(columns)], columns.items(), strict=False)
-    ]
-    heads = ["model", "column", "score", "standard error", "documents"]
-    click.echo(rendered(table(heads, rows, right=(2, 3, 4))))
-
-
-def _score(result: "ColumnResult") -> tuple[str, str, str]:
-    """Score and standard error in percent, and the documents that they come from."""
-    error = "-" if result.stderr is None else f"{100 * result.stderr:.2f}"
-    documents = f"{result.protocol.num_docs:,}"
-    if result.limit is not None:
-        documents += f" of {result.protocol.num_total:,} (partial)"
-    return "not finite" if result.value is None else f"{100 * result.value:.2f}", error, documents
 
 
 def _evaluate_model(model: str, protocol: dict[str, Any], flags: Flags) -> None:
@@ -271,4 +256,4 @@ def _evaluate_model(model: str, protocol: dict[str, Any], flags: Flags) -> None:
     if not flags.plan and started_by_user():
         check_columns(missing, spec, store)
     if execute(Wanted(first=list(stages.values())), store, LaunchSpec(), flags):
-        _print_scores({model: stages}, store, as_json=flags.as_json)
+        show_scores(_results({model: stages}, store), as_json=flags.as_json)

@@ -43,6 +43,10 @@ class NotFinite(UserError):
     """A number that a model, a training or an evaluation gave is NaN or infinite: nothing is made of it."""
 
 
+class Unmeasurable(UserError):
+    """A column cannot be measured on a model, whatever is tried again: its answers do not fit into the model's context."""
+
+
 def _sentence(text: str) -> str:
     text = " ".join(text.split())
     return text if text.endswith((".", "!", "?", ":", "`")) else text + "."

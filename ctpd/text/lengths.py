@@ -3,7 +3,8 @@
 Shapes: N pairs; R = 2N rows, alternately the chosen and the rejected response of a pair; S spans of a row.
 """
 
-from collections.abc import Sequence
+import unicodedata
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -12,6 +13,9 @@ import numpy as np
 from ctpd.text.align import BatchedSpans, BoolArray, IntArray
 from ctpd.text.pairs import Message, Pair
 from ctpd.text.render import Encoded, TemplatedTokenizer
+
+NEARBY = 16
+"""How many longer ends of a prompt are tried beyond the one that a bisection finds."""
 
 
 class Fitted(NamedTuple):
@@ -39,9 +43,10 @@ def fit_prompts(
 ) -> Fitted:
     """Tokenize the pairs whose prompt has at most ``max_prompt_tokens`` tokens on both sides.
 
-    With ``cut`` a longer prompt loses characters, as few as possible, from the *start* of its last user message, so
-    that the question at its end stays; it is rendered again for both sides. A prompt that does not fit with one
-    character of that message left, or without ``cut`` does not fit, is left out.
+    With ``cut`` a longer prompt loses characters from the *start* of its last user message, so that the question at its
+    end stays: what is left is the longest end that fits and begins at a word, or, if no word fits, the longest that
+    fits; it is rendered again for both sides. A prompt that does not fit with one character of that message left, or
+    without ``cut`` does not fit, is left out.
     """
     budgets = np.full(len(pairs), max_prompt_tokens)
     current: list[Pair | None] = list(pairs)
@@ -111,29 +116,67 @@ def _shorten(
 ) -> list[Pair | None]:
     """Each pair with the longest last user message that fits its budget on both sides, or None if none fits.
 
-    A bisection over the number of characters, for all pairs at once.
+    Of ends that begin at a word the longest, and only where none fits, of all ends.
     """
-    fitting = np.zeros(len(pairs), dtype=np.int64)
-    too_many = np.array([len(pair.prompt[-1].content) for pair in pairs], dtype=np.int64) + 1
-    trial = too_many - 1  # first, the whole message
-    while (active := np.flatnonzero(too_many - fitting > 1)).size:
-        shorter = [_shortened(pairs[i], int(trial[i])) for i in active.tolist()]
+
+    def fit(tried: Sequence[tuple[int, int]]) -> BoolArray:
+        """Whether each ``(pair, first character)`` fits."""
+        shorter = [_shortened(pairs[i], start) for i, start in tried]
         names = _names(shorter, where)
         prompts = [pair.prompt for pair in shorter]
         num_tokens = np.maximum(*(side.prompt_tokens(side.frames(prompts, where=names)) for side in sides))
-        fits = num_tokens <= budgets[active]
-        fitting[active[fits]] = trial[active[fits]]
-        too_many[active[~fits]] = trial[active[~fits]]
-        trial = (fitting + too_many) // 2
-    return [_shortened(pair, num) if num else None for pair, num in zip(pairs, fitting.tolist(), strict=True)]
+        fits: BoolArray = num_tokens <= budgets[[i for i, _ in tried]]
+        return fits
+
+    messages = [pair.prompt[-1].content for pair in pairs]
+    whole = fit([(i, 0) for i in range(len(pairs))]) if pairs else np.zeros(0, dtype=bool)
+    found: list[int | None] = [0 if fits else None for fits in whole]
+    for starts in (word_starts, lambda text: list(range(len(text)))):
+        left = [i for i, start in enumerate(found) if start is None]
+        for i, start in zip(left, _first_fitting([starts(messages[i]) for i in left], left, fit), strict=True):
+            found[i] = start
+    return [None if start is None else _shortened(pair, start) for pair, start in zip(pairs, found, strict=True)]
 
 
-def _shortened(pair: Pair, num_characters: int) -> Pair:
-    """The pair with the last ``num_characters`` characters (at least one) of its last user message."""
+def _first_fitting(
+    starts: Sequence[Sequence[int]], rows: Sequence[int], fit: Callable[[Sequence[tuple[int, int]]], BoolArray]
+) -> list[int | None]:
+    """Of each row the first of its ascending starts that fits, or None; for all rows at once.
+
+    A bisection, and then the `NEARBY` starts before what it found: a shorter text may have more tokens, since it is
+    cut into others where it begins, but only by a few.
+    """
+    fitting, too_long = [len(of_row) for of_row in starts], [-1] * len(starts)
+    while active := [k for k in range(len(starts)) if fitting[k] - too_long[k] > 1]:
+        trial = [(k, (fitting[k] + too_long[k]) // 2) for k in active]
+        for (k, i), fits in zip(trial, fit([(rows[k], starts[k][i]) for k, i in trial]), strict=True):
+            (fitting if fits else too_long)[k] = i
+    nearby = [(k, i) for k in range(len(starts)) for i in range(max(0, fitting[k] - NEARBY), fitting[k])]
+    if nearby:
+        fit_nearby = fit([(rows[k], starts[k][i]) for k, i in nearby]).tolist()
+        for (k, i), fits in zip(reversed(nearby), reversed(fit_nearby), strict=True):  # the longest last
+            fitting[k] = i if fits else fitting[k]
+    return [of_row[i] if i < len(of_row) else None for of_row, i in zip(starts, fitting, strict=True)]
+
+
+def word_starts(text: str) -> list[int]:
+    """Where an end of the text begins at a word, ascending: at its first character, or at the white space before it.
+
+    Words are parted by white space. Wide characters, as in Chinese and Japanese, which writes none, are words each.
+    """
+    wide = [unicodedata.east_asian_width(character) in "WF" for character in text]
+    begins = [
+        not text[i].isspace() and (i == 0 or text[i - 1].isspace() or wide[i] or wide[i - 1]) for i in range(len(text))
+    ]
+    return [i for i in range(len(text)) if begins[i] or (text[i].isspace() and i + 1 < len(text) and begins[i + 1])]
+
+
+def _shortened(pair: Pair, start: int) -> Pair:
+    """The pair with its last user message from the character ``start`` on."""
     *before, last = pair.prompt
-    if num_characters == len(last.content):
+    if start == 0:
         return pair
-    return replace(pair, prompt=(*before, Message(last.role, last.content[-num_characters:])))
+    return replace(pair, prompt=(*before, Message(last.role, last.content[start:])))
 
 
 def _names(pairs: Sequence[Pair], where: str) -> list[str]:

@@ -245,3 +245,11 @@ def test_runs_that_are_the_same_training_share_it() -> None:
     assert runs["weights: Origin"].training is not None
     assert runs["CTPD"].training.key == runs["weights: Origin"].training.key
     assert runs["CTPD"].training.key != runs["weights: Average"].training.key  # type: ignore[union-attr]
+
+
+def test_only_pairs_whose_long_prompts_are_cut_have_the_version_of_cutting_in_their_key() -> None:
+    """Other pairs keep the keys that they had before prompts were cut at words."""
+    pairs = Experiment(SMOKE).stages.pairs
+    config = pairs.config.model_copy(update={"long_prompt": "cut"})
+    assert "cutting" not in pairs.identity
+    assert dataclasses.replace(pairs, config=config).identity["cutting"] == 2

@@ -12,6 +12,7 @@ from pydantic import ValidationError
 from ctpd.core.errors import UserError
 from ctpd.text.align import align_spans
 from ctpd.text.config import PairsConfig
+from ctpd.text.lengths import fit_prompts, word_starts
 from ctpd.text.pairs import Message, Pair, parse_pairs
 from ctpd.text.prepare import PreparedPairs, TokenRows, arrays, from_arrays, prepare_pairs, texts
 from ctpd.text.render import ChatTemplate, PlainTemplate, TemplatedTokenizer
@@ -172,24 +173,58 @@ def test_long_prompts_are_dropped_and_counted() -> None:
     assert prepared.dropped["long_prompt"] == 1
 
 
+LINES = " ".join(f"the {i} quick 日本 fox, won't it?" for i in range(12)) + " what is it?"
+
+
 @pytest.mark.parametrize("teacher", ["byte_bpe", "gemma_bpe", "wordpiece"])
-def test_long_prompts_are_cut_by_the_fewest_characters(teacher: str) -> None:
-    """The last user message loses its start for both sides; one more character would not fit on one of them."""
-    message = " ".join(f"the {i} quick 日本 fox" for i in range(40)) + " what is it?"
+@pytest.mark.parametrize(
+    ("message", "most"),
+    [(LINES, 60), (LINES, 61), (LINES, 62), ("what is " + "abcdefghij" * 20, 60), ("日本" * 90, 70)],
+)
+def test_a_long_prompt_is_cut_to_the_longest_end_that_fits_and_begins_at_a_word(
+    teacher: str, message: str, most: int
+) -> None:
+    """Against a plain search over all ends, on both sides; if no word fits, the longest end of all that fits."""
     turns = (Message("user", "a"), Message("assistant", "b"), Message("user", message))
-    long = Pair("long", turns, "yes", "no")
-    prepared = prepare([pair(), long], teacher, max_tokens=130, long_prompt="cut")
-    kept = prepared.prompts[1]
-    assert prepared.pair_ids == ("0", "long")
+    settings = {"max_tokens": 130, "max_prompt_tokens": most, "long_prompt": "cut"}
+    prepared = prepare([pair(), Pair("long", turns, "yes", "no")], teacher, **settings)
+
+    def fits(start: int) -> bool:
+        text = f"Question: a\nAnswer:\nb\nQuestion: {message[start:]}\nAnswer:\n"
+        both = (side(kind).tokenizer(text, add_special_tokens=False)["input_ids"] for kind in (teacher, "unigram"))
+        return max(map(len, both)) <= most
+
+    words = [i for i in word_starts(message) if fits(i)]
+    longest = min(words) if words else min(i for i in range(len(message)) if fits(i))
     assert prepared.report["cut_prompts"] == 1
-    assert message.endswith(kept)
-    assert 12 < len(kept) < len(message)
-    prompts = [[row(rows, 2)[1].count(-1) for rows in (prepared.teacher, prepared.student)]]
-    text = f"Question: a\nAnswer:\nb\nQuestion: {message[-len(kept) - 1 :]}\nAnswer:\n"
-    prompts.append(
-        [len(side(kind).tokenizer(text, add_special_tokens=False)["input_ids"]) for kind in (teacher, "unigram")]
+    assert prepared.prompts[1] == message[longest:]
+    rows = [row(of_side, 2)[1].count(-1) for of_side in (prepared.teacher, prepared.student)]
+    assert max(rows) <= most
+
+
+@pytest.mark.parametrize(
+    ("message", "most", "kept"),
+    [
+        ("The quick brown fox jumps over the lazy dog", 4, " lazy dog"),
+        ("it is fine won't it", 7, " is fine won't it"),
+    ],
+)
+def test_an_end_that_begins_at_a_word_is_preferred_to_a_longer_one_inside_a_word(
+    message: str, most: int, kept: str
+) -> None:
+    """Token counts of ends are not monotone: `lazy dog` has more tokens than ` lazy dog`, and a bisection alone errs."""
+    plain = TemplatedTokenizer(
+        tokenizer("byte_bpe"), PlainTemplate(user="{content}\n", assistant="{content}\n"), "both"
     )
-    assert max(prompts[0]) <= LONG["max_prompt_tokens"] < max(prompts[1])
+    cut = fit_prompts([pair(prompt=message)], sides=(plain, plain), max_prompt_tokens=most, cut=True, where="here")
+    assert [one.prompt[-1].content for one in cut.pairs] == [kept]
+    assert cut.num_cut == 1
+
+
+def test_words_begin_after_white_space_and_at_wide_characters() -> None:
+    assert word_starts("it is  日本 won't") == [0, 2, 3, 6, 7, 8, 9, 10]
+    assert word_starts("  a ") == [1, 2]
+    assert word_starts("") == []
 
 
 def test_a_prompt_that_is_too_long_without_its_message_is_dropped() -> None:

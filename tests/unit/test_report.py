@@ -78,7 +78,14 @@ def test_the_report_needs_no_script_no_network_and_no_other_file(page: str) -> N
 
 def test_the_report_has_all_its_sections_and_every_link_leads_somewhere(page: str) -> None:
     read = Page(page)
-    assert read.text["h2"] == ["Results", "Training", "Importance weights", "Cost", "Provenance"]
+    assert read.text["h2"] == [
+        "Results",
+        "Training",
+        "Importance weights",
+        "Health of the answers",
+        "Cost",
+        "Provenance",
+    ]
     identifiers = [attributes["id"] for _, attributes in read.seen if "id" in attributes]
     assert len(set(identifiers)) == len(identifiers)
     assert {str(attributes["href"])[1:] for tag, attributes in read.seen if tag == "a"} <= set(identifiers)
@@ -155,7 +162,7 @@ def test_a_report_of_untrained_models_alone_has_no_training_and_no_weights() -> 
     records = [changed(record, training=None) for record in demo(NAMES)[:2]]
     spec = TableSpec("main", "Main", (("Teacher", "Teacher"), ("Student", "Student"), ("DPO", "DPO")), base="DPO")
     read = Page(made(records, spec))
-    assert read.text["h2"] == ["Results", "Cost", "Provenance"]
+    assert read.text["h2"] == ["Results", "Health of the answers", "Cost", "Provenance"]
     assert read.count("svg") == 0
     assert any("Some runs are missing" in text for text in read.text["p"])
 

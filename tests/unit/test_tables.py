@@ -311,7 +311,7 @@ def test_published_footnotes_are_true_of_the_published_numbers() -> None:
     assert np.mean(rows["CTPD"][:-1]) == pytest.approx(67.47, abs=0.005)
     assert rows["CTPD"][-1] - rows["TIS-DPO"][-1] == pytest.approx(1.26)
     assert rows["CTPD"][-1] - rows["DPO"][-1] == pytest.approx(1.78)
-    smaller = load_published("table2_qwen7b_llama1b")
+    smaller = load_published("qwen7b_llama1b")
     for row in smaller.rows:
         *columns, average = map(float, row[1:])
         assert 30.5 < 6 * average - sum(columns) < 32.5
@@ -337,7 +337,7 @@ def test_latex_compiles_alone_and_inside_a_paper(tmp_path: Path) -> None:
 
 
 def test_latex_environments_and_braces_balance_and_rows_have_equal_columns() -> None:
-    spec = TableSpec(name="a b", caption="C", rows=SPEC.rows, base="dpo", published="table2_qwen7b_llama1b")
+    spec = TableSpec(name="a b", caption="C", rows=SPEC.rows, base="dpo", published="qwen7b_llama1b")
     text = to_latex(build(study(), spec))
     for environment in ("table", "tabular", "minipage"):
         assert text.count(rf"\begin{{{environment}}}") == text.count(rf"\end{{{environment}}}")

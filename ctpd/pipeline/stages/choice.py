@@ -75,7 +75,8 @@ class ChoiceStage(Stage):
             start=_average(self.start, work),
         )
         (work.folder / TUNING).write_text(tuning.model_dump_json() + "\n", encoding="utf-8")
-        seen = {document.doc_hash for stage in self.start.values() for document in stage.result(work).documents}
+        start = [_measured(stage, work) for stage in self.start.values()]
+        seen = {document.doc_hash for result in start if result is not None for document in result.documents}
         (work.folder / DOCUMENTS).write_text(json.dumps(sorted(seen)) + "\n", encoding="utf-8")
 
     def tuning(self, work: Work, *, measured: Iterable[ColumnResult]) -> Tuning:
@@ -92,6 +93,11 @@ def read_tuning(folder: Path) -> Tuning:
 
 
 def _average(columns: Mapping[str, EvaluateStage], work: Work) -> float | None:
-    """The Average over the columns; None where the evaluation of one is not there, or not finite."""
-    found = [stage.result(work) if stage.key in work.folders else None for stage in columns.values()]
+    """The Average over the columns; None where one is not there, not finite, or cannot be measured on the model."""
+    found = [_measured(stage, work) for stage in columns.values()]
     return mean([None if one is None or not one.is_finite else one.value for one in found])
+
+
+def _measured(stage: EvaluateStage, work: Work) -> ColumnResult | None:
+    result = stage.result(work) if stage.key in work.folders else None
+    return result if isinstance(result, ColumnResult) else None

@@ -1,19 +1,21 @@
 """Evaluate one model on one column of a suite with lm-evaluation-harness."""
 
 import contextlib
+import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from ctpd.core.config import Config
-from ctpd.core.errors import UserError
+from ctpd.core.errors import Unmeasurable, UserError
 from ctpd.core.processes import processes
 from ctpd.core.temporary import temporary_folder
 from ctpd.core.userfiles import user_path
 from ctpd.pipeline.references import LocatedModel, Model, cached_digest, check_unchanged
 from ctpd.pipeline.stage import Part, Stage, Work
 from ctpd.pipeline.stages.world import WorldStage
+from harness.answers import Unmeasured
 from harness.record import ColumnResult
 from harness.suites import Column
 from harness.task_files import task_files
@@ -56,10 +58,12 @@ class ColumnTask(Part):
 
     @property
     def identity(self) -> Any:
-        """Task, metric, version, shots and further metrics; of the user's own task its files, too."""
+        """Task, metric, version, shots, further metrics and form; of the user's own task its files, too."""
         from ctpd.core.config import to_plain
 
         own = {name: value for name, value in to_plain(self.column).items() if name not in _NOT_OF_THE_RESULT}
+        if self.column.form is None:  # newer than the other fields: left out, it moves no key
+            del own["form"]
         return own if self.files is None else {**own, "files": self.files}
 
     @classmethod
@@ -130,7 +134,7 @@ class Mirror(Part):
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class EvaluateStage(Stage):
-    """The score of a model on a column, with the score of every document."""
+    """The score of a model on a column, with the score of every document; or why it cannot be measured."""
 
     kind = "evaluate"
     version = 3
@@ -142,9 +146,15 @@ class EvaluateStage(Stage):
 
     def build(self, work: Work) -> None:
         """Evaluate."""
-        (work.folder / RESULT).write_text(self._evaluate(work).model_dump_json(), encoding="utf-8")
+        result: ColumnResult | Unmeasured
+        try:
+            result = self._evaluate(work)
+        except Unmeasurable as error:  # it would fail again: an outcome of model and column, as a score is
+            result = Unmeasured(reason=error.what, fix=error.fix)
+            work.remark(f"not measured, since {error.what}")
+        (work.folder / RESULT).write_text(result.model_dump_json(), encoding="utf-8")
 
-    def result(self, work: Work) -> ColumnResult:
+    def result(self, work: Work) -> ColumnResult | Unmeasured:
         """Read the result."""
         return read_result(work.path(self))
 
@@ -189,9 +199,11 @@ class EvaluateStage(Stage):
         )
 
 
-def read_result(folder: Path) -> ColumnResult:
+def read_result(folder: Path) -> ColumnResult | Unmeasured:
     """Read the result of an artifact."""
-    return ColumnResult.model_validate_json((folder / RESULT).read_bytes())
+    found = (folder / RESULT).read_bytes()
+    kind = Unmeasured if "reason" in json.loads(found) else ColumnResult
+    return kind.model_validate_json(found)
 
 
 @contextlib.contextmanager

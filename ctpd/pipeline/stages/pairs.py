@@ -4,6 +4,7 @@ import json
 from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
     from ctpd.text.prepare import PreparedPairs
     from ctpd.text.render import TemplatedTokenizer
 
+CUTTING = 2
+"""The version of how long prompts are cut; part of the key where they are, so that other pairs keep theirs."""
 PAIRS, META = "pairs.safetensors", "pairs.json"
 
 
@@ -150,6 +153,12 @@ class PairsStage(Stage):
     eval: PairSource | None = None
     teacher: ModelInput
     student: ModelInput
+
+    @cached_property
+    def identity(self) -> dict[str, Any]:
+        """As of any stage, and the version of how long prompts are cut if they are."""
+        own: dict[str, Any] = super().identity
+        return own if self.config.long_prompt == "drop" else {**own, "cutting": CUTTING}
 
     @property
     def sources(self) -> dict[str, PairSource]:

@@ -17,7 +17,8 @@ from ctpd.pipeline.stages.pairs import PairsStage
 from ctpd.pipeline.stages.pretrain import PretrainStage
 from ctpd.pipeline.stages.train import TrainStage
 from ctpd.pipeline.stages.weights import WeightsStage
-from harness.record import DataSummary, Provenance, Record, RecordHead, TrainingSummary
+from harness.answers import Unmeasured
+from harness.record import ColumnResult, DataSummary, Provenance, Record, RecordHead, TrainingSummary
 
 RECORD = "record.json"
 
@@ -63,15 +64,17 @@ class RecordStage(Stage):
 
     def build(self, work: Work) -> None:
         """Collect the results and write the record."""
+        results = {column: stage.result(work) for column, stage in self.evaluations.items()}
         origin = {**provenance(work.runtime), "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
-        evaluation = {column: stage.result(work) for column, stage in self.evaluations.items()}
+        measured = {name: one for name, one in results.items() if isinstance(one, ColumnResult)}
         Record(
             **dict(self.head.record),
             training=self._training(work),
             weights=None if self.weights is None else self.weights.summary(work),
             data=self._data(work),
-            evaluation=evaluation,
-            tuning=None if self.choice is None else self.choice.tuning(work, measured=evaluation.values()),
+            evaluation=measured,
+            unmeasured={name: one.reason for name, one in results.items() if isinstance(one, Unmeasured)},
+            tuning=None if self.choice is None else self.choice.tuning(work, measured=measured.values()),
             provenance=Provenance.model_validate_json(json.dumps(to_plain(origin))),
         ).write(work.folder / RECORD)
 
