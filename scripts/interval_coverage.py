@@ -18,7 +18,7 @@ from harness.statistics import Interval, Paired, crossed_bootstrap
 
 GAIN = 0.05
 """The true difference of every column."""
-NAIVE_DRAWS = 1000
+NAIVE_DRAWS = 500
 PORTION = 500
 """Studies that are in memory at once."""
 
@@ -130,7 +130,7 @@ def line(design: Design, *, studies: int, rng: np.random.Generator) -> list[str]
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="How often the intervals of a comparison hold the true difference.")
     parser.add_argument(
-        "--studies", type=int, default=4000, help=f"simulated studies of a line, a multiple of {PORTION}"
+        "--studies", type=int, default=2000, help=f"simulated studies of a line, a multiple of {PORTION}"
     )
     options = parser.parse_args()
     header = [
