@@ -37,9 +37,8 @@ def with_differences(rows: Sequence[Row], runs: Runs, base: str | None, columns:
     pairs = {} if base is None else _paired_with(base, rows, runs, columns)
     if not pairs:
         return list(rows)
-    found = crossed_bootstrap(list(pairs.values()))
-    given_seeds = crossed_bootstrap([pair.given_seeds() for pair in pairs.values()])
-    p_values, bounds = _corrected_p_values(pairs, found.p_values)
+    found = crossed_bootstrap([*pairs.values(), *(pair.given_seeds() for pair in pairs.values())])
+    p_values, bounds = _corrected_p_values(pairs, found.p_values[: len(pairs)])
     base_scores = _scores(runs[base or ""], columns)
     tests = _corrected({run: _mcnemar(_scores(runs[run], columns), base_scores) for run in pairs})
     order = {run: i for i, run in enumerate(pairs)}
@@ -52,7 +51,7 @@ def with_differences(rows: Sequence[Row], runs: Runs, base: str | None, columns:
             difference=found.average[i],
             differences={name: found.columns[name][i] for name in columns},
             paired_seeds=pairs[row.run].seeds,
-            given_seeds=given_seeds.average[i],
+            given_seeds=found.average[len(pairs) + i],
             p_value=p_values.get(row.run),
             p_is_bound=row.run in bounds,
             mcnemar=tests[row.run],
