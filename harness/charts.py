@@ -12,13 +12,14 @@ Side = Literal["chosen", "rejected"]
 
 
 class Estimate(NamedTuple):
-    """One line of a forest plot; ``text`` says its numbers."""
+    """One line of a forest plot; ``text`` says its numbers, ``is_clear`` that the difference is no chance."""
 
     label: str
     value: float
     low: float
     high: float
     text: str
+    is_clear: bool
 
 
 class Forest(NamedTuple):

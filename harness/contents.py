@@ -20,7 +20,7 @@ from harness.charts import (
 )
 from harness.examples import Example, examples_of
 from harness.files import file_stem
-from harness.formats import View, p_text, percent_interval, view
+from harness.formats import Details, View, details, p_text, percent_interval, view
 from harness.record import LogEntry, Record, SideWeights, WeightsSummary
 from harness.sheet import AVERAGE, Row, Table
 
@@ -42,11 +42,15 @@ METRICS = (
 
 
 class TableSection(NamedTuple):
-    """A table with what belongs to it; ``forests`` (the Average's first) and ``tests`` are empty without a base."""
+    """A table with what belongs to it; ``forests`` (the Average's first) and ``tests`` are empty without a base.
+
+    ``details`` are further intervals and ranks, None where there are none.
+    """
 
     anchor: str
     table: Table
     view: View
+    details: Details | None
     forests: list[Named]
     tests: list[tuple[str, ...]]
 
@@ -116,7 +120,7 @@ def _table_section(number: int, table: Table) -> TableSection:
             Named(stem if name == AVERAGE else f"{stem}--{file_stem(name)}", Forest(name, unit, span, items))
             for name, items in estimates.items()
         ]
-    return TableSection(f"table-{number}", table, view(table), forests, list(_tests(table)))
+    return TableSection(f"table-{number}", table, view(table), details(table), forests, list(_tests(table)))
 
 
 def _estimate(row: Row, column: str) -> Estimate:
@@ -124,7 +128,8 @@ def _estimate(row: Row, column: str) -> Estimate:
     assert row.differences is not None
     interval = row.difference if column == AVERAGE else row.differences[column]
     value, low, high = (100 * end for end in interval)
-    return Estimate(row.label, value, low, high, percent_interval(interval))
+    is_clear = (low > 0 or high < 0) and not row.has_one_training
+    return Estimate(row.title, value, low, high, percent_interval(interval), is_clear)
 
 
 def _tests(table: Table) -> Iterator[tuple[str, ...]]:

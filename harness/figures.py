@@ -152,8 +152,8 @@ def _forest(chart: Forest, *, title: str | None) -> "Figure":
         draw_text(axes, 1, y - 12, item.text, "muted", size=11, ha="right")
         ends = [[(end, y - 4), (end, y + 4)] for end in (item.low, item.high)]
         draw_lines(axes, [[(item.low, y), (item.high, y)], *ends], "ink", width=1.5)
-        clear = item.low > 0 or item.high < 0
-        draw_dot(axes, (item.value, y), "s0", radius=4.5, filled=clear, gid=f"point {'clear' if clear else 'open'}")
+        style = "clear" if item.is_clear else "open"
+        draw_dot(axes, (item.value, y), "s0", radius=4.5, filled=item.is_clear, gid=f"point {style}")
     return figure
 
 

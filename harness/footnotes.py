@@ -3,10 +3,11 @@
 from collections.abc import Iterator, Mapping, Sequence
 
 from harness.cautions import cautions
+from harness.differences import BELOW_START, CLEARLY_BELOW_START, LEVEL
 from harness.record import ColumnResult, Record
 from harness.search_notes import tuning_notes
 from harness.sheet import Row, TableSpec
-from harness.statistics import CONFIDENCE, DRAWS, LEAST_P, MIN_SEEDS
+from harness.statistics import CONFIDENCE, DRAWS, FEW_SEEDS, LEAST_P
 
 PARTIAL_MARK = "†"
 UNHEALTHY_MARK = "§"
@@ -30,7 +31,9 @@ def footnotes(
     yield from _seeds(rows)
     yield _scale(spec, rows)
     yield from _differences(spec, rows)
-    yield from _tests(spec, rows)
+    yield from _tests(rows)
+    yield from _ranks(rows)
+    yield from _start(rows)
     yield from _protocol(results)
     yield from _truncated(records)
     yield from _not_finite(records)
@@ -94,38 +97,71 @@ def _scale(spec: TableSpec, rows: Sequence[Row]) -> str:
 
 def _differences(spec: TableSpec, rows: Sequence[Row]) -> Iterator[str]:
     base = next((row.label for row in rows if row.run == spec.base), None)
-    if any(row.difference is not None for row in rows):
-        matched = (
-            " Where a seed is missing, over the seeds that both have." if any(r.missing_seeds for r in rows) else ""
-        )
+    compared = [row for row in rows if row.difference is not None]
+    single = [row.label for row in compared if row.has_one_training]
+    few = [row.label for row in compared if 1 < len(row.paired_seeds) < FEW_SEEDS]
+    matched = " Where a seed is missing, over the seeds that both have." if any(r.missing_seeds for r in rows) else ""
+    if len(compared) > len(single):
         yield (
-            f"Difference of the Average to {base}: per document, averaged over seeds, with a paired {CONFIDENCE:.0%} "
-            f"percentile interval from {DRAWS:,} bootstrap samples of the documents within each column. It is "
-            "conditional on the trained seeds: another training run could move it further."
-            f"{matched}"
+            f"Difference of the Average to {base}: paired by document and seed, with a {CONFIDENCE:.0%} interval over "
+            f"training seeds and documents, from {DRAWS:,} samples of a crossed bootstrap.{matched}"
+        )
+    elif compared:
+        yield (
+            f"Difference of the Average to {base}: paired by document, with a {CONFIDENCE:.0%} interval over documents, "
+            f"from {DRAWS:,} bootstrap samples of the documents within each column.{matched}"
+        )
+    if single:
+        yield (
+            f"One seed ({', '.join(single)}): the chance of another training is not in this interval, which is over "
+            "documents alone, for the model as trained, and there is no p-value."
+        )
+    if few:
+        yield (
+            f"Fewer than {FEW_SEEDS} seeds ({', '.join(few)}): how far trainings differ is hardly known, which makes "
+            "the interval wide."
         )
 
 
-def _tests(spec: TableSpec, rows: Sequence[Row]) -> Iterator[str]:
-    compared = [row for row in rows if row.p_value is not None]
-    if not compared:
-        return
-    many = f", with Holm's correction for the {len(compared)} comparisons of this table" if len(compared) > 1 else ""
-    yield (
-        f"p: two-sided, of no difference of the Average, from the same bootstrap samples (at least "
-        f"{LEAST_P:.4f}; ≤ marks what that bound decides){many}."
-    )
-    if any(row.seed_difference is not None for row in compared):
+def _tests(rows: Sequence[Row]) -> Iterator[str]:
+    tested = [row for row in rows if row.p_value is not None]
+    many = f", with Holm's correction for the {len(tested)} comparisons of this table" if len(tested) > 1 else ""
+    if tested:
         yield (
-            f"Over seeds: the mean of the seeds' differences of the Average, with a {CONFIDENCE:.0%} t-interval "
-            f"(given for {MIN_SEEDS} or more seeds)."
+            f"p: two-sided, of no difference of the Average, from the same bootstrap samples (at least "
+            f"{LEAST_P:.4f}; ≤ marks what that bound decides){many}."
         )
-    tests = sum(len(seeds) for row in compared for seeds in (row.mcnemar or {}).values())
+    tests = sum(len(seeds) for row in rows for seeds in (row.mcnemar or {}).values())
     if tests:
         yield (
             f"Columns with 0/1 scores only: exact McNemar tests per seed, with Holm's correction for all {tests}, "
             "are in the CSV file and in the report."
         )
+
+
+def _ranks(rows: Sequence[Row]) -> Iterator[str]:
+    if any(row.ranks for row in rows):
+        yield (
+            f"Rank: of the trained rows by the Average, with a {CONFIDENCE:.0%} interval from the differences of all pairs "
+            "over seeds and documents, with Holm's correction for the pairs of each row. Ranks by column are in the CSV "
+            "file and in the report."
+        )
+
+
+def _start(rows: Sequence[Row]) -> Iterator[str]:
+    below = [row.start for row in rows if row.start is not None and row.start.is_below]
+    if not below:
+        return
+    clear = any(start.is_clear for start in below)
+    yield (
+        f"{BELOW_START}: the Average is below that of {below[0].run}, the untrained student that the row started from"
+        + (
+            f"; {CLEARLY_BELOW_START}: significantly below it, over seeds and documents (p < {LEVEL:.2f} with Holm's "
+            "correction)."
+            if clear
+            else "."
+        )
+    )
 
 
 def _protocol(results: Mapping[str, ColumnResult]) -> Iterator[str]:

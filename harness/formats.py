@@ -11,9 +11,9 @@ import pandas as pd
 from ctpd.core.printing import one_line, printable, printable_lines
 from harness import html, latex
 from harness.files import file_stem
-from harness.footnotes import PARTIAL_MARK, UNHEALTHY_MARK
+from harness.footnotes import PARTIAL_MARK
 from harness.published import Published
-from harness.sheet import AVERAGE, Cell, Row, Table
+from harness.sheet import AVERAGE, Cell, Rank, Row, Table
 from harness.statistics import Interval
 
 MISSING = "missing"
@@ -34,6 +34,13 @@ class View(NamedTuple):
     notes: tuple[str, ...]
     published: Published | None
     not_ours: str = NOT_OURS
+
+
+class Details(NamedTuple):
+    """A table of further numbers, as text."""
+
+    header: list[str]
+    rows: list[list[str]]
 
 
 class Styled(NamedTuple):
@@ -60,10 +67,18 @@ def frame(table: Table) -> pd.DataFrame:
             name = "difference" if end == "value" else f"difference {end}"
             line[name] = None if row.difference is None else 100 * getattr(row.difference, end)
         line["difference to"] = table.base_label
+        line["paired seeds"] = " ".join(str(seed) for seed in row.paired_seeds if seed is not None)
         line["p (Holm)"] = row.p_value
+        for end in ("low", "high"):
+            line[f"given the seeds {end}"] = None if row.given_seeds is None else 100 * getattr(row.given_seeds, end)
+        for name, ranks in zip((*table.columns, AVERAGE), row.ranks or [None] * len(row.cells), strict=True):
+            for end in ("value", "low", "high"):
+                key = f"{name} rank" if end == "value" else f"{name} rank {end}"
+                line[key] = None if ranks is None else getattr(ranks, end)
         for end in ("value", "low", "high"):
-            name = "difference over seeds" if end == "value" else f"difference over seeds {end}"
-            line[name] = None if row.seed_difference is None else 100 * getattr(row.seed_difference, end)
+            name = "difference to start" if end == "value" else f"difference to start {end}"
+            line[name] = None if row.start is None else 100 * getattr(row.start.difference, end)
+        line["marks"] = " ".join(row.marks)
         for name, tests in (row.mcnemar or {}).items():
             for seed, test in tests.items():
                 line[f"{name} McNemar p (Holm)" + ("" if seed is None else f", seed {seed}")] = test.p_value
@@ -176,18 +191,17 @@ def _grid(table: Table) -> tuple[list[str], list[list[Styled]]]:
     header = ["", *names, f"{AVERAGE} {PARTIAL_MARK}" if table.partial else AVERAGE]
     compared = any(row.difference is not None for row in table.rows)
     with_seeds = any(seed is not None for row in table.rows for seed in row.seeds)
-    over_seeds = any(row.seed_difference is not None for row in table.rows)
+    ranked = any(row.ranks for row in table.rows)
     header += [f"{AVERAGE} vs. {table.base_label} [95 %]", "p (Holm)"] if compared else []
-    header += ["over seeds [95 %]"] if over_seeds else []
+    header += ["Rank [95 %]"] if ranked else []
     header += ["Seeds"] if with_seeds else []
     rows = []
     for row in table.rows:
-        label = f"{row.label} {UNHEALTHY_MARK}" if row.faults else row.label
-        cells = [Styled(label), *(_score(cell, row) for cell in row.cells)]
+        cells = [Styled(row.title), *(_score(cell, row) for cell in row.cells)]
         if compared:
             p_value = p_text(row.p_value, is_bound=row.p_is_bound)
             cells += [Styled(percent_interval(row.difference)), Styled(p_value)]
-        cells += [Styled(percent_interval(row.seed_difference))] if over_seeds else []
+        cells += [Styled(rank_text(row.ranks[-1] if row.ranks else None))] if ranked else []
         cells += [Styled(_seeds(row))] if with_seeds else []
         rows.append(cells)
     return header, rows
@@ -212,6 +226,32 @@ def percent_interval(interval: Interval | None) -> str:
         return NOTHING
     value, low, high = (_signed(100 * end) for end in interval)
     return f"{value} [{low}, {high}]"
+
+
+def rank_text(rank: Rank | None) -> str:
+    """A rank with the first and the last that the row may have."""
+    return NOTHING if rank is None else f"{rank.value} [{rank.low}–{rank.high}]"
+
+
+def details(table: Table) -> Details | None:
+    """Ranks by column, the difference to the start, and the interval over documents alone; None without any of them."""
+    rows = [row for row in table.rows if row.ranks or row.start is not None or row.given_seeds is not None]
+    if not rows:
+        return None
+    ranked = any(row.ranks for row in rows)
+    started = any(row.start is not None for row in rows)
+    compared = any(row.given_seeds is not None for row in rows)
+    header = ["", *(f"Rank: {name} [95 %]" for name in (*table.columns, AVERAGE) if ranked)]
+    header += [f"{AVERAGE} vs. its start [95 %]"] if started else []
+    header += [f"{AVERAGE} vs. {table.base_label}, given the seeds [95 %]"] if compared else []
+    lines = []
+    for row in rows:
+        line = [row.title]
+        line += [rank_text(rank) for rank in row.ranks or [None] * len(row.cells)] if ranked else []
+        line += [percent_interval(None if row.start is None else row.start.difference)] if started else []
+        line += [percent_interval(row.given_seeds)] if compared else []
+        lines.append(line)
+    return Details(header, lines)
 
 
 def _signed(points: float) -> str:

@@ -19,7 +19,7 @@ _SPECIAL = {
     "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}",
     "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "<": r"\textless{}", ">": r"\textgreater{}",
     "|": r"\textbar{}", "`": r"\textasciigrave{}", "±": r"$\pm$", "–": "--", "—": "---", "−": "$-$", "†": r"$\dagger$", "§": r"\S{}",
-    "⟨": r"$\langle$", "⟩": r"$\rangle$", "×": r"$\times$", "→": r"$\to$", "≥": r"$\ge$", "≤": r"$\le$", "β": r"$\beta$", "μ": r"$\mu$",
+    "⟨": r"$\langle$", "⟩": r"$\rangle$", "×": r"$\times$", "→": r"$\to$", "↓": r"$\downarrow$", "≥": r"$\ge$", "≤": r"$\le$", "β": r"$\beta$", "μ": r"$\mu$",
 }  # fmt: skip
 
 

@@ -15,7 +15,7 @@ from harness.health import health_table
 from harness.provenance import provenance_of
 from harness.record import Record
 from harness.search_table import tuning_view
-from harness.sheet import AVERAGE, Table
+from harness.sheet import AVERAGE, Row, Table
 
 
 def write_report(contents: Contents, records: Sequence[Record], path: Path, *, title: str, about: str) -> None:
@@ -60,15 +60,23 @@ def _summary(table: Table) -> Iterator[str]:
         names = " and ".join(row.label for row in best)
         yield f"Best {AVERAGE}: {names}, {100 * cell.mean:.2f}\N{NO-BREAK SPACE}%."
         if row.difference is not None:
-            yield (
-                f"Difference to {table.base_label}: {percent_interval(row.difference)} points (95\N{NO-BREAK SPACE}%), "
-                f"p\N{NO-BREAK SPACE}{_equals(p_text(row.p_value, is_bound=row.p_is_bound))} after Holm's correction."
-            )
+            yield f"{_difference(row, table.base_label or '')}."
+    below = [row.label for row in table.rows if row.start is not None and row.start.is_below]
+    if below:
+        yield f"Below the model that they started from: {', '.join(below)}."
     unhealthy = [row.label for row in table.rows if row.faults]
     if unhealthy:
         yield f"Unhealthy answers: {', '.join(unhealthy)}, see below the table."
     if any(row.missing or row.missing_seeds for row in table.rows):
         yield "Some runs are missing: see below the table."
+
+
+def _difference(row: Row, base: str) -> str:
+    text = f"Difference to {base}: {percent_interval(row.difference)} points (95\N{NO-BREAK SPACE}%)"
+    if row.has_one_training:
+        return f"{text}, of one seed: another training could move it further"
+    p_value = _equals(p_text(row.p_value, is_bound=row.p_is_bound))
+    return f"{text}, p\N{NO-BREAK SPACE}{p_value} after Holm's correction"
 
 
 def _equals(text: str) -> str:

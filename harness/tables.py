@@ -3,7 +3,6 @@
 Scores stay fractions here; ``harness/formats.py`` writes them as percentages.
 """
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
@@ -12,26 +11,13 @@ import numpy as np
 from ctpd.core.config import nearest
 from ctpd.core.errors import UserError
 from harness.comparability import check_comparable
-from harness.footnotes import footnotes
+from harness.differences import Runs, values_of, with_differences, with_ranks, with_start
+from harness.footnotes import UNHEALTHY_MARK, footnotes
 from harness.health import faults, start_of
 from harness.published import load_published
 from harness.record import ColumnResult, Record
 from harness.sheet import Cell, Row, Table, TableSpec
-from harness.statistics import (
-    LEAST_P,
-    Floats,
-    Interval,
-    McNemar,
-    bootstrap_differences,
-    difference_per_document,
-    holm,
-    mcnemar,
-    spread,
-    t_interval,
-)
-
-Runs = Mapping[str, Mapping[int | None, Record]]
-"""Records by run and seed; the seed is None for a model that is not trained per seed, such as the teacher."""
+from harness.statistics import spread
 
 
 def build_tables(
@@ -80,9 +66,11 @@ def build_table(runs: Runs, spec: TableSpec, *, columns: tuple[str, ...], seeds:
     rows = [
         _row(label, run, runs.get(run, {}), columns=columns, averaged=averaged, seeds=seeds) for label, run in spec.rows
     ]
-    rows = _with_differences(_with_ranks(rows, spec.unranked), runs, spec.base, averaged)
-    start = start_of([record for records in runs.values() for record in records.values()])
-    rows = [replace(row, faults=faults(list(runs.get(row.run, {}).values()), start)) for row in rows]
+    rows = _with_places(rows, spec.unranked)
+    if averaged:
+        rows = with_start(with_differences(rows, runs, spec.base, averaged), runs, averaged)
+        rows = with_ranks(rows, runs, averaged, shown=columns) if spec.base is not None else rows
+    rows = _with_faults(rows, runs)
     published = load_published(spec.published) if spec.published is not None else None
     results = _one_result_each(shown, columns)
     return Table(
@@ -111,7 +99,7 @@ def _row(
     seeds: tuple[int, ...],
 ) -> Row:
     """One row; its Average is over the columns that can be measured on the models of all rows."""
-    cells = [_cell(list(_values(records, name).values())) or _unmeasured(records, name) for name in columns]
+    cells = [_cell(list(values_of(records, name).values())) or _unmeasured(records, name) for name in columns]
     average = _cell(list(_averages(records, averaged).values()))
     if not averaged and records:
         average = Cell(None, None, len(records), unmeasured=True)
@@ -142,7 +130,17 @@ def _unmeasured(records: Mapping[int | None, Record], column: str) -> Cell | Non
     return Cell(None, None, number, unmeasured=True) if number else None
 
 
-def _with_ranks(rows: Sequence[Row], unranked: Sequence[str]) -> list[Row]:
+def _with_faults(rows: Sequence[Row], runs: Runs) -> list[Row]:
+    """Mark the rows whose models give unhealthy answers."""
+    start = start_of([record for records in runs.values() for record in records.values()])
+    found = [faults(list(runs.get(row.run, {}).values()), start) for row in rows]
+    return [
+        replace(row, faults=wrong, marks=(*row.marks, UNHEALTHY_MARK)) if wrong else row
+        for row, wrong in zip(rows, found, strict=True)
+    ]
+
+
+def _with_places(rows: Sequence[Row], unranked: Sequence[str]) -> list[Row]:
     """Mark the best and the second best of each column, at the precision that is shown; equal scores share a rank."""
     ranked = [row for row in rows if row.run not in unranked and not row.missing and row.is_finite]
 
@@ -162,114 +160,13 @@ def _with_ranks(rows: Sequence[Row], unranked: Sequence[str]) -> list[Row]:
     return [replace(row, cells=tuple(rank(row, i, cell) for i, cell in enumerate(row.cells))) for row in rows]
 
 
-def _with_differences(rows: Sequence[Row], runs: Runs, base: str | None, columns: tuple[str, ...]) -> list[Row]:
-    """Add what compares each row with the base: intervals, p-values, and McNemar's tests."""
-    if not columns or base is None or base not in runs or not all(row.is_finite for row in rows if row.run == base):
-        return list(rows)
-    base_scores = {name: _scores(runs[base], name) for name in columns}
-    compared = []
-    per_column: dict[str, list[Floats]] = {name: [] for name in columns}
-    tests: dict[str, dict[str, dict[int | None, McNemar]]] = {}
-    for row in rows:
-        scores = {name: _scores(runs.get(row.run, {}), name) for name in columns}
-        if (
-            row.run == base
-            or not row.is_finite
-            or not all(_overlap(scores[name], base_scores[name]) for name in columns)
-        ):
-            continue
-        compared.append(row.run)
-        tests[row.run] = {name: _mcnemar(scores[name], base_scores[name]) for name in columns}
-        for name in columns:
-            per_column[name].append(difference_per_document(scores[name], base_scores[name]))
-    if not compared:
-        return list(rows)
-    found = bootstrap_differences({name: np.stack(values, axis=1) for name, values in per_column.items()})
-    p_values, tests, order = holm(found.p_values), _corrected(tests), {run: i for i, run in enumerate(compared)}
-    # What the smallest p-values decide, which are bounds, is a bound as well.
-    least = holm([0.0 if p <= LEAST_P else p for p in found.p_values])
-
-    def compare(row: Row) -> Row:
-        if (i := order.get(row.run)) is None:
-            return row
-        return replace(
-            row,
-            difference=found.average[i],
-            differences={name: found.columns[name][i] for name in columns},
-            p_value=p_values[i],
-            p_is_bound=least[i] < p_values[i],
-            seed_difference=_seed_difference(runs[row.run], runs[base], columns),
-            mcnemar=tests[row.run],
-        )
-
-    return [compare(row) for row in rows]
-
-
-def _seed_difference(
-    system: Mapping[int | None, Record], base: Mapping[int | None, Record], columns: tuple[str, ...]
-) -> Interval | None:
-    """The t-interval over the differences of the seeds' Averages; a system without seeds meets all of the other's."""
-    left, right = _averages(system, columns), _averages(base, columns)
-    seeds = sorted(seed for seed in {**left, **right} if seed is not None)
-    pairs = [(left.get(seed, left.get(None)), right.get(seed, right.get(None))) for seed in seeds]
-    return t_interval([a - b for a, b in pairs if a is not None and b is not None])
-
-
 def _averages(records: Mapping[int | None, Record], columns: tuple[str, ...]) -> dict[int | None, float]:
     """The Average of every seed that has all of these columns."""
     if not columns:
         return {}
-    values = [_values(records, name) for name in columns]
+    values = [values_of(records, name) for name in columns]
     return {
         seed: float(np.mean([of_column[seed] for of_column in values]))
         for seed in records
         if all(seed in of_column for of_column in values)
     }
-
-
-def _values(records: Mapping[int | None, Record], column: str) -> dict[int | None, float]:
-    """The score of every seed that has one in a column; NaN where it, or the score of a document, is not finite."""
-    found = {seed: record.evaluation[column] for seed, record in records.items() if column in record.evaluation}
-    return {
-        seed: math.nan if result.value is None or not result.is_finite else result.value
-        for seed, result in found.items()
-    }
-
-
-def _mcnemar(system: Mapping[int | None, Floats], base: Mapping[int | None, Floats]) -> dict[int | None, McNemar]:
-    """The test of every seed that both have; a system without seeds meets all of the other's."""
-    found = {}
-    for seed in sorted(set(system) | set(base), key=lambda seed: (seed is not None, seed)):
-        left, right = system.get(seed, system.get(None)), base.get(seed, base.get(None))
-        if left is not None and right is not None and (test := mcnemar(left, right)) is not None:
-            found[seed] = test
-    return found
-
-
-def _corrected(
-    tests: Mapping[str, Mapping[str, Mapping[int | None, McNemar]]],
-) -> dict[str, dict[str, dict[int | None, McNemar]]]:
-    """The same tests by run, column and seed, their p-values corrected for all of them together."""
-    flat = [test.p_value for columns in tests.values() for seeds in columns.values() for test in seeds.values()]
-    p_values = iter(holm(flat))
-    return {
-        run: {
-            name: {seed: test._replace(p_value=next(p_values)) for seed, test in seeds.items()}
-            for name, seeds in columns.items()
-            if seeds
-        }
-        for run, columns in tests.items()
-    }
-
-
-def _scores(records: Mapping[int | None, Record], column: str) -> dict[int | None, Floats]:
-    """Per-document scores [D] of one column by seed, for the seeds that have it."""
-    return {
-        seed: np.array([document.score for document in records[seed].evaluation[column].documents], dtype=np.float64)
-        for seed in _values(records, column)
-    }
-
-
-def _overlap(left: Mapping[int | None, Floats], right: Mapping[int | None, Floats]) -> bool:
-    """Whether two systems can be paired: a common seed, or one of them without seeds."""
-    return bool(left and right and (None in left or None in right or set(left) & set(right)))

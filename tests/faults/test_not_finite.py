@@ -29,7 +29,7 @@ from ctpd.train.trainer import UnitPass
 from harness.finite import finite_logits, refuse_non_finite
 from harness.formats import FORMATS
 from harness.sheet import Table, TableSpec
-from harness.statistics import bootstrap_differences
+from harness.statistics import Paired, crossed_bootstrap
 from harness.tables import build_tables
 from tests.fixtures.data_parallel import train
 from tests.fixtures.records import record, remeasured, result
@@ -333,4 +333,4 @@ def test_nothing_is_compared_with_a_base_that_is_not_finite() -> None:
 
 def test_the_bootstrap_takes_no_nan() -> None:
     with pytest.raises(ValueError, match="column 'A' is not finite"):
-        bootstrap_differences({"A": np.array([[0.5], [math.nan]])})
+        crossed_bootstrap([Paired((None,), {"A": np.array([[0.5, math.nan]])})])

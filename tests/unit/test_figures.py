@@ -27,9 +27,9 @@ from harness.html import render
 
 ROOT = Path(__file__).parents[2]
 ITEMS = [
-    Estimate("A & <B> $x$", 2.0, 1.0, 3.0, "+2"),
-    Estimate("C", -0.5, -2.0, 1.0, "−0.5"),
-    Estimate("D", -4, -5, -3, "−4"),
+    Estimate("A & <B> $x$", 2.0, 1.0, 3.0, "+2", True),
+    Estimate("C", -0.5, -2.0, 1.0, "−0.5", False),
+    Estimate("D", -4, -5, -3, "−4", True),
 ]
 CHARTS: dict[str, Chart] = {
     "forest": Forest("F & G", "points", reach(ITEMS), ITEMS),
@@ -78,7 +78,7 @@ def test_a_forest_plot_sets_points_in_order_and_tells_intervals_that_leave_out_z
 
 
 def test_forest_plots_of_one_span_put_equal_values_at_equal_positions() -> None:
-    first, second = [Estimate("A", 1.0, 0.5, 1.5, "")], [Estimate("A", 1.0, -9.0, 9.0, "")]
+    first, second = [Estimate("A", 1.0, 0.5, 1.5, "", True)], [Estimate("A", 1.0, -9.0, 9.0, "", False)]
     span = reach([*first, *second])
     assert span == (-9.0, 9.0)
     positions = [centres(Forest("t", "u", span, items), "point") for items in (first, second)]
@@ -152,7 +152,7 @@ def test_files_of_a_figure_repeat_byte_by_byte_and_hold_title_and_legend(tmp_pat
 
 
 def test_a_name_in_any_script_is_drawn_without_a_warning(tmp_path: Path) -> None:
-    items = [Estimate("学生 β ½", 1.0, 0.5, 1.5, "+1")]
+    items = [Estimate("学生 β ½", 1.0, 0.5, 1.5, "+1", True)]
     chart = Forest("学生", "points", reach(items), items)
     assert "学生 β ½" in inline_svg(chart)
     assert write_figures([Named("a", chart)], tmp_path)

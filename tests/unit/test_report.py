@@ -6,6 +6,7 @@ from html.parser import HTMLParser
 
 import pytest
 
+from harness.charts import Forest
 from harness.contents import contents, smoothed
 from harness.costs import cost_table, count, duration, mebibytes
 from harness.examples import grade
@@ -105,7 +106,7 @@ def test_the_report_is_accessible(page: str) -> None:
 
 
 def test_the_report_shows_the_tables_numbers_and_published_ones_apart(page: str) -> None:
-    for cell in ('<td class="best">84.50</td>', "<td>+20.01 [+16.83, +23.06]</td>"):
+    for cell in ('<td class="best">84.50</td>', "<td>+20.01 [+16.90, +23.08]</td>"):
         assert cell in page
         assert cell in to_html(build_tables(demo(NAMES), [SPEC])[0])
     ours, _, theirs = page.partition('<div class="published">')
@@ -120,7 +121,10 @@ def test_the_summary_names_the_best_row_and_its_difference(page: str) -> None:
     assert (
         summary[1]
         .replace("\N{NO-BREAK SPACE}", " ")
-        .startswith("Best Average: CTPD, 69.40 %. Difference to DPO: +20.01 [+16.83, +23.06] points (95 %), p ≤ 0.002")
+        .startswith(
+            "Best Average: CTPD, 69.40 %. Difference to DPO: +20.01 [+16.90, +23.08] points (95 %), of one seed: another training could move it further. "
+            "Below the model that they started from: DPO, TIS-DPO."
+        )
     )
 
 
@@ -244,3 +248,30 @@ def test_provenance_names_every_version_and_where_records_differ() -> None:
     assert "torch 2.13.0+cpu and 2.99" in text
     assert records[0].shared.digest in text
     assert "<code>teacher.sft.learning_rate</code> 0.001" in text
+
+
+def test_the_details_hold_differences_to_the_start_and_intervals_given_the_seeds(page: str) -> None:
+    _, _, after = page.partition(
+        "<summary>Ranks by column, differences to the start, and intervals given the seeds</summary>"
+    )
+    further, _, _ = after.partition("</details>")
+    assert "Average vs. its start [95 %]" in further
+    assert "Average vs. DPO, given the seeds [95 %]" in further
+    assert '<th scope="row">DPO ↓</th>' in further
+
+
+def test_a_figure_fills_no_interval_of_a_single_training() -> None:
+    """Its interval leaves out the chance of another training, and zero says nothing there."""
+    records = demo(NAMES)
+    (table,) = build_tables(records, [SPEC])
+    (section,) = contents([table], records).tables
+    forest = section.forests[0].chart
+    assert isinstance(forest, Forest)
+    filled = {item.label.split()[0]: item.is_clear for item in forest.estimates}
+    assert not any(filled.values())
+    seeds = [changed(one, seed=None if one.seed is None else seed) for one in records for seed in (0, 1, 2)]
+    distinct = list({(one.run, one.seed): one for one in seeds}.values())
+    (section,) = contents(build_tables(distinct, [SPEC]), distinct).tables
+    forest = section.forests[0].chart
+    assert isinstance(forest, Forest)
+    assert next(item for item in forest.estimates if item.label == "CTPD").is_clear
