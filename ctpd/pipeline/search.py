@@ -65,10 +65,6 @@ def check_spaces(recipe: Recipe, *, source: str) -> None:
                 where=key_position(source, "tune", "space", field),
                 fix="Give values of any other parameter in the `space` of its run",
             )
-    for name, run in runs.items():
-        shared = {field: values for field, values in recipe.tune.space.items() if field in own[name]}
-        _check_values(run, shared, source=source, keys=("tune", "space"))
-        _check_values(run, run.space, source=source, keys=("runs", name, "space"))
     for name, (_, space) in tuned_runs(recipe).items():
         if (size := math.prod(map(len, space.values()))) > MOST_POINTS:
             raise UserError(
@@ -76,6 +72,10 @@ def check_spaces(recipe: Recipe, *, source: str) -> None:
                 where=key_position(source, "tune", "space"),
                 fix="Give fewer values: a trial is one of these points",
             )
+    for name, run in runs.items():
+        shared = {field: values for field, values in recipe.tune.space.items() if field in own[name]}
+        _check_values(run, shared, source=source, keys=("tune", "space"))
+        _check_values(run, run.space, source=source, keys=("runs", name, "space"))
 
 
 def points(space: Space, trials: int) -> list[Point]:

@@ -48,6 +48,7 @@ def test_every_stage_is_in_the_list() -> None:
         "weights",
         "train",
         "evaluate",
+        "choice",
         "record",
     }
     assert identities.defaults().keys() == kinds
