@@ -216,7 +216,7 @@ def _kind(records: Mapping[int | None, Record]) -> str | None:
 
 
 def _is_complete(row: Row) -> bool:
-    return all(cell is not None and cell.mean is not None for cell in row.cells)
+    return all(cell is not None and (cell.mean is not None or cell.unmeasured) for cell in row.cells)
 
 
 def _mean(cell: Cell | None) -> float:
