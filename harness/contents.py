@@ -216,7 +216,7 @@ def _weight_section(names: Sequence[str], weights: WeightsSummary, seed: int | N
 def _panel(side: Side, weights: SideWeights) -> Bars:
     label = f"{side} · mean {weights.mean:.2f}, sd {weights.std:.2f}"
     histogram = weights.histogram
-    return Bars(label, side, histogram.counts, histogram.edges, _reached(weights.clamps, histogram.edges))
+    return Bars(label, side, histogram.counts, histogram.edges, _reached(weights.clamps or (), histogram.edges))
 
 
 def _reached(bounds: Sequence[float], edges: Sequence[float]) -> list[float]:

@@ -107,13 +107,13 @@ class Histogram(Config):
 class SideWeights(Config):
     """The distribution of the weights of all chosen, or of all rejected, responses.
 
-    ``clamps`` are the weights of a log ratio at the lower and at the upper clamp.
+    ``clamps`` are the weights of a log ratio at the lower and at the upper clamp; None where each response is scaled anew.
     """
 
     mean: float
     std: float
     histogram: Histogram
-    clamps: tuple[float, float]
+    clamps: tuple[float, float] | None
 
 
 class Auroc(Config):

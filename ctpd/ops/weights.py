@@ -62,6 +62,8 @@ class WeightParameters(Config):
     """Upper clamp of the log ratio, in nats."""
     round_decimals: Annotated[int, Field(ge=0)] | None = None
     """Round the log ratio to so many decimals first; the authors' code rounds to 2."""
+    mean_one: bool = False
+    """Divide the weights of each response by their mean, so that no response as a whole weighs more than another."""
 
     @model_validator(mode="after")
     def _ordered(self) -> "WeightParameters":
@@ -138,6 +140,13 @@ class _Units(NamedTuple):
             log_ratio_U = log_ratio_U.round(decimals=self.parameters.round_decimals)
         return _Weighted(self.exponential(log_ratio_U), log_ratio_U)
 
+    def means(self, values_U: Tensor) -> Tensor:
+        """For each unit, the mean of its response's values without the end unit."""
+        inner_U = (~self.is_end).double()
+        zeros_R = inner_U.new_zeros(len(self.starts) - 1)
+        total_R = zeros_R.index_add(0, self.row, values_U * inner_U)
+        return (total_R / zeros_R.index_add(0, self.row, inner_U))[self.row]
+
     def generators(self) -> Iterator[tuple[np.random.Generator, tuple[Tensor, Tensor]]]:
         """For each pair: its generator, and the indices of its chosen and its rejected units without the end units."""
         inner = (~self.is_end).nonzero().squeeze(1)
@@ -195,6 +204,7 @@ def span_weights(
         seed=seed,
     )
     weights_U, log_ratio_U = chosen.compute(seen)
+    weights_U = weights_U / seen.means(weights_U) if parameters.mean_one else weights_U
     exact = any(signals[name].dtype == torch.float64 for name in chosen.needs)
     dtype = torch.float64 if exact else torch.float32
     weights_U = weights_U.masked_fill(units.is_end, 1.0).to(dtype)
@@ -249,11 +259,7 @@ _teacher = _ratio(Signal.TEACHER_POSITIVE, Signal.TEACHER_NEGATIVE)
 def _average(units: _Units) -> _Weighted:
     """Every unit of a response gets the mean of its ``teacher`` weights."""
     weights_U, log_ratio_U = _teacher(units)
-    inner_U = (~units.is_end).double()
-    zeros_R = inner_U.new_zeros(len(units.starts) - 1)
-    total_R = zeros_R.index_add(0, units.row, weights_U * inner_U)
-    count_R = zeros_R.index_add(0, units.row, inner_U)
-    return _Weighted((total_R / count_R)[units.row], log_ratio_U)
+    return _Weighted(units.means(weights_U), log_ratio_U)
 
 
 def _shuffled(units: _Units) -> _Weighted:

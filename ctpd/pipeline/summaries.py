@@ -37,7 +37,10 @@ def weight_summary(
     values, inner = result.weights.numpy(), ~end_units(prepared, units.starts)
     side_of_unit = np.repeat(np.arange(len(units.starts) - 1) % 2, np.diff(units.starts))
     chosen, rejected = (
-        _side_summary(values[inner & (side_of_unit == side)], clamps=clamp_weights(parameters, is_chosen=side == 0))
+        _side_summary(
+            values[inner & (side_of_unit == side)],
+            clamps=None if parameters.mean_one else clamp_weights(parameters, is_chosen=side == 0),
+        )
         for side in range(2)
     )
     varies = result.log_ratio is not None and parameters.mu != 0 and parameters.lower < parameters.upper
@@ -67,7 +70,7 @@ def _note(chosen: SideWeights, rejected: SideWeights, *, clamped: float) -> str 
     )
 
 
-def _side_summary(weights: NDArray[np.float32], *, clamps: tuple[float, float]) -> SideWeights:
+def _side_summary(weights: NDArray[np.float32], *, clamps: tuple[float, float] | None) -> SideWeights:
     counts, edges = np.histogram(weights, bins=NUM_BINS)
     return SideWeights(
         mean=float(weights.mean()) if len(weights) else 1.0,

@@ -226,3 +226,19 @@ def test_bad_cells_are_refused(params: dict[str, Any], message: str) -> None:
     """Unknown strategies and combinations without a meaning are refused, with a way to correct them."""
     with pytest.raises(ValidationError, match=message):
         Preference(PreferenceParams(**params))
+
+
+def test_a_reference_shifted_to_margin_zero_is_the_students_own() -> None:
+    """Adding a constant to each pair's reference, so that its margin is 0 before training, gives the loss with the student's
+    reference: all that a teacher's reference does is to choose where on the sigmoid each pair begins."""
+    units = random_units()
+    units = units._replace(mask=torch.ones_like(units.mask))
+    start, teacher = units.policy.detach() + 0.3 * torch.randn_like(units.policy), units.reference
+    assert teacher is not None
+    assert units.weights is not None
+    weights = units.weights
+    chosen, rejected = ((start - teacher) * weights).sum(1).chunk(2)
+    shifted = teacher.clone()
+    shifted[: len(chosen), 0] += (chosen - rejected) / weights[: len(chosen), 0]
+    losses = [preference_sums(units._replace(reference=one), beta=0.3).loss for one in (shifted, start)]
+    close(losses[0], losses[1].item())

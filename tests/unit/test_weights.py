@@ -224,3 +224,17 @@ def test_bad_input_is_refused(strategy: str, changes: dict[str, Any], message: s
 def test_parameters_out_of_range_are_refused(values: dict[str, Any]) -> None:
     with pytest.raises(ValidationError):
         WeightParameters(**values)
+
+
+@pytest.mark.parametrize("strategy", sorted(STRATEGIES))
+def test_mean_one_scales_each_response_to_a_mean_of_one(strategy: str) -> None:
+    """Without its end unit, and with the ratios between its units as they were."""
+    plain, scaled = (
+        span_weights(strategy, signals(), layout(), PARAMETERS.model_copy(update={"mean_one": on}), marks=marks())
+        for on in (False, True)
+    )
+    for index, (before, after) in enumerate(zip(rows(plain.weights), rows(scaled.weights), strict=True)):
+        if values := inner(before, index):
+            mean = sum(values) / len(values)
+            assert inner(after, index) == pytest.approx([value / mean for value in values])
+        assert not HAS_END[index] or after[-1] == 1.0
