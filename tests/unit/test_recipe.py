@@ -91,7 +91,7 @@ def test_a_value_out_of_its_range_is_refused_when_the_recipe_is_loaded(key: str,
 CONTRADICTIONS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "heads": ({"shared.teacher.pretrain.heads": 5}, ("'shared.teacher.pretrain'", "cannot share a hidden size of 48")),
     "byte-level": ({"shared.teacher.pretrain.vocab_size": 259}, ("at least 260 pieces",)),
-    "documents": ({"shared.testbed.num_documents": 65}, ("'shared.testbed'", "at most 64 test documents")),
+    "documents": ({"shared.testbed.num_documents": 257}, ("'shared.testbed'", "at most 256 test documents")),
     "rates": ({"shared.testbed.rejected_right": 1.0}, ("'shared.testbed'", "lower `rejected_right`")),
     "no room": ({"shared.data.max_prompt_tokens": 256}, ("'shared.data'", "no room for a response")),
     "shortest": ({"shared.data.select": "shortest"}, ("needs a `limit`",)),
