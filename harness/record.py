@@ -58,6 +58,22 @@ class StoredSignal(FrozenModel):
     kept: Literal["log probabilities", "distributions", "responses"]
 
 
+class Design(Config):
+    """What the objective of a row compares, as it declares it.
+
+    Attributes:
+        sides: the responses of a pair that the row learns from.
+        granularity: what its units are.
+        reference: whose SFT model log-probabilities are measured from; None for an objective without a reference.
+        weights: the strategy of its importance weights; None where every unit weighs 1.
+    """
+
+    sides: tuple[Literal["chosen", "rejected"], ...]
+    granularity: Literal["spans", "tokens"]
+    reference: Role | None
+    weights: str | None
+
+
 class LogEntry(Config):
     """Metrics that were logged after one step; those of the evaluation pairs begin with ``eval_``."""
 
@@ -283,6 +299,7 @@ class RecordHead(Config):
         partial: whether the recipe asked for a part of the documents only.
         signals: the stored passes of frozen models over the pairs that the row needed.
         in_memory: frozen models that were in memory together with the student while it trained.
+        design: what the objective compares; None for an untrained row, and in older records.
     """
 
     recipe: str
@@ -295,6 +312,7 @@ class RecordHead(Config):
     partial: bool
     signals: tuple[StoredSignal, ...]
     in_memory: tuple[FrozenModel, ...]
+    design: Design | None = None
 
 
 class Record(RecordHead):
