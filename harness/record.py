@@ -225,6 +225,24 @@ class DocumentScore(NamedTuple):
     score: Number
 
 
+class Answer(NamedTuple):
+    """What a model said to one document, as text that long ones are cut of (``harness.samples.answers_of``).
+
+    Attributes:
+        doc_hash: of the document; documents of one hash are the same for all models.
+        score: as in ``DocumentScore``.
+        prompt: its end, where the document's own question is.
+        target: the right answer.
+        answer: what was generated, or the option that the model finds likeliest.
+    """
+
+    doc_hash: str
+    score: Number
+    prompt: str
+    target: str
+    answer: str
+
+
 class ColumnResult(Config):
     """One model on one column of a suite. Scores are fractions, not percentages.
 
@@ -238,6 +256,7 @@ class ColumnResult(Config):
         unshared: why requests with a common context did not share its computation; None where they did.
         seconds: of the evaluation, loading of the model not included.
         health: of the generated answers; None for a column that generates none, and in older records.
+        answers: to the same few documents for every model; None in older records, which kept none.
     """
 
     protocol: Protocol
@@ -251,6 +270,7 @@ class ColumnResult(Config):
     unshared: str | None
     seconds: float
     health: Health | None = None
+    answers: tuple[Answer, ...] | None = None
 
     @property
     def is_finite(self) -> bool:

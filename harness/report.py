@@ -20,6 +20,7 @@ from harness.provenance import provenance_of
 from harness.record import Record
 from harness.search_table import tuning_view
 from harness.sheet import Table
+from harness.viewer import viewer
 
 
 def write_report(contents: Contents, records: Sequence[Record], path: Path, *, title: str, about: str) -> None:
@@ -52,6 +53,7 @@ def report(contents: Contents, records: Sequence[Record], *, title: str, about: 
         curves=contents.curves,
         weights=contents.weights,
         health=health_table(runs),
+        viewer=viewer(runs),
         costs=cost_table(runs),
         provenance=provenance_of(records),
     )

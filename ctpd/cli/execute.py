@@ -58,6 +58,7 @@ class Flags:
     rebuild: bool = False
     report_to: tuple[str, ...] = ()
     log_dir: Path | None = None
+    samples: Path | None = None
     quiet: bool = False
     as_json: bool = False
     usable_device: str = "auto"
@@ -168,12 +169,12 @@ def _build(wanted: Wanted, store: "Store", flags: Flags, runtime: "Runtime", *, 
     from ctpd.pipeline.progress import Progress
 
     argv, built, keys, alone = click.get_current_context().find_root().obj, 0, set[str](), True
-    several = count > 1 or flags.jobs > 1
+    several, renew = count > 1 or flags.jobs > 1, flags.samples is not None
     with contextlib.ExitStack() as stack:
         stack.enter_context(kept_in(store.root))
         for graph in wanted.phases():
             if several:
-                graph.check(store, rebuild=flags.rebuild)  # here, once: no process may remove what another reads
+                graph.check(store, rebuild=flags.rebuild, renew=renew)  # here, once: no process may remove what another reads
                 if alone and graph.missing(store):
                     if count > 1:
                         run_launched(argv, count=count, device=runtime.device)
@@ -181,7 +182,7 @@ def _build(wanted: Wanted, store: "Store", flags: Flags, runtime: "Runtime", *, 
                     stack.enter_context(helpers(argv, jobs=flags.jobs, device=runtime.device, quiet=flags.quiet))
                     alone = False
             progress, rebuild = Progress(quiet=flags.quiet), flags.rebuild and not several
-            built += build_missing(graph, store, runtime=runtime, progress=progress, rebuild=rebuild)
+            built += build_missing(graph, store, runtime=runtime, progress=progress, rebuild=rebuild, renew=renew)
             keys |= {stage.key for stage in graph.stages}
     return built, len(keys) - built
 

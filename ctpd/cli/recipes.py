@@ -10,6 +10,7 @@ import click
 from ctpd.cli.execute import RUNNING, Flags, Wanted, execute, opened, prepared
 from ctpd.cli.launch import started_by_user
 from ctpd.cli.options import execution, given, refuse
+from ctpd.cli.samples import write_samples
 from ctpd.cli.scores import refuse_unmeasured, show_scores
 from ctpd.cli.tables import Shown, show_chosen, show_tables
 from ctpd.core.printing import command, json_text
@@ -17,7 +18,8 @@ from ctpd.core.userfiles import exists, user_path
 
 if TYPE_CHECKING:
     from ctpd.app import Experiment
-    from ctpd.cli.scores import Results
+    from ctpd.cli.samples import write_samples
+from ctpd.cli.scores import Results
     from ctpd.core.store import Store
     from ctpd.pipeline.stages.evaluate import EvaluateStage
 
@@ -26,7 +28,7 @@ _OF_A_MODEL = ("suite", "data_root", "precision", "batch_size", "chat_template")
 
 @click.command()
 @click.argument("recipe")
-@execution(*RUNNING)
+@execution(*RUNNING, "samples")
 def run(recipe: str, **values: Any) -> None:
     """Train, evaluate and compare everything in RECIPE that is missing; print the main table.
 
@@ -41,6 +43,8 @@ def run(recipe: str, **values: Any) -> None:
     wanted = Wanted.of(experiment, store, lambda chosen: chosen.records)
     if execute(wanted, store, experiment.recipe.launch, flags, project=experiment.recipe.name):
         chosen = experiment.decided(store)
+        if flags.samples is not None:
+            write_samples(_evaluations(chosen), store, flags.samples)
         show_tables(chosen, store, Shown(as_json=flags.as_json, main_only=True))
         refuse_unmeasured(_results(_evaluations(chosen), store))
 
@@ -94,7 +98,7 @@ def train(recipe: str, **values: Any) -> None:
     help="With --model: requests in one forward pass.",
 )
 @click.option("--chat-template", is_flag=True, help="With --model: render prompts with the tokenizer's chat template.")
-@execution(*RUNNING)
+@execution(*RUNNING, "samples")
 def evaluate(recipe: str | None, *, model: str | None, **values: Any) -> None:
     """Evaluate what RECIPE has trained, training what is missing; or any --model."""
     if (recipe is None) == (model is None):
@@ -116,13 +120,17 @@ def evaluate(recipe: str | None, *, model: str | None, **values: Any) -> None:
         experiment, store, lambda chosen: [one for columns in chosen.evaluations.values() for one in columns.values()]
     )
     if execute(wanted, store, experiment.recipe.launch, flags, project=experiment.recipe.name):
-        show_scores(_results(_evaluations(experiment.decided(store)), store), as_json=flags.as_json)
+        named = _evaluations(experiment.decided(store))
+        if flags.samples is not None:
+            write_samples(named, store, flags.samples)
+        show_scores(_results(named, store), as_json=flags.as_json)
 
 
 def refuse_with_plan(flags: Flags) -> None:
     """Refuse --rebuild with --plan: a plan does not look for damage, so its hits would mislead."""
     if flags.plan:
         refuse("rebuild", because="--plan checks no artifact and builds none")
+        refuse("samples", because="--plan writes nothing")
 
 
 @click.command()
@@ -256,4 +264,6 @@ def _evaluate_model(model: str, protocol: dict[str, Any], flags: Flags) -> None:
     if not flags.plan and started_by_user():
         check_columns(missing, spec, store)
     if execute(Wanted(first=list(stages.values())), store, LaunchSpec(), flags):
+        if flags.samples is not None:
+            write_samples({model: stages}, store, flags.samples)
         show_scores(_results({model: stages}, store), as_json=flags.as_json)

@@ -66,11 +66,11 @@ class Graph:
             self._visit_missing(source, store, needed)
         needed.setdefault(stage.key, stage)
 
-    def check(self, store: Store, *, rebuild: bool = False) -> None:
+    def check(self, store: Store, *, rebuild: bool = False, renew: bool = False) -> None:
         """Compare the artifacts that a build would read with their manifests.
 
         With ``rebuild`` compare all artifacts of the graph, byte for byte, and remove damaged ones: they are `missing`
-        then.
+        then; with ``renew``, too, those of an earlier version that lack what this one writes (`Stage.is_whole`).
 
         Raises:
             DamagedArtifact: an artifact is damaged and ``rebuild`` is off.
@@ -78,7 +78,7 @@ class Graph:
         if rebuild:
             for stage in self.stages:
                 if store.has(stage.kind, stage.key):
-                    _remove_damaged(stage, store)
+                    _remove_damaged(stage, store, renew=renew)
             return
         used = {stage.key: stage for stage in self.targets}
         for stage in self.missing(store):
@@ -94,11 +94,14 @@ def ready(missing: Sequence[Stage]) -> list[Stage]:
     return [stage for stage in missing if not any(source.key in keys for source in stage.inputs.values())]
 
 
-def _remove_damaged(stage: Stage, store: Store) -> None:
+def _remove_damaged(stage: Stage, store: Store, *, renew: bool) -> None:
     with store.lock(stage.kind, stage.key):  # another process may be rebuilding it
         try:
             store.verify(stage.kind, stage.key)
         except DamagedArtifact:
+            store.remove(stage.kind, stage.key, rebuild=True)
+            return
+        if renew and not stage.is_whole(store.path(stage.kind, stage.key)):
             store.remove(stage.kind, stage.key, rebuild=True)
 
 

@@ -29,7 +29,7 @@ SPEC = TableSpec(
     published="table1_qwen14b_llama8b",
 )
 PAPER = "https://arxiv.org/abs/2601.11865"
-VOID = {"meta", "br", "link", "img"}
+VOID = {"meta", "br", "link", "img", "input"}
 
 
 class Page(HTMLParser):
