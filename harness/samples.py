@@ -5,7 +5,6 @@ a mark that says how much is missing: a kept file stays small whatever a task or
 """
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -118,7 +117,8 @@ def _options(texts: Sequence[str]) -> tuple[str, list[str]]:
 
     The options of a question are the same prompt with other continuations, or, where a gap is filled in, other prompts.
     """
-    common = os.path.commonprefix(list(texts))
+    low, high = min(texts), max(texts)  # what these two share, all do
+    common = low[: next((i for i, pair in enumerate(zip(low, high, strict=False)) if pair[0] != pair[1]), len(low))]
     whole = common.rstrip()
     if whole == common:
         whole = common[: common.rfind(" ") + 1].rstrip() or common

@@ -75,7 +75,7 @@ def viewer(runs: Mapping[str, Sequence[Record]]) -> Viewer:
 def _column(number: int, name: str, first: Mapping[str, Record]) -> ColumnAnswers:
     found: dict[str, dict[str, Answer]] = {}
     total = 0
-    for run, record in first.items():
+    for record in first.values():
         result = record.evaluation.get(name)
         if result is not None and result.answers is not None:
             found[_title(record)] = {answer.doc_hash: answer for answer in result.answers}

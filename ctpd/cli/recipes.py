@@ -146,8 +146,14 @@ def refuse_with_plan(flags: Flags) -> None:
 @click.option(
     "--to", type=click.Path(path_type=Path), help="Keep tables and records in this folder, apart from the store."
 )
+@click.option(
+    "--published",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="CSV of scores that others reported (`row` and names of columns), shown as marked rows of the main table.",
+)
 @execution("store", "only", "seed", "limit", "json")
-def compare(recipe: str, *, formats: tuple[str, ...], to: Path | None, **values: Any) -> None:
+def compare(recipe: str, *, formats: tuple[str, ...], to: Path | None, published: Path | None, **values: Any) -> None:
     """Write every table of RECIPE in every format, and the report, from records alone; print one format.
 
     With --only or --seed, print the tables of these rows alone, and write nothing.
@@ -155,7 +161,9 @@ def compare(recipe: str, *, formats: tuple[str, ...], to: Path | None, **values:
     flags = prepared(**values)
     if flags.as_json and given("formats"):
         raise click.UsageError("--format does nothing here: --json prints JSON.")
-    shown = Shown(formats=formats, as_json=flags.as_json)
+    if flags.as_json:
+        refuse("published", because="--json prints our numbers alone")
+    shown = Shown(formats=formats, as_json=flags.as_json, published=published)
     experiment, store = opened(recipe, flags)
     if experiment.is_narrowed:
         refuse("to", because="--only and --seed show a part of the tables, and write nothing")
