@@ -176,7 +176,9 @@ class _Builder:
         target = LogTarget(
             folder=runtime.log_dir or self.store.root / LOGS, project=runtime.project, run=stage.label, key=stage.key
         )
-        return Work(folder, runtime, bar.update, writes, folders, self.progress.note, remarks.append, target)
+        return Work(
+            folder, runtime, bar.update, writes, folders, self.progress.note, remarks.append, target, bar.detail
+        )
 
     def _pause(self, candidates: Sequence[Stage]) -> None:
         """Sleep while other processes build these stages; report once which stage is waited for."""

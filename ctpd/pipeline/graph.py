@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from ctpd.core.errors import DamagedArtifact
 from ctpd.core.store import Store
+from ctpd.pipeline.estimates import Cost, Estimates
 from ctpd.pipeline.stage import Stage
 
 FAILED = "failed"
@@ -20,6 +21,8 @@ class PlanLine:
     key: str | None
     hit: bool
     failed: bool = False
+    cost: Cost | None = None
+    """What a missing stage may take; None for a hit, and where nothing of its kind was built before."""
 
 
 class Graph:
@@ -35,11 +38,12 @@ class Graph:
         """Keys of the stages that may fail: only trials read them."""
 
     def plan(self, store: Store) -> list[PlanLine]:
-        """Which stages are in the store; builds nothing."""
-        lines = []
+        """Which stages are in the store, and what the others may take; builds nothing."""
+        lines, estimates = [], Estimates(store)
         for stage in self.stages:
             hit, failed = store.has(stage.kind, stage.key), self.failed(stage, store)
-            lines.append(PlanLine(stage.label, stage.kind, stage.key, hit or failed, failed))
+            cost = None if hit or failed else estimates.of(stage)
+            lines.append(PlanLine(stage.label, stage.kind, stage.key, hit or failed, failed, cost))
         return lines
 
     def failed(self, stage: Stage, store: Store) -> bool:

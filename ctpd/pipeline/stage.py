@@ -33,6 +33,7 @@ class Work:
         note: called with a sentence for the user.
         remark: called with what the user should know of the result, which is shown when the stage has ended.
         log_target: where the loggers of a training write.
+        detail: called with what is shown beside the progress, such as the loss.
     """
 
     folder: Path
@@ -43,6 +44,7 @@ class Work:
     note: Callable[[str], None] = lambda text: None
     remark: Callable[[str], None] = lambda text: None
     log_target: LogTarget | None = None
+    detail: Callable[[str], None] = lambda text: None
 
     def path(self, stage: "Stage") -> Path:
         """The folder of an input's artifact.
