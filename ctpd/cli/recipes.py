@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ctpd.cli.execute import RUNNING, Flags, Wanted, execute, opened, prepared
+from ctpd.cli.hub import ask_hub, needs_hub
 from ctpd.cli.launch import started_by_user
 from ctpd.cli.options import execution, given, refuse
 from ctpd.cli.samples import write_samples
@@ -18,8 +19,7 @@ from ctpd.core.userfiles import exists, user_path
 
 if TYPE_CHECKING:
     from ctpd.app import Experiment
-    from ctpd.cli.samples import write_samples
-from ctpd.cli.scores import Results
+    from ctpd.cli.scores import Results
     from ctpd.core.store import Store
     from ctpd.pipeline.stages.evaluate import EvaluateStage
 
@@ -39,6 +39,7 @@ def run(recipe: str, **values: Any) -> None:
     refuse_with_plan(flags)
     experiment, store = opened(recipe, flags)
     if not flags.plan and started_by_user():
+        _ask_hub(experiment, store)
         experiment.check_suite(store)
     wanted = Wanted.of(experiment, store, lambda chosen: chosen.records)
     if execute(wanted, store, experiment.recipe.launch, flags, project=experiment.recipe.name):
@@ -57,6 +58,8 @@ def train(recipe: str, **values: Any) -> None:
     flags = prepared(**values)
     refuse_with_plan(flags)
     experiment, store = opened(recipe, flags)
+    if not flags.plan and started_by_user():
+        _ask_hub(experiment, store)
     wanted = Wanted.of(experiment, store, lambda chosen: chosen.training)
     if not execute(wanted, store, experiment.recipe.launch, flags, project=experiment.recipe.name):
         return
@@ -115,6 +118,7 @@ def evaluate(recipe: str | None, *, model: str | None, **values: Any) -> None:
     refuse(*_OF_A_MODEL, because="the RECIPE says it in its `evaluation` block")
     experiment, store = opened(recipe, flags)
     if not flags.plan and started_by_user():
+        _ask_hub(experiment, store)
         experiment.check_suite(store)
     wanted = Wanted.of(
         experiment, store, lambda chosen: [one for columns in chosen.evaluations.values() for one in columns.values()]
@@ -124,6 +128,13 @@ def evaluate(recipe: str | None, *, model: str | None, **values: Any) -> None:
         if flags.samples is not None:
             write_samples(named, store, flags.samples)
         show_scores(_results(named, store), as_json=flags.as_json)
+
+
+def _ask_hub(experiment: "Experiment", store: "Store") -> None:
+    """Say before anything is run where the hub is needed and does not answer."""
+    missing = bool(experiment.later) or any(not store.has(stage.kind, stage.key) for stage in experiment.records)
+    if missing and needs_hub(experiment.recipe.shared, experiment.suite):
+        ask_hub()
 
 
 def refuse_with_plan(flags: Flags) -> None:
@@ -270,6 +281,8 @@ def _evaluate_model(model: str, protocol: dict[str, Any], flags: Flags) -> None:
     store = Store(flags.store)
     missing = [one for one in columns if not store.has(stages[one.name].kind, stages[one.name].key)]
     if not flags.plan and started_by_user():
+        if missing and (revision or data_root is None):
+            ask_hub()
         check_columns(missing, spec, store)
     if execute(Wanted(first=list(stages.values())), store, LaunchSpec(), flags):
         if flags.samples is not None:
