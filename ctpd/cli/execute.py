@@ -175,7 +175,9 @@ def _build(wanted: Wanted, store: "Store", flags: Flags, runtime: "Runtime", *, 
         stack.enter_context(kept_in(store.root))
         for graph in wanted.phases():
             if several:
-                graph.check(store, rebuild=flags.rebuild, renew=renew)  # here, once: no process may remove what another reads
+                graph.check(
+                    store, rebuild=flags.rebuild, renew=renew
+                )  # here, once: no process may remove what another reads
                 if alone and graph.missing(store):
                     if count > 1:
                         run_launched(argv, count=count, device=runtime.device)

@@ -99,6 +99,7 @@ class Stage(Part):
     def attempts(self) -> "Iterator[Stage]":
         """Inputs, and inputs of these, that `build` can do without where their numbers were not finite; others have none."""
         yield from ()
+
     def is_whole(self, folder: Path) -> bool:
         """Whether an artifact holds all that this version writes; one that lacks what came later is still right."""
         return True
