@@ -8,11 +8,12 @@ from ctpd.recipe import Recipe, ablation_run
 from harness import figures
 from harness.contents import contents
 from harness.files import file_stem
-from harness.formats import WRITTEN, frame_csv, view_text, write_table
+from harness.formats import REPORTED, WRITTEN, frame_csv, view_text, write_table
+from harness.published import read_reported
 from harness.record import Record
 from harness.report import write_report as write
 from harness.search_table import tuning_frame, tuning_view
-from harness.sheet import Table, TableSpec
+from harness.sheet import AVERAGE, Table, TableSpec
 from harness.tables import build_tables
 
 REPORT, FIGURES, TUNING = "report.html", "figures", "tuning"
@@ -35,6 +36,18 @@ def tables(
     if only is not None:
         specs = [chosen for spec in specs if (chosen := _chosen(spec, only)).rows]
     return build_tables(records, specs, columns=columns, seeds=recipe.shared.seeds)
+
+
+def with_reported(made: Sequence[Table], path: Path) -> list[Table]:
+    """The tables with a user's file of published numbers as marked rows of the main one, which is the first.
+
+    Raises:
+        UserError: the file is wrong; see ``read_reported``.
+    """
+    first, *others = made
+    reported = read_reported(path, (*first.columns, AVERAGE))
+    note = f"Rows with {REPORTED}: reported by others ({path.name}), not measured here; neither ranked nor compared."
+    return [replace(first, reported=reported, footnotes=(*first.footnotes, note)), *others]
 
 
 def _chosen(spec: TableSpec, only: Sequence[str]) -> TableSpec:

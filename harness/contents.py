@@ -21,23 +21,33 @@ from harness.charts import (
 from harness.examples import Example, examples_of
 from harness.files import file_stem
 from harness.formats import Details, View, details, p_text, percent_interval, view
-from harness.record import LogEntry, Record, SideWeights, WeightsSummary
+from harness.meanings import design_of
+from harness.record import Design, LogEntry, Record, SideWeights, WeightsSummary
 from harness.sheet import AVERAGE, Row, Table
 
 
 class Metric(NamedTuple):
-    """A metric of a training's history that is drawn; the same name with ``eval_`` gives the circles."""
+    """A metric of a training's history that is drawn; the same name with ``eval_`` gives the circles.
+
+    ``measured``: it is measured from a row's reference, which is then named beside it.
+    """
 
     name: str
     stem: str
     title: str
     remark: str
+    measured: bool = False
 
 
 METRICS = (
     Metric("loss", "loss", "Loss", "each method's own, on its own scale"),
-    Metric("rewards/margins", "reward-margin", "Reward margin", "chosen minus rejected, beta included"),
-    Metric("rewards/accuracies", "reward-accuracy", "Reward accuracy", "share of pairs with a positive margin"),
+    Metric("rewards/margins", "reward-margin", "Reward margin", "chosen minus rejected, beta included", measured=True),
+    Metric(
+        "rewards/accuracies",
+        "reward-accuracy",
+        "Reward accuracy",
+        "share of pairs whose margin, measured in the same way, is positive",
+    ),
 )
 
 
@@ -64,9 +74,10 @@ class CurveSection(NamedTuple):
 
 
 class WeightSection(NamedTuple):
-    """The weights that some runs share, as histograms and as examples."""
+    """The weights that some runs share, as histograms and as examples: the first of the runs, and the others."""
 
-    runs: str
+    title: str
+    others: str
     figure: Named
     facts: list[str]
     examples: list[Example]
@@ -142,12 +153,12 @@ def _tests(table: Table) -> Iterator[tuple[str, ...]]:
 
 def _curve_section(table: Table, runs: Mapping[str, Sequence[Record]]) -> CurveSection:
     """Of trained rows only: the training of an untrained one, its SFT, is not part of the comparison."""
-    trained = {}
+    trained, meant = {}, {}
     for row in table.rows:
         records = [record for record in runs.get(row.run, ()) if record.kind == "trained"]
         histories = [record.training.history for record in records if record.training is not None]
         if histories:
-            trained[row.label] = histories
+            trained[row.label], meant[row.label] = histories, design_of(records[0])
     legend: dict[str, int] = {}
     drawn = []
     for metric in METRICS:
@@ -156,8 +167,25 @@ def _curve_section(table: Table, runs: Mapping[str, Sequence[Record]]) -> CurveS
         legend |= {line.label: line.style for line in lines}
         if lines:
             stem = f"training--{file_stem(table.spec.name)}--{metric.stem}"
-            drawn.append((Named(stem, Curves(metric.title, "step", lines)), metric.remark))
+            measured = _measured({line.label: meant[line.label] for line in lines}) if metric.measured else ""
+            drawn.append((Named(stem, Curves(metric.title, "step", lines)), metric.remark + measured))
     return CurveSection(table.spec.caption.rstrip("."), sorted(legend.items(), key=lambda item: item[1]), drawn)
+
+
+def _measured(designs: Mapping[str, Design | None]) -> str:
+    """From whose margin the rows' are measured; one that is measured from the teacher's can begin below zero."""
+    rows: dict[str, list[str]] = {}
+    for label, design in designs.items():
+        if design is not None and design.reference is not None:
+            rows.setdefault(design.reference, []).append(label)
+    teachers = rows.pop("teacher", [])
+    if not teachers:
+        return ""
+    others = "; all other rows: from the student's before the training" if rows else ""
+    return (
+        f". {', '.join(teachers)}: measured from the teacher's margin, so that zero is where the student prefers the "
+        f"chosen response as much as the teacher does{others}"
+    )
 
 
 def _curve(label: str, style: int, histories: Sequence[Sequence[LogEntry]], metric: str) -> Curve:
@@ -208,9 +236,9 @@ def _weight_section(names: Sequence[str], weights: WeightsSummary, seed: int | N
     if areas:
         facts.append("AUROC against the known truth: " + ", ".join(f"{side} {a:.3f}" for side, a in areas.items()))
     of_seed = "" if seed is None else f", seed {seed}"
-    histograms = Histograms(f"Weights of {', '.join(names)}{of_seed}", "weight", panels)
+    histograms = Histograms(f"Weights of {names[0]}{of_seed}", "weight", panels)
     figure = Named(f"weights--{file_stem(names[0])}", histograms)
-    return WeightSection(" · ".join(names) + of_seed, figure, facts, examples_of(weights))
+    return WeightSection(f"{names[0]}{of_seed}", ", ".join(names[1:]), figure, facts, examples_of(weights))
 
 
 def _panel(side: Side, weights: SideWeights) -> Bars:

@@ -9,6 +9,8 @@ from ctpd.core.roles import Role
 from harness.record import Record, TrainingSummary
 
 NOTHING = "–"
+STATES = 3 * 4
+"""Bytes that a trained parameter needs beside its weight: its gradient and AdamW's two moments, in float32."""
 
 
 class CostTable(NamedTuple):
@@ -33,7 +35,7 @@ HEADER = (
     "Seeds",
     "Training",
     "Peak memory",
-    "Weights",
+    "Model's own",
     "Parameters",
     "Trained",
     "Steps",
@@ -45,7 +47,8 @@ HEADER = (
 
 NOTES = (
     "Means over the seeds. Training: the run's own, without what all runs share (pretraining, SFT, contrastive models).",
-    "Peak memory: of the GPU; on a CPU, of the whole process. Weights: memory of the model's weights alone.",
+    "Peak memory during the training: of the GPU; on a CPU, of the whole process with all its libraries. Model's own: the part of it "
+    "that weights, gradients and the optimizer's two moments take, computed from the numbers of parameters (float32).",
     "Passes: of a frozen model over all pairs before the training, made once, stored, and shared by all runs that read them.",
     "Teacher in memory: it reads every batch while the student trains; its memory and time are the run's.",
 )
@@ -65,7 +68,7 @@ def _line(run: str, records: Sequence[Record]) -> tuple[str, ...]:
         str(len(seeds)) if seeds else NOTHING,
         mean(lambda training: training.seconds, duration),
         mean(lambda training: training.peak_memory_mib, mebibytes),
-        mean(lambda training: training.weights_mib, mebibytes),
+        mean(lambda training: _own(training, records[0]), mebibytes),
         mean(lambda training: training.parameters, count),
         mean(lambda training: training.trainable_parameters, count),
         mean(lambda training: training.steps, count),
@@ -74,6 +77,14 @@ def _line(run: str, records: Sequence[Record]) -> tuple[str, ...]:
         "yes" if records[0].in_memory else "no",
         duration(float(np.mean(evaluation))),
     )
+
+
+def _own(training: TrainingSummary, record: Record) -> float:
+    """MiB of the weights as measured, and of gradients and AdamW's moments of all trained parameters, in one process."""
+    trained = training.trainable_parameters + training.objective_parameters
+    made = record.provenance
+    shards = made.processes if made.runtime.fsdp is not None else 1
+    return training.weights_mib + STATES * trained / shards / 2**20
 
 
 def _passes(record: Record, role: Role) -> str:

@@ -164,3 +164,22 @@ def draw_text(
 def shortened(text: str, most: int) -> str:
     """The text, or its beginning and an ellipsis, in at most so many characters."""
     return text if len(text) <= most else text[: most - 1].rstrip() + "…"
+
+
+def spread_apart(heights: Sequence[float], *, gap: float, low: float, high: float) -> list[float]:
+    """Heights in the same order, at least ``gap`` apart and inside [low, high], near those given.
+
+    Args:
+        heights: ascending.
+        gap: the least distance of neighbours; less where they do not fit otherwise.
+        low, high: the ends.
+    """
+    gap = min(gap, (high - low) / max(1, len(heights) - 1))
+    found: list[float] = []
+    for height in heights:
+        found.append(max(height, found[-1] + gap if found else low))
+    limit = high
+    for index in reversed(range(len(found))):
+        found[index] = min(found[index], limit)
+        limit = found[index] - gap
+    return found

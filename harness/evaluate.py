@@ -29,7 +29,8 @@ from harness.finite import finite_logits, refuse_non_finite
 from harness.generations import health_of
 from harness.isolation import Progress, compiled_templates, dataset_cache, quiet, sandboxed_templates, seeded, shown
 from harness.loading import SEEDS, datasets_of, find_task, load_tasks
-from harness.record import ColumnResult, DocumentScore, Protocol
+from harness.record import Answer, ColumnResult, DocumentScore, Protocol
+from harness.samples import answers_of, write_samples
 from harness.suites import Column
 from harness.task_files import TaskFiles, task_files
 
@@ -44,12 +45,14 @@ class Documents(NamedTuple):
         limit: the first so many documents of each task; None takes all.
         chat_template: whether prompts are rendered with the tokenizer's chat template.
         allow_code: whether the task may run code of its own, or code that a model generates.
+        samples: a folder for sample files in lm-eval's format (``harness.samples``); None writes none.
     """
 
     data_root: Path | None
     limit: int | None = None
     chat_template: bool = False
     allow_code: bool = False
+    samples: Path | None = None
 
 
 class Pinned(NamedTuple):
@@ -71,6 +74,7 @@ class Scores(NamedTuple):
     num_total: int
     task_hash: str
     health: Health | None
+    answers: tuple[Answer, ...]
 
 
 class Computed(NamedTuple):
@@ -174,7 +178,7 @@ def score(lm: LM, column: Column, documents: Documents, endings: Endings | None 
     Args:
         endings: where the model counts how its answers end; None where it does not.
     """
-    _, limit, chat_template, allow_code = documents
+    _, limit, chat_template, allow_code, folder = documents
     with seeded(torch.device(lm.device or "cpu"), seeds=SEEDS), quiet("lm_eval"):
         kept = _kept(column, data_root=documents.data_root, allow_code=allow_code)
         loaded = kept.ready(limit=limit, chat_template=chat_template)
@@ -203,6 +207,9 @@ def score(lm: LM, column: Column, documents: Documents, endings: Endings | None 
     values = {key: float(scores[key]) for key in (column.metric, *column.also)}
     of_documents = {f"{metric} of document {n}": float(one.score or 0.0) for n, one in enumerate(scored)}
     refuse_non_finite(samples, values | of_documents)
+    filtered = {name: [one for one in of_task if one["filter"] == filter_name] for name, of_task in samples.items()}
+    if folder is not None:
+        write_samples(filtered, folder)
     counts = [results["n-samples"][name] for name in samples]
     return Scores(
         value=values[column.metric],
@@ -214,6 +221,7 @@ def score(lm: LM, column: Column, documents: Documents, endings: Endings | None 
         num_total=sum(count["original"] for count in counts),
         task_hash=_task_hash(samples),
         health=health_of(samples, loaded["tasks"], column, endings),
+        answers=tuple(answers_of(filtered, scored, metric)),
     )
 
 
@@ -245,6 +253,7 @@ def _result(column: Column, documents: Documents, scores: Scores, computed: Comp
         unshared=computed.unshared,
         seconds=round(computed.seconds, 3),
         health=scores.health,
+        answers=scores.answers,
     )
 
 

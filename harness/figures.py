@@ -12,7 +12,7 @@ import io
 import math
 import re
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, assert_never
@@ -43,6 +43,7 @@ from harness.drawing import (
     round_numbers,
     sheet,
     shortened,
+    spread_apart,
 )
 
 if TYPE_CHECKING:
@@ -54,6 +55,10 @@ ROW = 38
 PANEL = 108
 """Height of one histogram."""
 LEGEND_ROW = 18
+CURVES = 190
+"""Height of a figure of curves."""
+LINE_NUMBER = 13
+"""Height of the number at the end of a curve."""
 PNG_DPI = 200
 FORMATS = ("svg", "pdf", "png")
 
@@ -158,11 +163,13 @@ def _forest(chart: Forest, *, title: str | None) -> "Figure":
 
 
 def _curves(chart: Curves, *, title: str | None) -> "Figure":
-    """Thin as measured, bold as smoothed, circles on the evaluation pairs."""
+    """Thin as measured, bold as smoothed, circles on the evaluation pairs; at the end of a line the number of its row."""
     legend = [] if title is None else chart.lines
     rows = math.ceil(len(legend) / 2)
     figure = sheet(226 + LEGEND_ROW * rows, title)
-    axes = axes_of(figure, left=44, right=10, height=190, below=36 + LEGEND_ROW * rows, above=8)
+    axes = axes_of(
+        figure, left=44, right=10 if len(chart.lines) == 1 else 30, height=CURVES, below=36 + LEGEND_ROW * rows, above=8
+    )
     points = [p for line in chart.lines for p in (*line.raw, *line.smooth, *line.marks) if math.isfinite(p[1])]
     xs, ys = [x for x, _ in points], [y for _, y in points]
     margin = 0.05 * (max(ys) - min(ys)) or 0.5
@@ -176,9 +183,23 @@ def _curves(chart: Curves, *, title: str | None) -> "Figure":
         for point in line.marks:
             if math.isfinite(point[1]):
                 draw_dot(axes, point, colour, radius=3.5, filled=False, gid="mark")
+    if len(chart.lines) > 1:
+        _number_ends(axes, chart.lines)
     for number, line in enumerate(legend):
         _legend_entry(figure, line, column=number % 2, y=LEGEND_ROW * (rows - number // 2) - 8)
     return figure
+
+
+def _number_ends(axes: "Axes", lines: Sequence[Curve]) -> None:
+    """The number of each line at the height of its last point, moved as little as keeps it clear of the others."""
+    low, high = axes.get_ylim()
+    ends = [(found[-1], line) for line in lines if (found := [y for _, y in line.smooth if math.isfinite(y)])]
+    ordered = sorted(ends, key=lambda end: end[0])
+    gap = LINE_NUMBER * (high - low) / (CURVES - 8)
+    heights = spread_apart([y for y, _ in ordered], gap=gap, low=low, high=high)
+    for y, (_, line) in zip(heights, ordered, strict=True):
+        colour, _ = _style(line)
+        draw_text(axes, 1, y, str(line.style + 1), colour, size=11, shift=(7, -4))
 
 
 def _histograms(chart: Histograms, *, title: str | None) -> "Figure":
@@ -228,7 +249,8 @@ def _legend_entry(figure: "Figure", line: Curve, *, column: int, y: float) -> No
     colour, dashes = _style(line)
     ends = [left / WIDTH, (left + 22) / WIDTH], [(y + 4) / height] * 2
     figure.add_artist(Line2D(*ends, color=PALETTE[colour], linewidth=2.5, linestyle=dashes))
-    figure.text((left + 28) / WIDTH, y / height, shortened(line.label, 22), size=11, color=PALETTE["ink"])
+    text = shortened(f"{line.style + 1} {line.label}", 22)
+    figure.text((left + 28) / WIDTH, y / height, text, size=11, color=PALETTE["ink"])
 
 
 def _style(line: Curve) -> tuple[str, Any]:

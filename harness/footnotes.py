@@ -29,8 +29,10 @@ def footnotes(
     yield from _missing(rows)
     yield from _unmeasured(records)
     yield from _seeds(rows)
-    yield _scale(spec, rows)
-    yield from _differences(spec, rows)
+    yield "Scores in percent."
+    yield from _unranked(spec, rows)
+    yield from _compared(spec, rows)
+    yield from _differences(rows)
     yield from _tests(rows)
     yield from _ranks(rows)
     yield from _start(rows)
@@ -90,25 +92,34 @@ def _seeds(rows: Sequence[Row]) -> Iterator[str]:
         yield f"One training seed ({listed}): no spread over seeds can be given."
 
 
-def _scale(spec: TableSpec, rows: Sequence[Row]) -> str:
+def _unranked(spec: TableSpec, rows: Sequence[Row]) -> Iterator[str]:
     unranked = [row.label for row in rows if row.run in spec.unranked]
-    return "Scores in percent" + (f"; not ranked: {', '.join(unranked)}." if unranked else ".")
+    if unranked:
+        yield f"Not ranked: {', '.join(unranked)}."
 
 
-def _differences(spec: TableSpec, rows: Sequence[Row]) -> Iterator[str]:
+def _compared(spec: TableSpec, rows: Sequence[Row]) -> Iterator[str]:
+    """What is of this table alone; how it is computed is the same for all tables, and a report says it once."""
     base = next((row.label for row in rows if row.run == spec.base), None)
+    tested = sum(row.p_value is not None for row in rows)
+    many = f", with Holm's correction for the {tested} comparisons of this table" if tested > 1 else ""
+    if any(row.difference is not None for row in rows):
+        yield f"Differences are to {base}{many}."
+
+
+def _differences(rows: Sequence[Row]) -> Iterator[str]:
     compared = [row for row in rows if row.difference is not None]
     single = [row.label for row in compared if row.has_one_training]
     few = [row.label for row in compared if 1 < len(row.paired_seeds) < FEW_SEEDS]
     matched = " Where a seed is missing, over the seeds that both have." if any(r.missing_seeds for r in rows) else ""
     if len(compared) > len(single):
         yield (
-            f"Difference of the Average to {base}: paired by document and seed, with a {CONFIDENCE:.0%} interval over "
+            f"Difference of the Average: paired by document and seed, with a {CONFIDENCE:.0%} interval over "
             f"training seeds and documents, from {DRAWS:,} samples of a crossed bootstrap.{matched}"
         )
     elif compared:
         yield (
-            f"Difference of the Average to {base}: paired by document, with a {CONFIDENCE:.0%} interval over documents, "
+            f"Difference of the Average: paired by document, with a {CONFIDENCE:.0%} interval over documents, "
             f"from {DRAWS:,} bootstrap samples of the documents within each column.{matched}"
         )
     if single:
@@ -124,17 +135,15 @@ def _differences(spec: TableSpec, rows: Sequence[Row]) -> Iterator[str]:
 
 
 def _tests(rows: Sequence[Row]) -> Iterator[str]:
-    tested = [row for row in rows if row.p_value is not None]
-    many = f", with Holm's correction for the {len(tested)} comparisons of this table" if len(tested) > 1 else ""
-    if tested:
+    if any(row.p_value is not None for row in rows):
         yield (
-            f"p: two-sided, of no difference of the Average, from the same bootstrap samples (at least "
-            f"{LEAST_P:.4f}; ≤ marks what that bound decides){many}."
+            "p: two-sided, of no difference of the Average, from the same bootstrap samples (at least "
+            f"{LEAST_P:.4f}; ≤ marks what that bound decides)."
         )
     tests = sum(len(seeds) for row in rows for seeds in (row.mcnemar or {}).values())
     if tests:
         yield (
-            f"Columns with 0/1 scores only: exact McNemar tests per seed, with Holm's correction for all {tests}, "
+            "Columns with 0/1 scores only: exact McNemar tests per seed, with Holm's correction for all of a table, "
             "are in the CSV file and in the report."
         )
 

@@ -20,6 +20,8 @@ MISSING = "missing"
 NOT_FINITE = "not finite"
 NOTHING = "–"
 
+REPORTED = "(published)"
+"""Marks a row of others among ours."""
 NOT_OURS = "Reported by others; not our measurements."
 _FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n")  # what a spreadsheet takes for the beginning of a formula
 LEGEND = "Bold: best of the column; underlined: second."
@@ -204,6 +206,10 @@ def _grid(table: Table) -> tuple[list[str], list[list[Styled]]]:
         cells += [Styled(rank_text(row.ranks[-1] if row.ranks else None))] if ranked else []
         cells += [Styled(_seeds(row))] if with_seeds else []
         rows.append(cells)
+    for reported in table.reported:
+        scores = [Styled(NOTHING if score is None else f"{score:.2f}") for score in reported.scores]
+        cells = [Styled(f"{reported.label} {REPORTED}"), *scores]
+        rows.append([*cells, *[Styled(NOTHING)] * (len(header) - len(cells))])
     return header, rows
 
 

@@ -58,6 +58,22 @@ class StoredSignal(FrozenModel):
     kept: Literal["log probabilities", "distributions", "responses"]
 
 
+class Design(Config):
+    """What the objective of a row compares, as it declares it.
+
+    Attributes:
+        sides: the responses of a pair that the row learns from.
+        granularity: what its units are.
+        reference: whose SFT model log-probabilities are measured from; None for an objective without a reference.
+        weights: the strategy of its importance weights; None where every unit weighs 1.
+    """
+
+    sides: tuple[Literal["chosen", "rejected"], ...]
+    granularity: Literal["spans", "tokens"]
+    reference: Role | None
+    weights: str | None
+
+
 class LogEntry(Config):
     """Metrics that were logged after one step; those of the evaluation pairs begin with ``eval_``."""
 
@@ -209,6 +225,24 @@ class DocumentScore(NamedTuple):
     score: Number
 
 
+class Answer(NamedTuple):
+    """What a model said to one document, as text that long ones are cut of (``harness.samples.answers_of``).
+
+    Attributes:
+        doc_hash: of the document; documents of one hash are the same for all models.
+        score: as in ``DocumentScore``.
+        prompt: its end, where the document's own question is.
+        target: the right answer.
+        answer: what was generated, or the option that the model finds likeliest.
+    """
+
+    doc_hash: str
+    score: Number
+    prompt: str
+    target: str
+    answer: str
+
+
 class ColumnResult(Config):
     """One model on one column of a suite. Scores are fractions, not percentages.
 
@@ -222,6 +256,7 @@ class ColumnResult(Config):
         unshared: why requests with a common context did not share its computation; None where they did.
         seconds: of the evaluation, loading of the model not included.
         health: of the generated answers; None for a column that generates none, and in older records.
+        answers: to the same few documents for every model; None in older records, which kept none.
     """
 
     protocol: Protocol
@@ -235,6 +270,7 @@ class ColumnResult(Config):
     unshared: str | None
     seconds: float
     health: Health | None = None
+    answers: tuple[Answer, ...] | None = None
 
     @property
     def is_finite(self) -> bool:
@@ -283,6 +319,7 @@ class RecordHead(Config):
         partial: whether the recipe asked for a part of the documents only.
         signals: the stored passes of frozen models over the pairs that the row needed.
         in_memory: frozen models that were in memory together with the student while it trained.
+        design: what the objective compares; None for an untrained row, and in older records.
     """
 
     recipe: str
@@ -295,6 +332,7 @@ class RecordHead(Config):
     partial: bool
     signals: tuple[StoredSignal, ...]
     in_memory: tuple[FrozenModel, ...]
+    design: Design | None = None
 
 
 class Record(RecordHead):

@@ -4,18 +4,23 @@ It is made from finished tables and their records, and is complete in itself: no
 What a record lacks (weights, margins, a training) is left out of the figure that would show it.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from harness import html
+from harness.charts import Named
 from harness.contents import Contents, by_run
 from harness.costs import cost_table
-from harness.formats import p_text, percent_interval
+from harness.formats import Details, View
+from harness.headline import headline
 from harness.health import health_table
+from harness.meanings import FAMILIES, HEADER, design_of, line, meanings, reads_teacher
 from harness.provenance import provenance_of
 from harness.record import Record
 from harness.search_table import tuning_view
-from harness.sheet import AVERAGE, Row, Table
+from harness.sheet import Table
+from harness.viewer import viewer
 
 
 def write_report(contents: Contents, records: Sequence[Record], path: Path, *, title: str, about: str) -> None:
@@ -33,51 +38,65 @@ def write_report(contents: Contents, records: Sequence[Record], path: Path, *, t
 
 def report(contents: Contents, records: Sequence[Record], *, title: str, about: str) -> str:
     """The report as HTML; see ``write_report``."""
+    runs = by_run(records)
+    common = _common([section.view.notes for section in contents.tables])
     return html.render(
         "report.html",
         title=title,
         about=about,
-        summary=list(_summary(contents.tables[0].table)),
-        sections=contents.tables,
+        explained=any(_is_explained(record) for record in records),
+        headline=headline(contents.tables[0].table, runs),
+        sections=[_Section(*section, _without(section.view.notes, common)) for section in contents.tables],
+        common=common,
+        rows=_rows(runs),
         tuning=tuning_view(records),
         curves=contents.curves,
         weights=contents.weights,
-        health=health_table(by_run(records)),
-        costs=cost_table(by_run(records)),
+        health=health_table(runs),
+        viewer=viewer(runs),
+        costs=cost_table(runs),
         provenance=provenance_of(records),
     )
 
 
-def _summary(table: Table) -> Iterator[str]:
-    """The main result in a sentence or two, from the numbers alone."""
-    if table.partial:
-        yield "Evaluated on a part of the documents only."
-    best = [row for row in table.rows if (cell := row.cells[-1]) is not None and cell.rank == 1]
-    for row in best[:1]:
-        cell = row.cells[-1]
-        assert cell is not None
-        assert cell.mean is not None
-        names = " and ".join(row.label for row in best)
-        yield f"Best {AVERAGE}: {names}, {100 * cell.mean:.2f}\N{NO-BREAK SPACE}%."
-        if row.difference is not None:
-            yield f"{_difference(row, table.base_label or '')}."
-    below = [row.label for row in table.rows if row.start is not None and row.start.is_below]
-    if below:
-        yield f"Below the model that they started from: {', '.join(below)}."
-    unhealthy = [row.label for row in table.rows if row.faults]
-    if unhealthy:
-        yield f"Unhealthy answers: {', '.join(unhealthy)}, see below the table."
-    if any(row.missing or row.missing_seeds for row in table.rows):
-        yield "Some runs are missing: see below the table."
+class _Section(NamedTuple):
+    """A table's section with the notes that are of this table alone."""
+
+    anchor: str
+    table: Table
+    view: View
+    details: Details | None
+    forests: list[Named]
+    tests: list[tuple[str, ...]]
+    notes: list[str]
 
 
-def _difference(row: Row, base: str) -> str:
-    text = f"Difference to {base}: {percent_interval(row.difference)} points (95\N{NO-BREAK SPACE}%)"
-    if row.has_one_training:
-        return f"{text}, of one seed: another training could move it further"
-    p_value = _equals(p_text(row.p_value, is_bound=row.p_is_bound))
-    return f"{text}, p\N{NO-BREAK SPACE}{p_value} after Holm's correction"
+class _Rows(NamedTuple):
+    """The table of what each row is, and the families of methods that occur in it with their meaning."""
+
+    header: tuple[str, ...]
+    lines: list[tuple[str, ...]]
+    families: list[tuple[str, str]]
 
 
-def _equals(text: str) -> str:
-    return text if text.startswith(("<", "≤")) else f"=\N{NO-BREAK SPACE}{text}"
+def _rows(runs: Mapping[str, Sequence[Record]]) -> _Rows:
+    found = meanings(runs)
+    families = {one.family for one in found}
+    return _Rows(HEADER, [line(one) for one in found], [item for item in FAMILIES.items() if item[0] in families])
+
+
+def _is_explained(record: Record) -> bool:
+    """Whether a row measures from the teacher, or weighs by one: what the explanation at the top is about."""
+    design = design_of(record)
+    return design is not None and len(design.sides) == 2 and reads_teacher(record)
+
+
+def _common(notes: Sequence[Sequence[str]]) -> list[str]:
+    """The notes that all tables with notes share; none where there is one table, whose notes stand below it."""
+    if len(notes) < 2:
+        return []
+    return [note for note in notes[0] if sum(note in others for others in notes) > 1]
+
+
+def _without(notes: Sequence[str], common: Sequence[str]) -> list[str]:
+    return [note for note in notes if note not in common]

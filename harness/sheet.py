@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from harness.published import Published
+from harness.published import Published, Reported
 from harness.statistics import Interval, McNemar
 
 AVERAGE = "Average"
@@ -128,7 +128,10 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class Table:
-    """A finished table: ``columns`` without the Average, ``partial`` those evaluated on a part of the documents."""
+    """A finished table: ``columns`` without the Average, ``partial`` those evaluated on a part of the documents.
+
+    ``reported`` are rows of others, which are shown last: never ranked, never compared.
+    """
 
     spec: TableSpec
     columns: tuple[str, ...]
@@ -136,6 +139,7 @@ class Table:
     partial: tuple[str, ...]
     footnotes: tuple[str, ...]
     published: Published | None
+    reported: tuple[Reported, ...] = ()
 
     @property
     def base_label(self) -> str | None:

@@ -15,6 +15,7 @@ from ctpd.core.printing import command, json_text, printable
 if TYPE_CHECKING:
     from ctpd.app import Experiment
     from ctpd.core.store import Store
+    from ctpd.pipeline.estimates import Cost
     from ctpd.pipeline.graph import Graph, PlanLine
     from ctpd.pipeline.runtime import Runtime
     from ctpd.pipeline.stage import Stage
@@ -58,6 +59,7 @@ class Flags:
     rebuild: bool = False
     report_to: tuple[str, ...] = ()
     log_dir: Path | None = None
+    samples: Path | None = None
     quiet: bool = False
     as_json: bool = False
     usable_device: str = "auto"
@@ -143,7 +145,7 @@ def execute(wanted: Wanted, store: "Store", launch: "LaunchSpec", flags: Flags, 
     outlook = Graph([*graph.targets, *wanted.later])
     refuse_idle(outlook)
     if flags.plan:
-        lines = [*graph.plan(store), *_later(graph, outlook)]
+        lines = [*graph.plan(store), *_later(graph, outlook, store)]
         _print_plan(lines, [*plan_notes(outlook), *_pairs_hint(graph, flags)], as_json=flags.as_json)
         return False
     count = processes_to_start(launch, num_processes=flags.num_processes, jobs=flags.jobs)
@@ -168,12 +170,14 @@ def _build(wanted: Wanted, store: "Store", flags: Flags, runtime: "Runtime", *, 
     from ctpd.pipeline.progress import Progress
 
     argv, built, keys, alone = click.get_current_context().find_root().obj, 0, set[str](), True
-    several = count > 1 or flags.jobs > 1
+    several, renew = count > 1 or flags.jobs > 1, flags.samples is not None
     with contextlib.ExitStack() as stack:
         stack.enter_context(kept_in(store.root))
         for graph in wanted.phases():
             if several:
-                graph.check(store, rebuild=flags.rebuild)  # here, once: no process may remove what another reads
+                graph.check(
+                    store, rebuild=flags.rebuild, renew=renew
+                )  # here, once: no process may remove what another reads
                 if alone and graph.missing(store):
                     if count > 1:
                         run_launched(argv, count=count, device=runtime.device)
@@ -181,17 +185,22 @@ def _build(wanted: Wanted, store: "Store", flags: Flags, runtime: "Runtime", *, 
                     stack.enter_context(helpers(argv, jobs=flags.jobs, device=runtime.device, quiet=flags.quiet))
                     alone = False
             progress, rebuild = Progress(quiet=flags.quiet), flags.rebuild and not several
-            built += build_missing(graph, store, runtime=runtime, progress=progress, rebuild=rebuild)
+            built += build_missing(graph, store, runtime=runtime, progress=progress, rebuild=rebuild, renew=renew)
             keys |= {stage.key for stage in graph.stages}
     return built, len(keys) - built
 
 
-def _later(graph: "Graph", outlook: "Graph") -> "list[PlanLine]":
+def _later(graph: "Graph", outlook: "Graph", store: "Store") -> "list[PlanLine]":
     """The stages that follow when the trials have chosen."""
+    from ctpd.pipeline.estimates import Estimates
     from ctpd.pipeline.graph import PlanLine
 
-    known = {stage.key for stage in graph.stages}
-    return [PlanLine(one.label, one.kind, None, hit=False) for one in outlook.stages if one.key not in known]
+    known, estimates = {stage.key for stage in graph.stages}, Estimates(store)
+    return [
+        PlanLine(one.label, one.kind, None, hit=False, cost=estimates.of(one))
+        for one in outlook.stages
+        if one.key not in known
+    ]
 
 
 def _checked_device(flags: Flags, *, count: int) -> str:
@@ -220,20 +229,28 @@ def _pairs_hint(graph: "Graph", flags: Flags) -> list[str]:
 
 def _print_plan(lines: "Sequence[PlanLine]", notes: Sequence[str], *, as_json: bool) -> None:
     if as_json:
-        click.echo(json_text([{"stage": x.kind, "label": x.label, "key": x.key, "hit": x.hit} for x in lines]))
+        click.echo(json_text([_plain(line) for line in lines]))
         return
     from rich.text import Text
 
     from ctpd.cli.terminal import rendered, table
 
-    rows = [(Text(*_state(line)), (line.key or LATER)[:12], line.label) for line in lines]
-    click.echo(rendered(table(["", "key", "stage"], rows)))
+    shown = any(line.cost is not None for line in lines)
+    costs = [_costs(line) if shown else () for line in lines]
+    rows = [
+        (Text(*_state(line)), (line.key or LATER)[:12], *cost, line.label)
+        for line, cost in zip(lines, costs, strict=True)
+    ]
+    heads = ["", "key", *(["time", "memory", "disk"] if shown else []), "stage"]
+    click.echo(rendered(table(heads, rows, right=(2, 3, 4) if shown else ())))
     known = [line for line in lines if line.key is not None]
     hits = sum(line.hit for line in known)
     click.echo("\n" + "".join(f"Note: {printable(note)}\n" for note in notes), nl=False)
     later = len(lines) - len(known)
     more = f" {later} stages follow when the trials have chosen their values." if later else ""
     click.echo(f"{len(known)} stages: {hits} hits, {len(known) - hits} misses.{more} Nothing was run.")
+    if hits < len(lines):
+        click.echo(_whole_cost([line.cost for line in lines if not line.hit]))
 
 
 def _state(line: "PlanLine") -> tuple[str, str]:
@@ -241,3 +258,35 @@ def _state(line: "PlanLine") -> tuple[str, str]:
     if line.failed:
         return "failed", "red"
     return ("hit", "") if line.hit else ("later" if line.key is None else "miss", "yellow")
+
+
+def _plain(line: "PlanLine") -> dict[str, object]:
+    """A line for --json."""
+    found: dict[str, object] = {"stage": line.kind, "label": line.label, "key": line.key, "hit": line.hit}
+    cost = None if line.cost is None else line.cost._asdict()
+    return found | {"estimate": cost}
+
+
+def _costs(line: "PlanLine") -> tuple[str, str, str]:
+    from harness.costs import duration, mebibytes
+
+    if line.cost is None:
+        return "", "", ""
+    seconds, memory, disk = line.cost
+    return duration(seconds), "" if memory is None else mebibytes(memory), mebibytes(disk / 2**20)
+
+
+def _whole_cost(costs: "Sequence[Cost | None]") -> str:
+    """What the misses may take in all."""
+    from ctpd.pipeline.estimates import total
+    from harness.costs import duration, mebibytes
+
+    seconds, memory, disk, unknown = total(costs)
+    if unknown == len(costs):
+        return "No estimate of time and memory: this store has built nothing like it, with these models and data."
+    most = "" if memory is None else f", {mebibytes(memory)} of memory in the largest training"
+    rest = f"; {unknown} stages, like which this store has built nothing, are not counted" if unknown else ""
+    return (
+        f"Estimated from the most similar stages of this store: {duration(seconds)} one after another{most}, "
+        f"{mebibytes(disk / 2**20)} of disk{rest}."
+    )

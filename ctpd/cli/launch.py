@@ -202,7 +202,9 @@ def helpers(argv: Sequence[str], *, jobs: int, device: str, quiet: bool) -> Iter
 def _helping(argv: Sequence[str], *, device: str) -> list[str]:
     """The command of a helper: `eval` for `run`, because the command itself writes records and tables."""
     command, *rest = argv
-    rest = _without(rest, values=("--jobs", "--device", "--num-processes"), flags=("--rebuild", "--json", "--quiet"))
+    rest = _without(
+        rest, values=("--jobs", "--device", "--num-processes", "--samples"), flags=("--rebuild", "--json", "--quiet")
+    )
     own = ["--quiet", "--device", device, "--num-processes", "1"]
     return ["eval" if command == "run" else command, *own, *rest]
 

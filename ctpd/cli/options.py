@@ -41,6 +41,10 @@ OPTIONS: dict[str, Decorator] = {
         "--log-dir", type=click.Path(path_type=Path),
         help="With --report-to: the folder that loggers write files into [default: `logs` in the store].",
     ),
+    "samples": click.option(
+        "--samples", type=click.Path(path_type=Path), metavar="DIR",
+        help="Copy the answers that evaluations keep into this folder, as sample files in lm-eval's format.",
+    ),
     "quiet": click.option("--quiet", is_flag=True, help="No progress."),
     "json": click.option("--json", "as_json", is_flag=True, help="Print JSON instead of text."),
     "debug": click.option("--debug", is_flag=True, expose_value=False, help="Show the traceback of an error."),

@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ctpd.cli.execute import RUNNING, Flags, Wanted, execute, opened, prepared
+from ctpd.cli.hub import ask_hub, needs_hub
 from ctpd.cli.launch import started_by_user
 from ctpd.cli.options import execution, given, refuse
+from ctpd.cli.samples import write_samples
 from ctpd.cli.scores import refuse_unmeasured, show_scores
 from ctpd.cli.tables import Shown, show_chosen, show_tables
 from ctpd.core.printing import command, json_text
@@ -26,7 +28,7 @@ _OF_A_MODEL = ("suite", "data_root", "precision", "batch_size", "chat_template")
 
 @click.command()
 @click.argument("recipe")
-@execution(*RUNNING)
+@execution(*RUNNING, "samples")
 def run(recipe: str, **values: Any) -> None:
     """Train, evaluate and compare everything in RECIPE that is missing; print the main table.
 
@@ -37,10 +39,13 @@ def run(recipe: str, **values: Any) -> None:
     refuse_with_plan(flags)
     experiment, store = opened(recipe, flags)
     if not flags.plan and started_by_user():
+        _ask_hub(experiment, store)
         experiment.check_suite(store)
     wanted = Wanted.of(experiment, store, lambda chosen: chosen.records)
     if execute(wanted, store, experiment.recipe.launch, flags, project=experiment.recipe.name):
         chosen = experiment.decided(store)
+        if flags.samples is not None:
+            write_samples(_evaluations(chosen), store, flags.samples)
         show_tables(chosen, store, Shown(as_json=flags.as_json, main_only=True))
         refuse_unmeasured(_results(_evaluations(chosen), store))
 
@@ -53,6 +58,8 @@ def train(recipe: str, **values: Any) -> None:
     flags = prepared(**values)
     refuse_with_plan(flags)
     experiment, store = opened(recipe, flags)
+    if not flags.plan and started_by_user():
+        _ask_hub(experiment, store)
     wanted = Wanted.of(experiment, store, lambda chosen: chosen.training)
     if not execute(wanted, store, experiment.recipe.launch, flags, project=experiment.recipe.name):
         return
@@ -94,7 +101,7 @@ def train(recipe: str, **values: Any) -> None:
     help="With --model: requests in one forward pass.",
 )
 @click.option("--chat-template", is_flag=True, help="With --model: render prompts with the tokenizer's chat template.")
-@execution(*RUNNING)
+@execution(*RUNNING, "samples")
 def evaluate(recipe: str | None, *, model: str | None, **values: Any) -> None:
     """Evaluate what RECIPE has trained, training what is missing; or any --model."""
     if (recipe is None) == (model is None):
@@ -111,18 +118,30 @@ def evaluate(recipe: str | None, *, model: str | None, **values: Any) -> None:
     refuse(*_OF_A_MODEL, because="the RECIPE says it in its `evaluation` block")
     experiment, store = opened(recipe, flags)
     if not flags.plan and started_by_user():
+        _ask_hub(experiment, store)
         experiment.check_suite(store)
     wanted = Wanted.of(
         experiment, store, lambda chosen: [one for columns in chosen.evaluations.values() for one in columns.values()]
     )
     if execute(wanted, store, experiment.recipe.launch, flags, project=experiment.recipe.name):
-        show_scores(_results(_evaluations(experiment.decided(store)), store), as_json=flags.as_json)
+        named = _evaluations(experiment.decided(store))
+        if flags.samples is not None:
+            write_samples(named, store, flags.samples)
+        show_scores(_results(named, store), as_json=flags.as_json)
+
+
+def _ask_hub(experiment: "Experiment", store: "Store") -> None:
+    """Say before anything is run where the hub is needed and does not answer."""
+    missing = bool(experiment.later) or any(not store.has(stage.kind, stage.key) for stage in experiment.records)
+    if missing and needs_hub(experiment.recipe.shared, experiment.suite):
+        ask_hub()
 
 
 def refuse_with_plan(flags: Flags) -> None:
     """Refuse --rebuild with --plan: a plan does not look for damage, so its hits would mislead."""
     if flags.plan:
         refuse("rebuild", because="--plan checks no artifact and builds none")
+        refuse("samples", because="--plan writes nothing")
 
 
 @click.command()
@@ -138,8 +157,14 @@ def refuse_with_plan(flags: Flags) -> None:
 @click.option(
     "--to", type=click.Path(path_type=Path), help="Keep tables and records in this folder, apart from the store."
 )
+@click.option(
+    "--published",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="CSV of scores that others reported (`row` and names of columns), shown as marked rows of the main table.",
+)
 @execution("store", "only", "seed", "limit", "json")
-def compare(recipe: str, *, formats: tuple[str, ...], to: Path | None, **values: Any) -> None:
+def compare(recipe: str, *, formats: tuple[str, ...], to: Path | None, published: Path | None, **values: Any) -> None:
     """Write every table of RECIPE in every format, and the report, from records alone; print one format.
 
     With --only or --seed, print the tables of these rows alone, and write nothing.
@@ -147,7 +172,9 @@ def compare(recipe: str, *, formats: tuple[str, ...], to: Path | None, **values:
     flags = prepared(**values)
     if flags.as_json and given("formats"):
         raise click.UsageError("--format does nothing here: --json prints JSON.")
-    shown = Shown(formats=formats, as_json=flags.as_json)
+    if flags.as_json:
+        refuse("published", because="--json prints our numbers alone")
+    shown = Shown(formats=formats, as_json=flags.as_json, published=published)
     experiment, store = opened(recipe, flags)
     if experiment.is_narrowed:
         refuse("to", because="--only and --seed show a part of the tables, and write nothing")
@@ -254,6 +281,10 @@ def _evaluate_model(model: str, protocol: dict[str, Any], flags: Flags) -> None:
     store = Store(flags.store)
     missing = [one for one in columns if not store.has(stages[one.name].kind, stages[one.name].key)]
     if not flags.plan and started_by_user():
+        if missing and (revision or data_root is None):
+            ask_hub()
         check_columns(missing, spec, store)
     if execute(Wanted(first=list(stages.values())), store, LaunchSpec(), flags):
+        if flags.samples is not None:
+            write_samples({model: stages}, store, flags.samples)
         show_scores(_results({model: stages}, store), as_json=flags.as_json)

@@ -24,11 +24,15 @@ OWNERS = ".recipes.json"  # beside the folders of tables: which recipe wrote eac
 
 @dataclass(frozen=True, kw_only=True)
 class Shown:
-    """What is printed of the tables: JSON, or some of `harness.formats.FORMATS`; all of the tables, or the main one."""
+    """What is printed of the tables: JSON, or some of `harness.formats.FORMATS`; all of the tables, or the main one.
+
+    `published` is a file of numbers that others reported, as rows of the main table.
+    """
 
     formats: Sequence[str] = ("txt",)
     as_json: bool = False
     main_only: bool = False
+    published: Path | None = None
 
 
 def show_tables(experiment: "Experiment", store: "Store", shown: Shown, *, to: Path | None = None) -> None:
@@ -48,7 +52,7 @@ def show_tables(experiment: "Experiment", store: "Store", shown: Shown, *, to: P
     whole = experiment.whole
     records = app.read_records(whole, store)
     _warn(experiment, records, store)
-    made = _tables(whole, records)
+    made = _tables(whole, records, published=shown.published)
     root, written = store.root / "tables" if to is None else to, ""
     try:
         folder = _folder(root, whole)
@@ -74,19 +78,24 @@ def show_chosen(experiment: "Experiment", store: "Store", shown: Shown) -> None:
 
     records = app.read_records(experiment, store)
     _warn(experiment, records, store)
-    _print(_tables(experiment, records, only=[run.name for run in experiment.outlook.runs]), records, shown)
+    only = [run.name for run in experiment.outlook.runs]
+    _print(_tables(experiment, records, only=only, published=shown.published), records, shown)
     if not shown.as_json:
         click.echo("\nOnly the chosen rows, and so nothing was written.")
 
 
 def _tables(
-    experiment: "Experiment", records: "Sequence[Record]", *, only: Sequence[str] | None = None
+    experiment: "Experiment",
+    records: "Sequence[Record]",
+    *,
+    only: Sequence[str] | None = None,
+    published: Path | None = None,
 ) -> "list[Table]":
     from harness import comparison
 
-    return comparison.tables(
-        experiment.recipe, records, columns=[column.name for column in experiment.suite.columns], only=only
-    )
+    columns = [column.name for column in experiment.suite.columns]
+    made = comparison.tables(experiment.recipe, records, columns=columns, only=only)
+    return made if published is None else comparison.with_reported(made, published)
 
 
 def _print(made: "Sequence[Table]", records: "Sequence[Record]", shown: Shown) -> None:

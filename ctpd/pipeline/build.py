@@ -23,12 +23,15 @@ NOTHING_MISSING, ONE_EACH = -1, -2  # broadcast by rank 0 instead of the index o
 _last_full_collection = 0.0
 
 
-def build_missing(graph: Graph, store: Store, *, runtime: Runtime, progress: Progress, rebuild: bool = False) -> int:
+def build_missing(
+    graph: Graph, store: Store, *, runtime: Runtime, progress: Progress, rebuild: bool = False, renew: bool = False
+) -> int:
     """Build what is missing and check what is there; return the number of stages that were missing.
 
     Any number of processes may do this on one store. Each stage is built by one of them; a collective stage is built by all
     processes of a launch, which must call this function with the same targets.
-    With ``rebuild``, damaged artifacts are removed and built again.
+    With ``rebuild``, damaged artifacts are removed and built again; with ``renew``, too, those of an earlier version that
+    lack what this one writes.
 
     Raises:
         DamagedArtifact: a target, or an input of a missing stage, is damaged and ``rebuild`` is off.
@@ -36,7 +39,7 @@ def build_missing(graph: Graph, store: Store, *, runtime: Runtime, progress: Pro
     ranks = processes()
     ranks.init_process_group(runtime.torch_device())  # a device that does not exist is refused here
     if ranks.is_main:
-        graph.check(store, rebuild=rebuild)
+        graph.check(store, rebuild=rebuild, renew=renew)
     ranks.barrier()
     total = len(graph.missing(store))
     ranks.barrier()
@@ -173,7 +176,9 @@ class _Builder:
         target = LogTarget(
             folder=runtime.log_dir or self.store.root / LOGS, project=runtime.project, run=stage.label, key=stage.key
         )
-        return Work(folder, runtime, bar.update, writes, folders, self.progress.note, remarks.append, target)
+        return Work(
+            folder, runtime, bar.update, writes, folders, self.progress.note, remarks.append, target, bar.detail
+        )
 
     def _pause(self, candidates: Sequence[Stage]) -> None:
         """Sleep while other processes build these stages; report once which stage is waited for."""

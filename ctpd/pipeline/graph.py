@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from ctpd.core.errors import DamagedArtifact
 from ctpd.core.store import Store
+from ctpd.pipeline.estimates import Cost, Estimates
 from ctpd.pipeline.stage import Stage
 
 FAILED = "failed"
@@ -20,6 +21,8 @@ class PlanLine:
     key: str | None
     hit: bool
     failed: bool = False
+    cost: Cost | None = None
+    """What a missing stage may take; None for a hit, and where nothing of its kind was built before."""
 
 
 class Graph:
@@ -35,11 +38,12 @@ class Graph:
         """Keys of the stages that may fail: only trials read them."""
 
     def plan(self, store: Store) -> list[PlanLine]:
-        """Which stages are in the store; builds nothing."""
-        lines = []
+        """Which stages are in the store, and what the others may take; builds nothing."""
+        lines, estimates = [], Estimates(store)
         for stage in self.stages:
             hit, failed = store.has(stage.kind, stage.key), self.failed(stage, store)
-            lines.append(PlanLine(stage.label, stage.kind, stage.key, hit or failed, failed))
+            cost = None if hit or failed else estimates.of(stage)
+            lines.append(PlanLine(stage.label, stage.kind, stage.key, hit or failed, failed, cost))
         return lines
 
     def failed(self, stage: Stage, store: Store) -> bool:
@@ -66,11 +70,11 @@ class Graph:
             self._visit_missing(source, store, needed)
         needed.setdefault(stage.key, stage)
 
-    def check(self, store: Store, *, rebuild: bool = False) -> None:
+    def check(self, store: Store, *, rebuild: bool = False, renew: bool = False) -> None:
         """Compare the artifacts that a build would read with their manifests.
 
         With ``rebuild`` compare all artifacts of the graph, byte for byte, and remove damaged ones: they are `missing`
-        then.
+        then; with ``renew``, too, those of an earlier version that lack what this one writes (`Stage.is_whole`).
 
         Raises:
             DamagedArtifact: an artifact is damaged and ``rebuild`` is off.
@@ -78,7 +82,7 @@ class Graph:
         if rebuild:
             for stage in self.stages:
                 if store.has(stage.kind, stage.key):
-                    _remove_damaged(stage, store)
+                    _remove_damaged(stage, store, renew=renew)
             return
         used = {stage.key: stage for stage in self.targets}
         for stage in self.missing(store):
@@ -94,11 +98,14 @@ def ready(missing: Sequence[Stage]) -> list[Stage]:
     return [stage for stage in missing if not any(source.key in keys for source in stage.inputs.values())]
 
 
-def _remove_damaged(stage: Stage, store: Store) -> None:
+def _remove_damaged(stage: Stage, store: Store, *, renew: bool) -> None:
     with store.lock(stage.kind, stage.key):  # another process may be rebuilding it
         try:
             store.verify(stage.kind, stage.key)
         except DamagedArtifact:
+            store.remove(stage.kind, stage.key, rebuild=True)
+            return
+        if renew and not stage.is_whole(store.path(stage.kind, stage.key)):
             store.remove(stage.kind, stage.key, rebuild=True)
 
 

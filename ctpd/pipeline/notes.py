@@ -13,7 +13,7 @@ MOST_NAMED = 12  # trainings of which the same is to be said; a search has hundr
 
 def plan_notes(graph: Graph) -> list[str]:
     """Sentences about the stages of a graph, for `--plan`."""
-    return [*_short_trainings(graph), *_templates(graph)]
+    return [*_short_trainings(graph), *_templates(graph), *_teachers(graph)]
 
 
 def refuse_idle(graph: Graph) -> None:
@@ -40,6 +40,22 @@ def _short_trainings(graph: Graph) -> Iterator[str]:
     for note, found in labels.items():
         more = f" and {len(found) - MOST_NAMED} more" if len(found) > MOST_NAMED else ""
         yield f"{'; '.join(found[:MOST_NAMED])}{more}: {note}."
+
+
+def _teachers(graph: Graph) -> Iterator[str]:
+    """Methods that run the teacher in every step, which a stored signal spares the others."""
+    found = [stage for stage in graph.stages if isinstance(stage, TrainStage) and _holds_teacher(stage)]
+    if found:
+        yield (
+            f"{'; '.join(stage.label for stage in found)}: the teacher is in memory while the student trains. Its weights "
+            "come on top of the student's memory, and each step runs it on the batch as well, which with a large teacher takes "
+            "most of the time."
+        )
+
+
+def _holds_teacher(stage: TrainStage) -> bool:
+    view = stage.method.requires.teacher
+    return view is not None and not view.is_stored
 
 
 def _templates(graph: Graph) -> Iterator[str]:

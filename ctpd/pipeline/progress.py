@@ -1,8 +1,8 @@
-"""Progress output while stages run: on a terminal a live bar for the running stage, and a line for each finished one."""
+"""Progress output while stages run: a line for each finished one, and for the running one a live bar, or a line a minute."""
 
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Protocol, TextIO
 
@@ -14,8 +14,10 @@ if TYPE_CHECKING:
 
 _LABEL_WIDTH = 52
 _BAR_WIDTH = 20
-_OTHER_COLUMNS = 46  # characters of bar, percentage and times, with the spaces between them
+_OTHER_COLUMNS = 70  # characters of bar, percentage, times, speed and loss, with the spaces between them
 _REFRESHES_PER_SECOND = 4
+LINE_SECONDS = 60.0
+"""Without a terminal, a running stage prints a line this often."""
 
 
 class Bar(Protocol):
@@ -25,20 +27,67 @@ class Bar(Protocol):
         """Show ``done`` of ``total``; may be called for every batch."""
         ...
 
+    def detail(self, text: str) -> None:
+        """Show this beside it, such as the loss."""
+        ...
+
 
 class _NoBar:
-    """Shows nothing: with `quiet`, and where the output is not a terminal."""
+    """Shows nothing, with `quiet`."""
 
     def update(self, done: int, total: int) -> None:
         """Do nothing."""
 
+    def detail(self, text: str) -> None:
+        """Do nothing."""
+
+
+class _Lines:
+    """A line a minute: what is done, how fast, what is left, and the loss of a training."""
+
+    def __init__(self, title: str, write: Callable[[str], None]) -> None:
+        self._title, self._write, self._detail = title, write, ""
+        self._start = self._said = time.monotonic()
+        self._before = -1  # what was done when the first update came: a resumed training does not begin at 0
+
+    def update(self, done: int, total: int) -> None:
+        now = time.monotonic()
+        if self._before < 0:
+            self._before, self._start = done, now
+        if now - self._said < LINE_SECONDS:
+            return
+        self._said = now
+        rate = _rate(done - self._before, now - self._start)
+        left = "" if not rate else f", about {_clock((total - done) / rate)} left"
+        speed = "" if not rate else f", {rate:.3g} a second{left}"
+        detail = f", {self._detail}" if self._detail else ""
+        self._write(f"{self._title}: {done:,} of {total:,} ({100 * done // max(1, total)} %){speed}{detail}")
+
+    def detail(self, text: str) -> None:
+        self._detail = text
+
 
 class _LiveBar:
     def __init__(self, bars: "RichProgress", task: "TaskID") -> None:
-        self._bars, self._task = bars, task
+        self._bars, self._task, self._detail = bars, task, ""
+        self._start, self._before = time.monotonic(), -1
 
     def update(self, done: int, total: int) -> None:
-        self._bars.update(self._task, completed=done, total=total)
+        now = time.monotonic()
+        if self._before < 0:
+            self._before, self._start = done, now
+        rate = _rate(done - self._before, now - self._start)
+        self._bars.update(
+            self._task, completed=done, total=total, speed=f"{rate:.3g}/s" if rate else "", detail=self._detail
+        )
+
+    def detail(self, text: str) -> None:
+        self._detail = text
+
+
+def _rate(done: int, seconds: float) -> float:
+    """Units a second; 0 while nothing is known."""
+    return done / seconds if done > 0 and seconds > 0 else 0.0
 
 
 class Progress:
@@ -76,13 +125,16 @@ class Progress:
 
     @contextmanager
     def _bar(self, title: str) -> Iterator[Bar]:
-        if self._stream is None or not self._stream.isatty():
+        if self._stream is None:
             yield _NoBar()
+            return
+        if not self._stream.isatty():
+            yield _Lines(title, self.note)
             return
         with _live_bars(self._stream) as bars:
             self._bars = bars
             try:
-                yield _LiveBar(bars, bars.add_task(title, total=None))
+                yield _LiveBar(bars, bars.add_task(title, total=None, speed="", detail=""))
             finally:
                 self._bars = None
 
@@ -109,6 +161,7 @@ def _live_bars(stream: TextIO) -> "RichProgress":
         TimeElapsedColumn(),
         TimeRemainingColumn(compact=True, elapsed_when_finished=False),
         TextColumn("left"),
+        TextColumn("{task.fields[speed]} {task.fields[detail]}", markup=False, table_column=Column(no_wrap=True)),
         console=console,
         refresh_per_second=_REFRESHES_PER_SECOND,
         transient=True,

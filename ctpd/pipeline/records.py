@@ -11,7 +11,7 @@ from ctpd.pipeline.runs import PlannedRun
 from ctpd.pipeline.stages.generate import generated_by
 from ctpd.pipeline.stages.pairs import FilePairs
 from ctpd.recipe import Recipe
-from harness.record import FrozenModel, Method, RecordHead, RowKind, StoredSignal
+from harness.record import Design, FrozenModel, Method, RecordHead, RowKind, StoredSignal
 from harness.shared import local_settings, shared_settings
 
 UNTRAINED: Mapping[Role, RowKind] = {"teacher": "untrained teacher", "student": "untrained student"}
@@ -30,6 +30,7 @@ def record_head(run: PlannedRun, recipe: Recipe, stages: SharedStages, *, suite:
         partial=recipe.shared.evaluation.limit is not None,
         signals=signals_read(run),
         in_memory=teachers_in_memory(run),
+        design=_design(run),
     )
 
 
@@ -37,6 +38,19 @@ def _method(run: PlannedRun) -> Method | None:
     if run.method is None or run.spec is None:
         return None
     return Method(name=run.method.name, params=to_plain(run.method.params), tuned=dict(run.spec.tuned))
+
+
+def _design(run: PlannedRun) -> Design | None:
+    if run.training is None:
+        return None
+    requires, reference = run.training.method.requires, run.training.reference
+    layout = requires.layout
+    return Design(
+        sides=requires.sides,
+        granularity=layout.granularity,
+        reference=None if reference is None else reference.config.role,
+        weights=None if layout.weighting is None else layout.weighting.strategy,
+    )
 
 
 def _digests(recipe: Recipe, stages: SharedStages) -> dict[str, str]:

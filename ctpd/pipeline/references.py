@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 MODEL_FOLDER = "model"  # inside an artifact that holds a model
+TRAINING = "training.json"
 ADAPTER_CONFIG = "adapter_config.json"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 

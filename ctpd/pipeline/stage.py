@@ -33,6 +33,7 @@ class Work:
         note: called with a sentence for the user.
         remark: called with what the user should know of the result, which is shown when the stage has ended.
         log_target: where the loggers of a training write.
+        detail: called with what is shown beside the progress, such as the loss.
     """
 
     folder: Path
@@ -43,6 +44,7 @@ class Work:
     note: Callable[[str], None] = lambda text: None
     remark: Callable[[str], None] = lambda text: None
     log_target: LogTarget | None = None
+    detail: Callable[[str], None] = lambda text: None
 
     def path(self, stage: "Stage") -> Path:
         """The folder of an input's artifact.
@@ -97,6 +99,10 @@ class Stage(Part):
     def attempts(self) -> "Iterator[Stage]":
         """Inputs, and inputs of these, that `build` can do without where their numbers were not finite; others have none."""
         yield from ()
+
+    def is_whole(self, folder: Path) -> bool:
+        """Whether an artifact holds all that this version writes; one that lacks what came later is still right."""
+        return True
 
     @cached_property
     def inputs(self) -> dict[str, "Stage"]:

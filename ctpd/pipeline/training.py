@@ -11,7 +11,7 @@ from ctpd.core.config import to_plain
 from ctpd.core.roles import Role
 from ctpd.core.store import RESUME_FOLDER
 from ctpd.models import save_model, whole_state
-from ctpd.pipeline.references import MODEL_FOLDER, LocatedModel
+from ctpd.pipeline.references import MODEL_FOLDER, TRAINING, LocatedModel
 from ctpd.pipeline.rows import token_rows
 from ctpd.pipeline.stage import Work
 from ctpd.text.prepare import PreparedPairs
@@ -19,8 +19,6 @@ from ctpd.train.fit import Fit, FitSettings
 from ctpd.train.scoring import Arrays, Measure, ScoringSettings, scoring_pass
 from ctpd.train.sharing import enable_prompt_sharing
 from harness.record import TrainingSummary, training_summary
-
-TRAINING = "training.json"
 
 
 class Scoring(Protocol):
@@ -47,6 +45,7 @@ def fit_settings(work: Work) -> FitSettings:
         report_to=runtime.report_to,
         progress=work.progress,
         note=work.note,
+        detail=work.detail,
         fsdp=runtime.fsdp,
         log_target=work.log_target,
     )

@@ -13,10 +13,16 @@ from ctpd.train.stopping import SIGNALS, StopRequest
 
 
 class ReportProgress(TrainerCallback):
-    """Reports the step number to the pipeline's progress bar."""
+    """Reports the step number, and the loss when it is logged, to the pipeline's progress bar."""
 
-    def __init__(self, report: Callable[[int, int], None]) -> None:
-        self._report = report
+    def __init__(self, report: Callable[[int, int], None], detail: Callable[[str], None]) -> None:
+        self._report, self._detail = report, detail
+
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Forward the loss."""
+        loss = state.log_history[-1].get("loss") if state.log_history else None
+        if loss is not None:
+            self._detail(f"loss {loss:.4g}")
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Forward the step number."""

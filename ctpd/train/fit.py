@@ -63,6 +63,7 @@ class FitSettings:
         report_to: loggers of `transformers`.
         progress: called with the steps done and the number of all steps.
         note: called with a sentence for the user.
+        detail: called with what is shown beside the progress: the loss.
         fsdp: how FSDP shards the model over the ranks; None: each rank holds all of it.
         log_target: where the loggers write; None: where they write by themselves.
     """
@@ -73,6 +74,7 @@ class FitSettings:
     report_to: tuple[str, ...]
     progress: Callable[[int, int], None]
     note: Callable[[str], None] = _silent
+    detail: Callable[[str], None] = _silent
     fsdp: FsdpSpec | None = None
     log_target: LogTarget | None = None
 
@@ -147,7 +149,7 @@ def fit(training: Training[Any], optimization: Optimization, *, folder: Path, se
 def _callbacks(
     training: Training[Any], optimization: Optimization, settings: FitSettings, args: TrainingArguments
 ) -> list[TrainerCallback]:
-    callbacks: list[TrainerCallback] = [ReportProgress(settings.progress)]
+    callbacks: list[TrainerCallback] = [ReportProgress(settings.progress, settings.detail)]
     if training.eval_rows is not None:
         schedule = optimization.schedule
         steps_per_epoch = len(training.rows) // schedule.pairs_per_step

@@ -43,6 +43,13 @@ def browse(report: Path, profile: Path, *options: str) -> subprocess.CompletedPr
     return subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
 
 
+def with_script(page: str, script: str) -> str:
+    """The page with a script at its end, which its policy would not run."""
+    page, policies = re.subn(r"<meta http-equiv=\"Content-Security-Policy\"[^>]*>", "", page)
+    assert policies == 1
+    return page.replace("</body>", script + "</body>")
+
+
 def test_run_and_compare_name_the_report_last(smoke: SmokeRun, compared: tuple[Path, Outcome]) -> None:
     folder, outcome = compared
     assert outcome.out.splitlines()[-1] == f"Report: {folder / 'report.html'}"
@@ -83,7 +90,7 @@ def test_the_report_fills_a_screen_and_never_scrolls_sideways(
     """A script in a copy of the page measures its width; wide tables scroll inside their own box."""
     probe = "<script>document.title = 'wide ' + document.documentElement.scrollWidth + ' of ' + innerWidth</script>"
     copy = tmp_path / "probed.html"
-    copy.write_text((compared[0] / "report.html").read_text(encoding="utf-8").replace("</body>", probe + "</body>"))
+    copy.write_text(with_script((compared[0] / "report.html").read_text(encoding="utf-8"), probe))
     shown = browse(copy, tmp_path / "profile", "--dump-dom", f"--window-size={width},900")
     measured = re.search(r"<title>wide (\d+) of (\d+)</title>", shown.stdout)
     assert measured
@@ -145,3 +152,35 @@ def test_a_table_may_not_take_the_reports_name(cli: Cli, tmp_path: Path) -> None
     outcome = cli("run", recipe, "--store", tmp_path, "--plan")
     assert outcome.code == 2
     assert "may not be named `report`" in outcome.err
+
+
+@needs_browser
+@pytest.mark.parametrize(("width", "is_cut"), [(1280, False), (400, True)])
+def test_no_table_is_cut_on_a_screen_and_on_a_phone_the_first_column_stays(
+    compared: tuple[Path, Outcome], tmp_path: Path, width: int, is_cut: bool
+) -> None:
+    """A script in a copy of the page scrolls each table to its end; a frame makes the phone, which Chromium cannot be."""
+    copy, frame = tmp_path / "probed.html", tmp_path / "frame.html"
+    probe = """<script>onload = () => setTimeout(() => {
+      const boxes = [...document.querySelectorAll(".scroll")].filter(box => box.checkVisibility());
+      const cut = boxes.filter(box => box.scrollWidth > box.clientWidth + 1);
+      const hinted = boxes.filter(box => box.querySelector(".more").clientHeight > 10);
+      cut.forEach(box => { box.scrollLeft = 1e6; });
+      const stay = cut.filter(box => Math.abs(
+        box.querySelector("tbody th").getBoundingClientRect().left - box.getBoundingClientRect().left) < 2);
+      const same = cut.length == hinted.length && cut.every(box => hinted.includes(box));
+      parent.postMessage([boxes.length, cut.length, stay.length, same].join(" "), "*");
+    }, 500)</script>"""
+    copy.write_text(with_script((compared[0] / "report.html").read_text(encoding="utf-8"), probe))
+    frame.write_text(
+        "<script>onmessage = event => { document.title = 'tables ' + event.data }</script>"
+        f"<iframe src='{copy.as_uri()}' style='width:{width}px;height:900px;border:0'></iframe>"
+    )
+    shown = browse(frame, tmp_path / "profile", "--dump-dom", "--virtual-time-budget=5000", "--window-size=1400,900")
+    measured = re.search(r"<title>tables (\d+) (\d+) (\d+) (\w+)</title>", shown.stdout)
+    assert measured, shown.stdout[:500]
+    tables, cut, stay = map(int, measured.groups()[:3])
+    assert tables >= 5
+    assert (cut > 0) == is_cut
+    assert stay == cut
+    assert measured[4] == "true"  # the hint stands where something is to the right, and nowhere else

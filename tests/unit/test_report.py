@@ -3,12 +3,14 @@
 import re
 from collections.abc import Sequence
 from html.parser import HTMLParser
+from itertools import pairwise
 
 import pytest
 
 from harness.charts import Forest
 from harness.contents import contents, smoothed
 from harness.costs import cost_table, count, duration, mebibytes
+from harness.drawing import spread_apart
 from harness.examples import grade
 from harness.formats import to_html
 from harness.record import LogEntry, Record, WeightedPair, WeightedSpan
@@ -26,7 +28,8 @@ SPEC = TableSpec(
     unranked=("Teacher",),
     published="table1_qwen14b_llama8b",
 )
-VOID = {"meta", "br", "link", "img"}
+PAPER = "https://arxiv.org/abs/2601.11865"
+VOID = {"meta", "br", "link", "img", "input"}
 
 
 class Page(HTMLParser):
@@ -71,16 +74,22 @@ def page() -> str:
 def test_the_report_needs_no_script_no_network_and_no_other_file(page: str) -> None:
     tags = {tag for tag, _ in Page(page).seen}
     assert not tags & {"script", "link", "img", "iframe", "object", "image", "use"}
-    assert not re.search(r"https?:|url\(|@import|javascript:| on\w+=", page)
+    assert not re.search(r"url\(|@import|javascript:| on\w+=", page)
+    links = set()
     for tag, attributes in Page(page).seen:
         assert "src" not in attributes
-        assert tag != "a" or str(attributes["href"]).startswith("#")
+        assert tag == "a" or not any(re.search("https?:", str(value)) for value in attributes.values())
+        if tag == "a" and not str(attributes["href"]).startswith("#"):
+            links.add(attributes["href"])
+    assert links == {PAPER}
+    assert page.count("https:") == page.count(PAPER) == 1
 
 
 def test_the_report_has_all_its_sections_and_every_link_leads_somewhere(page: str) -> None:
     read = Page(page)
     assert read.text["h2"] == [
         "Results",
+        "The rows",
         "Training",
         "Importance weights",
         "Health of the answers",
@@ -89,7 +98,8 @@ def test_the_report_has_all_its_sections_and_every_link_leads_somewhere(page: st
     ]
     identifiers = [attributes["id"] for _, attributes in read.seen if "id" in attributes]
     assert len(set(identifiers)) == len(identifiers)
-    assert {str(attributes["href"])[1:] for tag, attributes in read.seen if tag == "a"} <= set(identifiers)
+    links = {str(attributes["href"]) for tag, attributes in read.seen if tag == "a"} - {PAPER}
+    assert {link[1:] for link in links} <= set(identifiers)
 
 
 def test_the_report_is_accessible(page: str) -> None:
@@ -116,7 +126,7 @@ def test_the_report_shows_the_tables_numbers_and_published_ones_apart(page: str)
 
 
 def test_the_summary_names_the_best_row_and_its_difference(page: str) -> None:
-    summary = re.search(r'<p class="summary">(.*?)</p>', page, re.DOTALL)
+    summary = re.search(r'<p class="result">(.*?)</p>', page, re.DOTALL)
     assert summary
     assert (
         summary[1]
@@ -166,9 +176,9 @@ def test_a_report_of_untrained_models_alone_has_no_training_and_no_weights() -> 
     records = [changed(record, training=None) for record in demo(NAMES)[:2]]
     spec = TableSpec("main", "Main", (("Teacher", "Teacher"), ("Student", "Student"), ("DPO", "DPO")), base="DPO")
     read = Page(made(records, spec))
-    assert read.text["h2"] == ["Results", "Health of the answers", "Cost", "Provenance"]
-    assert read.count("svg") == 0
-    assert any("Some runs are missing" in text for text in read.text["p"])
+    assert read.text["h2"] == ["Results", "The rows", "Health of the answers", "Cost", "Provenance"]
+    assert read.count("svg") == 0  # nor the explanation of a method that no row is
+    assert any("Some runs are missing" in text for text in read.text["li"])
 
 
 def test_curves_are_means_over_the_steps_that_all_seeds_have() -> None:
@@ -213,7 +223,8 @@ def test_runs_with_the_very_same_weights_share_a_histogram() -> None:
     twin = changed(records[4], run="CTPD twice")
     text = made([*records, twin])
     assert text.count("<title>Weights of ") == 2
-    assert "Weights of CTPD, CTPD twice, seed 0" in text
+    assert "<title>Weights of CTPD, seed 0</title>" in text
+    assert '<figcaption>CTPD, seed 0<span class="remark">the same weights: CTPD twice</span></figcaption>' in text
 
 
 @pytest.mark.parametrize(
@@ -229,7 +240,7 @@ def test_the_cost_table_shows_any_run_and_invents_nothing() -> None:
     records[0] = changed(records[0], training=None)
     rows = {row[0]: row[1:] for row in cost_table({record.run: [record] for record in records}).rows}
     assert rows["Teacher"][1:7] == ("–",) * 6
-    assert rows["DPO"][:7] == ("1", "7.1 s", "684 MiB", "1.5 MiB", "393,888", "393,888", "92")
+    assert rows["DPO"][:7] == ("1", "7.1 s", "684 MiB", "6.0 MiB", "393,888", "393,888", "92")
     assert [rows[name][7:9] for name in NAMES] == [("0", "0"), ("0", "0"), ("0", "1"), ("0", "3"), ("3", "0")]
 
 
@@ -275,3 +286,52 @@ def test_a_figure_fills_no_interval_of_a_single_training() -> None:
     forest = section.forests[0].chart
     assert isinstance(forest, Forest)
     assert next(item for item in forest.estimates if item.label == "CTPD").is_clear
+
+
+def test_the_explanation_is_three_sentences_and_a_picture(page: str) -> None:
+    explained = re.search(r'<div class="ctpd">.*?<p>(.*?)</p>.*?<svg class="picture"', page, re.DOTALL)
+    assert explained
+    assert len(re.findall(r"\.(?: |$)", explained[1])) == 3
+
+
+def test_reward_plots_say_from_whose_margin_a_row_is_measured(page: str) -> None:
+    remark = re.search(r'Reward margin<span class="remark">(.*?)</span>', page, re.DOTALL)
+    assert remark
+    said = remark[1].replace("&#39;", "'")
+    assert "CTPD: measured from the teacher's margin" in said
+    assert "all other rows: from the student's" in said
+    assert "DPO" not in said
+
+
+def test_notes_that_tables_share_stand_once() -> None:
+    second = TableSpec("second", "Two rows", (("DPO", "DPO"), ("CTPD", "CTPD")), base="DPO", note="Its own.")
+    records = demo(NAMES)
+    text = report(contents(build_tables(records, [SPEC, second]), records), records, title="t", about="a")
+    notes = [note for table in build_tables(records, [SPEC, second]) for note in table.footnotes]
+    shown = [re.sub("<.*?>", "", note) for note in re.findall(r"<li>(.*?)</li>", text)]
+    for note in set(notes):
+        assert shown.count(note.replace("'", "&#39;")) == 1, note
+    assert text.count("Bold: best of the column") == 1
+    assert text.count('<a href="#notes">notes to all tables</a>') == 1
+
+
+def test_thirteen_lines_have_numbers_that_the_legend_explains_and_none_hides_another() -> None:
+    records = demo(NAMES)
+    names = [f"row {i}" for i in range(13)]
+    trained = [changed(records[4], run=name) for name in names]
+    text = made([*records[:2], *trained], TableSpec("main", "Main", tuple((name, name) for name in names)))
+    legend = re.findall(r'<span class="number">(\d+)</span>.*?</svg>([^<]*)</li>', text)
+    assert legend == [(str(i + 1), name) for i, name in enumerate(names)]
+    loss = re.search(r"<title>Loss</title>.*?</svg>", text, re.DOTALL)
+    assert loss
+    numbers = re.findall(r'<text x="(?:33|34|35)\d[\d.]*" y="([\d.]+)"[^>]*>(\d+)</text>', loss[0])
+    assert sorted(number for _, number in numbers) == sorted(dict(legend))
+    heights = sorted(float(y) for y, _ in numbers)
+    assert min(b - a for a, b in pairwise(heights)) > 10  # points; the digits are 8 high
+
+
+def test_heights_are_spread_apart_inside_their_range() -> None:
+    assert spread_apart([1.0, 5.0], gap=1.0, low=0.0, high=10.0) == [1.0, 5.0]
+    assert spread_apart([9.9, 9.9, 10.0], gap=1.0, low=0.0, high=10.0) == [8.0, 9.0, 10.0]
+    assert spread_apart([0.0] * 3, gap=100.0, low=0.0, high=10.0) == [0.0, 5.0, 10.0]
+    assert spread_apart([], gap=1.0, low=0.0, high=1.0) == []

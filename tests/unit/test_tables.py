@@ -354,7 +354,7 @@ def test_footnotes_name_documents_shots_seeds_versions_and_what_the_interval_is_
         "lm-evaluation-harness 0.4.13",
         "95%",
         "over training seeds and documents",
-        "not ranked: Teacher",
+        "Not ranked: Teacher",
         "float32",
         "to DPO",
     ):

@@ -21,6 +21,8 @@ from harness.suites import Column
 from harness.task_files import task_files
 
 RESULT = "result.json"
+SAMPLES = "samples"
+"""The folder of sample files in lm-eval's format; artifacts of earlier versions have none."""
 _WHOLE = "all"  # instead of the name of a data set: all of a mirror
 _NOT_OF_THE_RESULT = ("name", "folder", "datasets")  # fields of a column that do not change its score
 
@@ -154,6 +156,10 @@ class EvaluateStage(Stage):
             work.remark(f"not measured, since {error.what}")
         (work.folder / RESULT).write_text(result.model_dump_json(), encoding="utf-8")
 
+    def is_whole(self, folder: Path) -> bool:
+        """Whether answers were kept, as far as there are some."""
+        return (folder / SAMPLES).is_dir() or isinstance(read_result(folder), Unmeasured)
+
     def result(self, work: Work) -> ColumnResult | Unmeasured:
         """Read the result."""
         return read_result(work.path(self))
@@ -177,6 +183,7 @@ class EvaluateStage(Stage):
             limit=protocol.limit,
             chat_template=protocol.chat_template,
             allow_code=protocol.allow_code,
+            samples=work.folder / SAMPLES,
         )
         tokenizer = located.load_tokenizer()
         if protocol.backend == "vllm":

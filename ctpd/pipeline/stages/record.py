@@ -4,6 +4,7 @@ import json
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from ctpd.core.config import to_plain
@@ -77,6 +78,10 @@ class RecordStage(Stage):
             tuning=None if self.choice is None else self.choice.tuning(work, measured=measured.values()),
             provenance=Provenance.model_validate_json(json.dumps(to_plain(origin))),
         ).write(work.folder / RECORD)
+
+    def is_whole(self, folder: Path) -> bool:
+        """Whether it has answers of every column."""
+        return all(result.answers is not None for result in Record.read(folder / RECORD).evaluation.values())
 
     def _data(self, work: Work) -> DataSummary:
         meta = self.pairs.read_meta(work)
