@@ -26,6 +26,9 @@ def quiet_peft() -> Iterator[None]:
         # PEFT 0.21 reads a property that transformers 5.23 renamed; the warning is theirs and changes nothing.
         warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
         warnings.filterwarnings("ignore", message="Found missing adapter keys")  # `check_adapter` refuses them
+        # Settings for experts, which PEFT writes itself, and no layer that `all-linear` means is one.
+        warnings.filterwarnings("ignore", message="The following (rank|alpha)_pattern keys", category=RuntimeWarning)
+        warnings.filterwarnings("ignore", message="fan_in_fan_out is set to False but the target module is `Conv1D`")
         warnings.filterwarnings("ignore", message="Model has `tie_word_embeddings=True`")  # `refuse_tied` does
         yield
 

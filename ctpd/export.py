@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from ctpd.core.errors import UserError
+from ctpd.core.errors import UserError, listed
 from ctpd.core.store import Artifact, Store
 from ctpd.pipeline.references import ADAPTER_CONFIG, MODEL_FOLDER, cached_digest
 from ctpd.pipeline.stages.train import CHAIN
 
 BASE = "base"  # in the export of an adapter with its base
-ADAPTER_WEIGHTS = "adapter_model.safetensors"
+ADAPTER_WEIGHTS, GENERATION_CONFIG = "adapter_model.safetensors", "generation_config.json"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +56,7 @@ def export_model(store: Store, key: str, *, to: Path, form: ExportForm) -> str:
         said = _export_adapter(store, folder / MODEL_FOLDER, chain, to=to, form=form)
     else:
         said = _export_whole(folder / MODEL_FOLDER, to=to, form=form)
-    return " ".join([said, *_write_template(store, artifact, to)])
+    return " ".join([said, *_write_template(store, artifact, to), *_join_end_tokens(store, artifact, to)])
 
 
 def _export_whole(model: Path, *, to: Path, form: ExportForm) -> str:
@@ -64,10 +64,11 @@ def _export_whole(model: Path, *, to: Path, form: ExportForm) -> str:
         shutil.copytree(model, to)
     else:
         from ctpd.models import load_model, load_tokenizer, save_model
-        from ctpd.saving import save_tokenizer
+        from ctpd.saving import copy_processor, save_tokenizer
 
         save_model(load_model(model, precision=form.dtype, device="cpu"), to)
         save_tokenizer(load_tokenizer(model), to)
+        copy_processor(str(model), revision=None, to=to)
     whole = " Its weights are whole: there was nothing to merge, and no base." if form.merge or form.with_base else ""
     return f"Wrote the model to {to}.{whole}"
 
@@ -95,11 +96,12 @@ def _export_adapter(store: Store, adapter: Path, chain: Mapping[str, Any], *, to
 
 def _save_tokenizer(store: Store, chain: Mapping[str, Any], to: Path) -> None:
     from ctpd.models import load_tokenizer
-    from ctpd.saving import save_tokenizer
+    from ctpd.saving import copy_processor, save_tokenizer
 
     revision = chain["tokenizer_revision"]
     folder = _resolve(store, chain["tokenizer"], chain, revision=revision)
     save_tokenizer(load_tokenizer(folder, revision=revision), to)
+    copy_processor(str(folder), revision=revision, to=to)
 
 
 def _base_of(store: Store, chain: Mapping[str, Any], *, to: Path, form: ExportForm) -> str:
@@ -195,6 +197,58 @@ def _write_template(store: Store, artifact: Artifact, to: Path) -> list[str]:
         if folder.is_dir():
             save_tokenizer(tokenizer, folder)
     return ["`apply_chat_template` writes the plain template of the recipe."]
+
+
+def _join_end_tokens(store: Store, artifact: Artifact, to: Path) -> list[str]:
+    """Let the exported model stop where its training's responses end: `eos_token_id` of its `generation_config`.
+
+    Settings of sampling stay as they are; those that the library would refuse to save for want of `do_sample` get it.
+    """
+    from transformers import GenerationConfig
+
+    ends = _end_tokens(store, artifact)
+    said = set()
+    for path in (folder / GENERATION_CONFIG for folder in (to, to / BASE)):
+        if not ends or not path.is_file():
+            continue
+        config = GenerationConfig.from_pretrained(path.parent)
+        given = config.eos_token_id
+        known = [] if given is None else [given] if isinstance(given, int) else list(given)
+        if new := [end for end in ends if end not in known]:
+            config.eos_token_id = [*known, *new]
+            said.add(
+                f"`eos_token_id` of its generation_config has {listed(new)} too, which ends its training's responses."
+            )
+            if not _is_valid(config):
+                config.do_sample = True
+                if not _is_valid(config):
+                    raise UserError("the model's generation_config is not valid", where=str(path.parent))
+                said.add("Its settings of sampling lacked `do_sample: true`, which was added.")
+            config.save_pretrained(path.parent)
+    return sorted(said)
+
+
+def _is_valid(config: Any) -> bool:
+    try:
+        config.validate(strict=True)
+    except ValueError:
+        return False
+    return True
+
+
+def _end_tokens(store: Store, artifact: Artifact) -> list[int]:
+    """The tokens with which the responses of a training end; none where its pairs are gone."""
+    from ctpd.pipeline.rows import token_rows
+    from ctpd.pipeline.stages.pairs import read_prepared
+
+    try:
+        identity = store.manifest(artifact.stage, artifact.key)["identity"]
+        stage, _, key = identity["pairs"].partition("/")
+        prepared = read_prepared(store.open(stage, key))
+        rows = token_rows(prepared, identity["config"]["role"])
+    except (UserError, LookupError, OSError):
+        return []
+    return sorted({int(token) for token in rows.input_ids[rows.row_starts[1:][prepared.has_end] - 1]})
 
 
 def _plain_template(store: Store, artifact: Artifact) -> dict[str, str] | None:

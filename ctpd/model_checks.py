@@ -8,8 +8,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from peft import PeftConfig, get_peft_model
+from numpy.typing import NDArray
+from peft import PeftConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -47,6 +49,26 @@ def check_tokenizer(skeleton: Skeleton, tokenizer: Any, *, where: str, templates
                 fix="Give the tokenizer that belongs to the model, or resize the model's embeddings "
                 "(`resize_token_embeddings`) and save it",
             )
+
+
+def check_tokens(model: Any, ids: NDArray[np.int32], *, where: str) -> None:
+    """Refuse rows with a token for which a loaded model has no row; the plan has no configuration of some hub models.
+
+    Args:
+        model: a model, adapters on it or not.
+        ids: of all rows.
+        where: the model.
+
+    Raises:
+        UserError: there is such a token.
+    """
+    rows = embedding_rows(model.get_base_model() if isinstance(model, PeftModel) else model)
+    if len(ids) and int(ids.max()) >= rows:
+        raise UserError(
+            f"the pairs hold the token {int(ids.max())}, and the model has {rows:,} rows of embeddings",
+            where=where,
+            fix="Give the tokenizer that belongs to the model, or resize the model's embeddings and save it",
+        )
 
 
 def embedding_rows(model: PreTrainedModel) -> int:
@@ -115,13 +137,21 @@ def check_training(skeleton: Skeleton, lora: LoraSpec | None, *, where: str) -> 
     if lora is not None:
         with torch.random.fork_rng(devices=[]):
             add_lora(copy.deepcopy(skeleton.model), r=lora.r, alpha=lora.alpha, targets=lora.targets, seed=0)
-    parts = language_part(skeleton.model)
+    name, parts = type(skeleton.model).__name__, language_part(skeleton.model)
+    experts = lora is not None and lora.targets == "all-linear" and has_joined_experts(skeleton.model)
+    without = "its experts, which are one weight in each layer and no linear layers, get no adapter"
     if parts is None:
-        return None
+        return f"{where}: {name}: {without}" if experts else None
     inside = {id(p) for part in parts for p in part.parameters()}
     rest = sum(p.numel() for p in skeleton.model.parameters() if id(p) not in inside)
     trained = "its language part is trained" if lora is None else "its language part gets adapters"
-    return f"{where}: {type(skeleton.model).__name__}: {trained}; the other {rest:,} weights stay as they are"
+    said = f"{where}: {name}: {trained}; the other {rest:,} weights stay as they are"
+    return f"{said}; {without}" if experts else said
+
+
+def has_joined_experts(model: PreTrainedModel) -> bool:
+    """Whether the experts of a layer are one weight of three dimensions, on which LoRA's `all-linear` puts nothing."""
+    return any(weight.dim() == 3 and "experts" in name for name, weight in model.named_parameters())
 
 
 def check_ready_adapter(skeleton: Skeleton, adapter: Path) -> None:

@@ -102,6 +102,8 @@ def _logit_transform(config: Any) -> LogitTransform:
     scale = 1.0
     if getattr(text, "logit_scale", None):
         scale *= text.logit_scale
+    if getattr(text, "lm_head_multiplier", None):
+        scale *= text.lm_head_multiplier
     if getattr(text, "logits_scaling", None):
         scale /= text.logits_scaling
     return LogitTransform(scale=scale, softcap=getattr(text, "final_logit_softcapping", None))
@@ -256,7 +258,7 @@ def add_lora(model: PreTrainedModel, *, r: int, alpha: int, targets: str | Seque
         exclude_modules=outside_language_part(model),
         task_type="CAUSAL_LM",
     )
-    with loading("adapter", f"`lora.targets: {targets}`", fix="Name layers of the model, or give `all-linear`"):
+    with loading("adapter", f"`lora.targets: {targets}`", fix="Name other layers of the model in `lora.targets`"):
         with quiet_peft():
             adapted = get_peft_model(model, config)
         refuse_tied(adapted)

@@ -83,6 +83,7 @@ class Computed(NamedTuple):
     truncated: int | None
     unshared: str | None
     seconds: float
+    alone: int = 0
 
 
 def evaluate_column(
@@ -131,6 +132,7 @@ def evaluate_column(
         truncated=lm.num_truncated,
         unshared=lm.unshared,
         seconds=time.perf_counter() - start,
+        alone=lm.num_alone,
     )
     return _result(column, documents, scores, computed)
 
@@ -165,7 +167,8 @@ def evaluate_with_vllm(
     )
     scores = score(lm, column, documents, watched_vllm(lm))
     seconds = time.perf_counter() - start
-    return _result(column, documents, scores, Computed("vllm", precision, None, lm.max_length, None, None, seconds))
+    computed = Computed("vllm", precision, None, lm.max_length, None, None, seconds, alone=lm.num_alone)
+    return _result(column, documents, scores, computed)
 
 
 def score(lm: LM, column: Column, documents: Documents, endings: Endings | None = None) -> Scores:
@@ -245,6 +248,7 @@ def _result(column: Column, documents: Documents, scores: Scores, computed: Comp
         unshared=computed.unshared,
         seconds=round(computed.seconds, 3),
         health=scores.health,
+        alone=computed.alone,
     )
 
 

@@ -222,6 +222,8 @@ class ColumnResult(Config):
         unshared: why requests with a common context did not share its computation; None where they did.
         seconds: of the evaluation, loading of the model not included.
         health: of the generated answers; None for a column that generates none, and in older records.
+        alone: continuations that are in one token with the end of their context, and were tokenized by themselves;
+            lm-eval has no score for them.
     """
 
     protocol: Protocol
@@ -235,6 +237,7 @@ class ColumnResult(Config):
     unshared: str | None
     seconds: float
     health: Health | None = None
+    alone: int = 0
 
     @property
     def is_finite(self) -> bool:

@@ -187,9 +187,10 @@ def test_vllm_that_is_not_installed_is_refused_with_the_way_to_get_it() -> None:
 def test_vllm_is_given_the_model_its_tokenizer_and_the_precision(monkeypatch: pytest.MonkeyPatch) -> None:
     given: dict[str, object] = {}
     module = types.ModuleType("lm_eval.models.vllm_causallms")
-    module.VLLM = lambda **arguments: given.update(arguments) or "the model"  # type: ignore[attr-defined]
+    module.VLLM = type("VLLM", (), {"__init__": lambda self, **arguments: given.update(arguments)})  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "lm_eval.models.vllm_causallms", module)
-    assert open_vllm("a", "b", precision="bfloat16", revision="c" * 40, tokenizer_revision="d" * 40) == "the model"
+    found = open_vllm("a", "b", precision="bfloat16", revision="c" * 40, tokenizer_revision="d" * 40)
+    assert isinstance(found, module.VLLM)
     assert given == {
         "pretrained": "a",
         "tokenizer": "b",
