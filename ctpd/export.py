@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -12,6 +12,7 @@ from ctpd.core.store import Artifact, Store
 from ctpd.pipeline.references import ADAPTER_CONFIG, MODEL_FOLDER, cached_digest
 from ctpd.pipeline.stages.train import CHAIN
 
+SAMPLING = ("temperature", "top_p", "top_k", "top_h", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff")
 BASE = "base"  # in the export of an adapter with its base
 ADAPTER_WEIGHTS, GENERATION_CONFIG = "adapter_model.safetensors", "generation_config.json"
 
@@ -202,7 +203,7 @@ def _write_template(store: Store, artifact: Artifact, to: Path) -> list[str]:
 def _join_end_tokens(store: Store, artifact: Artifact, to: Path) -> list[str]:
     """Let the exported model stop where its training's responses end: `eos_token_id` of its `generation_config`.
 
-    Settings of sampling stay as they are; those that the library would refuse to save for want of `do_sample` get it.
+    Settings of sampling stay as they are, unless they are invalid.
     """
     from transformers import GenerationConfig
 
@@ -219,13 +220,27 @@ def _join_end_tokens(store: Store, artifact: Artifact, to: Path) -> list[str]:
             said.add(
                 f"`eos_token_id` of its generation_config has {listed(new)} too, which ends its training's responses."
             )
-            if not _is_valid(config):
-                config.do_sample = True
-                if not _is_valid(config):
-                    raise UserError("the model's generation_config is not valid", where=str(path.parent))
-                said.add("Its settings of sampling lacked `do_sample: true`, which was added.")
+            said |= set(_made_valid(config, where=str(path.parent)))
             config.save_pretrained(path.parent)
     return sorted(said)
+
+
+def _made_valid(config: Any, *, where: str) -> Iterator[str]:
+    """Correct settings of sampling that the library would not save; what to say of it.
+
+    Without `do_sample` they are meant for sampling; beside `do_sample: false` they act nowhere.
+    """
+    if _is_valid(config):
+        return
+    if config.do_sample is None:
+        config.do_sample = True
+        yield "Its settings of sampling lacked `do_sample: true`, which was added."
+    else:
+        for name in SAMPLING:
+            setattr(config, name, None)
+        yield "Its settings of sampling beside `do_sample: false` were left out."
+    if not _is_valid(config):
+        raise UserError("the model's generation_config is not valid", where=where, fix="Correct it in the base model")
 
 
 def _is_valid(config: Any) -> bool:

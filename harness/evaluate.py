@@ -167,7 +167,7 @@ def evaluate_with_vllm(
     )
     scores = score(lm, column, documents, watched_vllm(lm))
     seconds = time.perf_counter() - start
-    computed = Computed("vllm", precision, None, lm.max_length, None, None, seconds, alone=lm.num_alone)
+    computed = Computed("vllm", precision, None, lm.max_length, None, None, seconds, alone=getattr(lm, "num_alone", 0))
     return _result(column, documents, scores, computed)
 
 

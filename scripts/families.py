@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from ctpd.checkpoints import language_part, model_class
 from ctpd.core.errors import UserError
 from ctpd.models import Score, add_lora, install_scorer, score
-from ctpd.probes import configure_scorer
+from ctpd.probes import configure_scorer, largest_difference
 
 RESULTS = Path(__file__).resolve().parent.parent / "results" / "families" / "README.md"
 
@@ -208,7 +208,7 @@ def compare(model: nn.Module) -> Agreement:
     expected, found = gradients(full_N), gradients(fused_N)
     largest = max(float(gradient.abs().max()) for gradient in expected)
     worst = max(float((one - other).abs().max()) for one, other in zip(expected, found, strict=True))
-    return Agreement(float((fused_N - full_N).abs().max()), worst / largest, base._scorer_uses_logits)
+    return Agreement(largest_difference(full_N.detach(), fused_N.detach()), worst / largest, base._scorer_uses_logits)
 
 
 def with_adapters(model: PreTrainedModel) -> nn.Module:

@@ -18,6 +18,7 @@ from ctpd.core.errors import UserError
 from ctpd.models import add_lora, load_model, save_model
 from ctpd.pipeline.graph import Graph
 from ctpd.pipeline.model_checks import check_models
+from tests.conftest import Cli
 from tests.fixtures.tiny import COMMON, CONFIGS, tiny_multimodal
 from tests.fixtures.tokenizers import CHATML, with_template
 
@@ -65,8 +66,8 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def notes(folder: Path, change: Callable[[dict[str, Any]], object] = lambda shared: None) -> list[str]:
-    """What is said before the first stage of a recipe for the models of the folder, whose `shared` block is changed."""
+def write_recipe(folder: Path, change: Callable[[dict[str, Any]], object] = lambda shared: None) -> Path:
+    """A recipe for the models of the folder, with its `shared` block changed."""
     recipe = copy.deepcopy(RECIPE)
     shared = recipe["shared"]
     for role in (TEACHER, STUDENT):
@@ -74,7 +75,12 @@ def notes(folder: Path, change: Callable[[dict[str, Any]], object] = lambda shar
     shared["data"]["train"] = {"path": str(folder / "pairs.jsonl")}
     change(shared)
     (folder / "own.yaml").write_text(json.dumps(recipe))  # JSON is YAML
-    graph = Graph(Experiment(folder / "own.yaml").records)
+    return folder / "own.yaml"
+
+
+def notes(folder: Path, change: Callable[[dict[str, Any]], object] = lambda shared: None) -> list[str]:
+    """What is said before the first stage of such a recipe."""
+    graph = Graph(Experiment(write_recipe(folder, change)).records)
     return check_models(graph.stages, local=True)
 
 
@@ -347,3 +353,24 @@ def test_the_part_of_a_multimodal_model_that_is_trained_is_said_in_one_line(fold
     assert "Gemma3ForConditionalGeneration: its language part is trained; the other" in note
     (note,) = notes(folder, lora(r=2))
     assert "its language part gets adapters" in note
+
+
+def test_a_plan_shows_the_notes_and_refuses_what_will_not_work(cli: Cli, folder: Path) -> None:
+    """So does the command that would run it; a finished stage needs no check."""
+    long = write_recipe(folder, lambda shared: shared["data"].update(max_tokens=65))
+    planned = cli("run", long, "--plan", "--store", folder / "store")
+    assert planned.code == 0, planned.err
+    assert "student: `max_tokens: 65` is more than the 64 positions" in " ".join(planned.out.split())
+    rewrite(folder / STUDENT / WEIGHTS, lambda weights: weights.pop("lm_head.weight"))
+    for words in (("run", long, "--plan"), ("train", long)):
+        refused = cli(*words, "--store", folder / "store")
+        assert refused.code == 2
+        assert "lacks 1 of the model's weights" in " ".join(refused.err.split())
+    assert not list((folder / "store").glob("pairs/*"))
+
+
+def test_an_evaluated_model_is_checked_too(cli: Cli, folder: Path) -> None:
+    rewrite(folder / STUDENT / WEIGHTS, lambda weights: weights.pop("lm_head.weight"))
+    refused = cli("eval", "--model", folder / STUDENT, "--plan", "--store", folder / "store")
+    assert refused.code == 2
+    assert "lacks 1 of the model's weights" in " ".join(refused.err.split())
