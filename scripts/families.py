@@ -244,7 +244,7 @@ def classes_table() -> Iterator[str]:
                 found = compare(prepare(model))
             except UserError as error:
                 cells += ["refused", "refused"]
-                said.append(error.what)
+                said.append(f"LoRA: {error.what}" if cells[2:] else error.what)
                 continue
             cells += [f"{found.logps:.0e}", f"{found.gradients:.0e}"]
             if found.full:

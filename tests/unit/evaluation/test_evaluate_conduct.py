@@ -13,7 +13,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from ctpd.core.errors import UserError
-from harness.backends import open_vllm
+from harness.backends import SharedContextLM, open_vllm
 from harness.evaluate import Documents, check_column, evaluate_column
 from harness.record import ColumnResult
 from harness.suites import Column
@@ -175,6 +175,14 @@ def test_a_chat_template_is_used_where_there_is_one_and_asked_for_in_vain_refuse
     assert with_template.protocol.chat_template
     assert not without.protocol.chat_template
     assert with_template.protocol.task_hash != without.protocol.task_hash
+
+
+def test_the_number_of_continuations_that_were_scored_by_themselves_is_in_the_result(
+    model: LlamaForCausalLM, tokenizer: Any, choice: Column, data_root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert evaluate_column(model, tokenizer, choice, Documents(data_root, limit=2), batch_size=5).alone == 0
+    monkeypatch.setattr(SharedContextLM, "num_alone", 3)
+    assert evaluate_column(model, tokenizer, choice, Documents(data_root, limit=2), batch_size=5).alone == 3
 
 
 def test_vllm_that_is_not_installed_is_refused_with_the_way_to_get_it() -> None:
