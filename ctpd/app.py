@@ -16,6 +16,7 @@ from ctpd.core.temporary import kept_in
 from ctpd.pipeline.build import build_missing
 from ctpd.pipeline.evaluations import check_columns, evaluation_stage
 from ctpd.pipeline.graph import Graph
+from ctpd.pipeline.model_checks import check_models
 from ctpd.pipeline.notes import refuse_idle
 from ctpd.pipeline.plan import SharedStages
 from ctpd.pipeline.progress import Progress
@@ -216,13 +217,18 @@ def run(
     artifacts = Store(Path(store))
     experiment = Experiment(recipe, store=artifacts)
     runtime = runtime or Runtime.of(experiment.recipe.launch, project=experiment.recipe.name)
-    refuse_idle(Graph(experiment.outlook.records))
+    outlook = Graph(experiment.outlook.records)
+    refuse_idle(outlook)
     experiment.check_suite(artifacts)
+    notes = check_models(outlook.missing(artifacts), local=False) if processes().is_main else []
+    progress = Progress(quiet=quiet)
+    for note in notes:
+        progress.note(f"Note: {note}.")
     with kept_in(artifacts.root):
         if experiment.search is not None:
-            build_missing(Graph(experiment.choices), artifacts, runtime=runtime, progress=Progress(quiet=quiet))
+            build_missing(Graph(experiment.choices), artifacts, runtime=runtime, progress=progress)
             experiment = experiment.decided(artifacts)
-        build_missing(Graph(experiment.records), artifacts, runtime=runtime, progress=Progress(quiet=quiet))
+        build_missing(Graph(experiment.records), artifacts, runtime=runtime, progress=progress)
     processes().destroy_process_group()
     columns = [column.name for column in experiment.suite.columns]
     return tables(experiment.recipe, read_records(experiment, artifacts), columns=columns)

@@ -2,18 +2,19 @@
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from ctpd.core.errors import UserError
+from ctpd.core.errors import UserError, listed
 from ctpd.core.store import Artifact, Store
 from ctpd.pipeline.references import ADAPTER_CONFIG, MODEL_FOLDER, cached_digest
 from ctpd.pipeline.stages.train import CHAIN
 
+SAMPLING = ("temperature", "top_p", "top_k", "top_h", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff")
 BASE = "base"  # in the export of an adapter with its base
-ADAPTER_WEIGHTS = "adapter_model.safetensors"
+ADAPTER_WEIGHTS, GENERATION_CONFIG = "adapter_model.safetensors", "generation_config.json"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +57,7 @@ def export_model(store: Store, key: str, *, to: Path, form: ExportForm) -> str:
         said = _export_adapter(store, folder / MODEL_FOLDER, chain, to=to, form=form)
     else:
         said = _export_whole(folder / MODEL_FOLDER, to=to, form=form)
-    return " ".join([said, *_write_template(store, artifact, to)])
+    return " ".join([said, *_write_template(store, artifact, to), *_join_end_tokens(store, artifact, to)])
 
 
 def _export_whole(model: Path, *, to: Path, form: ExportForm) -> str:
@@ -64,10 +65,11 @@ def _export_whole(model: Path, *, to: Path, form: ExportForm) -> str:
         shutil.copytree(model, to)
     else:
         from ctpd.models import load_model, load_tokenizer, save_model
-        from ctpd.saving import save_tokenizer
+        from ctpd.saving import copy_processor, save_tokenizer
 
         save_model(load_model(model, precision=form.dtype, device="cpu"), to)
         save_tokenizer(load_tokenizer(model), to)
+        copy_processor(str(model), revision=None, to=to)
     whole = " Its weights are whole: there was nothing to merge, and no base." if form.merge or form.with_base else ""
     return f"Wrote the model to {to}.{whole}"
 
@@ -95,11 +97,12 @@ def _export_adapter(store: Store, adapter: Path, chain: Mapping[str, Any], *, to
 
 def _save_tokenizer(store: Store, chain: Mapping[str, Any], to: Path) -> None:
     from ctpd.models import load_tokenizer
-    from ctpd.saving import save_tokenizer
+    from ctpd.saving import copy_processor, save_tokenizer
 
     revision = chain["tokenizer_revision"]
     folder = _resolve(store, chain["tokenizer"], chain, revision=revision)
     save_tokenizer(load_tokenizer(folder, revision=revision), to)
+    copy_processor(str(folder), revision=revision, to=to)
 
 
 def _base_of(store: Store, chain: Mapping[str, Any], *, to: Path, form: ExportForm) -> str:
@@ -195,6 +198,72 @@ def _write_template(store: Store, artifact: Artifact, to: Path) -> list[str]:
         if folder.is_dir():
             save_tokenizer(tokenizer, folder)
     return ["`apply_chat_template` writes the plain template of the recipe."]
+
+
+def _join_end_tokens(store: Store, artifact: Artifact, to: Path) -> list[str]:
+    """Let the exported model stop where its training's responses end: `eos_token_id` of its `generation_config`.
+
+    Settings of sampling stay as they are, unless they are invalid.
+    """
+    from transformers import GenerationConfig
+
+    ends = _end_tokens(store, artifact)
+    said = set()
+    for path in (folder / GENERATION_CONFIG for folder in (to, to / BASE)):
+        if not ends or not path.is_file():
+            continue
+        config = GenerationConfig.from_pretrained(path.parent)
+        given = config.eos_token_id
+        known = [] if given is None else [given] if isinstance(given, int) else list(given)
+        if new := [end for end in ends if end not in known]:
+            config.eos_token_id = [*known, *new]
+            said.add(
+                f"`eos_token_id` of its generation_config has {listed(new)} too, which ends its training's responses."
+            )
+            said |= set(_made_valid(config, where=str(path.parent)))
+            config.save_pretrained(path.parent)
+    return sorted(said)
+
+
+def _made_valid(config: Any, *, where: str) -> Iterator[str]:
+    """Correct settings of sampling that the library would not save; what to say of it.
+
+    Without `do_sample` they are meant for sampling; beside `do_sample: false` they act nowhere.
+    """
+    if _is_valid(config):
+        return
+    if config.do_sample is None:
+        config.do_sample = True
+        yield "Its settings of sampling lacked `do_sample: true`, which was added."
+    else:
+        for name in SAMPLING:
+            setattr(config, name, None)
+        yield "Its settings of sampling beside `do_sample: false` were left out."
+    if not _is_valid(config):
+        raise UserError("the model's generation_config is not valid", where=where, fix="Correct it in the base model")
+
+
+def _is_valid(config: Any) -> bool:
+    try:
+        config.validate(strict=True)
+    except ValueError:
+        return False
+    return True
+
+
+def _end_tokens(store: Store, artifact: Artifact) -> list[int]:
+    """The tokens with which the responses of a training end; none where its pairs are gone."""
+    from ctpd.pipeline.rows import token_rows
+    from ctpd.pipeline.stages.pairs import read_prepared
+
+    try:
+        identity = store.manifest(artifact.stage, artifact.key)["identity"]
+        stage, _, key = identity["pairs"].partition("/")
+        prepared = read_prepared(store.open(stage, key))
+        rows = token_rows(prepared, identity["config"]["role"])
+    except (UserError, LookupError, OSError):
+        return []
+    return sorted({int(token) for token in rows.input_ids[rows.row_starts[1:][prepared.has_end] - 1]})
 
 
 def _plain_template(store: Store, artifact: Artifact) -> dict[str, str] | None:

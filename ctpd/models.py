@@ -3,11 +3,9 @@
 Shape legend: R rows of a batch, T tokens of the longest row, N scored tokens, H hidden size, V vocabulary.
 """
 
-import contextlib
 import json
 import math
-import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,15 +15,14 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 from transformers import (
-    AutoConfig,
     AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
 )
-from transformers.utils.logging import disable_progress_bar
 
-from ctpd.checkpoints import asks_for_code, custom_code, first_line, four_bits, load_checkpoint
+from ctpd.adapters import check_adapter, outside_language_part, quiet_peft, refuse_tied
+from ctpd.checkpoints import dropout_as_given, first_line, four_bits, load_checkpoint, load_config, loading
 from ctpd.core.errors import UserError
 from ctpd.core.temporary import temporary_folder
 from ctpd.core.userfiles import exists, user_path
@@ -33,8 +30,6 @@ from ctpd.ops.finite import refuse_non_finite_weights
 from ctpd.ops.logit_rows import Head, LogitRows, is_sharded
 from ctpd.ops.logps import LogitTransform
 from ctpd.ops.shared_rows import PackedLayout
-
-disable_progress_bar()  # the pipeline shows its own
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -58,7 +53,12 @@ class Score(NamedTuple):
     targets: Int[Tensor, " N"]
 
     def __call__(self, outputs: Outputs) -> Float[Tensor, " N"]:
-        """Their log-probabilities."""
+        """Their log-probabilities.
+
+        Raises:
+            UserError: a target is no column of the logits (on a CPU; on another device the kernel fails).
+        """
+        outputs.every.head.check(self.targets)
         return outputs.every.select(self.predictors).logps(self.targets)
 
 
@@ -102,6 +102,8 @@ def _logit_transform(config: Any) -> LogitTransform:
     scale = 1.0
     if getattr(text, "logit_scale", None):
         scale *= text.logit_scale
+    if getattr(text, "lm_head_multiplier", None):
+        scale *= text.lm_head_multiplier
     if getattr(text, "logits_scaling", None):
         scale /= text.logits_scaling
     return LogitTransform(scale=scale, softcap=getattr(text, "final_logit_softcapping", None))
@@ -180,14 +182,10 @@ def find_tokenizer(location: str) -> PreTrainedTokenizerBase:
 def _fast_tokenizer(
     folder: str | Path, *, revision: str | None, where: str, fix: str | None
 ) -> PreTrainedTokenizerBase:
-    try:
+    with loading("tokenizer", where, fix=fix):
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             str(folder), revision=revision, trust_remote_code=False
         )
-    except (OSError, ValueError) as error:
-        if asks_for_code(error):
-            raise custom_code("tokenizer", where) from error
-        raise UserError(f"no tokenizer could be loaded ({first_line(error)})", where=where, fix=fix) from error
     if not tokenizer.is_fast:
         raise UserError("the tokenizer is a slow one, which has no character offsets", where=where, fix=fix)
     return tokenizer
@@ -212,15 +210,13 @@ def load_model(
     """
     if precision == "4bit" and adapters:
         with temporary_folder("merged") as merged:
-            load_model(
-                folder, adapters=adapters, precision="bfloat16", device="cpu", revision=revision
-            ).save_pretrained(merged)
+            whole = load_model(folder, adapters=adapters, precision="bfloat16", device="cpu", revision=revision)
+            save_model(whole, Path(merged))
             return load_model(merged, precision=precision, device=device)
     options = four_bits(device) if precision == "4bit" else {"dtype": DTYPES[precision]}
     model = load_checkpoint(str(folder), revision=revision, options=options)
     for adapter in adapters:
-        with _peft_on_transformers():
-            model = PeftModel.from_pretrained(model, str(adapter)).merge_and_unload()
+        model = _merged(model, adapter)
     if precision != "4bit":  # `device_map` has put those on the device, and they cannot be moved
         move: Any = model.to  # transformers' wrapper hides the signature of `nn.Module.to`
         move(device)
@@ -230,27 +226,43 @@ def load_model(
     return model
 
 
+def _merged(model: PreTrainedModel, adapter: Path) -> PreTrainedModel:
+    with loading("adapter", str(adapter), fix="Give a LoRA adapter that was trained on this model"), quiet_peft():
+        adapted = PeftModel.from_pretrained(model, str(adapter))
+        check_adapter(adapted, adapter)
+        merged: PreTrainedModel = adapted.merge_and_unload()
+    return merged
+
+
 def model_sizes(folder: str | Path, *, revision: str | None = None) -> tuple[int, int]:
     """(columns of the logits, hidden size) of a model, from its configuration alone."""
-    config = AutoConfig.from_pretrained(str(folder), revision=revision, trust_remote_code=False).get_text_config()
+    config = load_config(str(folder), revision=revision).get_text_config()
     return config.vocab_size, config.hidden_size
 
 
 def add_lora(model: PreTrainedModel, *, r: int, alpha: int, targets: str | Sequence[str], seed: int) -> PeftModel:
-    """Freeze ``model`` and put adapters on its linear layers; their initial weights depend on ``seed`` alone."""
+    """Freeze ``model`` and put adapters on its linear layers; their initial weights depend on ``seed`` alone.
+
+    Of a multimodal model the language part alone gets adapters.
+
+    Raises:
+        UserError: no layer has a name among ``targets``, or one is tied to another weight.
+    """
     torch.manual_seed(seed)
     modules = targets if isinstance(targets, str) else list(targets)
-    config = LoraConfig(r=r, lora_alpha=alpha, lora_dropout=0.0, target_modules=modules, task_type="CAUSAL_LM")
-    with _peft_on_transformers():
-        return get_peft_model(model, config)
-
-
-@contextlib.contextmanager
-def _peft_on_transformers() -> Iterator[None]:
-    """PEFT 0.21 reads a property that transformers 5.23 renamed; the warning is theirs and changes nothing."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
-        yield
+    config = LoraConfig(
+        r=r,
+        lora_alpha=alpha,
+        lora_dropout=0.0,
+        target_modules=modules,
+        exclude_modules=outside_language_part(model),
+        task_type="CAUSAL_LM",
+    )
+    with loading("adapter", f"`lora.targets: {targets}`", fix="Name other layers of the model in `lora.targets`"):
+        with quiet_peft():
+            adapted = get_peft_model(model, config)
+        refuse_tied(adapted)
+    return adapted
 
 
 def whole_state(model: nn.Module) -> dict[str, Tensor] | None:
@@ -290,7 +302,8 @@ def save_model(model: nn.Module, folder: Path, *, state: dict[str, Tensor] | Non
     else:
         library_model: Any = model
         library_model.config.use_cache = True
-        library_model.save_pretrained(str(folder), state_dict=state)
+        with dropout_as_given(model):
+            library_model.save_pretrained(str(folder), state_dict=state)
 
 
 def parameter_counts(model: nn.Module) -> tuple[int, int]:

@@ -13,6 +13,8 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
+from ctpd.checkpoints import first_line
+from ctpd.core.errors import CtpdError, UserError
 from ctpd.models import Score, score
 
 
@@ -61,7 +63,8 @@ def same_results(model: nn.Module, expected: Callable[[], Tensor], found: Callab
         for way in (expected, found):
             with torch.enable_grad():
                 logps_N = way()
-                grads = torch.autograd.grad(logps_N.sum(), [trained[0], trained[-1]]) if trained else ()
+                ends = [trained[0], trained[-1]] if trained else []
+                grads = torch.autograd.grad(logps_N.sum(), ends, materialize_grads=True) if ends else ()
             results.append([logps_N.detach().float(), *(g.float() for g in grads)])
     tolerance = tolerance_of(next(model.parameters()).dtype)
     (logps_N, *grads_of_expected), (other_N, *grads_of_found) = results
@@ -138,7 +141,8 @@ def scores_without_logits(model: nn.Module) -> bool:
     base = _base(model)
     device = next(model.parameters()).device
     vocabulary = base.config.get_text_config().vocab_size
-    ids = torch.arange(24, device=device).reshape(2, 12) * 7919 % vocabulary
+    # Not token 0: it is often the padding token, whose embedding may be zero, where some models have no gradient.
+    ids = 1 + torch.arange(24, device=device).reshape(2, 12) * 7919 % (vocabulary - 1)
     predictors = torch.tensor([3, 4, 15, 20], device=device)
     request = Score(predictors, ids.flatten()[predictors + 1])
 
@@ -151,9 +155,30 @@ def scores_without_logits(model: nn.Module) -> bool:
 
     before = base._scorer_uses_logits
     try:
-        return same_results(model, by(uses_logits=True), by(uses_logits=False))
+        return same_results(model, by(uses_logits=True), _or_nan(by(uses_logits=False), request))
+    except (CtpdError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # the model's own forward raises whatever it likes
+        raise UserError(
+            f"{type(base).__name__} gives no log-probabilities of a text alone ({first_line(error)})",
+            fix="Use a causal language model of transformers",
+        ) from error
     finally:
         base._scorer_uses_logits = before
+
+
+def _or_nan(way: Callable[[], Tensor], request: Score) -> Callable[[], Tensor]:
+    """A way to compute log-probabilities that gives NaN, which equals nothing, where it raises an error."""
+
+    def tried() -> Tensor:
+        try:
+            return way()
+        except torch.OutOfMemoryError:
+            raise
+        except Exception:  # a decoder that is not called as those of other models raises whatever it likes
+            return torch.full(request.targets.shape, torch.nan, requires_grad=True)
+
+    return tried
 
 
 def _base(model: nn.Module) -> Any:

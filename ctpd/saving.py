@@ -1,12 +1,31 @@
-"""Write tokenizers into artifacts and exports: the same files on every machine."""
+"""Write tokenizers and processors into artifacts and exports: the same files on every machine."""
 
 import json
+import shutil
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
+from ctpd.checkpoints import find_file
+
 _TOKENIZER_CONFIG = "tokenizer_config.json"
 _OF_A_MACHINE = ("local_files_only", "is_local", "cache_dir", "name_or_path", "tokenizer_file", "_commit_hash")
+
+_PROCESSOR = ("processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json")
+
+
+def copy_processor(folder: str, *, revision: str | None, to: Path) -> None:
+    """Copy what a multimodal model needs beside its tokenizer to read images and sounds; text needs none of it.
+
+    Args:
+        folder: a directory or a hub id.
+        revision: the pinned revision of a hub id.
+        to: an existing directory.
+    """
+    for name in _PROCESSOR:
+        found = find_file(folder, name, revision=revision, local=False)
+        if found is not None:
+            shutil.copyfile(found, to / name)
 
 
 def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:

@@ -117,7 +117,7 @@ def open_vllm(
         ) from error
     if torch.cuda.is_available():
         torch.cuda.empty_cache()  # vLLM reserves most of the device; a training in this process left cached blocks
-    made: LM = module.VLLM(
+    made: LM = type("VLLM", (_ScoredAlone, module.VLLM), {})(
         pretrained=str(folder),
         tokenizer=str(tokenizer),
         dtype=precision,
@@ -127,7 +127,33 @@ def open_vllm(
     return made
 
 
-class SharedContextLM(HFLM):  # type: ignore[misc]  # lm-eval has no types
+class _ScoredAlone:
+    """Mixed into a model of lm-eval: a continuation that lm-eval leaves no token of is tokenized by itself.
+
+    A continuation whose text is in one token with the end of its context would be empty: lm-eval fails on it, or gives it
+    the log-likelihood 0, with which it wins. All others are parted as lm-eval does.
+    """
+
+    num_alone = 0
+    """The continuations that were tokenized by themselves."""
+
+    def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
+        lm: Any = self
+        parted: tuple[list[int], list[int]] = super()._encode_pair(context, continuation)  # type: ignore[misc]
+        if all(parted):
+            return parted
+        self.num_alone += 1
+        kept = context.rstrip()  # spaces at its end belong to the continuation, as in lm-eval
+        answer: list[int] = lm.tok_encode(context[len(kept) :] + continuation, add_special_tokens=False)
+        return parted[0] or [lm.prefix_token_id], answer
+
+    def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
+        _refuse_empty(requests)
+        found: list[tuple[float, bool]] = super().loglikelihood(requests, disable_tqdm=disable_tqdm)  # type: ignore[misc]
+        return found
+
+
+class SharedContextLM(_ScoredAlone, HFLM):  # type: ignore[misc]  # lm-eval has no types
     """lm-eval's model for transformers, which computes common beginnings of requests once, and reports progress.
 
     The choices of a document are branches after one context, few-shot examples that documents have in common are kept as
@@ -169,6 +195,7 @@ class SharedContextLM(HFLM):  # type: ignore[misc]  # lm-eval has no types
         return encoded
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
+        _refuse_empty(requests)
         self._report(len(requests))
         encoded = []
         for start in range(0, len(requests), ENCODED_AT_ONCE):
@@ -184,7 +211,8 @@ class SharedContextLM(HFLM):  # type: ignore[misc]  # lm-eval has no types
             parted: tuple[list[int], list[int]] = self._encode_pair(context, answer)
             return parted
         tokens = self.tok_encode(answer, add_special_tokens=False)
-        return (tokens[:1], tokens[1:]) if tokens[0] == self.prefix_token_id else ([self.prefix_token_id], tokens)
+        begun = len(tokens) > 1 and tokens[0] == self.prefix_token_id
+        return (tokens[:1], tokens[1:]) if begun else ([self.prefix_token_id], tokens)
 
     def _encode_ahead(self, texts: Sequence[str]) -> None:
         """Keep the tokens of these texts for `tok_encode`: one call of the tokenizer, and none twice."""
@@ -267,8 +295,13 @@ class SharedContextLM(HFLM):  # type: ignore[misc]  # lm-eval has no types
         override_bs: int | None = None,
     ) -> list[tuple[float, bool]]:
         self._longest_continuation = max((len(continuation) for _, _, continuation in requests), default=0)
+        if self._longest_continuation > self.max_length:
+            raise UserError(
+                f"a continuation of {self._longest_continuation} tokens is longer than the model's {self.max_length}",
+                fix="Evaluate a model with a longer context",
+            )
         self.num_truncated += sum(len(context) + len(answer) > self.max_length + 1 for _, context, answer in requests)
-        if self._branching is not None and all(answer for _, _, answer in requests):  # lm-eval refuses empty ones
+        if self._branching is not None:
             wanted = [
                 Request(tuple((context + answer)[-(self.max_length + 1) :]), len(answer))
                 for _, context, answer in requests
@@ -318,6 +351,16 @@ class SharedContextLM(HFLM):  # type: ignore[misc]  # lm-eval has no types
         if self._progress is not None:
             self._progress(0, total)
             self.set_cache_hook(_ProgressHook(self._progress, total))
+
+
+def _refuse_empty(requests: Sequence[Instance]) -> None:
+    """Refuse choices without text, whose log-likelihood would be 0 for every model: they would always win."""
+    for context, answer in (request.args for request in requests):
+        if not answer:
+            raise UserError(
+                f"a choice of the task has no text, and no score; it follows {context[-60:]!r}",
+                fix="Correct `doc_to_choice`, `target_delimiter` or the documents of the task",
+            )
 
 
 class _ProgressHook(CacheHook):  # type: ignore[misc]  # lm-eval has no types

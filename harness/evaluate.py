@@ -87,6 +87,7 @@ class Computed(NamedTuple):
     truncated: int | None
     unshared: str | None
     seconds: float
+    alone: int = 0
 
 
 def evaluate_column(
@@ -135,6 +136,7 @@ def evaluate_column(
         truncated=lm.num_truncated,
         unshared=lm.unshared,
         seconds=time.perf_counter() - start,
+        alone=lm.num_alone,
     )
     return _result(column, documents, scores, computed)
 
@@ -169,7 +171,8 @@ def evaluate_with_vllm(
     )
     scores = score(lm, column, documents, watched_vllm(lm))
     seconds = time.perf_counter() - start
-    return _result(column, documents, scores, Computed("vllm", precision, None, lm.max_length, None, None, seconds))
+    computed = Computed("vllm", precision, None, lm.max_length, None, None, seconds, alone=getattr(lm, "num_alone", 0))
+    return _result(column, documents, scores, computed)
 
 
 def score(lm: LM, column: Column, documents: Documents, endings: Endings | None = None) -> Scores:
@@ -254,6 +257,7 @@ def _result(column: Column, documents: Documents, scores: Scores, computed: Comp
         seconds=round(computed.seconds, 3),
         health=scores.health,
         answers=scores.answers,
+        alone=computed.alone,
     )
 
 

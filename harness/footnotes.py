@@ -38,6 +38,7 @@ def footnotes(
     yield from _start(rows)
     yield from _protocol(results)
     yield from _truncated(records)
+    yield from _alone(results)
     yield from _not_finite(records)
     yield from tuning_notes({row.run: row.label for row in rows}, records)
     yield from cautions(records)
@@ -192,6 +193,15 @@ def _truncated(records: Sequence[Record]) -> Iterator[str]:
     cut = sum((result.truncated or 0) > 0 for record in records for result in record.evaluation.values())
     if cut:
         yield f"In {cut} evaluations some prompts exceeded the model's length and were cut from the left."
+
+
+def _alone(results: Mapping[str, ColumnResult]) -> Iterator[str]:
+    counts = [f"{name} {one.alone:,}" for name, one in results.items() if one.alone]
+    if counts:
+        yield (
+            f"Continuations in one token with the end of their context, which lm-eval has no score for and which were "
+            f"tokenized by themselves: {', '.join(counts)}."
+        )
 
 
 def _not_finite(records: Sequence[Record]) -> Iterator[str]:

@@ -257,6 +257,8 @@ class ColumnResult(Config):
         seconds: of the evaluation, loading of the model not included.
         health: of the generated answers; None for a column that generates none, and in older records.
         answers: to the same few documents for every model; None in older records, which kept none.
+        alone: continuations that are in one token with the end of their context, and were tokenized by themselves;
+            lm-eval has no score for them.
     """
 
     protocol: Protocol
@@ -271,6 +273,7 @@ class ColumnResult(Config):
     seconds: float
     health: Health | None = None
     answers: tuple[Answer, ...] | None = None
+    alone: int = 0
 
     @property
     def is_finite(self) -> bool:

@@ -134,9 +134,10 @@ def execute(wanted: Wanted, store: "Store", launch: "LaunchSpec", flags: Flags, 
     Raises:
         UserError: no such device or logger; flags that contradict each other.
     """
-    from ctpd.cli.launch import processes_to_start
+    from ctpd.cli.launch import processes_to_start, started_by_user
     from ctpd.core.processes import processes
     from ctpd.pipeline.graph import Graph
+    from ctpd.pipeline.model_checks import check_models
     from ctpd.pipeline.notes import plan_notes, refuse_idle
     from ctpd.pipeline.runtime import Runtime
     from ctpd.train.loggers import check_loggers
@@ -144,12 +145,16 @@ def execute(wanted: Wanted, store: "Store", launch: "LaunchSpec", flags: Flags, 
     graph = Graph([*wanted.first, *wanted.planned])
     outlook = Graph([*graph.targets, *wanted.later])
     refuse_idle(outlook)
+    of_models = check_models(outlook.missing(store), local=flags.plan) if started_by_user() else []
     if flags.plan:
         lines = [*graph.plan(store), *_later(graph, outlook, store)]
-        _print_plan(lines, [*plan_notes(outlook), *_pairs_hint(graph, flags)], as_json=flags.as_json)
+        notes = [*plan_notes(outlook), *(f"{note}." for note in of_models), *_pairs_hint(graph, flags)]
+        _print_plan(lines, notes, as_json=flags.as_json)
         return False
     count = processes_to_start(launch, num_processes=flags.num_processes, jobs=flags.jobs)
     device = _checked_device(flags, count=count)
+    if not flags.quiet:
+        click.echo("".join(f"Note: {printable(note)}.\n" for note in of_models), nl=False, err=True)
     check_loggers(flags.report_to, flags.log_dir)
     runtime = Runtime.of(launch, device=device, report_to=flags.report_to, log_dir=flags.log_dir, project=project)
     built = _build(wanted, store, flags, runtime, count=count)

@@ -14,6 +14,7 @@ from torch.func import functional_call
 from torch.nn.functional import linear
 from torch.utils.checkpoint import checkpoint
 
+from ctpd.core.errors import UserError
 from ctpd.ops.logps import NO_TRANSFORM, LogitTransform, token_logps, token_logps_module
 
 # A loss over whole rows makes several copies of a tile: 32 MiB is 64 rows of a vocabulary of 128k.
@@ -50,6 +51,21 @@ class Head:
         else:
             logits_RV = self.module(hidden_RH)
         return self.transform(logits_RV.to(torch.promote_types(logits_RV.dtype, torch.float32)))
+
+    def check(self, targets_N: Int[Tensor, " N"]) -> None:
+        """Refuse a target beyond the last column, whose log-probability would be a number of no token.
+
+        Raises:
+            UserError: there is one; on another device than the CPU, which is not waited for, an assertion of the kernel.
+        """
+        inside = (targets_N < self.width).all()
+        if targets_N.device.type != "cpu":
+            torch._assert_async(inside)
+        elif not inside:
+            raise UserError(
+                f"the token {int(targets_N.max())} is beyond the {self.width:,} columns of the model's logits",
+                fix="Use the tokenizer that belongs to the model",
+            )
 
     @property
     def linear(self) -> nn.Linear | None:

@@ -47,7 +47,7 @@ class LogitTransform(NamedTuple):
     """What a model does to its logits after the output embedding: ``z -> softcap * tanh(scale * z / softcap)``.
 
     Attributes:
-        scale: factor of the logits (Cohere, Granite).
+        scale: factor of the logits (Cohere, Granite, Falcon H1).
         softcap: bound of the logits (Gemma 2); None for none.
     """
 

@@ -10,6 +10,7 @@ from torch import nn
 from ctpd.core.config import to_plain
 from ctpd.core.roles import Role
 from ctpd.core.store import RESUME_FOLDER
+from ctpd.model_checks import check_tokens
 from ctpd.models import save_model, whole_state
 from ctpd.pipeline.references import MODEL_FOLDER, TRAINING, LocatedModel
 from ctpd.pipeline.rows import token_rows
@@ -80,6 +81,8 @@ def read_training(folder: Path) -> TrainingSummary:
 def scored(work: Work, located: LocatedModel, pairs: PreparedPairs, config: Scoring, measure: Measure) -> Arrays:
     """One scoring pass of a frozen model over all response tokens of its rows."""
     model: Any = located.load_frozen(precision=config.precision, device=work.runtime.torch_device())
+    rows = token_rows(pairs, config.role)
+    check_tokens(model, rows.input_ids, where=located.title)
 
     def row_name(row: int) -> str:
         return f"{pairs.pair_ids[row // 2]} ({'rejected' if row % 2 else 'chosen'})"
@@ -91,4 +94,4 @@ def scored(work: Work, located: LocatedModel, pairs: PreparedPairs, config: Scor
         model=located.title,
         row_name=row_name,
     )
-    return scoring_pass(model, token_rows(pairs, config.role), measure=measure, settings=settings)
+    return scoring_pass(model, rows, measure=measure, settings=settings)

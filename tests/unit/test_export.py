@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 import torch
 from peft import AutoPeftModelForCausalLM
+from safetensors.numpy import save_file
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoModelForMultimodalLM, AutoTokenizer, GenerationConfig
 
 from ctpd.core.errors import UserError
 from ctpd.core.store import Store
@@ -17,10 +18,12 @@ from ctpd.export import ExportForm, export_model
 from ctpd.models import add_lora, save_model
 from ctpd.pipeline.references import MODEL_FOLDER, Model, external_model
 from ctpd.pipeline.stages.train import CHAIN
-from ctpd.text.pairs import Message
-from ctpd.text.render import PlainTemplate, TemplatedTokenizer
-from tests.fixtures.tiny import tiny_model
-from tests.fixtures.tokenizers import tokenizer, with_bos
+from ctpd.text.config import PairsConfig
+from ctpd.text.pairs import Message, Pair
+from ctpd.text.prepare import arrays, prepare_pairs, texts
+from ctpd.text.render import ChatTemplate, PlainTemplate, TemplatedTokenizer
+from tests.fixtures.tiny import tiny_model, tiny_multimodal
+from tests.fixtures.tokenizers import CHATML, tokenizer, with_bos, with_template
 
 KEY, PAIRS = "a" * 32, "c" * 32
 
@@ -35,21 +38,32 @@ def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Store:
     return store_of_an_adapter(tmp_path, base)
 
 
-def store_of_an_adapter(tmp_path: Path, base: Path) -> Store:
+def store_of_an_adapter(tmp_path: Path, base: Path, model: Any = None) -> Store:
     reference = external_model(str(base), revision=None, role="student")
     store = Store(tmp_path / "store")
-    adapted = add_lora(tiny_model(scorer=False), r=2, alpha=4, targets="all-linear", seed=0)
+    adapted = add_lora(model or tiny_model(scorer=False), r=2, alpha=4, targets="all-linear", seed=0)
     for name, weight in adapted.named_parameters():
         if "lora_B" in name:
             torch.nn.init.ones_(weight)
     identity = {"config": {"role": "student"}, "pairs": f"pairs/{PAIRS}"}
     template = {"user": "Q: {content}\n", "assistant": 'A\'s "é😀": {content}\n', "system": "{content}\n"}
-    with store.build("pairs", PAIRS, identity={"student": {"template": template}}, provenance={}):
-        pass
+    with store.build("pairs", PAIRS, identity={"student": {"template": template}}, provenance={}) as folder:
+        _write_pairs(folder)
     with store.build("train", KEY, identity=identity, provenance={}) as folder:
         save_model(adapted, folder / MODEL_FOLDER)
         (folder / CHAIN).write_text(json.dumps(Model(reference, reference).chain()))
     return store
+
+
+def _write_pairs(folder: Path) -> None:
+    """Two pairs, whose responses end with `<|im_end|>`."""
+    chatty = with_template("byte_bpe", CHATML)
+    side = TemplatedTokenizer(chatty, ChatTemplate(chatty, variables={}), name="student")
+    pairs = [Pair(str(i), (Message("user", "Who?"),), "He.", "She.") for i in range(2)]
+    config = PairsConfig(max_tokens=64, max_prompt_tokens=32)
+    prepared = prepare_pairs({"train": pairs}, config, teacher=side, student=side)
+    save_file(arrays(prepared), folder / "pairs.safetensors")
+    (folder / "pairs.json").write_text(json.dumps(texts(prepared)))
 
 
 def test_the_merged_model_is_the_same_from_every_working_directory(
@@ -166,3 +180,68 @@ def test_the_plain_template_of_the_recipe_is_the_exports_chat_template(store: St
     assert trained[: len(opening)] == opening
     with pytest.raises(Exception, match="No text for the role tool"):
         found.apply_chat_template([{"role": "tool", "content": "x"}])
+
+
+FORMS = [ExportForm(merge=True), ExportForm(with_base=True)]
+
+
+@pytest.mark.parametrize("form", FORMS, ids=["merged", "with base"])
+def test_an_exported_model_stops_where_its_training_ends_a_response(
+    store: Store, tmp_path: Path, form: ExportForm
+) -> None:
+    """TRL issue 2059: its `generation_config` had the base's end token alone."""
+    end = tokenizer("byte_bpe").convert_tokens_to_ids("<|im_end|>")
+    said = export_model(store, KEY, to=tmp_path / "out", form=form)
+    assert f"has '{end}' too" in said
+    out = tmp_path / "out" / ("base" if form.with_base else "")
+    assert json.loads((out / "generation_config.json").read_text())["eos_token_id"] == [2, end]
+    assert GenerationConfig.from_pretrained(out).do_sample is None
+
+
+SAMPLED = {"do_sample": True, "temperature": 0.6, "top_p": 0.9}
+
+
+@pytest.mark.parametrize(
+    ("given", "written"),
+    [
+        (SAMPLED, SAMPLED),
+        ({"do_sample": False}, {"do_sample": False}),
+        ({"temperature": 0.6, "top_p": 0.9}, SAMPLED),
+        ({"do_sample": False, "temperature": 0.6}, {"do_sample": False}),
+    ],
+    ids=["valid", "greedy", "without do_sample", "contradictory"],
+)
+def test_settings_of_sampling_are_left_alone_unless_they_are_invalid(
+    store: Store, tmp_path: Path, given: dict[str, Any], written: dict[str, Any]
+) -> None:
+    """The library refuses to write a changed one with a temperature and without sampling."""
+    base = tmp_path / "models" / "base"
+    (base / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, 3], **given}))
+    store.remove("train", KEY)
+    store.remove("pairs", PAIRS)
+    store_of_an_adapter(tmp_path, base)
+    export_model(store, KEY, to=tmp_path / "out", form=ExportForm(merge=True))
+    found = json.loads((tmp_path / "out" / "generation_config.json").read_text())
+    assert {name: value for name, value in found.items() if name in SAMPLED} == written
+    assert found["eos_token_id"] == [2, 3, tokenizer("byte_bpe").convert_tokens_to_ids("<|im_end|>")]
+
+
+def test_an_exported_multimodal_model_is_whole_and_brings_its_processor(store: Store, tmp_path: Path) -> None:
+    base = tmp_path / "models" / "vision"
+    save_model(tiny_multimodal(), base)
+    tokenizer("byte_bpe").save_pretrained(str(base))
+    (base / "preprocessor_config.json").write_text('{"image_processor_type": "Gemma3ImageProcessor"}')
+    store.remove("train", KEY)
+    store.remove("pairs", PAIRS)
+    store_of_an_adapter(tmp_path, base, tiny_multimodal())
+    export_model(store, KEY, to=tmp_path / "out", form=ExportForm(merge=True))
+    before, after = (load_file(folder / "model.safetensors") for folder in (base, tmp_path / "out"))
+    assert before.keys() == after.keys()
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed
+    assert all("language_model" in name for name in changed)
+    assert (tmp_path / "out" / "preprocessor_config.json").read_text() == (
+        base / "preprocessor_config.json"
+    ).read_text()
+    loaded = AutoModelForMultimodalLM.from_pretrained(tmp_path / "out")
+    assert type(loaded).__name__ == "Gemma3ForConditionalGeneration"

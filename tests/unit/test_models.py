@@ -2,15 +2,18 @@
 
 import copy
 import importlib.util
+import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, ByT5Tokenizer, LlamaConfig, LlamaForCausalLM
 
 from ctpd.core.errors import UserError
+from ctpd.model_checks import check_tokens
 from ctpd.models import (
     Score,
     add_lora,
@@ -180,6 +183,49 @@ def test_loading_switches_dropout_off(tmp_path: Path) -> None:
     with torch.no_grad():
         torch.testing.assert_close(score(loaded, IDS, REQUEST), score(loaded, IDS, REQUEST), rtol=0, atol=0)
     assert loaded.config.attention_dropout == 0.0
+
+
+def test_a_saved_model_keeps_the_dropout_of_its_checkpoint(tmp_path: Path) -> None:
+    """Also after an adapter was merged into it, and of a configuration with several."""
+    model = tiny_model()
+    model.config.attention_dropout = 0.5
+    save_model(model, tmp_path / "base")
+    save_model(with_random_adapters(tiny_model()), tmp_path / "adapter")
+    for adapters in ([], [tmp_path / "adapter"]):
+        loaded = load_model(tmp_path / "base", adapters=adapters, precision="float32", device="cpu")
+        save_model(loaded, tmp_path / "again")
+        assert json.loads((tmp_path / "again" / "config.json").read_text())["attention_dropout"] == 0.5
+        assert loaded.config.attention_dropout == 0.0
+
+
+def test_a_target_beyond_the_logits_is_refused() -> None:
+    """Its log-probability would be a finite number of no token."""
+    beyond = Score(PREDICTORS, REQUEST.targets.clone().index_fill_(0, torch.tensor([2]), VOCABULARY))
+    with pytest.raises(UserError, match=f"the token {VOCABULARY} is beyond the {VOCABULARY} columns"):
+        score(tiny_model(), IDS, beyond)
+
+
+def test_a_row_with_a_token_that_the_model_does_not_have_is_refused() -> None:
+    ids = np.array([1, VOCABULARY + 6, 3], dtype=np.int32)
+    for model in (tiny_model(), add_lora(tiny_model(), r=2, alpha=4, targets="all-linear", seed=0)):
+        with pytest.raises(UserError, match=f"hold the token {VOCABULARY + 6}, and the model has {VOCABULARY} rows"):
+            check_tokens(model, ids, where="model")
+        check_tokens(model, ids[:1], where="model")
+
+
+class Unheard(LlamaForCausalLM):
+    """A model whose decoder is not called as others' are."""
+
+    def get_decoder(self) -> Any:
+        return lambda *args, **kwargs: None
+
+
+def test_probe_falls_back_to_full_logits_when_a_decoder_cannot_be_called() -> None:
+    torch.manual_seed(0)
+    model = install_scorer(Unheard(CONFIGS["llama"]()).eval())
+    with pytest.warns(UserWarning, match="does not reproduce Unheard; full logits are used"):
+        configure_scorer(model)
+    assert_same_as_full_logits(model)
 
 
 def test_tied_weights_are_counted_once() -> None:

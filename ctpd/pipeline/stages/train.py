@@ -111,11 +111,14 @@ class TrainStage(Stage):
 
     def _training(self, work: Work, objective: "Objective", model: Any) -> "Training[Any]":
         """The rows of each split, the forward pass and constant metrics."""
+        from ctpd.model_checks import check_tokens
         from ctpd.objectives.distillation import DistillationObjective
+        from ctpd.pipeline.rows import token_rows
         from ctpd.train.sharing import enable_prompt_sharing
         from ctpd.train.trainer import Training, UnitPass
 
-        prepared = self.pairs.read(work)
+        prepared, start = self.pairs.read(work), self.start.located(work)
+        check_tokens(model, token_rows(prepared, self.config.role).input_ids, where=start.title)
         distills = isinstance(objective, DistillationObjective)
         shares = len(objective.sides) > 1 and not distills and enable_prompt_sharing(model)
         rows = {
@@ -194,10 +197,12 @@ class TrainStage(Stage):
     def _save_tokenizer(self, work: Work) -> None:
         """With whole weights, save the tokenizer; with an adapter, save references to its base model and tokenizer."""
         from ctpd.pipeline.references import MODEL_FOLDER
-        from ctpd.saving import save_tokenizer
+        from ctpd.saving import copy_processor, save_tokenizer
 
         if self.config.schedule.lora is None:
-            save_tokenizer(self.start.located(work).load_tokenizer(), work.folder / MODEL_FOLDER)
+            located, folder = self.start.located(work), work.folder / MODEL_FOLDER
+            save_tokenizer(located.load_tokenizer(), folder)
+            copy_processor(located.tokenizer, revision=located.tokenizer_revision, to=folder)
         else:
             text = json.dumps(self.start.chain(), ensure_ascii=False)
             (work.folder / CHAIN).write_text(text, encoding="utf-8")

@@ -13,7 +13,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from ctpd.core.errors import UserError
-from harness.backends import open_vllm
+from harness.backends import SharedContextLM, open_vllm
 from harness.evaluate import Documents, check_column, evaluate_column
 from harness.record import ColumnResult
 from harness.suites import Column
@@ -177,6 +177,14 @@ def test_a_chat_template_is_used_where_there_is_one_and_asked_for_in_vain_refuse
     assert with_template.protocol.task_hash != without.protocol.task_hash
 
 
+def test_the_number_of_continuations_that_were_scored_by_themselves_is_in_the_result(
+    model: LlamaForCausalLM, tokenizer: Any, choice: Column, data_root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert evaluate_column(model, tokenizer, choice, Documents(data_root, limit=2), batch_size=5).alone == 0
+    monkeypatch.setattr(SharedContextLM, "num_alone", 3)
+    assert evaluate_column(model, tokenizer, choice, Documents(data_root, limit=2), batch_size=5).alone == 3
+
+
 def test_vllm_that_is_not_installed_is_refused_with_the_way_to_get_it() -> None:
     with pytest.raises(UserError, match="needs vLLM") as caught:
         open_vllm("model", "model", precision="bfloat16")
@@ -187,9 +195,10 @@ def test_vllm_that_is_not_installed_is_refused_with_the_way_to_get_it() -> None:
 def test_vllm_is_given_the_model_its_tokenizer_and_the_precision(monkeypatch: pytest.MonkeyPatch) -> None:
     given: dict[str, object] = {}
     module = types.ModuleType("lm_eval.models.vllm_causallms")
-    module.VLLM = lambda **arguments: given.update(arguments) or "the model"  # type: ignore[attr-defined]
+    module.VLLM = type("VLLM", (), {"__init__": lambda self, **arguments: given.update(arguments)})  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "lm_eval.models.vllm_causallms", module)
-    assert open_vllm("a", "b", precision="bfloat16", revision="c" * 40, tokenizer_revision="d" * 40) == "the model"
+    found = open_vllm("a", "b", precision="bfloat16", revision="c" * 40, tokenizer_revision="d" * 40)
+    assert isinstance(found, module.VLLM)
     assert given == {
         "pretrained": "a",
         "tokenizer": "b",

@@ -125,3 +125,70 @@ def test_the_task_hash_is_the_one_that_lm_evals_tracker_reports(
     EvaluationTracker(output_path=str(tmp_path / "out")).save_results_aggregated(results, results["samples"])
     ours = evaluate_column(model, tokenizer, words, Documents(data_root, limit=3), batch_size=5)
     assert ours.protocol.task_hash == results["task_hashes"]["colour_words"]
+
+
+MERGES = [("a", "b"), ("ab", "c"), ("x", " ")]
+"""Of the tokenizer below, so that `ab`, `abc` and `x ` are one token each."""
+
+
+@pytest.fixture(scope="module")
+def merging() -> Any:
+    """A tokenizer that joins the end of some contexts with the continuation."""
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    letters = sorted({*"abcxyzQ: "})
+    vocab = {token: index for index, token in enumerate([*letters, *("".join(pair) for pair in MERGES), "<end>"])}
+    core = Tokenizer(models.BPE(vocab=vocab, merges=MERGES))
+    return PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<end>")
+
+
+def test_a_continuation_in_one_token_with_its_context_is_scored_by_itself_and_counted(
+    model: LlamaForCausalLM, merging: Any
+) -> None:
+    """lm-eval issue 1297: its continuation is empty. Others are lm-eval's, partly merged ones too."""
+    from lm_eval.api.instance import Instance
+
+    defined = [("Q", "xyz"), ("Q: a", "bx"), ("Q: ab", "cy"), ("Q:", " x"), ("", "xy"), ("Q: ", "z")]
+    merged = [("Q: a", "b"), ("Q: ab", "c"), ("a", "bc")]
+    ours = SharedContextLM(model, merging, batch_size=2, progress=None)
+    theirs = HFLM(pretrained=model, tokenizer=copy.deepcopy(merging), batch_size=2)
+    requests = [Instance("loglikelihood", {}, pair, i) for i, pair in enumerate(defined)]
+    for mine, other in zip(
+        ours.loglikelihood(requests), theirs.loglikelihood(requests, disable_tqdm=True), strict=True
+    ):
+        assert mine == (pytest.approx(other[0], abs=1e-4), other[1])
+    assert ours.num_alone == 0
+
+    found = ours.loglikelihood([Instance("loglikelihood", {}, pair, i) for i, pair in enumerate(merged)])
+    assert ours.num_alone == len(merged)
+    for (context, answer), (value, _) in zip(merged, found, strict=True):
+        context_ids, answer_ids = (merging(text, add_special_tokens=False)["input_ids"] for text in (context, answer))
+        logps = model(torch.tensor([context_ids + answer_ids])).logits[0].detach().log_softmax(-1)
+        at = range(len(context_ids) - 1, len(context_ids) + len(answer_ids) - 1)
+        assert value == pytest.approx(sum(float(logps[i, t]) for i, t in zip(at, answer_ids, strict=True)), abs=1e-4)
+        with pytest.raises(AssertionError):
+            theirs.loglikelihood([Instance("loglikelihood", {}, (context, answer), 0)], disable_tqdm=True)
+
+
+def test_a_context_of_spaces_alone_is_the_beginning_of_a_text(model: LlamaForCausalLM, merging: Any) -> None:
+    """lm-eval moves the spaces to the continuation, and fails on the context that is left."""
+    from lm_eval.api.instance import Instance
+
+    lm = SharedContextLM(model, merging, batch_size=2, progress=None)
+    (spaces,), (empty,) = (
+        lm.loglikelihood([Instance("loglikelihood", {}, pair, 0)]) for pair in (("  ", "xy"), ("", "  xy"))
+    )
+    assert spaces[0] == pytest.approx(empty[0], abs=1e-5)
+
+
+def test_a_choice_without_text_and_one_longer_than_the_model_are_refused(model: LlamaForCausalLM, merging: Any) -> None:
+    from lm_eval.api.instance import Instance
+
+    from ctpd.core.errors import UserError
+
+    lm = SharedContextLM(model, merging, batch_size=2, progress=None)
+    with pytest.raises(UserError, match=r"a choice of the task has no text.*'Q: '"):
+        lm.loglikelihood([Instance("loglikelihood", {}, ("Q: ", ""), 0)])
+    with pytest.raises(UserError, match=r"a continuation of 200 tokens is longer than the model's 160"):
+        lm.loglikelihood([Instance("loglikelihood", {}, ("Q: ", "x" * 199), 0)])

@@ -1,0 +1,162 @@
+"""Checks of the ready-made models of a graph before its first stage: what a stage will do with them, tried without weights."""
+
+import dataclasses
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ctpd.pipeline.references import External, Model, Source
+from ctpd.pipeline.stage import Stage
+from ctpd.pipeline.stages.evaluate import EvaluateStage
+from ctpd.pipeline.stages.pairs import ModelInput, PairsStage
+from ctpd.pipeline.stages.train import TrainStage
+from ctpd.recipe import PlainSpec
+
+if TYPE_CHECKING:
+    from ctpd.checkpoints import Skeleton
+
+
+@dataclass(frozen=True)
+class _Use:
+    """What a stage does with a model.
+
+    Attributes:
+        model: the model.
+        prompt: how its texts are written; None for tasks of lm-eval.
+        max_tokens: of the longest row; None for those tasks, whose requests are cut.
+        training: the stage that trains it; None where it is frozen.
+        chat: whether tasks are rendered with its chat template.
+    """
+
+    model: Model
+    prompt: ModelInput | None
+    max_tokens: int | None
+    training: TrainStage | None = None
+    chat: bool = False
+
+
+def check_models(stages: Sequence[Stage], *, local: bool) -> list[str]:
+    """Try on each ready-made model what the stages will do with it.
+
+    Args:
+        stages: those that are missing.
+        local: read of the hub only what its cache holds.
+
+    Returns:
+        What a user should know: which part of a multimodal model is trained, rows longer than a model's positions,
+        weights that a model does not use.
+
+    Raises:
+        UserError: something will not work; what, where and how to mend it.
+    """
+    uses = [use for stage in stages for use in _uses(stage)]
+    skeletons = _Skeletons(local)
+    notes: list[str] = []
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for use in uses:
+            notes += _check(use, skeletons)
+    return list(dict.fromkeys([*notes, *(str(w.message) for w in caught if w.category is UserWarning)]))
+
+
+class _Skeletons:
+    """The models without weights, each made once."""
+
+    def __init__(self, local: bool) -> None:
+        self.local = local
+        self._known: dict[External, Skeleton | None] = {}
+        self._seen: set[Any] = set()
+
+    def of(self, source: External) -> "Skeleton | None":
+        """The model of a directory or hub id; None where its files are not at hand. Weights that it lacks are refused."""
+        from ctpd.checkpoints import check_weights, load_skeleton
+
+        if source not in self._known:
+            found = load_skeleton(source.location, revision=source.revision, local=self.local)
+            self._known[source] = found
+            if found is not None and found.found is not None:
+                check_weights(found.found, where=source.location)
+        return self._known[source]
+
+    def first_time(self, *what: Any) -> bool:
+        """Whether this is asked for the first time."""
+        new = what not in self._seen
+        self._seen.add(what)
+        return new
+
+
+def _uses(stage: Stage) -> Iterator[_Use]:
+    if isinstance(stage, EvaluateStage):
+        if stage.protocol.backend == "hf":
+            yield _Use(stage.model, None, None, chat=stage.protocol.chat_template)
+        return
+    pairs = getattr(stage, "pairs", None)
+    if not isinstance(pairs, PairsStage):
+        return
+    role: Any = getattr(getattr(stage, "config", None), "role", None)
+    for field in dataclasses.fields(stage):
+        value = getattr(stage, field.name)
+        for model in value if isinstance(value, tuple) else (value,):
+            if isinstance(model, Model):
+                prompt = pairs.teacher if field.name == "teachers" or role == "teacher" else pairs.student
+                trains = stage if isinstance(stage, TrainStage) and field.name == "start" else None
+                yield _Use(model, prompt, pairs.config.max_tokens, trains)
+
+
+def _check(use: _Use, skeletons: _Skeletons) -> Iterator[str]:
+    from ctpd.model_checks import check_length, check_ready_adapter, check_training
+
+    base = _origin(use.model.root)
+    skeleton = None if base is None else skeletons.of(base)
+    if base is None or skeleton is None:
+        return
+    where = base.location
+    for adapter in use.model.adapters:
+        if isinstance(adapter, External) and skeletons.first_time(base, adapter):
+            check_ready_adapter(skeleton, Path(adapter.location))
+    _check_tokenizer(use, base, skeletons)
+    if use.max_tokens is not None and (note := check_length(skeleton, use.max_tokens, where=where)):
+        yield note
+    if use.training is not None:
+        lora = use.training.config.schedule.lora
+        if skeletons.first_time(base, lora) and (note := check_training(skeleton, lora, where=where)):
+            yield note
+
+
+def _check_tokenizer(use: _Use, base: External, skeletons: _Skeletons) -> None:
+    from ctpd.model_checks import check_tokenizer
+
+    tokenizer, skeleton = use.model.tokenizer, skeletons.of(base)
+    template = None if use.prompt is None else use.prompt.template
+    chat = use.chat or template == "chat"
+    if not isinstance(tokenizer, External) or not skeletons.first_time(base, tokenizer, chat, template):
+        return
+    found = _tokenizer(tokenizer, local=skeletons.local)
+    if found is None or skeleton is None:
+        return
+    texts = [str(found.chat_template)] if chat else []
+    if isinstance(template, PlainSpec):
+        texts = [template.user, template.assistant, template.system]
+    check_tokenizer(skeleton, found, where=base.location, templates=texts)
+
+
+def _origin(source: Source) -> External | None:
+    """The ready-made model whose class and sizes a model has, through full trainings; None if there is none."""
+    while isinstance(source, TrainStage):
+        source = source.start.root
+    return source if isinstance(source, External) else None
+
+
+def _tokenizer(source: External, *, local: bool) -> Any:
+    """The tokenizer; None where it is the hub's, and may not be or cannot be asked for."""
+    from ctpd.checkpoints import find_file
+    from ctpd.models import load_tokenizer
+
+    revision = source.revision
+    if revision is not None and (
+        local or find_file(source.location, "tokenizer.json", revision=revision, local=False) is None
+    ):
+        return None
+    return load_tokenizer(source.location, revision=revision)

@@ -1,0 +1,271 @@
+"""What the families of models that people have do here: `python scripts/families.py`, which writes results/families/README.md.
+
+Each table is made by one function of `TABLES`. The models are random and tiny, of the classes of transformers.
+"""
+
+import argparse
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import transformers
+from peft import PeftModel
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from ctpd.checkpoints import language_part, model_class
+from ctpd.core.errors import UserError
+from ctpd.models import Score, add_lora, install_scorer, score
+from ctpd.probes import configure_scorer, largest_difference
+
+RESULTS = Path(__file__).resolve().parent.parent / "results" / "families" / "README.md"
+
+VOCABULARY = 64
+_SIZES: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "initializer_range": 0.3,
+    "pad_token_id": 0,
+}
+_WIDE = {**_SIZES, "head_dim": 8}
+_WINDOWS = {**_WIDE, "sliding_window": 4}
+_EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+_SHARED_EXPERT = {**_EXPERTS, "shared_expert_intermediate_size": 16}
+_STATES = {"mamba_n_heads": 4, "mamba_d_state": 4, "mamba_d_head": 8, "mamba_n_groups": 1, "mamba_chunk_size": 8}
+_LINEAR_ATTENTION = {
+    "layer_types": ["linear_attention", "full_attention"],
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 2,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+}
+_VISION = {
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "image_size": 16,
+    "patch_size": 8,
+}
+_QWEN_VISION = {"depth": 1, "hidden_size": 16, "intermediate_size": 32, "num_heads": 2, "out_hidden_size": 16}
+_QWEN_IDS = {"image_token_id": 63, "video_token_id": 62, "vision_start_token_id": 61, "vision_end_token_id": 60}
+
+
+class Family(NamedTuple):
+    """A class of models: the name of its configuration in transformers, and the sizes of a tiny one."""
+
+    config: str
+    sizes: Mapping[str, Any]
+
+    def model(self) -> PreTrainedModel:
+        """A random model in evaluation mode, loaded as a checkpoint of it would be; the language part alone trains."""
+        torch.manual_seed(0)
+        config = getattr(transformers, self.config)(**self.sizes)
+        model: PreTrainedModel = model_class(config).from_config(config).eval()
+        if (parts := language_part(model)) is not None:
+            model.requires_grad_(False)
+            for part in parts:
+                part.requires_grad_(True)
+        return install_scorer(model)
+
+
+FAMILIES: dict[str, Family] = {
+    "Llama": Family("LlamaConfig", _SIZES),
+    "Llama 4, text": Family("Llama4TextConfig", {**_WIDE, "intermediate_size_mlp": 32, "num_local_experts": 2}),
+    "Qwen 2": Family("Qwen2Config", _SIZES),
+    "Qwen 3": Family("Qwen3Config", _WIDE),
+    "Gemma 2": Family("Gemma2Config", {**_WINDOWS, "final_logit_softcapping": 2.0}),
+    "Gemma 3, text": Family("Gemma3TextConfig", _WINDOWS),
+    "Gemma 3, multimodal": Family(
+        "Gemma3Config",
+        {
+            "text_config": _WINDOWS,
+            "vision_config": _VISION,
+            "mm_tokens_per_image": 4,
+            "image_token_index": 63,
+            "boi_token_index": 62,
+            "eoi_token_index": 61,
+        },
+    ),
+    "Gemma 3n, text": Family(
+        "Gemma3nTextConfig",
+        {
+            **_WINDOWS,
+            "num_hidden_layers": 3,
+            "layer_types": ["sliding_attention", "full_attention", "full_attention"],
+            "vocab_size_per_layer_input": 64,
+            "hidden_size_per_layer_input": 4,
+            "num_kv_shared_layers": 1,
+            "laurel_rank": 4,
+            "activation_sparsity_pattern": None,
+        },
+    ),
+    "Gemma 4, text": Family(
+        "Gemma4TextConfig",
+        {
+            **_WINDOWS,
+            "layer_types": ["sliding_attention", "full_attention"],
+            "vocab_size_per_layer_input": 64,
+            "hidden_size_per_layer_input": 4,
+        },
+    ),
+    "Mistral": Family("MistralConfig", _SIZES),
+    "Mistral 3, multimodal": Family(
+        "Mistral3Config",
+        {
+            "text_config": {**_SIZES, "model_type": "mistral"},
+            "vision_config": {**_VISION, "model_type": "pixtral", "head_dim": 8},
+            "image_token_index": 63,
+        },
+    ),
+    "Phi-3": Family("Phi3Config", _SIZES),
+    "OLMo 2": Family("Olmo2Config", _SIZES),
+    "GLM-4": Family("Glm4Config", _WIDE),
+    "Granite": Family("GraniteConfig", {**_SIZES, "logits_scaling": 4.0}),
+    "Cohere 2": Family("Cohere2Config", {**_SIZES, "sliding_window": 4}),
+    "GPT-2": Family(
+        "GPT2Config", {"vocab_size": VOCABULARY, "n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 64}
+    ),
+    "Mixtral (mixture of experts)": Family("MixtralConfig", {**_SIZES, "num_local_experts": 4}),
+    "Qwen 2 MoE (mixture of experts)": Family("Qwen2MoeConfig", {**_SIZES, **_SHARED_EXPERT}),
+    "Qwen 3 MoE (mixture of experts)": Family("Qwen3MoeConfig", {**_WIDE, **_EXPERTS}),
+    "Qwen 2.5 VL, multimodal": Family(
+        "Qwen2_5_VLConfig",
+        {
+            "text_config": {**_SIZES, "rope_scaling": {"rope_type": "default", "mrope_section": [1, 1, 2]}},
+            "vision_config": {**_QWEN_VISION, "fullatt_block_indexes": [0]},
+            **_QWEN_IDS,
+        },
+    ),
+    "Qwen 3.5, multimodal (hybrid)": Family(
+        "Qwen3_5Config",
+        {
+            "text_config": {**_WIDE, **_LINEAR_ATTENTION},
+            "vision_config": {**_QWEN_VISION, "patch_size": 8, "num_position_embeddings": 16},
+            **_QWEN_IDS,
+        },
+    ),
+    "Qwen 3 Next (hybrid)": Family("Qwen3NextConfig", {**_WIDE, **_SHARED_EXPERT, **_LINEAR_ATTENTION}),
+    "Bamba (hybrid)": Family("BambaConfig", {**_SIZES, **_STATES, "attn_layer_indices": [1]}),
+    "Falcon H1 (hybrid)": Family("FalconH1Config", {**_SIZES, **_STATES, "mamba_d_ssm": 32, "lm_head_multiplier": 0.5}),
+    "Mamba": Family(
+        "MambaConfig",
+        {
+            "vocab_size": VOCABULARY,
+            "hidden_size": 16,
+            "num_hidden_layers": 2,
+            "state_size": 4,
+            "initializer_range": 0.3,
+        },
+    ),
+}
+
+
+class Agreement(NamedTuple):
+    """How the scorer without logits compares with full logits.
+
+    Attributes:
+        logps: largest difference of log-probabilities, in nats.
+        gradients: largest difference of gradients of trained weights, relative to the largest entry of any.
+        full: whether the program uses full logits for this model, since its trial of the other way fails.
+    """
+
+    logps: float
+    gradients: float
+    full: bool
+
+
+def compare(model: nn.Module) -> Agreement:
+    """The scorer, as the program sets it up for the model, beside the model's own logits, on made-up rows.
+
+    Raises:
+        UserError: the model cannot be scored.
+    """
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(1, 60, (3, 10), generator=generator)
+    predictors = torch.tensor([1, 2, 7, 12, 13, 20, 28])
+    request = Score(predictors, ids.flatten()[predictors + 1])
+    weights = torch.linspace(-1, 2, len(predictors))
+    trained = [p for p in model.parameters() if p.requires_grad]
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="the scorer without logits does not reproduce")  # said in the table
+        configure_scorer(model)
+    base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+
+    def gradients(logps_N: Tensor) -> tuple[Tensor, ...]:
+        return torch.autograd.grad((logps_N * weights).sum(), trained, materialize_grads=True)
+
+    fused_N = score(model, ids, request)
+    logits_NV = model(input_ids=ids).logits.flatten(0, 1)[predictors].float()
+    full_N = logits_NV.log_softmax(-1).gather(-1, request.targets[:, None])[:, 0]
+    expected, found = gradients(full_N), gradients(fused_N)
+    largest = max(float(gradient.abs().max()) for gradient in expected)
+    worst = max(float((one - other).abs().max()) for one, other in zip(expected, found, strict=True))
+    return Agreement(largest_difference(full_N.detach(), fused_N.detach()), worst / largest, base._scorer_uses_logits)
+
+
+def with_adapters(model: PreTrainedModel) -> nn.Module:
+    """The model with random adapters on all of its linear layers.
+
+    Raises:
+        UserError: PEFT puts none on one of them.
+    """
+    adapted = add_lora(model, r=2, alpha=4, targets="all-linear", seed=0).eval()
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter, std=0.3)
+    return adapted
+
+
+def classes_table() -> Iterator[str]:
+    """A row for each class of models: whether the scorer's values and gradients are those of full logits."""
+    yield "## Classes of models"
+    yield ""
+    yield (
+        "Tiny random models of each class. Log-probabilities of `ctpd.models.score` beside the model's own logits: largest "
+        "difference in nats, and of the gradients of all trained weights relative to their largest entry. LoRA: `all-linear`."
+    )
+    yield ""
+    yield "| family | class | values, full | gradients, full | values, LoRA | gradients, LoRA | |"
+    yield "| --- | --- | ---: | ---: | ---: | ---: | --- |"
+    for name, family in FAMILIES.items():
+        model, cells, said = family.model(), list[str](), list[str]()
+        if language_part(model) is not None:
+            said.append("the language part is trained")
+        for prepare in (lambda model: model, with_adapters):
+            try:
+                found = compare(prepare(model))
+            except UserError as error:
+                cells += ["refused", "refused"]
+                said.append(f"LoRA: {error.what}" if cells[2:] else error.what)
+                continue
+            cells += [f"{found.logps:.0e}", f"{found.gradients:.0e}"]
+            if found.full:
+                said.append("full logits are used")
+        yield f"| {name} | `{type(model).__name__}` | {' | '.join(cells)} | {'; '.join(dict.fromkeys(said))} |"
+
+
+TABLES: tuple[Callable[[], Iterator[str]], ...] = (classes_table,)
+
+
+def main() -> None:
+    """Write all tables."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--to", type=Path, default=RESULTS)
+    to: Path = parser.parse_args().to
+    lines = ["# Families of models", "", "Written by `python scripts/families.py`."]
+    for table in TABLES:
+        lines += ["", *table()]
+    to.parent.mkdir(parents=True, exist_ok=True)
+    to.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
