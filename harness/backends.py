@@ -296,7 +296,7 @@ class SharedContextLM(_ScoredAlone, HFLM):  # type: ignore[misc]  # lm-eval has 
     ) -> list[tuple[float, bool]]:
         self._longest_continuation = max((len(continuation) for _, _, continuation in requests), default=0)
         if self._longest_continuation > self.max_length:
-            raise UserError(
+            raise Unmeasurable(
                 f"a continuation of {self._longest_continuation} tokens is longer than the model's {self.max_length}",
                 fix="Evaluate a model with a longer context",
             )
