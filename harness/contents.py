@@ -22,8 +22,9 @@ from harness.examples import Example, examples_of
 from harness.files import file_stem
 from harness.formats import Details, View, details, p_text, percent_interval, view
 from harness.meanings import design_of
-from harness.record import Design, LogEntry, Record, SideWeights, WeightsSummary
+from harness.record import Design, LogEntry, Record
 from harness.sheet import AVERAGE, Row, Table
+from harness.weights_summary import SideWeights, WeightsSummary
 
 
 class Metric(NamedTuple):

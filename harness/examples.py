@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from harness.record import WeightedSpan, WeightsSummary
+from harness.weights_summary import WeightedSpan, WeightsSummary
 
 GRADES = (1.05, 1.35, 2.0, 3.0)
 """From these factors on, a weight is of grade 1, 2, 3, 4; what is closer to one is of grade 0."""

@@ -140,7 +140,7 @@ def start_of(records: Sequence[Record]) -> Record | None:
 
 
 def faults(records: Sequence[Record], start: Record | None) -> tuple[str, ...]:
-    """What is wrong with the answers of one row, a clause for each column and measure; empty for a healthy one.
+    """What is wrong with the answers of one row, a clause for each measure that names the columns; empty for a healthy one.
 
     Each seed is judged by itself, since a mean hides a seed that has collapsed, and the worst is named. Only what was trained
     is judged: nothing was done to an untrained model that could have broken it.
@@ -151,8 +151,15 @@ def faults(records: Sequence[Record], start: Record | None) -> tuple[str, ...]:
     """
     trained = [record for record in records if record.kind == "trained"]
     names = list(dict.fromkeys(name for record in trained for name in record.evaluation))
-    found = [_fault(name, one, healths_of(trained, name), _health(start, name)) for name in names for one in MEASURES]
-    return tuple(fault for fault in found if fault is not None)
+    found = {
+        one.fault: [
+            fault
+            for name in names
+            if (fault := _fault(name, one, healths_of(trained, name), _health(start, name))) is not None
+        ]
+        for one in MEASURES
+    }
+    return tuple(f"{fault} ({'; '.join(columns)})" for fault, columns in found.items() if columns)
 
 
 def healths_of(records: Sequence[Record], column: str) -> list[Health]:
@@ -174,8 +181,8 @@ def _fault(column: str, one: Measure, healths: Sequence[Health], start: Health |
     worst = max(bad, key=lambda value: max(low - value, value - high))
     of_start = None if start is None else one.value(start)
     compared = "no untrained student to compare with" if of_start is None else f"the student's {one.text(of_start)}"
-    seeds = f"; {len(bad)} of {len(values)} seeds, the worst is shown" if len(values) > 1 else ""
-    return f"{one.fault} ({one.text(worst)} on {column}, {compared}{seeds})"
+    seeds = f", {len(bad)} of {len(values)} seeds, the worst is shown" if len(values) > 1 else ""
+    return f"{one.text(worst)} on {column}, {compared}{seeds}"
 
 
 class HealthTable(NamedTuple):

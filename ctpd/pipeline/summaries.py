@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 from ctpd.ops.weights import WeightParameters, WeightsResult, clamp_weights
 from ctpd.pipeline.rows import end_units
 from ctpd.text.prepare import PreparedPairs
-from harness.record import Auroc, Histogram, SideWeights, WeightedPair, WeightedSpan, WeightsSummary
+from harness.weights_summary import Auroc, Histogram, SideWeights, WeightedPair, WeightedSpan, WeightsSummary
 
 NUM_EXAMPLES = 6
 NUM_BINS = 40

@@ -1,6 +1,7 @@
 """Collapsed models are marked, and a column that cannot be measured takes nothing else with it."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -24,7 +25,8 @@ def test_a_model_that_was_trained_to_pieces_is_marked_in_the_table_and_shown_by_
         .replace("learning_rate: 1e-3, beta: 0.1}}", "learning_rate: 1.0, beta: 0.1}}")
     )
     recipe.write_text(text)
-    options = ("--only", "DPO", "--only", "Student", "--store", smoke.store, "--quiet")
+    store = shutil.copytree(smoke.store, tmp_path / "store")
+    options = ("--only", "DPO", "--only", "Student", "--store", store, "--quiet")
     outcome = cli("run", recipe, *options)
     assert outcome.code == 0, outcome.err
     shown = " ".join(outcome.out.split())
@@ -65,7 +67,8 @@ def test_a_column_that_cannot_be_measured_is_a_dash_and_the_command_ends_with_an
         "data_root: testbed", f"data_root: {root}"
     )
     recipe.write_text(text)
-    options = ("--only", "DPO", "--only", "Student", "--store", smoke.store, "--quiet")
+    store = shutil.copytree(smoke.store, tmp_path / "store")
+    options = ("--only", "DPO", "--only", "Student", "--store", store, "--quiet")
     for _ in range(2):
         outcome = cli("run", recipe, *options)
         assert outcome.code == 2
@@ -78,7 +81,7 @@ def test_a_column_that_cannot_be_measured_is_a_dash_and_the_command_ends_with_an
         shown = " ".join(outcome.out.split())
         assert "Not measured: Long on Student, DPO, since the model's length" in shown
         assert "The Average of every row is without Long" in shown
-    rows = {row["run"]: row for row in json.loads(cli("compare", recipe, "--store", smoke.store, "--json").out)["main"]}
+    rows = {row["run"]: row for row in json.loads(cli("compare", recipe, "--store", store, "--json").out)["main"]}
     assert rows["DPO"]["Long"] is None
     assert rows["DPO"]["Average"] == rows["DPO"]["Choice"]
     evaluated = cli("eval", recipe, *options, "--json")

@@ -120,7 +120,7 @@ def test_eval_prints_a_score_per_run_and_column(cli: Cli, smoke: SmokeRun) -> No
     outcome = cli("eval", "testbed-smoke", "--store", smoke.store, "--quiet", "--json")
     assert outcome.code == 0, outcome.err
     scores = json.loads(outcome.out)
-    assert len(scores["CTPD, seed 0"]) == 3
+    assert len(scores["CTPD, seed 0"]) == 4
 
 
 @pytest.fixture(scope="module")

@@ -45,23 +45,23 @@ def test_answers_are_kept_copied_and_shown_and_older_evaluations_say_how_to_get_
     run = ("run", "testbed-smoke", "--store", store, *ONE, "--samples", samples)
     outcome = cli(*run)
     assert outcome.code == 0, outcome.err
-    assert f"Sample files of 3 evaluations: {samples}" in outcome.err
-    assert len(list(samples.rglob("samples_ctpd_testbed_*.jsonl"))) == 3
+    assert f"Sample files of 4 evaluations: {samples}" in outcome.err
+    assert len(list(samples.rglob("samples_ctpd_testbed_*.jsonl"))) == 4
     report = store / "tables" / "testbed-smoke" / "report.html"
-    assert report.read_text(encoding="utf-8").count('<details class="viewer"') == 3
+    assert report.read_text(encoding="utf-8").count('<details class="viewer"') == 4
 
     forgotten(store)
     before = {stage.key for stage in Experiment("testbed-smoke", only=["DPO"]).evaluations[0].values()}
     outcome = cli(*run)
     assert "0 stages built" in outcome.err  # what lacks answers is right for all that
     assert (
-        "Note: 3 evaluations were made before answers were kept: add --rebuild to evaluate these again." in outcome.err
+        "Note: 4 evaluations were made before answers were kept: add --rebuild to evaluate these again." in outcome.err
     )
     outcome = cli(*run, "--rebuild")
     assert "4 stages built" in outcome.err  # three evaluations and the record
     assert before == {stage.key for stage in Experiment("testbed-smoke", only=["DPO"]).evaluations[0].values()}
     text = report.read_text(encoding="utf-8")
-    assert text.count('<details class="viewer"') == 3
+    assert text.count('<details class="viewer"') == 4
     assert "No answers were kept for Teacher, Student, TIS-DPO" in text
 
 

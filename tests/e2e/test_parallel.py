@@ -71,10 +71,10 @@ def test_processes_of_one_launch_deal_out_evaluations_and_print_them_once(
     ]
     done = program(*words, "--store", tmp_path / "two", "--num-processes", 2)
     assert done.returncode == 0, done.stderr
-    assert done.stderr.count("3 stages built") == 1
+    assert done.stderr.count("4 stages built") == 1
     assert json.loads(done.stdout) == json.loads(cli(*words, "--store", tmp_path / "one", "--quiet").out)
     manifests = [json.loads(path.read_text()) for path in (tmp_path / "two").glob("*/*/manifest.json")]
-    assert [manifest["provenance"]["processes"] for manifest in manifests] == [2, 2, 2]
+    assert [manifest["provenance"]["processes"] for manifest in manifests] == [2, 2, 2, 2]
 
 
 def test_processes_of_one_launch_train_as_one_process_does(smoke: SmokeRun, tmp_path: Path) -> None:

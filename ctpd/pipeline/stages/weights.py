@@ -12,7 +12,7 @@ from ctpd.ops.weights import Signal, find_strategy
 from ctpd.pipeline.stage import Stage, Work
 from ctpd.pipeline.stages.pairs import PairsStage
 from ctpd.pipeline.stages.signals import SignalsStage
-from harness.record import WeightsSummary
+from harness.weights_summary import WeightsSummary
 
 if TYPE_CHECKING:
     import numpy as np
