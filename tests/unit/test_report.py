@@ -132,10 +132,10 @@ def test_the_summary_names_the_best_row_and_its_difference(page: str) -> None:
         summary[1]
         .replace("\N{NO-BREAK SPACE}", " ")
         .startswith(
-            "Best Average: CTPD, 69.40 %. Difference to DPO: +20.01 [+16.90, +23.08] points (95 %), of one seed: another training could move it further. "
-            "Below the model that they started from: DPO, TIS-DPO."
+            "Best Average: CTPD, 69.40 %. Difference to DPO: +20.01 [+16.90, +23.08] points (95 %), of one seed: another training could move it further."
         )
     )
+    assert "<li>Below the model that they started from: DPO, TIS-DPO.</li>" in page
 
 
 def test_text_of_the_user_is_escaped() -> None:
