@@ -116,8 +116,8 @@ def _family(record: Record, design: Design) -> str:
 def _sft(record: Record, role: Role) -> str:
     """The model of a role that trainings start from and are measured from."""
     settings = record.shared.settings.get(role)
-    skipped = isinstance(settings, Mapping) and settings.get("sft") == "skip"
-    return f"the {role} as given" if skipped else f"the {role} after SFT"
+    phase = settings.get("sft") if isinstance(settings, Mapping) else None
+    return f"the {role} as given" if phase == "skip" else f"the {role} after SFT"
 
 
 def _sources(record: Record, design: Design | None) -> str:

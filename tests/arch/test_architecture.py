@@ -33,10 +33,11 @@ RUNNING = {
     "--quiet", "--json", "--debug",
 }  # fmt: skip
 OPTIONS = {
-    "run": RUNNING,
+    "run": RUNNING | {"--samples"},
     "train": RUNNING - {"--limit"},
-    "eval": RUNNING | {"--model", "--suite", "--data-root", "--precision", "--batch-size", "--chat-template"},
-    "compare": {"--store", "--only", "--seed", "--limit", "--json", "--debug", "--format", "--to"},
+    "eval": RUNNING
+    | {"--samples", "--model", "--suite", "--data-root", "--precision", "--batch-size", "--chat-template"},
+    "compare": {"--store", "--only", "--seed", "--limit", "--json", "--debug", "--format", "--to", "--published"},
     "recipes": {"--json", "--schema", "--show", "--copy", "--to", "--debug"},
     "help": {"--json", "--debug"},
     "init": {"--teacher", "--student", "--data", "--to", "--debug"},
