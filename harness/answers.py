@@ -1,4 +1,6 @@
-"""What is recorded of a column besides its scores: what the generated answers are like, or why there are none."""
+"""What is recorded of a column besides its scores: some answers, what the generated ones are like, or why there are none."""
+
+from typing import NamedTuple
 
 from ctpd.core.config import Config
 
@@ -27,3 +29,21 @@ class Unmeasured(Config):
 
     reason: str
     fix: str | None
+
+
+class Answer(NamedTuple):
+    """What a model said to one document, as text that long ones are cut of (``harness.samples.answers_of``).
+
+    Attributes:
+        doc_hash: of the document; documents of one hash are the same for all models.
+        score: a fraction; None where the model's output was not finite.
+        prompt: its end, where the document's own question is.
+        target: the right answer.
+        answer: what was generated, or the option that the model finds likeliest.
+    """
+
+    doc_hash: str
+    score: float | None
+    prompt: str
+    target: str
+    answer: str

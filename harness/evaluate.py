@@ -6,7 +6,7 @@ The tasks of a column are loaded once in a process, for all models that are eval
 import contextlib
 import time
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.metadata import version as installed_version
 from pathlib import Path
@@ -16,21 +16,20 @@ import torch
 from jinja2.exceptions import TemplateError
 from lm_eval.api.model import LM
 from lm_eval.evaluator import evaluate as run_lm_eval
-from lm_eval.utils import hash_string
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from ctpd.core.errors import UserError
 from ctpd.core.temporary import TemporaryFolder
 from ctpd.text.limited import LimitReached, interrupted, limited
-from harness.answers import Health
+from harness.answers import Answer, Health
 from harness.backends import Endings, SharedContextLM, open_vllm, watched_vllm
 from harness.finite import finite_logits, refuse_non_finite
 from harness.generations import health_of
 from harness.isolation import Progress, compiled_templates, dataset_cache, quiet, sandboxed_templates, seeded, shown
 from harness.loading import SEEDS, datasets_of, find_task, load_tasks
-from harness.record import Answer, ColumnResult, DocumentScore, Protocol
-from harness.samples import answers_of, write_samples
+from harness.record import ColumnResult, DocumentScore, Protocol
+from harness.samples import answers_of, task_hash, write_samples
 from harness.suites import Column
 from harness.task_files import TaskFiles, task_files
 
@@ -222,7 +221,7 @@ def score(lm: LM, column: Column, documents: Documents, endings: Endings | None 
         shots=next(iter(loaded["tasks"].values())).config.num_fewshot,
         num_docs=sum(count["effective"] for count in counts),
         num_total=sum(count["original"] for count in counts),
-        task_hash=_task_hash(samples),
+        task_hash=task_hash(samples),
         health=health_of(samples, loaded["tasks"], column, endings),
         answers=tuple(answers_of(filtered, scored, metric)),
     )
@@ -396,12 +395,3 @@ def _state(column: Column, data_root: Path | None) -> tuple[tuple[str, int, int]
 
 def _own_files(column: Column, data_root: Path | None) -> TaskFiles:
     return task_files(column, base=Path.cwd() if data_root is None else data_root, mirrored=data_root is not None)
-
-
-def _task_hash(samples: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
-    """Hash of documents, prompts and targets: for one task the value that lm-eval's tracker reports."""
-    hashes = [
-        hash_string("".join(sample["doc_hash"] + sample["prompt_hash"] + sample["target_hash"] for sample in of_task))
-        for _, of_task in sorted(samples.items())
-    ]
-    return str(hashes[0] if len(hashes) == 1 else hash_string("".join(hashes)))

@@ -117,8 +117,7 @@ def _sft(record: Record, role: Role) -> str:
     """The model of a role that trainings start from and are measured from."""
     settings = record.shared.settings.get(role)
     phase = settings.get("sft") if isinstance(settings, Mapping) else None
-    skipped = phase == "skip"
-    return f"the {role} as given" if skipped else f"the {role} after SFT"
+    return f"the {role} as given" if phase == "skip" else f"the {role} after SFT"
 
 
 def _sources(record: Record, design: Design | None) -> str:

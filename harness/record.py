@@ -15,7 +15,7 @@ from pydantic import ConfigDict, Field, JsonValue, ValidationError
 from ctpd.core.config import Config
 from ctpd.core.errors import UserError
 from ctpd.core.roles import Phase, Role
-from harness.answers import Health
+from harness.answers import Answer, Health
 from harness.numbers import Number as Number
 from harness.tuning import Tuning
 from harness.weights_summary import WeightsSummary
@@ -164,24 +164,6 @@ class DocumentScore(NamedTuple):
 
     doc_hash: str
     score: Number
-
-
-class Answer(NamedTuple):
-    """What a model said to one document, as text that long ones are cut of (``harness.samples.answers_of``).
-
-    Attributes:
-        doc_hash: of the document; documents of one hash are the same for all models.
-        score: as in ``DocumentScore``.
-        prompt: its end, where the document's own question is.
-        target: the right answer.
-        answer: what was generated, or the option that the model finds likeliest.
-    """
-
-    doc_hash: str
-    score: Number
-    prompt: str
-    target: str
-    answer: str
 
 
 class ColumnResult(Config):

@@ -9,11 +9,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lm_eval.utils import handle_non_serializable, sanitize_list
+from lm_eval.utils import handle_non_serializable, hash_string, sanitize_list
 
 from ctpd.core.printing import printable_lines
+from harness.answers import Answer
 from harness.files import file_stem
-from harness.record import Answer, DocumentScore
+from harness.record import DocumentScore
 
 SHOWN, KEPT = 24, 100
 """Documents of a column whose answers are in its result, and in its sample files."""
@@ -53,6 +54,15 @@ def write_samples(samples: Mapping[str, Sequence[Sample]], folder: Path) -> list
         paths.append(folder / f"samples_{file_stem(task)}.jsonl")
         paths[-1].write_text("".join(line + "\n" for line in lines[:KEPT]), encoding="utf-8", newline="\n")
     return paths
+
+
+def task_hash(samples: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
+    """Hash of documents, prompts and targets: for one task the value that lm-eval's tracker reports."""
+    hashes = [
+        hash_string("".join(sample["doc_hash"] + sample["prompt_hash"] + sample["target_hash"] for sample in of_task))
+        for _, of_task in sorted(samples.items())
+    ]
+    return str(hashes[0] if len(hashes) == 1 else hash_string("".join(hashes)))
 
 
 def cut(text: str, most: int, *, end: bool = False) -> str:

@@ -3,7 +3,8 @@
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from harness.record import Answer, Record
+from harness.answers import Answer
+from harness.record import Record
 
 MARKS = {"right": "✓", "wrong": "✗", "part": "~"}
 

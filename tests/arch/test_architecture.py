@@ -35,7 +35,8 @@ RUNNING = {
 OPTIONS = {
     "run": RUNNING | {"--samples"},
     "train": RUNNING - {"--limit"},
-    "eval": RUNNING | {"--samples", "--model", "--suite", "--data-root", "--precision", "--batch-size", "--chat-template"},
+    "eval": RUNNING
+    | {"--samples", "--model", "--suite", "--data-root", "--precision", "--batch-size", "--chat-template"},
     "compare": {"--store", "--only", "--seed", "--limit", "--json", "--debug", "--format", "--to", "--published"},
     "recipes": {"--json", "--schema", "--show", "--copy", "--to", "--debug"},
     "help": {"--json", "--debug"},

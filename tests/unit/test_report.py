@@ -13,11 +13,10 @@ from harness.costs import cost_table, count, duration, mebibytes
 from harness.drawing import spread_apart
 from harness.examples import grade
 from harness.formats import to_html
-from harness.record import LogEntry, Record
+from harness.record import LogEntry, Record, WeightedPair, WeightedSpan
 from harness.report import report
 from harness.sheet import TableSpec
 from harness.tables import build_tables
-from harness.weights_summary import WeightedPair, WeightedSpan
 from tests.fixtures.records import changed, demo
 
 NAMES = ("Teacher", "Student", "DPO", "TIS-DPO", "CTPD")
@@ -136,7 +135,7 @@ def test_the_summary_names_the_best_row_and_its_difference(page: str) -> None:
             "Best Average: CTPD, 69.40 %. Difference to DPO: +20.01 [+16.90, +23.08] points (95 %), of one seed: another training could move it further."
         )
     )
-    assert "Below the model that they started from: DPO, TIS-DPO." in page
+    assert "<li>Below the model that they started from: DPO, TIS-DPO.</li>" in page
 
 
 def test_text_of_the_user_is_escaped() -> None:

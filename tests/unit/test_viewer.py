@@ -3,8 +3,9 @@
 import re
 from typing import Any
 
+from harness.answers import Answer
 from harness.contents import by_run, contents
-from harness.record import Answer, Record
+from harness.record import Record
 from harness.report import report
 from harness.sheet import TableSpec
 from harness.tables import build_tables
