@@ -179,13 +179,16 @@ class DataSummary(Config):
     Attributes:
         pairs: of all splits, after dropping.
         dropped: number of pairs by reason.
-        counts: of tokens, spans, span types, cut responses and cut prompts, by name; of pairs and cuts of each split.
+        counts: of tokens, spans, span types, cut responses and cut prompts, by name; of pairs and cuts of each split; of
+            rows that a model's chat template itself renders otherwise, by kind (`ctpd.text.templates.MEANINGS`).
+        end_tokens: by model, what ends its responses, and what says so.
         generated: outcomes of the responses that a model generated for the row, by name; None if it needed none.
     """
 
     pairs: int
     dropped: Mapping[str, int]
     counts: Mapping[str, int | float]
+    end_tokens: Mapping[str, str] = Field(default_factory=dict)
     generated: Mapping[str, int] | None = None
 
 
