@@ -23,13 +23,14 @@ from transformers import PreTrainedTokenizerBase
 from ctpd.core.errors import UserError
 from ctpd.core.temporary import TemporaryFolder
 from ctpd.text.limited import LimitReached, interrupted, limited
+from ctpd.text.templates import chat_text, fixed_clock
 from harness.answers import Health
 from harness.backends import Endings, SharedContextLM, open_vllm, watched_vllm
 from harness.finite import finite_logits, refuse_non_finite
 from harness.generations import health_of
 from harness.isolation import Progress, compiled_templates, dataset_cache, quiet, sandboxed_templates, seeded, shown
 from harness.loading import SEEDS, datasets_of, find_task, load_tasks
-from harness.record import Answer, ColumnResult, DocumentScore, Protocol
+from harness.record import Answer, ColumnResult, DocumentScore, Protocol, TemplateUse
 from harness.samples import answers_of, write_samples
 from harness.suites import Column
 from harness.task_files import TaskFiles, task_files
@@ -46,6 +47,8 @@ class Documents(NamedTuple):
         chat_template: whether prompts are rendered with the tokenizer's chat template.
         allow_code: whether the task may run code of its own, or code that a model generates.
         samples: a folder for sample files in lm-eval's format (``harness.samples``); None writes none.
+        template_variables: what the chat template reads besides the messages.
+        think_end_token: what a model generates up to this text, its reasoning, is not scored.
     """
 
     data_root: Path | None
@@ -53,6 +56,8 @@ class Documents(NamedTuple):
     chat_template: bool = False
     allow_code: bool = False
     samples: Path | None = None
+    template_variables: Mapping[str, Any] = {}
+    think_end_token: str | None = None
 
 
 class Pinned(NamedTuple):
@@ -88,6 +93,7 @@ class Computed(NamedTuple):
     unshared: str | None
     seconds: float
     alone: int = 0
+    unfinished: int | None = None
 
 
 def evaluate_column(
@@ -121,7 +127,13 @@ def evaluate_column(
         report = shown(progress) if progress is not None else None
         with finite_logits(model) as check:
             with quiet("lm_eval"):
-                lm = SharedContextLM(model, tokenizer, batch_size=batch_size, progress=report)
+                lm = SharedContextLM(
+                    model,
+                    tokenizer,
+                    batch_size=batch_size,
+                    progress=report,
+                    think_end_token=documents.think_end_token,
+                )
             check()  # its trials, before hours of evaluation
             scores = score(lm, column, documents, lm.endings)
             check()
@@ -137,8 +149,9 @@ def evaluate_column(
         unshared=lm.unshared,
         seconds=time.perf_counter() - start,
         alone=lm.num_alone,
+        unfinished=lm.num_unfinished,
     )
-    return _result(column, documents, scores, computed)
+    return _result(tokenizer, column, documents, scores, computed)
 
 
 def evaluate_with_vllm(
@@ -168,11 +181,12 @@ def evaluate_with_vllm(
         precision=precision,
         revision=model.revision,
         tokenizer_revision=tokenizer_at.revision,
+        think_end_token=documents.think_end_token,
     )
     scores = score(lm, column, documents, watched_vllm(lm))
     seconds = time.perf_counter() - start
     computed = Computed("vllm", precision, None, lm.max_length, None, None, seconds, alone=getattr(lm, "num_alone", 0))
-    return _result(column, documents, scores, computed)
+    return _result(tokenizer, column, documents, scores, computed)
 
 
 def score(lm: LM, column: Column, documents: Documents, endings: Endings | None = None) -> Scores:
@@ -181,11 +195,12 @@ def score(lm: LM, column: Column, documents: Documents, endings: Endings | None 
     Args:
         endings: where the model counts how its answers end; None where it does not.
     """
-    _, limit, chat_template, allow_code, folder = documents
+    limit, chat_template, allow_code = documents.limit, documents.chat_template, documents.allow_code
+    folder = documents.samples
     with seeded(torch.device(lm.device or "cpu"), seeds=SEEDS), quiet("lm_eval"):
         kept = _kept(column, data_root=documents.data_root, allow_code=allow_code)
         loaded = kept.ready(limit=limit, chat_template=chat_template)
-        template = _limited_template(lm) if chat_template else contextlib.nullcontext()
+        template = _template_of(lm, documents) if chat_template else contextlib.nullcontext()
         with kept.dataset_cache(), sandboxed_templates(), compiled_templates(), template:
             results = run_lm_eval(
                 lm,
@@ -228,7 +243,9 @@ def score(lm: LM, column: Column, documents: Documents, endings: Endings | None 
     )
 
 
-def _result(column: Column, documents: Documents, scores: Scores, computed: Computed) -> ColumnResult:
+def _result(
+    tokenizer: PreTrainedTokenizerBase, column: Column, documents: Documents, scores: Scores, computed: Computed
+) -> ColumnResult:
     protocol = Protocol(
         task=column.task,
         version=column.version,
@@ -258,7 +275,17 @@ def _result(column: Column, documents: Documents, scores: Scores, computed: Comp
         health=scores.health,
         answers=scores.answers,
         alone=computed.alone,
+        template=_template_use(tokenizer, documents),
+        think_end_token=documents.think_end_token,
+        unfinished=computed.unfinished,
     )
+
+
+def _template_use(tokenizer: PreTrainedTokenizerBase, documents: Documents) -> TemplateUse | None:
+    text = chat_text(tokenizer) if documents.chat_template else None
+    if text is None:
+        return None
+    return TemplateUse(digest=hash_string(text), variables=dict(documents.template_variables))
 
 
 def _check_template(tokenizer: PreTrainedTokenizerBase, documents: Documents) -> None:
@@ -267,10 +294,18 @@ def _check_template(tokenizer: PreTrainedTokenizerBase, documents: Documents) ->
         return
     if tokenizer.chat_template is None:
         raise UserError("the tokenizer has no chat template", fix=_NO_TEMPLATE)
+    if documents.template_variables.get("enable_thinking") is True and documents.think_end_token is None:
+        raise UserError(
+            "the chat template has `enable_thinking: true`, and no `think_end_token` says where the reasoning ends, so that "
+            "it would be scored as the answer",
+            fix="Add the model's `think_end_token`, such as </think>, or set `enable_thinking: false`",
+        )
 
     def render(_row: int) -> tuple[()]:
         with contextlib.suppress(TemplateError, TypeError, ValueError):  # the documents may be what it is written for
-            tokenizer.apply_chat_template([{"role": "user", "content": "Hello"}], tokenize=False)
+            tokenizer.apply_chat_template(
+                [{"role": "user", "content": "Hello"}], tokenize=False, **documents.template_variables
+            )
         return ()
 
     with _limits_reported():
@@ -286,19 +321,38 @@ def _limits_reported() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _limited_template(lm: Any) -> Iterator[None]:
-    """Interrupt the model's chat template where it does not come to an end."""
+def _template_of(lm: Any, documents: Documents) -> Iterator[None]:
+    """Render with the variables and the fixed date of training, and interrupt a template that does not come to an end."""
     usual = lm.apply_chat_template
 
     def apply(*args: Any, **options: Any) -> Any:
         with _limits_reported(), interrupted():
             return usual(*args, **options)
 
-    lm.apply_chat_template = apply
+    variables = dict(documents.template_variables)
+    changes: dict[str, Any] = {"apply_chat_template": apply, "chat_template_args": variables}
+    if hasattr(lm, "hf_chat_template"):  # lm-eval's class for vLLM, which gives the template and this variable by name
+        changes["enable_thinking"] = variables.pop("enable_thinking", lm.enable_thinking)
+        if isinstance(lm.hf_chat_template, str):
+            changes["hf_chat_template"] = fixed_clock(lm.hf_chat_template)
+    text = chat_text(lm.tokenizer)
+    with _changed(lm, changes), _changed(lm.tokenizer, {} if text is None else {"chat_template": fixed_clock(text)}):
+        yield
+
+
+@contextlib.contextmanager
+def _changed(thing: Any, values: Mapping[str, Any]) -> Iterator[None]:
+    """Attributes of an object for the time of the block."""
+    own = {name: value for name, value in vars(thing).items() if name in values}
+    for name, value in values.items():
+        setattr(thing, name, value)
     try:
         yield
     finally:
-        del lm.apply_chat_template  # the method of the class is seen again
+        for name in values:
+            delattr(thing, name)
+        for name, value in own.items():
+            setattr(thing, name, value)
 
 
 def check_column(column: Column, *, data_root: Path | None, allow_code: bool = False) -> None:

@@ -246,6 +246,13 @@ class Answer(NamedTuple):
     answer: str
 
 
+class TemplateUse(Config):
+    """The chat template that requests were rendered with: a digest of its text, and its variables."""
+
+    digest: str
+    variables: Mapping[str, JsonValue]
+
+
 class ColumnResult(Config):
     """One model on one column of a suite. Scores are fractions, not percentages.
 
@@ -262,6 +269,9 @@ class ColumnResult(Config):
         answers: to the same few documents for every model; None in older records, which kept none.
         alone: continuations that are in one token with the end of their context, and were tokenized by themselves;
             lm-eval has no score for them.
+        template: None without a chat template.
+        think_end_token: what the model generated up to this text was not scored; None if all was.
+        unfinished: generated texts without that text, which are scored as they are; None where that is not known.
     """
 
     protocol: Protocol
@@ -277,6 +287,9 @@ class ColumnResult(Config):
     health: Health | None = None
     answers: tuple[Answer, ...] | None = None
     alone: int = 0
+    template: TemplateUse | None = None
+    think_end_token: str | None = None
+    unfinished: int | None = None
 
     @property
     def is_finite(self) -> bool:

@@ -18,12 +18,17 @@ from ctpd.core.printing import command, json_text
 from ctpd.core.userfiles import exists, user_path
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from ctpd.app import Experiment
     from ctpd.cli.scores import Results
     from ctpd.core.store import Store
     from ctpd.pipeline.stages.evaluate import EvaluateStage
 
-_OF_A_MODEL = ("suite", "data_root", "precision", "batch_size", "chat_template")  # options of `eval --model` alone
+_OF_A_MODEL = (  # options of `eval --model` alone
+    *("suite", "data_root", "precision", "batch_size"),
+    *("chat_template", "template_variable", "think_end_token"),
+)
 
 
 @click.command()
@@ -101,6 +106,15 @@ def train(recipe: str, **values: Any) -> None:
     help="With --model: requests in one forward pass.",
 )
 @click.option("--chat-template", is_flag=True, help="With --model: render prompts with the tokenizer's chat template.")
+@click.option(
+    "--template-variable",
+    multiple=True,
+    metavar="NAME=VALUE",
+    help="With --chat-template: a variable of it, such as enable_thinking=false; may be repeated.",
+)
+@click.option(
+    "--think-end-token", help="With --model: what it generates up to this text, such as </think>, is not scored."
+)
 @execution(*RUNNING, "samples")
 def evaluate(recipe: str | None, *, model: str | None, **values: Any) -> None:
     """Evaluate what RECIPE has trained, training what is missing; or any --model."""
@@ -256,9 +270,25 @@ def _results(named: "Mapping[str, Mapping[str, EvaluateStage]]", store: "Store")
     }
 
 
+def _variables(given: "Sequence[str]") -> dict[str, Any]:
+    """`NAME=VALUE` as a recipe's YAML would read the value."""
+    import yaml
+
+    found = {}
+    for item in given:
+        name, sign, value = item.partition("=")
+        if not (sign and name):
+            raise click.UsageError(f"--template-variable: '{item}' is not NAME=VALUE.")
+        try:
+            found[name] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise click.UsageError(f"--template-variable: the value of '{item}' is not YAML.") from error
+    return found
+
+
 def _evaluate_model(model: str, protocol: dict[str, Any], flags: Flags) -> None:
     from ctpd.core.store import Store
-    from ctpd.pipeline.evaluations import check_columns, evaluation_stage
+    from ctpd.pipeline.evaluations import Prompting, check_columns, evaluation_stage
     from ctpd.pipeline.references import Model, external_model
     from ctpd.recipe import EvaluationSpec, LaunchSpec
     from harness.suites import load_suite
@@ -271,11 +301,15 @@ def _evaluate_model(model: str, protocol: dict[str, Any], flags: Flags) -> None:
         limit=flags.limit,
         batch_size=protocol["batch_size"],
         chat_template=protocol["chat_template"],
+        precision=protocol["precision"],
         data_root=None if data_root is None else str(data_root.absolute()),
     )
+    if protocol["template_variable"] and not spec.chat_template:
+        raise click.UsageError("--template-variable needs --chat-template.")
+    prompting = Prompting(_variables(protocol["template_variable"]), protocol["think_end_token"])
     columns = load_suite(spec.suite).columns
     stages = {
-        column.name: evaluation_stage(Model(root, root), column, spec, precision=protocol["precision"], title=name)
+        column.name: evaluation_stage(Model(root, root), column, spec, prompting=prompting, title=name)
         for column in columns
     }
     store = Store(flags.store)

@@ -113,9 +113,7 @@ def _rendered(
     reasons = zip(*(side.refused(prompts, where=names) for side in sides), strict=True)
     found = [next((why for why in whys if why is not None), None) for whys in reasons]
     kept = [pair for pair, why in zip(pairs, found, strict=True) if why is None]
-    return kept, [
-        Dropped(pair.id, "template", why) for pair, why in zip(pairs, found, strict=True) if why is not None
-    ]
+    return kept, [Dropped(pair.id, "template", why) for pair, why in zip(pairs, found, strict=True) if why is not None]
 
 
 def _encode(side: TemplatedTokenizer, pairs: Sequence[Pair], *, where: str) -> Encoded:

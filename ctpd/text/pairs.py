@@ -282,14 +282,10 @@ def _message(item: object, *, where: str) -> Message:
             )
     if not isinstance(role, str) or role not in _ROLES:
         hint = nearest(role, _ROLES) if isinstance(role, str) else ""
-        raise BadRow(
-            f"unknown role {shortened(repr(role))}.{hint}", where=where, fix=f"Roles are {', '.join(_ROLES)}"
-        )
+        raise BadRow(f"unknown role {shortened(repr(role))}.{hint}", where=where, fix=f"Roles are {', '.join(_ROLES)}")
     if not isinstance(content, str):
         reason = "null_content" if _is_null(content) else "malformed"
-        raise BadRow(
-            f"the content is {_kind(content)}, not a string", where=where, fix="Give text only", reason=reason
-        )
+        raise BadRow(f"the content is {_kind(content)}, not a string", where=where, fix="Give text only", reason=reason)
     return Message(role, _valid_text(content, where=where))
 
 

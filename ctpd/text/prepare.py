@@ -153,9 +153,7 @@ def from_arrays(arrays: Mapping[str, NDArray[Any]], texts: Mapping[str, Any]) ->
     return PreparedPairs(teacher=teacher, student=student, marks=arrays.get("marks"), **parts)
 
 
-def _select(
-    given: ReadPairs, *, sides: Sequence[TemplatedTokenizer], select: str, limit: int | None
-) -> _Selection:
+def _select(given: ReadPairs, *, sides: Sequence[TemplatedTokenizer], select: str, limit: int | None) -> _Selection:
     dropped: list[Dropped] = []
     valid: list[Pair] = []
     last = None

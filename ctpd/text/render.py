@@ -14,10 +14,19 @@ from numpy.typing import NDArray
 from ctpd.core.errors import UserError
 from ctpd.text.align import BoolArray, IntArray, clean_ends, row_starts
 from ctpd.text.pairs import Message
-from ctpd.text.templates import DIFFERENCES, EndToken, FastTokenizer, Frame, Refused, Row, Template
+from ctpd.text.templates import (
+    DIFFERENCES,
+    EndToken,
+    FastTokenizer,
+    Frame,
+    Refused,
+    Row,
+    Template,
+    special_pattern,
+    special_texts,
+)
 from ctpd.text.templates import ChatTemplate as ChatTemplate
 from ctpd.text.templates import PlainTemplate as PlainTemplate
-from ctpd.text.templates import special_pattern, special_texts
 
 REFUSED_FIX = "Use another template, `system: merge` if it has no system role, or remove the row"
 _SPACE_MARKS = ("▁", "Ġ")  # SentencePiece's, byte-level BPE's
@@ -124,9 +133,7 @@ class TemplatedTokenizer:
         ids = self._call([frame.before for frame in frames])["input_ids"]
         return np.fromiter(map(len, ids), dtype=np.int64, count=len(ids)) + int(self.adds_bos)
 
-    def encode(
-        self, rows: Sequence[Row], *, frames: Sequence[Frame], where: Sequence[str]
-    ) -> Encoded:
+    def encode(self, rows: Sequence[Row], *, frames: Sequence[Frame], where: Sequence[str]) -> Encoded:
         """Render and tokenize R rows ``(prompt, response)`` in one call of the tokenizer (docs/method.md#tokenization).
 
         Args:

@@ -26,7 +26,9 @@ if TYPE_CHECKING:
 CUTTING = 2
 """The version of how long prompts are cut; part of the key where they are, so that other pairs keep theirs."""
 PAIRS, META, DROPPED = "pairs.safetensors", "pairs.json", "dropped.jsonl"
-_RENDERING = "generation prompt, response, end"  # in the keys of pairs in chat templates: what was before rendered otherwise
+_RENDERING = (
+    "generation prompt, response, end"  # in the keys of pairs in chat templates: what was before rendered otherwise
+)
 
 
 class PairSource(Part):
