@@ -10,7 +10,7 @@ import click
 from ctpd.cli.execute import RUNNING, Flags, Wanted, execute, opened, prepared
 from ctpd.cli.hub import ask_hub, needs_hub
 from ctpd.cli.launch import started_by_user
-from ctpd.cli.options import execution, given, refuse
+from ctpd.cli.options import execution, given, refuse, variables
 from ctpd.cli.samples import write_samples
 from ctpd.cli.scores import refuse_unmeasured, show_scores
 from ctpd.cli.tables import Shown, show_chosen, show_tables
@@ -18,8 +18,6 @@ from ctpd.core.printing import command, json_text
 from ctpd.core.userfiles import exists, user_path
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from ctpd.app import Experiment
     from ctpd.cli.scores import Results
     from ctpd.core.store import Store
@@ -270,22 +268,6 @@ def _results(named: "Mapping[str, Mapping[str, EvaluateStage]]", store: "Store")
     }
 
 
-def _variables(given: "Sequence[str]") -> dict[str, Any]:
-    """`NAME=VALUE` as a recipe's YAML would read the value."""
-    import yaml
-
-    found = {}
-    for item in given:
-        name, sign, value = item.partition("=")
-        if not (sign and name):
-            raise click.UsageError(f"--template-variable: '{item}' is not NAME=VALUE.")
-        try:
-            found[name] = yaml.safe_load(value)
-        except yaml.YAMLError as error:
-            raise click.UsageError(f"--template-variable: the value of '{item}' is not YAML.") from error
-    return found
-
-
 def _evaluate_model(model: str, protocol: dict[str, Any], flags: Flags) -> None:
     from ctpd.core.store import Store
     from ctpd.pipeline.evaluations import Prompting, check_columns, evaluation_stage
@@ -306,7 +288,9 @@ def _evaluate_model(model: str, protocol: dict[str, Any], flags: Flags) -> None:
     )
     if protocol["template_variable"] and not spec.chat_template:
         raise click.UsageError("--template-variable needs --chat-template.")
-    prompting = Prompting(_variables(protocol["template_variable"]), protocol["think_end_token"])
+    prompting = Prompting(
+        variables(protocol["template_variable"], option="--template-variable"), protocol["think_end_token"]
+    )
     columns = load_suite(spec.suite).columns
     stages = {
         column.name: evaluation_stage(Model(root, root), column, spec, prompting=prompting, title=name)

@@ -112,6 +112,10 @@ class Template(Protocol):
         """How the template itself renders ``before + response + after``: one of `DIFFERENCES`, or nothing if as that."""
         ...
 
+    def own(self, prompt: Sequence[Message], response: str) -> str:
+        """The template's own rendering of a whole conversation, or why it has none."""
+        ...
+
 
 @final
 @dataclass(frozen=True, slots=True)
@@ -155,6 +159,10 @@ class PlainTemplate:
 
     def differences(self, rows: Sequence[Row], *, frames: Sequence[Frame], where: Sequence[str]) -> list[str]:
         return [""] * len(rows)
+
+    def own(self, prompt: Sequence[Message], response: str) -> str:
+        frame = self._frame(prompt)
+        return frame.why if isinstance(frame, Refused) else frame.before + response + frame.after
 
     def _frame(self, prompt: Sequence[Message]) -> Frame | Refused:
         texts = {"user": self.user, "assistant": self.assistant, "system": self.system}
@@ -235,6 +243,15 @@ class ChatTemplate:
     def differences(self, rows: Sequence[Row], *, frames: Sequence[Frame], where: Sequence[str]) -> list[str]:
         found = self._limited(len(rows), lambda i: (self._difference(*rows[i], frame=frames[i]),), where)
         return [kind for (kind,) in found]
+
+    def own(self, prompt: Sequence[Message], response: str) -> str:
+        def render(_row: int) -> tuple[str]:
+            try:
+                return (self._apply((*prompt, Message("assistant", response)), add_generation_prompt=False),)
+            except _Fails as error:
+                return (f"{self._label} fails on the conversation ({error})",)
+
+        return self._limited(1, render, ["a conversation"])[0][0]
 
     def _limited(self, count: int, work: Callable[[int], Sequence[str]], where: Sequence[str]) -> list[list[str]]:
         try:

@@ -52,7 +52,9 @@ def test_an_evaluation_from_a_mirror_is_keyed_by_the_documents_it_reads(tmp_path
     root = external_model(str(model), revision=None, role="model")
 
     def key(data_root: Path | None) -> str:
-        spec = EvaluationSpec(suite="card", precision="float32", data_root=None if data_root is None else str(data_root))
+        spec = EvaluationSpec(
+            suite="card", precision="float32", data_root=None if data_root is None else str(data_root)
+        )
         return evaluation_stage(Model(root, root), column, spec, prompting=Prompting(), title="x").key
 
     before = key(mirror)
