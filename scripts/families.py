@@ -265,6 +265,7 @@ def classes_table() -> Iterator[str]:
 
 SHARED = Path(__file__).resolve().parent.parent.parent / "shared" / "data"
 _DATA = SHARED / "preference" / "ultrafeedback_binarized_eval200.parquet"
+_PAIRS, _CHANGED = 60, 10
 # Of tokenizers whose package has no chat template: that of the family, with a turn of the model and without a system role.
 _GEMMA = (
     "{{ bos_token }}{% if messages[0].role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
@@ -276,10 +277,10 @@ _GEMMA = (
 
 
 def sample() -> ReadPairs:
-    """The sample's pairs, and after them the same questions with what templates treat differently."""
+    """Pairs of the sample, and after them some of the same with what templates treat differently."""
     read = read_usable_file(_DATA)
-    pairs = [pair for pair in read.pairs if pair.chosen and pair.rejected]
-    first, second, third = pairs[:20], pairs[20:40], pairs[40:60]
+    pairs = [pair for pair in read.pairs if pair.chosen and pair.rejected][:_PAIRS]
+    first, second, third = (pairs[i : i + _CHANGED] for i in range(0, 3 * _CHANGED, _CHANGED))
     number = len(read.pairs)
     changed = [
         *(replace(pair, prompt=(Message("system", "Answer briefly."), *pair.prompt)) for pair in first),
@@ -318,16 +319,17 @@ def tokenizers_table() -> Iterator[str]:
     yield ""
     yield (
         f"Each published tokenizer as teacher and as student, with its own chat template, on {len(given.pairs)} pairs: the "
-        f"{len(given.pairs) - 60} of `{_DATA.name}`, and of its first 60 again 20 with a system message, 20 with reasoning "
-        "in the chosen response, and 20 with two messages of the user in a row. Gemma 2's package has no template; that of "
-        "the family is used, without a system role. At most 512 tokens, prompts 256, longer ones cut. The template "
+        f"first {_PAIRS} of `{_DATA.name}`, and of them again {_CHANGED} with a system message, {_CHANGED} with reasoning "
+        f"in the chosen response, and {_CHANGED} with two messages of the user in a row. Gemma 2's package has no template; "
+        "that of the family is used, without a system role. At most 512 tokens; pairs with prompts above 256 are dropped. "
+        "The template "
         "differs: rows that it renders otherwise itself, by kind (docs/method.md#templates). Lost: tokens without a span "
         "and spans without a token."
     )
     yield ""
     yield "| teacher | student | rows | dropped | teacher's template differs | student's template differs | 1:1 | 1:n | n:1 | n:m | lost |"
     yield "| --- | --- | ---: | --- | --- | --- | ---: | ---: | ---: | ---: | ---: |"
-    config = PairsConfig(max_tokens=512, max_prompt_tokens=256, long_prompt="cut", max_dropped=0.5)
+    config = PairsConfig(max_tokens=512, max_prompt_tokens=256, max_dropped=0.9)
     for teacher, student in product(names, names):
         sides = templated(teacher, "teacher"), templated(student, "student")
         found = prepare_pairs({"train": given}, config, teacher=sides[0], student=sides[1])

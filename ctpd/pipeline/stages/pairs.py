@@ -82,8 +82,8 @@ class FilePairs(PairSource):
         return count_rows(user_path(self.path))
 
     def check(self) -> None:
-        """Read the file."""
-        read_usable_file(user_path(self.path))
+        """Read the file, whose first row that is no pair is said."""
+        read_pair_file(user_path(self.path))
 
     def read(self, work: Work) -> "ReadPairs":
         """Read the file.
@@ -95,7 +95,7 @@ class FilePairs(PairSource):
         self._check(path)
         pairs = read_usable_file(path)
         self._check(path)
-        return pairs
+        return pairs._replace(source=self.path)
 
     def _check(self, path: Path) -> None:
         if file_digest(path) != self.digest:
