@@ -11,10 +11,11 @@ from ctpd.core.config import nearest
 from ctpd.core.errors import UserError
 from ctpd.core.printing import command
 from ctpd.core.processes import processes
+from ctpd.core.roles import Role
 from ctpd.core.store import Artifact, Store
 from ctpd.core.temporary import kept_in
 from ctpd.pipeline.build import build_missing
-from ctpd.pipeline.evaluations import check_columns, evaluation_stage
+from ctpd.pipeline.evaluations import Prompting, check_columns, evaluation_stage
 from ctpd.pipeline.graph import Graph
 from ctpd.pipeline.model_checks import check_models
 from ctpd.pipeline.notes import refuse_idle
@@ -145,7 +146,7 @@ class Experiment:
     def evaluations(self) -> dict[int, dict[str, EvaluateStage]]:
         """Index of the run -> column -> evaluation."""
         return {
-            number: self._columns(run.model, self.suite, self.recipe.shared.evaluation, run.title)
+            number: self._columns(run.model, self.suite, self.recipe.shared.evaluation, run.title, run.role)
             for number, run in enumerate(self.runs)
         }
 
@@ -165,12 +166,16 @@ class Experiment:
         stages = [item for columns in self.outlook.evaluations.values() for item in columns.items()]
         _check_missing(self.suite, stages, self.recipe.shared.evaluation, store)
 
-    def _columns(self, model: Model, suite: Suite, spec: EvaluationSpec, title: str) -> dict[str, EvaluateStage]:
-        """The evaluation of a model on each column of a suite."""
+    def _columns(
+        self, model: Model, suite: Suite, spec: EvaluationSpec, title: str, role: Role = "student"
+    ) -> dict[str, EvaluateStage]:
+        """The evaluation of a model on each column of a suite, prompted as the recipe prompts its teacher or student."""
+        of_model = self.stages.spec(role)
+        prompting = Prompting(of_model.template_variables, of_model.think_end_token)
         world = self.stages.world if spec.data_root == "testbed" else None
-        precision = spec.precision or self.recipe.shared.precision
+        spec = spec.model_copy(update={"precision": spec.precision or self.recipe.shared.precision})
         return {
-            column.name: evaluation_stage(model, column, spec, precision=precision, title=title, world=world)
+            column.name: evaluation_stage(model, column, spec, prompting=prompting, title=title, world=world)
             for column in suite.columns
         }
 

@@ -20,9 +20,10 @@ from transformers import (
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
 )
+from transformers.utils import GENERATION_CONFIG_NAME
 
 from ctpd.adapters import check_adapter, outside_language_part, quiet_peft, refuse_tied
-from ctpd.checkpoints import dropout_as_given, first_line, four_bits, load_checkpoint, load_config, loading
+from ctpd.checkpoints import dropout_as_given, find_file, first_line, four_bits, load_checkpoint, load_config, loading
 from ctpd.core.errors import UserError
 from ctpd.core.temporary import temporary_folder
 from ctpd.core.userfiles import exists, user_path
@@ -160,6 +161,27 @@ def load_tokenizer(folder: str | Path, *, revision: str | None = None) -> PreTra
     if tokenizer.pad_token_id is None and tokenizer.eos_token_id is None:
         raise UserError("the tokenizer has no end-of-text token", where=str(folder), fix="Set `eos_token` in its files")
     return tokenizer
+
+
+def generation_end(folder: str | Path, *, revision: str | None = None) -> int | None:
+    """The first `eos_token_id` of a model's `generation_config`; None if it says none.
+
+    Args:
+        folder: a directory, or a hub id.
+        revision: the pinned revision of a hub id.
+    """
+    path = find_file(str(folder), GENERATION_CONFIG_NAME, revision=revision, local=False)
+    if path is None:
+        return None
+    try:
+        found = json.loads(Path(path).read_text(encoding="utf-8")).get("eos_token_id")
+    except (ValueError, AttributeError) as error:
+        raise UserError(
+            f"the file is no configuration ({first_line(error)})", where=path, fix="Copy the model's files again"
+        ) from error
+    if isinstance(found, list):
+        found = next(iter(found), None)
+    return found if isinstance(found, int) else None
 
 
 def find_tokenizer(location: str) -> PreTrainedTokenizerBase:

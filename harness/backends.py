@@ -100,6 +100,7 @@ def open_vllm(
     precision: str,
     revision: str | None = None,
     tokenizer_revision: str | None = None,
+    think_end_token: str | None = None,
 ) -> LM:
     """A model directory or hub id in vLLM, which makes batches by itself.
 
@@ -123,6 +124,7 @@ def open_vllm(
         dtype=precision,
         revision=revision,
         tokenizer_revision=tokenizer_revision,
+        think_end_token=think_end_token,
     )
     return made
 
@@ -163,18 +165,31 @@ class SharedContextLM(_ScoredAlone, HFLM):  # type: ignore[misc]  # lm-eval has 
     vocabulary.
     DEVIATION from lm-eval's default: log-softmax in float32 for half-precision models too; sums of bfloat16
     log-probabilities are so coarse that choices tie.
+    DEVIATION in generation with a ``think_end_token``: stop strings end a row only behind its reasoning, as in lm-eval's
+    class for vLLM; that for transformers heeds those in the reasoning, too.
     DEVIATION in generation: a row ends at its own first stop string. In lm-eval it goes on until all rows of its batch
     have met the same one; the text after a stop string is cut off either way.
     """
 
     def __init__(
-        self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, *, batch_size: int, progress: Progress | None
+        self,
+        model: nn.Module,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        batch_size: int,
+        progress: Progress | None,
+        think_end_token: str | None = None,
     ) -> None:
         super().__init__(
-            pretrained=model, tokenizer=copy.deepcopy(tokenizer), batch_size=batch_size, softmax_dtype="float32"
+            pretrained=model,
+            tokenizer=copy.deepcopy(tokenizer),
+            batch_size=batch_size,
+            softmax_dtype="float32",
+            think_end_token=_think_end(tokenizer, think_end_token),
         )
         self.num_truncated = 0
         self.endings = Endings()
+        self.num_unfinished: int | None = None
         self.unshared: str | None = None
         self._progress = progress
         self._longest_continuation = 0
@@ -261,12 +276,33 @@ class SharedContextLM(_ScoredAlone, HFLM):  # type: ignore[misc]  # lm-eval has 
                 found = greedy_tokens(model, cut, room=[room] * len(batch), finished=finished)
                 for index, tokens in zip(batch, found, strict=True):
                     self.endings.add(ended=finished(tokens))
-                    texts[index] = postprocess_generated_text(self.tok_decode(tokens), until, None)
+                    texts[index] = self._answer(tokens, until)
                     self.cache_hook.add_partial("generate_until", requests[index].args, texts[index])
         return texts
 
+    def _answer(self, tokens: list[int], until: Sequence[str]) -> str:
+        """The scored text of generated tokens: without reasoning, up to the first stop string; as lm-eval has it."""
+        think = self.think_end_token
+        if think is None:
+            return str(postprocess_generated_text(self.tok_decode(tokens), list(until), None))
+        text, has_ended = self._behind_reasoning(tokens)
+        self.num_unfinished = (self.num_unfinished or 0) + (not has_ended)
+        return str(postprocess_generated_text(text, list(until), None))
+
+    def _behind_reasoning(self, tokens: list[int]) -> tuple[str, bool]:
+        """The text behind the last end of reasoning, and whether there is one; without it, all of the text."""
+        think = self.think_end_token
+        if isinstance(think, int):
+            begin = len(tokens) - tokens[::-1].index(think) if think in tokens else 0
+            text = str(self.tok_decode(tokens[begin:]))
+            return text.lstrip(), begin > 0
+        _, found, rest = str(self.tok_decode(tokens)).rpartition(think)
+        return rest.lstrip(), bool(found)
+
     def _model_generate(self, context: Tensor, max_length: int, stop: list[str], **generation_kwargs: Any) -> Tensor:
         """lm-eval's, for models and settings that `_generate` does not take; the endings are read off its tokens."""
+        if self.think_end_token is not None:
+            stop = [self.tok_decode(self.eot_token_id, skip_special_tokens=False)]
         found: Tensor = super()._model_generate(context, max_length, stop, **generation_kwargs)
         ends = end_tokens(getattr(self.model, "generation_config", None)) | {self.eot_token_id}
         for tokens in found[:, context.shape[1] :].tolist():
@@ -284,7 +320,12 @@ class SharedContextLM(_ScoredAlone, HFLM):  # type: ignore[misc]  # lm-eval has 
             if tokens[-1] in ends:
                 return True
             tail = self.tokenizer.decode(tokens[-longest:])
-            return any(stop in tail for stop in until)
+            if not any(stop in tail for stop in until):
+                return False
+            if self.think_end_token is None:
+                return True
+            text, has_ended = self._behind_reasoning(tokens)
+            return has_ended and any(stop in text for stop in until)
 
         return finished
 
@@ -351,6 +392,14 @@ class SharedContextLM(_ScoredAlone, HFLM):  # type: ignore[misc]  # lm-eval has 
         if self._progress is not None:
             self._progress(0, total)
             self.set_cache_hook(_ProgressHook(self._progress, total))
+
+
+def _think_end(tokenizer: PreTrainedTokenizerBase, text: str | None) -> str | int | None:
+    """The end of reasoning as lm-eval takes it: the id of a special token, which texts are decoded without, or a text."""
+    if text is None or text not in tokenizer.all_special_tokens:
+        return text
+    found: Any = tokenizer.convert_tokens_to_ids(text)
+    return int(found)
 
 
 def _refuse_empty(requests: Sequence[Instance]) -> None:

@@ -61,8 +61,29 @@ def _differing(expected: ColumnResult, found: ColumnResult) -> dict[str, str]:
         for field in Protocol.model_fields
         if left[field] != right[field] and not (templates and field == "task_hash")  # templates change prompts
     ]
+    if templates and not fields:
+        return _templates(expected, found) or _documents(expected, found)
     if fields:
         return {field: f" ({str(left[field])[:12]} and {str(right[field])[:12]})" for field in fields}
+    return _documents(expected, found)
+
+
+def _templates(expected: ColumnResult, found: ColumnResult) -> dict[str, str]:
+    """Variables that differ, the date included, where both were rendered with one template; each model has its own."""
+    first, other = expected.template, found.template
+    if (first is None) != (other is None):
+        return {"template": " (the date and the variables of one of them were not recorded)"}
+    if first is None or other is None or first.digest != other.digest:
+        return {}
+    left, right = first.variables, other.variables
+    found_names = [name for name in {**left, **right} if left.get(name) != right.get(name)]
+    return {
+        f"template_variables.{name}": f" ({left.get(name, 'absent')} and {right.get(name, 'absent')})"
+        for name in found_names
+    }
+
+
+def _documents(expected: ColumnResult, found: ColumnResult) -> dict[str, str]:
     documents = [[document.doc_hash for document in result.documents] for result in (expected, found)]
     return {} if documents[0] == documents[1] else {"documents": ""}
 

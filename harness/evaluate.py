@@ -6,52 +6,30 @@ The tasks of a column are loaded once in a process, for all models that are eval
 import contextlib
 import time
 import weakref
-from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.metadata import version as installed_version
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
-from jinja2.exceptions import TemplateError
 from lm_eval.api.model import LM
 from lm_eval.evaluator import evaluate as run_lm_eval
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from ctpd.core.errors import UserError
 from ctpd.core.temporary import TemporaryFolder
-from ctpd.text.limited import LimitReached, interrupted, limited
 from harness.answers import Answer, Health
 from harness.backends import Endings, SharedContextLM, open_vllm, watched_vllm
 from harness.finite import finite_logits, refuse_non_finite
 from harness.generations import health_of
 from harness.isolation import Progress, compiled_templates, dataset_cache, quiet, sandboxed_templates, seeded, shown
 from harness.loading import SEEDS, datasets_of, find_task, load_tasks
+from harness.prompts import Documents as Documents
+from harness.prompts import check_template, template_of, template_use
 from harness.record import ColumnResult, DocumentScore, Protocol
 from harness.samples import answers_of, task_hash, write_samples
 from harness.suites import Column
 from harness.task_files import TaskFiles, task_files
-
-_NO_TEMPLATE = "Evaluate with `chat_template: false`"
-
-
-class Documents(NamedTuple):
-    """Which documents of a task are evaluated, and how their prompts are made.
-
-    Attributes:
-        data_root: a mirror of the hub; None takes the hub itself (or the cache of ``datasets``).
-        limit: the first so many documents of each task; None takes all.
-        chat_template: whether prompts are rendered with the tokenizer's chat template.
-        allow_code: whether the task may run code of its own, or code that a model generates.
-        samples: a folder for sample files in lm-eval's format (``harness.samples``); None writes none.
-    """
-
-    data_root: Path | None
-    limit: int | None = None
-    chat_template: bool = False
-    allow_code: bool = False
-    samples: Path | None = None
 
 
 class Pinned(NamedTuple):
@@ -87,6 +65,7 @@ class Computed(NamedTuple):
     unshared: str | None
     seconds: float
     alone: int = 0
+    unfinished: int | None = None
 
 
 def evaluate_column(
@@ -113,14 +92,20 @@ def evaluate_column(
         UserError: unknown task, other version than the suite's, missing data, missing metric or chat template.
         NotFinite: a logit, a likelihood or a score is NaN or infinite.
     """
-    _check_template(tokenizer, documents)
+    check_template(tokenizer, documents)
     modes = [(module, module.training) for module in model.modules()]
     start = time.perf_counter()
     try:
         report = shown(progress) if progress is not None else None
         with finite_logits(model) as check:
             with quiet("lm_eval"):
-                lm = SharedContextLM(model, tokenizer, batch_size=batch_size, progress=report)
+                lm = SharedContextLM(
+                    model,
+                    tokenizer,
+                    batch_size=batch_size,
+                    progress=report,
+                    think_end_token=documents.think_end_token,
+                )
             check()  # its trials, before hours of evaluation
             scores = score(lm, column, documents, lm.endings)
             check()
@@ -136,8 +121,9 @@ def evaluate_column(
         unshared=lm.unshared,
         seconds=time.perf_counter() - start,
         alone=lm.num_alone,
+        unfinished=lm.num_unfinished,
     )
-    return _result(column, documents, scores, computed)
+    return _result(tokenizer, column, documents, scores, computed)
 
 
 def evaluate_with_vllm(
@@ -160,18 +146,19 @@ def evaluate_with_vllm(
         UserError: as there, or vLLM is not installed.
     """
     start = time.perf_counter()
-    _check_template(tokenizer, documents)
+    check_template(tokenizer, documents)
     lm: Any = open_vllm(
         model.location,
         tokenizer_at.location,
         precision=precision,
         revision=model.revision,
         tokenizer_revision=tokenizer_at.revision,
+        think_end_token=documents.think_end_token,
     )
     scores = score(lm, column, documents, watched_vllm(lm))
     seconds = time.perf_counter() - start
     computed = Computed("vllm", precision, None, lm.max_length, None, None, seconds, alone=getattr(lm, "num_alone", 0))
-    return _result(column, documents, scores, computed)
+    return _result(tokenizer, column, documents, scores, computed)
 
 
 def score(lm: LM, column: Column, documents: Documents, endings: Endings | None = None) -> Scores:
@@ -180,11 +167,12 @@ def score(lm: LM, column: Column, documents: Documents, endings: Endings | None 
     Args:
         endings: where the model counts how its answers end; None where it does not.
     """
-    _, limit, chat_template, allow_code, folder = documents
+    limit, chat_template, allow_code = documents.limit, documents.chat_template, documents.allow_code
+    folder = documents.samples
     with seeded(torch.device(lm.device or "cpu"), seeds=SEEDS), quiet("lm_eval"):
         kept = _kept(column, data_root=documents.data_root, allow_code=allow_code)
         loaded = kept.ready(limit=limit, chat_template=chat_template)
-        template = _limited_template(lm) if chat_template else contextlib.nullcontext()
+        template = template_of(lm, documents) if chat_template else contextlib.nullcontext()
         with kept.dataset_cache(), sandboxed_templates(), compiled_templates(), template:
             results = run_lm_eval(
                 lm,
@@ -227,7 +215,9 @@ def score(lm: LM, column: Column, documents: Documents, endings: Endings | None 
     )
 
 
-def _result(column: Column, documents: Documents, scores: Scores, computed: Computed) -> ColumnResult:
+def _result(
+    tokenizer: PreTrainedTokenizerBase, column: Column, documents: Documents, scores: Scores, computed: Computed
+) -> ColumnResult:
     protocol = Protocol(
         task=column.task,
         version=column.version,
@@ -257,47 +247,10 @@ def _result(column: Column, documents: Documents, scores: Scores, computed: Comp
         health=scores.health,
         answers=scores.answers,
         alone=computed.alone,
+        template=template_use(tokenizer, documents),
+        think_end_token=documents.think_end_token,
+        unfinished=computed.unfinished,
     )
-
-
-def _check_template(tokenizer: PreTrainedTokenizerBase, documents: Documents) -> None:
-    """Refuse a template that is missing, or that does not come to an end on a short conversation."""
-    if not documents.chat_template:
-        return
-    if tokenizer.chat_template is None:
-        raise UserError("the tokenizer has no chat template", fix=_NO_TEMPLATE)
-
-    def render(_row: int) -> tuple[()]:
-        with contextlib.suppress(TemplateError, TypeError, ValueError):  # the documents may be what it is written for
-            tokenizer.apply_chat_template([{"role": "user", "content": "Hello"}], tokenize=False)
-        return ()
-
-    with _limits_reported():
-        limited(1, render)
-
-
-@contextlib.contextmanager
-def _limits_reported() -> Iterator[None]:
-    try:
-        yield
-    except LimitReached as error:
-        raise UserError(f"the tokenizer's chat template {error.what}", fix=_NO_TEMPLATE) from error
-
-
-@contextlib.contextmanager
-def _limited_template(lm: Any) -> Iterator[None]:
-    """Interrupt the model's chat template where it does not come to an end."""
-    usual = lm.apply_chat_template
-
-    def apply(*args: Any, **options: Any) -> Any:
-        with _limits_reported(), interrupted():
-            return usual(*args, **options)
-
-    lm.apply_chat_template = apply
-    try:
-        yield
-    finally:
-        del lm.apply_chat_template  # the method of the class is seen again
 
 
 def check_column(column: Column, *, data_root: Path | None, allow_code: bool = False) -> None:

@@ -1,5 +1,6 @@
 """What a table must say below itself: documents, seeds, what is missing or partial, how intervals were made."""
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
 
 from harness.cautions import cautions
@@ -39,6 +40,7 @@ def footnotes(
     yield from _protocol(results)
     yield from _truncated(records)
     yield from _alone(results)
+    yield from _prompting(records)
     yield from _not_finite(records)
     yield from tuning_notes({row.run: row.label for row in rows}, records)
     yield from cautions(records)
@@ -187,6 +189,28 @@ def _protocol(results: Mapping[str, ColumnResult]) -> Iterator[str]:
         f"{'; '.join(parts)}. Average: unweighted mean of the columns. lm-evaluation-harness "
         f"{first.lm_eval_version}, backend {first.backend}, {first.dtype}, {template} chat template."
     )
+
+
+def _prompting(records: Sequence[Record]) -> Iterator[str]:
+    """The variables of chat templates but the date's default, and what was not scored, by what runs have in common."""
+    runs: dict[str, dict[str, None]] = {}
+    for record in records:
+        for result in record.evaluation.values():
+            if (text := _of_model(result)) is not None:
+                runs.setdefault(text, {})[record.run] = None
+    for text, names in runs.items():
+        yield f"{', '.join(names)}: {text}."
+
+
+def _of_model(result: ColumnResult) -> str | None:
+    given = {} if result.template is None else result.template.variables
+    parts = [f"{name} = {json.dumps(value)}" for name, value in sorted(given.items()) if name != "date_string"]
+    text = f"template variables {', '.join(parts)}" if parts else ""
+    if result.think_end_token is not None:
+        text += f"{'; ' if text else ''}generated text up to {result.think_end_token} is not scored"
+        if result.unfinished:
+            text += f" ({result.unfinished:,} texts of {result.protocol.task} without it are scored whole)"
+    return text or None
 
 
 def _truncated(records: Sequence[Record]) -> Iterator[str]:

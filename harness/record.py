@@ -120,13 +120,16 @@ class DataSummary(Config):
     Attributes:
         pairs: of all splits, after dropping.
         dropped: number of pairs by reason.
-        counts: of tokens, spans, span types, cut responses and cut prompts, by name; of pairs and cuts of each split.
+        counts: of tokens, spans, span types, cut responses and cut prompts, by name; of pairs and cuts of each split; of
+            rows that a model's chat template itself renders otherwise, by kind (`ctpd.text.templates.MEANINGS`).
+        end_tokens: by model, what ends its responses, and what says so.
         generated: outcomes of the responses that a model generated for the row, by name; None if it needed none.
     """
 
     pairs: int
     dropped: Mapping[str, int]
     counts: Mapping[str, int | float]
+    end_tokens: Mapping[str, str] = Field(default_factory=dict)
     generated: Mapping[str, int] | None = None
 
 
@@ -166,6 +169,13 @@ class DocumentScore(NamedTuple):
     score: Number
 
 
+class TemplateUse(Config):
+    """The chat template that requests were rendered with: a digest of its text, and its variables."""
+
+    digest: str
+    variables: Mapping[str, JsonValue]
+
+
 class ColumnResult(Config):
     """One model on one column of a suite. Scores are fractions, not percentages.
 
@@ -182,6 +192,9 @@ class ColumnResult(Config):
         answers: to the same few documents for every model; None in older records, which kept none.
         alone: continuations that are in one token with the end of their context, and were tokenized by themselves;
             lm-eval has no score for them.
+        template: None without a chat template.
+        think_end_token: what the model generated up to this text was not scored; None if all was.
+        unfinished: generated texts without that text, which are scored as they are; None where that is not known.
     """
 
     protocol: Protocol
@@ -197,6 +210,9 @@ class ColumnResult(Config):
     health: Health | None = None
     answers: tuple[Answer, ...] | None = None
     alone: int = 0
+    template: TemplateUse | None = None
+    think_end_token: str | None = None
+    unfinished: int | None = None
 
     @property
     def is_finite(self) -> bool:

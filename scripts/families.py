@@ -1,14 +1,19 @@
 """What the families of models that people have do here: `python scripts/families.py`, which writes results/families/README.md.
 
-Each table is made by one function of `TABLES`. The models are random and tiny, of the classes of transformers.
+Each table is made by one function of `TABLES`; `--tables` chooses some, and keeps the others as they are written. The models
+are random and tiny, of the classes of transformers; the tokenizers are the published ones of the folder `shared` beside
+the project.
 """
 
 import argparse
 import warnings
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import transformers
 from peft import PeftModel
@@ -17,8 +22,14 @@ from transformers import PreTrainedModel
 
 from ctpd.checkpoints import language_part, model_class
 from ctpd.core.errors import UserError
-from ctpd.models import Score, add_lora, install_scorer, score
+from ctpd.models import Score, add_lora, install_scorer, load_tokenizer, score
+from ctpd.pipeline.stages.pairs import read_usable_file
 from ctpd.probes import configure_scorer, largest_difference
+from ctpd.text.config import PairsConfig
+from ctpd.text.pairs import Message, ReadPairs
+from ctpd.text.prepare import PreparedPairs, prepare_pairs
+from ctpd.text.render import ChatTemplate, TemplatedTokenizer
+from ctpd.text.templates import DIFFERENCES
 
 RESULTS = Path(__file__).resolve().parent.parent / "results" / "families" / "README.md"
 
@@ -252,19 +263,118 @@ def classes_table() -> Iterator[str]:
         yield f"| {name} | `{type(model).__name__}` | {' | '.join(cells)} | {'; '.join(dict.fromkeys(said))} |"
 
 
-TABLES: tuple[Callable[[], Iterator[str]], ...] = (classes_table,)
+SHARED = Path(__file__).resolve().parent.parent.parent / "shared" / "data"
+_DATA = SHARED / "preference" / "ultrafeedback_binarized_eval200.parquet"
+_PAIRS, _CHANGED = 60, 10
+# Of tokenizers whose package has no chat template: that of the family, with a turn of the model and without a system role.
+_GEMMA = (
+    "{{ bos_token }}{% if messages[0].role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
+    "{% for m in messages %}{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}"
+    "{{ raise_exception('Conversation roles must alternate') }}{% endif %}"
+    "<start_of_turn>{{ 'model' if m.role == 'assistant' else m.role }}\n{{ m.content | trim }}<end_of_turn>\n{% endfor %}"
+    "{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}"
+)
+
+
+def sample() -> ReadPairs:
+    """Pairs of the sample, and after them some of the same with what templates treat differently."""
+    read = read_usable_file(_DATA)
+    pairs = [pair for pair in read.pairs if pair.chosen and pair.rejected][:_PAIRS]
+    first, second, third = (pairs[i : i + _CHANGED] for i in range(0, 3 * _CHANGED, _CHANGED))
+    number = len(read.pairs)
+    changed = [
+        *(replace(pair, prompt=(Message("system", "Answer briefly."), *pair.prompt)) for pair in first),
+        *(replace(pair, chosen=f"<think>\nA question.\n</think>\n\n{pair.chosen}") for pair in second),
+        *(replace(pair, prompt=(*pair.prompt, Message("user", "Please answer."))) for pair in third),
+    ]
+    added = [replace(pair, id=str(number + i), chosen_marks=()) for i, pair in enumerate(changed)]
+    return ReadPairs([*pairs, *added], read.dropped, _DATA.name)
+
+
+def templated(name: str, role: str) -> TemplatedTokenizer:
+    """A published tokenizer with its own chat template."""
+    tokenizer: Any = load_tokenizer(SHARED / "tokenizers" / name)
+    tokenizer.name_or_path = name
+    if tokenizer.chat_template is None:
+        tokenizer.chat_template = _GEMMA
+    return TemplatedTokenizer(tokenizer, ChatTemplate(tokenizer, {}), name=role)
+
+
+def lost_tokens(prepared: PreparedPairs) -> int:
+    """Tokens of responses and ends in no span, and spans without a token of one of the models: there should be none."""
+    lost = 0
+    for rows in (prepared.teacher, prepared.student):
+        for row, spans in enumerate(prepared.num_spans.tolist()):
+            unit = rows.unit[rows.row_starts[row] : rows.row_starts[row + 1]]
+            scored = unit[unit >= 0]
+            lost += spans - len(np.unique(scored)) + int(np.count_nonzero(np.diff(scored) < 0))
+    return lost
+
+
+def tokenizers_table() -> Iterator[str]:
+    """A row for each pair of published tokenizers: what of the sample is used, and how it is aligned."""
+    names = sorted(path.name for path in (SHARED / "tokenizers").iterdir() if path.is_dir())
+    given = sample()
+    yield "## Tokenizers and templates"
+    yield ""
+    yield (
+        f"Each published tokenizer as teacher and as student, with its own chat template, on {len(given.pairs)} pairs: the "
+        f"first {_PAIRS} of `{_DATA.name}`, and of them again {_CHANGED} with a system message, {_CHANGED} with reasoning "
+        f"in the chosen response, and {_CHANGED} with two messages of the user in a row. Gemma 2's package has no template; "
+        "that of the family is used, without a system role. At most 512 tokens; pairs with prompts above 256 are dropped. "
+        "The template "
+        "differs: rows that it renders otherwise itself, by kind (docs/method.md#templates). Lost: tokens without a span "
+        "and spans without a token."
+    )
+    yield ""
+    yield "| teacher | student | rows | dropped | teacher's template differs | student's template differs | 1:1 | 1:n | n:1 | n:m | lost |"
+    yield "| --- | --- | ---: | --- | --- | --- | ---: | ---: | ---: | ---: | ---: |"
+    config = PairsConfig(max_tokens=512, max_prompt_tokens=256, max_dropped=0.9)
+    for teacher, student in product(names, names):
+        sides = templated(teacher, "teacher"), templated(student, "student")
+        found = prepare_pairs({"train": given}, config, teacher=sides[0], student=sides[1])
+        dropped = ", ".join(f"{number} {reason}" for reason, number in found.dropped.items() if number) or "none"
+        differs = [
+            ", ".join(
+                f"{number} {kind}"
+                for kind in DIFFERENCES
+                if (number := int(found.report.get(f"{role}_template_{kind}", 0)))
+            )
+            or "no"
+            for role in ("teacher", "student")
+        ]
+        spans = found.report["spans"]
+        shares = [f"{100 * found.report[f'spans_{kind}'] / spans:.1f} %" for kind in ("1_1", "1_n", "n_1", "n_m")]
+        cells = [teacher, student, str(2 * len(found.pair_ids)), dropped, *differs, *shares, str(lost_tokens(found))]
+        yield f"| {' | '.join(cells)} |"
+
+
+TABLES: tuple[Callable[[], Iterator[str]], ...] = (classes_table, tokenizers_table)
 
 
 def main() -> None:
     """Write all tables."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--to", type=Path, default=RESULTS)
-    to: Path = parser.parse_args().to
+    parser.add_argument("--tables", nargs="+", choices=[table.__name__ for table in TABLES])
+    given = parser.parse_args()
+    to: Path = given.to
+    kept = sections(to) if given.tables else {}
     lines = ["# Families of models", "", "Written by `python scripts/families.py`."]
-    for table in TABLES:
-        lines += ["", *table()]
+    for number, table in enumerate(TABLES):
+        old = kept.get(number)
+        wanted = given.tables is None or table.__name__ in given.tables or old is None
+        lines += ["", *(table() if wanted else old or ())]
     to.parent.mkdir(parents=True, exist_ok=True)
     to.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def sections(path: Path) -> dict[int, list[str]]:
+    """The lines of each table that a file has, by its number."""
+    if not path.is_file():
+        return {}
+    parts = path.read_text(encoding="utf-8").split("\n## ")[1:]
+    return {number: f"## {part}".rstrip("\n").split("\n") for number, part in enumerate(parts)}
 
 
 if __name__ == "__main__":

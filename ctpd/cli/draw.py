@@ -9,9 +9,11 @@ from rich.console import RenderableType
 from rich.text import Text
 
 from ctpd.cli.terminal import columns, heading, indented, rendered, table
+from ctpd.core.printing import printable
 
 if TYPE_CHECKING:
     from ctpd.inspection.pairs import ReadPair
+    from ctpd.inspection.templates import TemplateReport
     from ctpd.inspection.tokenizers import Comparison
 
 COLOURS: Mapping[str, str] = {"1:1": "", "1:n": "cyan", "n:1": "yellow", "n:m": "magenta"}
@@ -27,6 +29,7 @@ _BAR = " ▏▎▍▌▋▊▉█"
 _HEIGHTS = " ▁▂▃▄▅▆▇█"
 _MARKS = {" ": "·", "\n": "⏎", "\t": "⇥", "\r": "␍"}
 _NARROWEST, _WIDTH_OF_A_FILE = 40, 100  # columns
+_LONGEST = 300  # characters of a conversation that are shown
 
 
 def shown(text: str) -> str:
@@ -294,3 +297,27 @@ def _percent(part: int, whole: int) -> str:
 
 def _coloured(text: str, kind: str) -> Text:
     return Text(text, style=COLOURS[kind])
+
+
+def template(found: "TemplateReport", *, title: str) -> str:
+    """How a model's template renders conversations, and the first row of each kind that it renders otherwise."""
+    from ctpd.text.templates import MEANINGS
+
+    ends = ", ".join(found.end_tokens) or "none"
+    lines = [
+        f"{title} {printable(found.name)}: {found.rows:,} rows; they end with {printable(ends)} ({', '.join(found.ends_from)})"
+    ]
+    total = sum(found.differences.values())
+    lines.append(f"  {found.rows - total:,} are what the template itself makes of the whole conversation")
+    for kind, number in found.differences.items():
+        row, ours, own = found.examples[kind]
+        lines += [f"  {number:,} {kind}: {MEANINGS[kind]}; first in pair {printable(row)}"]
+        lines += [f"    as used:  {_shown(ours)}", f"    template: {_shown(own)}"]
+    lines += [f"  {number:,} pairs refused: {printable(why)}" for why, number in found.refused.items()]
+    return "\n".join(lines)
+
+
+def _shown(text: str) -> str:
+    """The end of a rendered conversation, on one line."""
+    line = printable(text.replace("\n", "\\n"))
+    return line if len(line) <= _LONGEST else "..." + line[-_LONGEST:]

@@ -133,6 +133,73 @@ def pairs(recipe: str, *, show: int, store: Path, offline: bool, as_json: bool) 
 
 
 @inspect.command()
+@click.argument("source", metavar="RECIPE|TOKENIZER")
+@click.option("--data", type=click.Path(path_type=Path), help="With a TOKENIZER: pairs to render.")
+@click.option("--limit", type=click.IntRange(min=1), help="Only so many pairs.")
+@click.option(
+    "--variable",
+    multiple=True,
+    metavar="NAME=VALUE",
+    help="With a TOKENIZER: a variable of the template; may be repeated.",
+)
+@click.option("--merge-system", is_flag=True, help="With a TOKENIZER: as `system: merge` in a recipe.")
+@click.option("--end-token", help="With a TOKENIZER: as `end_token` in a recipe.")
+@execution("store", "offline", "json")
+def template(source: str, *, data: Path | None, limit: int | None, store: Path, offline: bool, **values: Any) -> None:
+    """How the models of RECIPE, or a TOKENIZER's chat template, render conversations, and where the template itself differs.
+
+    A row is the prompt as the template renders it for generation, the response as it is, and the end of the turn. Without
+    --data a TOKENIZER renders a few conversations that templates are known to treat differently.
+    """
+    prepare(offline=offline)
+    import dataclasses
+
+    from ctpd.cli import draw
+    from ctpd.inspection.templates import SHAPES, recipe_templates, report_template
+
+    if is_recipe(source):
+        refuse("data", "variable", "merge_system", "end_token", because="the RECIPE says it")
+        from ctpd.app import Experiment
+        from ctpd.core.store import Store
+
+        found = recipe_templates(Experiment(source).stages.pairs, Store(store), limit=limit, source=source)
+    else:
+        if data is None:
+            refuse("limit", because="it counts the pairs of --data")
+        pairs = list(SHAPES.values()) if data is None else _usable(data, limit)
+        found = {"tokenizer": report_template(_chat_side(source, **values), pairs)}
+    if values["as_json"]:
+        click.echo(json_text({name: dataclasses.asdict(one) for name, one in found.items()}))
+        return
+    click.echo("\n\n".join(draw.template(one, title=name) for name, one in found.items()))
+
+
+def is_recipe(source: str) -> bool:
+    """Whether a name is that of a recipe, shipped or a file of YAML."""
+    from ctpd.recipe import shipped_recipes
+
+    return source in shipped_recipes() or (Path(source).suffix in (".yaml", ".yml") and Path(source).is_file())
+
+
+def _usable(data: Path, limit: int | None) -> Any:
+    from ctpd.pipeline.stages.pairs import read_usable_file
+
+    return [pair for pair in read_usable_file(data).pairs if pair.chosen and pair.rejected][:limit]
+
+
+def _chat_side(source: str, *, variable: tuple[str, ...], merge_system: bool, end_token: str | None, **_: Any) -> Any:
+    from ctpd.cli.options import variables
+    from ctpd.models import find_tokenizer
+    from ctpd.text.render import ChatTemplate, TemplatedTokenizer
+    from ctpd.text.templates import EndToken
+
+    tokenizer: Any = find_tokenizer(source)
+    end = None if end_token is None else EndToken(end_token, "recipe")
+    chat = ChatTemplate(tokenizer, variables(variable, option="--variable"), end=end, merge_system=merge_system)
+    return TemplatedTokenizer(tokenizer, chat, name="tokenizer")
+
+
+@inspect.command()
 @click.argument("recipe")
 @execution("store", "only", "seed", "json")
 def weights(recipe: str, *, store: Path, only: tuple[str, ...], seed: tuple[int, ...], as_json: bool) -> None:

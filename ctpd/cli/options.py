@@ -6,7 +6,7 @@ the stages of the same command.
 
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +49,22 @@ OPTIONS: dict[str, Decorator] = {
     "json": click.option("--json", "as_json", is_flag=True, help="Print JSON instead of text."),
     "debug": click.option("--debug", is_flag=True, expose_value=False, help="Show the traceback of an error."),
 }  # fmt: skip
+
+
+def variables(given: Sequence[str], *, option: str) -> dict[str, Any]:
+    """`NAME=VALUE` of a repeated option, with the value as a recipe's YAML would have it."""
+    import yaml
+
+    found = {}
+    for item in given:
+        name, sign, value = item.partition("=")
+        if not (sign and name):
+            raise click.UsageError(f"{option}: '{item}' is not NAME=VALUE.")
+        try:
+            found[name] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise click.UsageError(f"{option}: the value of '{item}' is not YAML.") from error
+    return found
 
 
 def execution(*names: str) -> Decorator:

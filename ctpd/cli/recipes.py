@@ -10,7 +10,7 @@ import click
 from ctpd.cli.execute import RUNNING, Flags, Wanted, execute, opened, prepared
 from ctpd.cli.hub import ask_hub, needs_hub
 from ctpd.cli.launch import started_by_user
-from ctpd.cli.options import execution, given, refuse
+from ctpd.cli.options import execution, given, refuse, variables
 from ctpd.cli.samples import write_samples
 from ctpd.cli.scores import refuse_unmeasured, show_scores
 from ctpd.cli.tables import Shown, show_chosen, show_tables
@@ -23,7 +23,10 @@ if TYPE_CHECKING:
     from ctpd.core.store import Store
     from ctpd.pipeline.stages.evaluate import EvaluateStage
 
-_OF_A_MODEL = ("suite", "data_root", "precision", "batch_size", "chat_template")  # options of `eval --model` alone
+_OF_A_MODEL = (  # options of `eval --model` alone
+    *("suite", "data_root", "precision", "batch_size"),
+    *("chat_template", "template_variable", "think_end_token"),
+)
 
 
 @click.command()
@@ -101,6 +104,15 @@ def train(recipe: str, **values: Any) -> None:
     help="With --model: requests in one forward pass.",
 )
 @click.option("--chat-template", is_flag=True, help="With --model: render prompts with the tokenizer's chat template.")
+@click.option(
+    "--template-variable",
+    multiple=True,
+    metavar="NAME=VALUE",
+    help="With --chat-template: a variable of it, such as enable_thinking=false; may be repeated.",
+)
+@click.option(
+    "--think-end-token", help="With --model: what it generates up to this text, such as </think>, is not scored."
+)
 @execution(*RUNNING, "samples")
 def evaluate(recipe: str | None, *, model: str | None, **values: Any) -> None:
     """Evaluate what RECIPE has trained, training what is missing; or any --model."""
@@ -258,7 +270,7 @@ def _results(named: "Mapping[str, Mapping[str, EvaluateStage]]", store: "Store")
 
 def _evaluate_model(model: str, protocol: dict[str, Any], flags: Flags) -> None:
     from ctpd.core.store import Store
-    from ctpd.pipeline.evaluations import check_columns, evaluation_stage
+    from ctpd.pipeline.evaluations import Prompting, check_columns, evaluation_stage
     from ctpd.pipeline.references import Model, external_model
     from ctpd.recipe import EvaluationSpec, LaunchSpec
     from harness.suites import load_suite
@@ -271,11 +283,17 @@ def _evaluate_model(model: str, protocol: dict[str, Any], flags: Flags) -> None:
         limit=flags.limit,
         batch_size=protocol["batch_size"],
         chat_template=protocol["chat_template"],
+        precision=protocol["precision"],
         data_root=None if data_root is None else str(data_root.absolute()),
+    )
+    if protocol["template_variable"] and not spec.chat_template:
+        raise click.UsageError("--template-variable needs --chat-template.")
+    prompting = Prompting(
+        variables(protocol["template_variable"], option="--template-variable"), protocol["think_end_token"]
     )
     columns = load_suite(spec.suite).columns
     stages = {
-        column.name: evaluation_stage(Model(root, root), column, spec, precision=protocol["precision"], title=name)
+        column.name: evaluation_stage(Model(root, root), column, spec, prompting=prompting, title=name)
         for column in columns
     }
     store = Store(flags.store)

@@ -62,8 +62,8 @@ def read_pairs(stage: PairsStage, store: Store, *, show: int, source: str) -> li
     Raises:
         UserError: the pairs or tokenizers are artifacts that are not built yet, or cannot be read.
     """
-    _refuse_missing(stage, store, source)
-    work = _work(stage, store)
+    refuse_missing(stage, store, source)
+    work = work_of(stage, store)
     if store.has(stage.kind, stage.key):
         prepared = read_prepared(store.open(stage.kind, stage.key))
     else:
@@ -79,12 +79,18 @@ def read_pairs(stage: PairsStage, store: Store, *, show: int, source: str) -> li
     ]
 
 
-def _work(stage: PairsStage, store: Store) -> Work:
+def work_of(stage: PairsStage, store: Store) -> Work:
+    """What a stage of pairs reads its inputs with, outside of a build."""
     folders = {source.key: store.path(source.kind, source.key) for source in stage.inputs.values()}
     return Work(Path(), Runtime(), lambda done, total: None, writes=False, folders=folders)
 
 
-def _refuse_missing(stage: PairsStage, store: Store, source: str) -> None:
+def refuse_missing(stage: PairsStage, store: Store, source: str) -> None:
+    """Refuse pairs whose inputs are not built.
+
+    Raises:
+        UserError: an artifact that they are made from is not in the store.
+    """
     missing = [one.label for one in Graph(tuple(stage.inputs.values())).missing(store)]
     if missing:
         raise UserError(

@@ -11,7 +11,7 @@ from ctpd.core.userfiles import regular_file
 from ctpd.pipeline.sources import read_rows
 from ctpd.text.fidelity import Speller, compare_spans, coverage, readable
 from ctpd.text.mismatch import SPAN_TYPES, AlignedTexts, align_texts, mismatch_counts, span_sizes, span_tokens
-from ctpd.text.pairs import parse_pairs
+from ctpd.text.pairs import parse_usable
 from ctpd.text.templates import FastTokenizer
 
 _BLOCK = 512  # texts tokenized at once
@@ -43,13 +43,13 @@ def read_responses(path: Path, *, limit: int | None = None) -> list[str]:
         limit: read only so many pairs.
 
     Raises:
-        UserError: no such file, or a row that is no pair.
+        UserError: no such file, or no row that is a pair; other rows are left out.
     """
     regular_file(path, what="data file", fix="Give a jsonl, json, parquet or csv file of pairs")
     rows: Iterable[Mapping[str, Any]] = read_rows(path)
     if limit is not None:
         rows = (row for row, _ in zip(rows, range(limit), strict=False))
-    return [text for pair in parse_pairs(rows, source=str(path)) for text in (pair.chosen, pair.rejected)]
+    return [text for pair in parse_usable(rows, source=str(path)).pairs for text in (pair.chosen, pair.rejected)]
 
 
 def compare_tokenizers(texts: Sequence[str], *, teacher: FastTokenizer, student: FastTokenizer) -> Comparison:

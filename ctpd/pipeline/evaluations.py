@@ -1,8 +1,9 @@
 """Evaluations of a model on the columns of a suite, with a recipe's settings: their stages, and early checks of their tasks."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
 from importlib import metadata
+from typing import Any, NamedTuple
 
 from ctpd.core.store import Store
 from ctpd.core.temporary import kept_in
@@ -11,6 +12,7 @@ from ctpd.pipeline.references import Model
 from ctpd.pipeline.stages.evaluate import ColumnTask, EvaluateStage, Mirror, Protocol
 from ctpd.pipeline.stages.world import WorldStage
 from ctpd.recipe import EvaluationSpec
+from ctpd.text.templates import fixed_variables
 from harness.suites import Column
 
 
@@ -42,22 +44,31 @@ def check_columns(columns: Sequence[Column], spec: EvaluationSpec, store: Store)
                 check_code(column)
 
 
+class Prompting(NamedTuple):
+    """What belongs to a model in how it is prompted: variables of its chat template, and the text that ends its reasoning."""
+
+    variables: Mapping[str, Any] = {}
+    think_end_token: str | None = None
+
+
 def evaluation_stage(
     model: Model,
     column: Column,
     spec: EvaluationSpec,
     *,
-    precision: str,
+    prompting: Prompting,
     title: str,
     world: WorldStage | None = None,
 ) -> EvaluateStage:
     """The stage that evaluates one model on one column with a recipe's evaluation settings.
 
     Args:
-        precision: number format of the weights in evaluation.
+        spec: the protocol, with its `precision`.
+        prompting: what the model's requests are rendered with.
         title: the model's name in the stage's label.
         world: the testbed whose documents are read; None for the hub, or the mirror that ``spec`` names.
     """
+    assert spec.precision is not None
     documents: WorldStage | Mirror | None = world
     if world is None and spec.data_root is not None:
         documents = Mirror.of(spec.data_root, column)
@@ -67,7 +78,9 @@ def evaluation_stage(
             limit=spec.limit,
             batch_size=spec.batch_size,
             chat_template=spec.chat_template,
-            precision=precision,
+            template_variables=fixed_variables(prompting.variables) if spec.chat_template else None,
+            think_end_token=prompting.think_end_token,
+            precision=spec.precision,
             backend=spec.backend,
             lm_eval=_lm_eval_version(),
             allow_code=column.task in spec.allow_code,

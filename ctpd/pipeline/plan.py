@@ -136,7 +136,9 @@ class SharedStages:
 
     def _input(self, role: Role) -> ModelInput:
         spec = self.spec(role)
-        return ModelInput(self.bases[role].tokenizer, spec.template, spec.template_variables)
+        return ModelInput(
+            self.bases[role].tokenizer, spec.template, spec.template_variables, spec.end_token, spec.system
+        )
 
     @cached_property
     def sft(self) -> dict[Role, Model]:

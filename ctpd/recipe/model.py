@@ -102,7 +102,16 @@ class ModelSpec(Config):
     template: Literal["chat"] | PlainSpec
     """How messages become text: the tokenizer's own chat template, or the turns of a base model that has none."""
     template_variables: Mapping[str, Any] = Field(default_factory=dict)
-    """Variables that the chat template reads."""
+    """Variables that the chat template reads, such as `enable_thinking: false`, in training and in evaluation."""
+    system: Literal["message", "merge"] = "message"
+    """A system message in a chat template: a message of its own, or the beginning of the first user message (`merge`),
+    for templates without a system role."""
+    end_token: Text | None = None
+    """The token that ends a response in a chat template. Left out, the first special token that the template writes behind
+    one; where it writes none, the first `eos_token_id` of the model's `generation_config`, or the tokenizer's EOS token."""
+    think_end_token: Text | None = None
+    """The text that ends a model's reasoning, such as `</think>`: what it generates up to there is not scored in an
+    evaluation with `chat_template: true`."""
     sft: SftPhase | Text
     """Supervised fine-tuning first: a training, the word `skip` (the model is already fine-tuned), or the path of a model."""
     positive: ContrastivePhase | Text | None = None
@@ -116,6 +125,10 @@ class ModelSpec(Config):
     def _has_one_origin(self) -> Self:
         if (self.model is None) == (self.pretrain is None):
             raise ValueError("exactly one of `model` and `pretrain` is needed")
+        of_chat = {"system": self.system != "message", "end_token": self.end_token is not None}
+        given = [name for name, is_given in of_chat.items() if is_given]
+        if given and self.template != "chat":
+            raise ValueError(f"`{given[0]}` needs `template: chat`")
         return self
 
 

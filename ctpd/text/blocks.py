@@ -14,8 +14,9 @@ from numpy.typing import NDArray
 
 from ctpd.text.align import BatchedSpans, BoolArray, IntArray, align_spans_batch, row_starts
 from ctpd.text.lengths import Cut, Fitted, cut_responses, fit_prompts, tokens_per_span
-from ctpd.text.pairs import Pair
+from ctpd.text.pairs import Dropped, Pair
 from ctpd.text.render import Encoded, TemplatedTokenizer
+from ctpd.text.templates import DIFFERENCES
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ class Block(NamedTuple):
     boundaries: NDArray[np.int32]  # flat: character ends of the spans of the response
     boundary_counts: IntArray  # [R]
     marks: NDArray[np.int8]  # one per boundary: +1 right, -1 wrong, 0 neutral
-    dropped: Counter[str]
+    dropped: list[Dropped]
     report: Counter[str]
 
 
@@ -63,10 +64,7 @@ def build_block(
         where: names the split in errors.
     """
     fitted = fit_prompts(pairs, sides=sides, max_prompt_tokens=max_prompt_tokens, cut=cut_prompts, where=where)
-    dropped = Counter({"long_prompt": len(pairs) - len(fitted.pairs)})
-    with_tokens = _with_tokens(fitted)
-    dropped["empty"] += len(fitted.pairs) - len(with_tokens.pairs)
-    pairs, encoded, num_cut = with_tokens
+    pairs, encoded, num_cut, dropped = _with_tokens(fitted)
     spans = _align(pairs, encoded)
     cut = cut_responses(encoded, spans, max_tokens=max_tokens)
     pairs = _cut_texts(pairs, spans, cut)
@@ -74,7 +72,8 @@ def build_block(
     # Two responses that differ only in what was cut off are equal now.
     both_cut = ~cut.has_end.reshape(-1, 2).any(axis=1)
     is_equal = both_cut & np.array([pair.chosen == pair.rejected for pair in pairs], dtype=bool) & ~is_empty
-    dropped.update({"empty": int(is_empty.sum()), "equal": int(is_equal.sum())})
+    reasons = {"empty": is_empty, "equal": is_equal}
+    dropped = [*dropped, *(Dropped(pairs[i].id, name) for name, at in reasons.items() for i in np.flatnonzero(at))]
 
     keep_pair = ~(is_empty | is_equal)
     keep = np.repeat(keep_pair, 2)
@@ -108,7 +107,8 @@ def _with_tokens(fitted: Fitted) -> Fitted:
     keep = has_tokens[0::2] & has_tokens[1::2]
     rows = np.repeat(keep, 2)
     pairs = [pair for pair, kept in zip(fitted.pairs, keep, strict=True) if kept]
-    return Fitted(pairs, (first.select(rows), second.select(rows)), fitted.num_cut)
+    without = [Dropped(pair.id, "empty") for pair, kept in zip(fitted.pairs, keep, strict=True) if not kept]
+    return Fitted(pairs, (first.select(rows), second.select(rows)), fitted.num_cut, [*fitted.dropped, *without])
 
 
 def _align(pairs: Sequence[Pair], encoded: tuple[Encoded, Encoded]) -> BatchedSpans:
@@ -176,4 +176,7 @@ def _report(
     }
     report = Counter({name: int(np.count_nonzero(flags)) for name, flags in counts.items()})
     report.update(teacher_response_tokens=int(teacher.sum()), student_response_tokens=int(student.sum()))
+    for name, side in zip(("teacher", "student"), encoded, strict=True):
+        kinds = Counter(side.difference[keep & (side.difference >= 0)].tolist())
+        report.update({f"{name}_template_{DIFFERENCES[kind]}": number for kind, number in kinds.items()})
     return report

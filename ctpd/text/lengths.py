@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from ctpd.text.align import BatchedSpans, BoolArray, IntArray
-from ctpd.text.pairs import Message, Pair
+from ctpd.text.pairs import Dropped, Message, Pair
 from ctpd.text.render import Encoded, TemplatedTokenizer
 
 NEARBY = 16
@@ -24,6 +24,7 @@ class Fitted(NamedTuple):
     pairs: list[Pair]
     encoded: tuple[Encoded, Encoded]
     num_cut: int  # pairs whose prompt was cut
+    dropped: list[Dropped]  # prompts that a template does not render, or that are too long
 
 
 class Cut(NamedTuple):
@@ -46,8 +47,9 @@ def fit_prompts(
     With ``cut`` a longer prompt loses characters from the *start* of its last user message, so that the question at its
     end stays: what is left is the longest end that fits and begins at a word, or, if no word fits, the longest that
     fits; it is rendered again for both sides. A prompt that does not fit with one character of that message left, or
-    without ``cut`` does not fit, is left out.
+    without ``cut`` does not fit, is left out, as is a prompt that one of the templates does not render.
     """
+    pairs, dropped = _rendered(pairs, sides=sides, where=where)
     budgets = np.full(len(pairs), max_prompt_tokens)
     current: list[Pair | None] = list(pairs)
     if cut:
@@ -68,10 +70,12 @@ def fit_prompts(
             current[i] = pair
     keep = excess <= 0
     rows = np.repeat(keep, 2)
+    fitting = set(index[keep].tolist())
     return Fitted(
         pairs=[pair for pair, kept in zip(left, keep, strict=True) if kept],
         encoded=(encoded[0].select(rows), encoded[1].select(rows)),
         num_cut=sum(left[i] is not pairs[index[i]] for i in np.flatnonzero(keep)),
+        dropped=[*dropped, *(Dropped(pair.id, "long_prompt") for i, pair in enumerate(pairs) if i not in fitting)],
     )
 
 
@@ -99,6 +103,17 @@ def tokens_per_span(encoded: tuple[Encoded, Encoded], spans: BatchedSpans) -> tu
         for side, span in zip(encoded, (spans.teacher_span, spans.student_span), strict=True)
     )
     return first, second
+
+
+def _rendered(
+    pairs: Sequence[Pair], *, sides: tuple[TemplatedTokenizer, TemplatedTokenizer], where: str
+) -> tuple[list[Pair], list[Dropped]]:
+    """The pairs whose prompts both templates render, and the others with the reason."""
+    names, prompts = _names(pairs, where), [pair.prompt for pair in pairs]
+    reasons = zip(*(side.refused(prompts, where=names) for side in sides), strict=True)
+    found = [next((why for why in whys if why is not None), None) for whys in reasons]
+    kept = [pair for pair, why in zip(pairs, found, strict=True) if why is None]
+    return kept, [Dropped(pair.id, "template", why) for pair, why in zip(pairs, found, strict=True) if why is not None]
 
 
 def _encode(side: TemplatedTokenizer, pairs: Sequence[Pair], *, where: str) -> Encoded:

@@ -9,6 +9,12 @@ import numpy as np
 
 from ctpd.core.errors import UserError, listed, nearest, shortened
 
+DROP_REASONS = (
+    *("empty", "equal", "special_token_text", "long_prompt"),
+    *("null_content", "roles", "different_prompts", "unread_field", "malformed", "template"),
+)
+"""Why a pair is left out (docs/method.md#dropped-pairs)."""
+
 Marks = tuple[tuple[int, int, bool], ...]
 
 _FORMS = (
@@ -16,6 +22,7 @@ _FORMS = (
     "the prompt may be part of chosen and rejected"
 )
 _ROLES = ("system", "user", "assistant")
+_UNREAD = ("reasoning_content", "reasoning", "thinking")  # of a message: they would be lost
 
 
 class Message(NamedTuple):
@@ -50,13 +57,67 @@ class Pair:
         return replace(self, chosen=self.chosen[:num_chosen], rejected=self.rejected[:num_rejected])
 
 
+class Dropped(NamedTuple):
+    """A row of the data that is left out.
+
+    Attributes:
+        row: its number, counted from 0; a pair's `id`.
+        reason: one of `DROP_REASONS`.
+        detail: a sentence, where the reason does not say all.
+    """
+
+    row: str
+    reason: str
+    detail: str = ""
+
+
+class ReadPairs(NamedTuple):
+    """The pairs of a source, its rows that are no pairs, and its name."""
+
+    pairs: Sequence[Pair]
+    dropped: Sequence[Dropped] = ()
+    source: str = ""
+
+
+class BadRow(UserError):
+    """A row that is no pair.
+
+    Attributes:
+        reason: one of `DROP_REASONS`.
+    """
+
+    def __init__(self, what: str, *, where: str, fix: str, reason: str = "malformed") -> None:
+        super().__init__(what, where=where, fix=fix)
+        self.reason = reason
+
+
+def parse_usable(rows: Iterable[Mapping[str, object]], *, source: str) -> ReadPairs:
+    """Parse rows as `parse_pairs` does; a row that is no pair is dropped with its reason.
+
+    Raises:
+        UserError: no row is a pair; the error is the first row's.
+    """
+    pairs, dropped, first = [], [], None
+    for number, row in enumerate(rows):
+        try:
+            pairs.append(_parse_row(row, id=str(number), where=f"{source}, row {number}"))
+        except BadRow as error:
+            first = first or error
+            column = (error.where or "").removeprefix(f"{source}, row {number}").removeprefix(", ")
+            dropped.append(Dropped(str(number), error.reason, f"{column}: {error.what}" if column else error.what))
+    if first is not None and not pairs:
+        raise first
+    return ReadPairs(pairs, dropped, source)
+
+
 def parse_pairs(rows: Iterable[Mapping[str, object]], *, source: str) -> list[Pair]:
     """Parse rows of preference data.
 
     A row holds ``prompt``, ``chosen`` and ``rejected``, each a string or a list of messages ``{"role", "content"}``.
     Without a prompt, or with a prompt string beside whole conversations, the prompt is what chosen and rejected begin
     with in common (as TRL extracts it). The last assistant message is the response; responses are stripped. Empty and
-    equal responses are kept here: `prepare_pairs` drops and counts them. Other columns (scores, ids) are ignored.
+    equal responses are kept here: `prepare_pairs` drops and counts them. A column ``system`` is the system message of the
+    prompt. Other columns (scores, ids) are ignored.
     Optional columns ``chosen_marks`` and ``rejected_marks`` hold lists of ``[start, end, right]`` over the response.
 
     Args:
@@ -72,17 +133,18 @@ def parse_pairs(rows: Iterable[Mapping[str, object]], *, source: str) -> list[Pa
 
 def _parse_row(row: Mapping[str, object], *, id: str, where: str) -> Pair:
     if not isinstance(row, Mapping):
-        raise UserError(f"the row is {_kind(row)}, not an object with columns", where=where, fix=_FORMS)
+        raise BadRow(f"the row is {_kind(row)}, not an object with columns", where=where, fix=_FORMS)
     for column in ("tools", "chat_template_kwargs"):
         if _is_filled(row.get(column)):
-            raise UserError(
+            raise BadRow(
                 f"the row has {column}, which this program does not render",
                 where=f"{where}, column '{column}'",
                 fix="Remove such rows; variables of a template are fixed in the recipe",
+                reason="unread_field",
             )
     chosen, rejected = (_conversation(row, column, where=where) for column in ("chosen", "rejected"))
     if isinstance(chosen, str) != isinstance(rejected, str):
-        raise UserError("one of chosen and rejected is a string, the other a list of messages", where=where, fix=_FORMS)
+        raise BadRow("one of chosen and rejected is a string, the other a list of messages", where=where, fix=_FORMS)
     prompt = _conversation(row, "prompt", where=where) if row.get("prompt") is not None else None
     if isinstance(chosen, str) and isinstance(rejected, str):
         turns, responses = _from_strings(prompt, chosen, rejected, where=where)
@@ -90,16 +152,38 @@ def _parse_row(row: Mapping[str, object], *, id: str, where: str) -> Pair:
         assert isinstance(chosen, tuple)
         assert isinstance(rejected, tuple)
         turns, responses = _from_messages(prompt, chosen, rejected, where=where)
+    turns = _with_system(row, turns, where=where)
     if not turns or turns[-1].role != "user":
         what = "chosen and rejected share no prompt"
         if turns:
             what = f"the message before the response is the {turns[-1].role}'s"
-        raise UserError(what, where=where, fix="A prompt must end with a user's message. " + _FORMS)
+        raise BadRow(what, where=where, fix="A prompt must end with a user's message. " + _FORMS, reason="roles")
     marks = [
         _marks(row, column, response, where=where)
         for column, response in zip(("chosen_marks", "rejected_marks"), responses, strict=True)
     ]
     return Pair(id, turns, responses[0].strip(), responses[1].strip(), marks[0], marks[1])
+
+
+def _with_system(row: Mapping[str, object], turns: tuple[Message, ...], *, where: str) -> tuple[Message, ...]:
+    """The prompt with the text of a column `system` as its first message."""
+    value = row.get("system")
+    if _is_null(value) or value == "":
+        return turns
+    where = f"{where}, column 'system'"
+    if not isinstance(value, str):
+        raise BadRow(f"expected a string, found {_kind(value)}", where=where, fix="Give the text of a system message")
+    system = Message("system", _valid_text(value, where=where))
+    if not any(message.role == "system" for message in turns):
+        return (system, *turns)
+    if system not in turns:
+        raise BadRow(
+            "the text is another than that of the prompt's system message",
+            where=where,
+            fix="Keep one of the two",
+            reason="unread_field",
+        )
+    return turns
 
 
 def _from_strings(
@@ -113,7 +197,7 @@ def _from_strings(
             cut -= 1
         prompt, chosen, rejected = chosen[:cut], chosen[cut:], rejected[cut:]
     if not prompt.strip():
-        raise UserError("the prompt is empty", where=f"{where}, column 'prompt'", fix=_FORMS)
+        raise BadRow("the prompt is empty", where=f"{where}, column 'prompt'", fix=_FORMS)
     return (Message("user", prompt),), (chosen, rejected)
 
 
@@ -122,17 +206,19 @@ def _from_messages(
 ) -> tuple[tuple[Message, ...], tuple[str, str]]:
     for column, messages in (("chosen", chosen), ("rejected", rejected)):
         if not messages or messages[-1].role != "assistant":
-            raise UserError(
+            raise BadRow(
                 "the conversation does not end with an assistant's message",
                 where=f"{where}, column '{column}'",
                 fix=_FORMS,
+                reason="roles",
             )
     before = chosen[:-1]
     if before != rejected[:-1]:
-        raise UserError(
+        raise BadRow(
             "chosen and rejected differ before their last message, so they answer different prompts",
             where=where,
             fix="Cut both conversations after the first answer in which they differ",
+            reason="different_prompts",
         )
     if isinstance(prompt, tuple):
         before = before if prompt and before[: len(prompt)] == prompt else prompt + before
@@ -151,42 +237,55 @@ def _conversation(row: Mapping[str, object], column: str, *, where: str) -> str 
     if isinstance(value, np.ndarray):  # pandas reads lists from parquet as arrays
         value = value.tolist()
     if not isinstance(value, Sequence) or isinstance(value, bytes):
-        raise UserError(
-            f"expected a string or a list of messages, found {_kind(value)}", where=where_column, fix=_FORMS
+        raise BadRow(
+            f"expected a string or a list of messages, found {_kind(value)}",
+            where=where_column,
+            fix=_FORMS,
+            reason="null_content" if _is_null(value) else "malformed",
         )
     return tuple(_message(item, where=f"{where_column}, message {i}") for i, item in enumerate(value))
 
 
-def _missing(row: Mapping[str, object], column: str, *, where: str) -> UserError:
+def _missing(row: Mapping[str, object], column: str, *, where: str) -> BadRow:
     names = [str(name) for name in row]
     if "completion" in names and "chosen" not in names and "rejected" not in names:
-        return UserError(
+        return BadRow(
             "the data are not pairs: a row has one completion" + (" and a label" if "label" in names else ""),
             where=where,
             fix="Preference training needs two responses to one prompt in each row. Join a good and a bad completion of "
             "the same prompt as `chosen` and `rejected`; a prompt that has only one cannot be used",
         )
     if not names:
-        return UserError(f"the column '{column}' is missing; the row has no columns", where=where, fix=_FORMS)
+        return BadRow(f"the column '{column}' is missing; the row has no columns", where=where, fix=_FORMS)
     found = f"the column '{column}' is missing; the row has {listed(names, to=column)}.{nearest(column, names)}"
-    return UserError(found, where=where, fix=_FORMS)
+    return BadRow(found, where=where, fix=_FORMS)
 
 
 def _message(item: object, *, where: str) -> Message:
     if not isinstance(item, Mapping):
-        raise UserError(f"expected an object with role and content, found {_kind(item)}", where=where, fix=_FORMS)
+        raise BadRow(f"expected an object with role and content, found {_kind(item)}", where=where, fix=_FORMS)
     role, content = item.get("role"), item.get("content")
     if _is_filled(item.get("tool_calls")) or role in ("tool", "function"):
-        raise UserError(
-            "the message uses a tool, which this program does not render", where=where, fix="Remove such rows"
+        raise BadRow(
+            "the message uses a tool, which this program does not render",
+            where=where,
+            fix="Remove such rows",
+            reason="unread_field",
         )
+    for name in _UNREAD:
+        if _is_filled(item.get(name)):
+            raise BadRow(
+                f"the message has `{name}` beside its content, which this program does not render",
+                where=where,
+                fix="Write the reasoning into the content as the model does, such as <think>...</think> before the answer",
+                reason="unread_field",
+            )
     if not isinstance(role, str) or role not in _ROLES:
         hint = nearest(role, _ROLES) if isinstance(role, str) else ""
-        raise UserError(
-            f"unknown role {shortened(repr(role))}.{hint}", where=where, fix=f"Roles are {', '.join(_ROLES)}"
-        )
+        raise BadRow(f"unknown role {shortened(repr(role))}.{hint}", where=where, fix=f"Roles are {', '.join(_ROLES)}")
     if not isinstance(content, str):
-        raise UserError(f"the content is {_kind(content)}, not a string", where=where, fix="Give text only")
+        reason = "null_content" if _is_null(content) else "malformed"
+        raise BadRow(f"the content is {_kind(content)}, not a string", where=where, fix="Give text only", reason=reason)
     return Message(role, _valid_text(content, where=where))
 
 
@@ -199,7 +298,7 @@ def _marks(row: Mapping[str, object], column: str, response: str, *, where: str)
     where = f"{where}, column '{column}'"
     fix = "Marks are [start, end, right]: two character positions of the response, and true or false"
     if not isinstance(value, Sequence) or isinstance(value, str):
-        raise UserError(f"expected a list of marks, found {_kind(value)}", where=where, fix=fix)
+        raise BadRow(f"expected a list of marks, found {_kind(value)}", where=where, fix=fix)
     shift, length = len(response) - len(response.lstrip()), len(response.strip())
     marks = []
     for mark in value:
@@ -207,7 +306,7 @@ def _marks(row: Mapping[str, object], column: str, response: str, *, where: str)
             case [int(start), int(end), bool(right)] if 0 <= start < end <= len(response):
                 marks.append((max(start - shift, 0), min(end - shift, length), right))
             case _:
-                raise UserError(
+                raise BadRow(
                     f"{shortened(repr(mark))} is no mark on a response of {len(response)} characters",
                     where=where,
                     fix=fix,
@@ -219,7 +318,7 @@ def _valid_text(text: str, *, where: str) -> str:
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise UserError(
+        raise BadRow(
             f"character {error.start} of the text is half of a surrogate pair, which no tokenizer reads",
             where=where,
             fix="Write the file again as valid UTF-8",
@@ -242,8 +341,12 @@ def _is_filled(value: object) -> bool:
     return value is not None and value is not False and not (isinstance(value, Sequence | Mapping) and not value)
 
 
+def _is_null(value: object) -> bool:
+    return value is None or (isinstance(value, float) and bool(np.isnan(value)))
+
+
 def _kind(value: object) -> str:
-    if value is None or (isinstance(value, float) and np.isnan(value)):
+    if _is_null(value):
         return "nothing (null)"
     try:
         text = json.dumps(value, default=str)

@@ -16,10 +16,10 @@ from ctpd.core.errors import UserError
 from ctpd.text.align import row_starts
 from ctpd.text.blocks import Block, TokenRows, build_block
 from ctpd.text.config import PairsConfig
-from ctpd.text.pairs import Pair
+from ctpd.text.pairs import DROP_REASONS, Dropped, Pair, ReadPairs
 from ctpd.text.render import TemplatedTokenizer
 
-DROP_REASONS = ("empty", "equal", "special_token_text", "long_prompt")
+_ALWAYS = DROP_REASONS[:4]  # counted even where there are none
 _ARRAYS = ("num_spans", "has_end", "boundaries", "boundary_starts")
 _TEXTS = ("pair_ids", "split", "prompts", "chosen", "rejected")
 _BLOCK = 512  # pairs tokenized at once; bounds the memory of the tokenizers' output
@@ -27,6 +27,16 @@ _FIX = (
     "Correct the data; raise max_prompt_tokens or set `long_prompt: cut` if prompts are too long; "
     "raise max_dropped if dropping them is intended"
 )
+
+
+class Loss(NamedTuple):
+    """A dropped pair: its split, the name of what it was read from, its row there and the reason."""
+
+    split: str
+    source: str
+    row: str
+    reason: str
+    detail: str
 
 
 @dataclass(frozen=True)
@@ -47,18 +57,19 @@ class PreparedPairs:
     rejected: tuple[str, ...]
     dropped: dict[str, int]  # pairs by reason, over all splits
     report: dict[str, int | float]  # counts over all splits; `SPLIT_NAME` are those of one split
+    losses: tuple[Loss, ...] = ()  # each dropped pair; not part of `texts`
 
 
 class _Selection(NamedTuple):
     """The selected pairs of one split."""
 
     pairs: list[Pair]
-    num_seen: int  # pairs examined for the selection
-    dropped: Counter[str]  # of these
+    num_seen: int  # rows examined for the selection
+    dropped: list[Dropped]  # of these
 
 
 def prepare_pairs(
-    pairs: Mapping[str, Sequence[Pair]],
+    pairs: Mapping[str, Sequence[Pair] | ReadPairs],
     config: PairsConfig,
     *,
     teacher: TemplatedTokenizer,
@@ -67,7 +78,7 @@ def prepare_pairs(
     """Render, tokenize, align and cut the pairs of every split.
 
     Args:
-        pairs: pairs by the name of their split.
+        pairs: pairs by the name of their split, with the rows that are none.
         config: which pairs are used, and their lengths.
         teacher: how the teacher reads text.
         student: how the student does; it may be the same.
@@ -76,12 +87,13 @@ def prepare_pairs(
         The pairs, split after split, in the order given.
 
     Raises:
-        UserError: too many pairs dropped, none left, or a template that cannot be aligned.
+        UserError: too many pairs dropped, none left, or a template that reaches a limit.
     """
     blocks: list[tuple[str, Block]] = []
-    dropped: Counter[str] = Counter(dict.fromkeys(DROP_REASONS, 0))
+    losses: list[Loss] = []
     by_split: dict[str, int] = {}
-    for split, given in pairs.items():
+    for split, found in pairs.items():
+        given = found if isinstance(found, ReadPairs) else ReadPairs(found)
         selection = _select(given, sides=(teacher, student), select=config.select, limit=config.limit)
         built = [
             build_block(
@@ -94,14 +106,15 @@ def prepare_pairs(
             )
             for i in range(0, len(selection.pairs), _BLOCK)
         ]
-        late = _total(block.dropped for block in built)
+        late = [loss for block in built for loss in block.dropped]
         _refuse_losses(split, selection, late, max_dropped=config.max_dropped)
-        dropped.update(selection.dropped + late)
-        by_split |= _counts_of_split(split, built, num_dropped=(selection.dropped + late).total())
+        of_split = sorted([*selection.dropped, *late], key=lambda loss: _row_order(loss.row))
+        losses += [Loss(split, given.source, *loss) for loss in of_split]
+        by_split |= _counts_of_split(split, built, num_dropped=len(of_split))
         blocks += [(split, block) for block in built]
     if not blocks:
         raise UserError("there are no pairs", fix="Name at least one split")
-    return _concatenated(blocks, dropped, by_split)
+    return _concatenated(blocks, losses, by_split)
 
 
 def _counts_of_split(split: str, blocks: Sequence[Block], *, num_dropped: int) -> dict[str, int]:
@@ -140,25 +153,30 @@ def from_arrays(arrays: Mapping[str, NDArray[Any]], texts: Mapping[str, Any]) ->
     return PreparedPairs(teacher=teacher, student=student, marks=arrays.get("marks"), **parts)
 
 
-def _select(
-    pairs: Sequence[Pair], *, sides: Sequence[TemplatedTokenizer], select: str, limit: int | None
-) -> _Selection:
-    dropped: Counter[str] = Counter()
+def _select(given: ReadPairs, *, sides: Sequence[TemplatedTokenizer], select: str, limit: int | None) -> _Selection:
+    dropped: list[Dropped] = []
     valid: list[Pair] = []
-    num_seen = 0
-    for pair in pairs:
+    last = None
+    for pair in given.pairs:
         if select == "all" and limit is not None and len(valid) == limit:
             break
-        num_seen += 1
+        last = pair
         reason = _invalid(pair, sides)
         if reason is None:
             valid.append(pair)
         else:
-            dropped[reason] += 1
+            dropped.append(Dropped(pair.id, reason))
+    whole = last is None or last is given.pairs[-1]
+    seen = [loss for loss in given.dropped if whole or _row_order(loss.row) < _row_order(last.id)]  # type: ignore[union-attr]
+    num_seen = len(valid) + len(dropped) + len(seen)
     if select == "shortest":
         order = sorted(range(len(valid)), key=lambda i: valid[i].num_characters)  # stable: the earlier of two equals
         valid = [valid[i] for i in sorted(order[:limit])]
-    return _Selection(valid, num_seen, dropped)
+    return _Selection(valid, num_seen, [*seen, *dropped])
+
+
+def _row_order(row: str) -> tuple[int, str]:
+    return (int(row), row) if row.isdecimal() else (0, row)
 
 
 def _invalid(pair: Pair, sides: Sequence[TemplatedTokenizer]) -> str | None:
@@ -171,20 +189,23 @@ def _invalid(pair: Pair, sides: Sequence[TemplatedTokenizer]) -> str | None:
     return "special_token_text" if any(side.holds_special_text(text) for side in sides for text in contents) else None
 
 
-def _refuse_losses(split: str, selection: _Selection, late: Counter[str], *, max_dropped: float) -> None:
+def _refuse_losses(split: str, selection: _Selection, late: Sequence[Dropped], *, max_dropped: float) -> None:
     """Refuse a split if more than ``max_dropped`` of its pairs are dropped, before and after the selection together."""
-    total = selection.dropped + late
+    losses = [*selection.dropped, *late]
+    total = Counter(loss.reason for loss in losses)
     reasons = ", ".join(f"{reason} {total[reason]}" for reason in DROP_REASONS if total[reason])
-    if len(selection.pairs) == late.total():
+    if (example := next((loss for loss in losses if loss.detail), None)) is not None:
+        reasons += f"; row {example.row}: {example.detail}"
+    if len(selection.pairs) == len(late):
         raise UserError(
             f"no usable row is left of {selection.num_seen} ({reasons or 'the split is empty'})",
             where=f"split '{split}'",
             fix=_FIX,
         )
-    kept = (1 - selection.dropped.total() / selection.num_seen) * (1 - late.total() / len(selection.pairs))
+    kept = (1 - len(selection.dropped) / selection.num_seen) * (1 - len(late) / len(selection.pairs))
     if 1 - kept > max_dropped + 1e-9:
         raise UserError(
-            f"{total.total()} of {selection.num_seen} rows are dropped ({reasons}), {100 * (1 - kept):.1f} % of the "
+            f"{len(losses)} of {selection.num_seen} rows are dropped ({reasons}), {100 * (1 - kept):.1f} % of the "
             f"selected ones; at most {100 * max_dropped:g} % may be (max_dropped)",
             where=f"split '{split}'",
             fix=_FIX,
@@ -192,10 +213,11 @@ def _refuse_losses(split: str, selection: _Selection, late: Counter[str], *, max
 
 
 def _concatenated(
-    blocks: Sequence[tuple[str, Block]], dropped: Counter[str], by_split: Mapping[str, int]
+    blocks: Sequence[tuple[str, Block]], losses: Sequence[Loss], by_split: Mapping[str, int]
 ) -> PreparedPairs:
     parts = [block for _, block in blocks]
     pairs = [pair for block in parts for pair in block.pairs]
+    dropped = Counter(loss.reason for loss in losses)
     has_marks = any(pair.chosen_marks or pair.rejected_marks for pair in pairs)
     return PreparedPairs(
         teacher=_concatenated_rows([block.teacher for block in parts]),
@@ -210,7 +232,8 @@ def _concatenated(
         prompts=tuple(pair.prompt[-1].content for pair in pairs),
         chosen=tuple(pair.chosen for pair in pairs),
         rejected=tuple(pair.rejected for pair in pairs),
-        dropped=dict(dropped),
+        dropped=dict.fromkeys(_ALWAYS, 0) | {name: dropped[name] for name in DROP_REASONS if dropped[name]},
+        losses=tuple(losses),
         report={"pairs": len(pairs), **_total(block.report for block in parts), **by_split},
     )
 

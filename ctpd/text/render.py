@@ -4,7 +4,6 @@ Shapes: R rows, each one rendered (prompt, response); N tokens of a row, up to a
 arrays are flat, row r in ``[starts[r], starts[r + 1])``.
 """
 
-import re
 from collections.abc import Sequence
 from itertools import chain
 from typing import Any, NamedTuple, final
@@ -15,10 +14,21 @@ from numpy.typing import NDArray
 from ctpd.core.errors import UserError
 from ctpd.text.align import BoolArray, IntArray, clean_ends, row_starts
 from ctpd.text.pairs import Message
+from ctpd.text.templates import (
+    DIFFERENCES,
+    EndToken,
+    FastTokenizer,
+    Frame,
+    Refused,
+    Row,
+    Template,
+    special_pattern,
+    special_texts,
+)
 from ctpd.text.templates import ChatTemplate as ChatTemplate
-from ctpd.text.templates import FastTokenizer, Frame, Template
 from ctpd.text.templates import PlainTemplate as PlainTemplate
 
+REFUSED_FIX = "Use another template, `system: merge` if it has no system role, or remove the row"
 _SPACE_MARKS = ("▁", "Ġ")  # SentencePiece's, byte-level BPE's
 
 
@@ -31,6 +41,7 @@ class Encoded(NamedTuple):
     response_tokens: IntArray  # [R]
     response_ends: IntArray  # [sum of response_tokens] cleaned character ends, relative to the response
     crossing: BoolArray  # [R] whether the first response token also covers the end of the prompt
+    difference: IntArray  # [R] of the template's own rendering: index in DIFFERENCES, -1 for none
 
     @property
     def response_starts(self) -> IntArray:
@@ -47,6 +58,7 @@ class Encoded(NamedTuple):
             self.response_tokens[keep],
             self.response_ends[np.repeat(keep, self.response_tokens)],
             self.crossing[keep],
+            self.difference[keep],
         )
 
 
@@ -66,6 +78,7 @@ class TemplatedTokenizer:
 
     def __init__(self, tokenizer: FastTokenizer, template: Template, name: str) -> None:
         self.tokenizer, self.template, self.name = tokenizer, template, name
+        self.ends_from: set[str] = set()  # what said which token ends the responses that were encoded
         if not tokenizer.is_fast:
             raise UserError(
                 f"the {name}'s tokenizer '{tokenizer.name_or_path}' is a slow one, which gives no character "
@@ -79,16 +92,18 @@ class TemplatedTokenizer:
                 fix="Set eos_token in the model's tokenizer_config.json, or use a chat template",
             )
         added = tokenizer.added_tokens_decoder
-        self.special_texts = frozenset(tokenizer.all_special_tokens) | {t.content for t in added.values() if t.special}
+        self.special_texts = special_texts(tokenizer)
         special = {
             *tokenizer.convert_tokens_to_ids(sorted(self.special_texts)),
             *(i for i, t in added.items() if t.special),
         }
+        extra = []
+        if template.end is not None:
+            special.update(self._end_ids(template.end))
+            extra = [template.end.text] if template.end.origin == "recipe" else []
         self._special_ids = np.array(sorted(special), dtype=np.int64)
         self._space_ids = space_mark_ids(tokenizer)
-        self._special = re.compile(
-            "|".join(map(re.escape, sorted(self.special_texts, key=len, reverse=True))) or r"(?!)"
-        )
+        self._special = special_pattern(tokenizer, extra)
         self.adds_bos = not template.writes_end and self._tokenizer_adds_bos()
 
     def holds_special_text(self, text: str) -> bool:
@@ -96,17 +111,29 @@ class TemplatedTokenizer:
         return self._special.search(text) is not None
 
     def frames(self, prompts: Sequence[Sequence[Message]], *, where: Sequence[str]) -> list[Frame]:
-        """The text around the responses to each prompt."""
-        return self.template.frames(prompts, where=where)
+        """The text around the responses to each prompt.
+
+        Raises:
+            UserError: the template does not render one of them.
+        """
+        found = []
+        for frame, name in zip(self.template.frames(prompts, where=where), where, strict=True):
+            if isinstance(frame, Refused):
+                raise UserError(frame.why, where=name, fix=REFUSED_FIX)
+            found.append(frame)
+        return found
+
+    def refused(self, prompts: Sequence[Sequence[Message]], *, where: Sequence[str]) -> list[str | None]:
+        """Why the template does not render each prompt; None if it does."""
+        found = self.template.frames(prompts, where=where)
+        return [frame.why if isinstance(frame, Refused) else None for frame in found]
 
     def prompt_tokens(self, frames: Sequence[Frame]) -> IntArray:
         """``[R]`` number of tokens of the text before the response, tokenized without it; BOS included."""
         ids = self._call([frame.before for frame in frames])["input_ids"]
         return np.fromiter(map(len, ids), dtype=np.int64, count=len(ids)) + int(self.adds_bos)
 
-    def encode(
-        self, rows: Sequence[tuple[Sequence[Message], str]], *, frames: Sequence[Frame], where: Sequence[str]
-    ) -> Encoded:
+    def encode(self, rows: Sequence[Row], *, frames: Sequence[Frame], where: Sequence[str]) -> Encoded:
         """Render and tokenize R rows ``(prompt, response)`` in one call of the tokenizer (docs/method.md#tokenization).
 
         Args:
@@ -114,7 +141,9 @@ class TemplatedTokenizer:
             frames: ``[R]`` the text around each response (`frames`).
             where: ``[R]`` names each row in errors.
         """
-        texts = self.template.render(rows, frames=frames, where=where)
+        texts = [frame.before + response + frame.after for (_, response), frame in zip(rows, frames, strict=True)]
+        self.ends_from.update(frame.end_from for frame in frames)
+        kinds = self.template.differences(rows, frames=frames, where=where)
         output = self._call(texts, return_offsets_mapping=True)
         counts = np.fromiter(map(len, output["input_ids"]), dtype=np.int64, count=len(texts))
         size = int(counts.sum())
@@ -146,7 +175,8 @@ class TemplatedTokenizer:
         )
         crossing = self._crossing(tokens, texts, begin, first, stop)
         ids, starts = self._closed(tokens, in_row <= np.repeat(end, counts))
-        return Encoded(ids, starts, first + int(self.adds_bos), stop - first, ends, crossing)
+        difference = np.array([DIFFERENCES.index(kind) if kind else -1 for kind in kinds], dtype=np.int64)
+        return Encoded(ids, starts, first + int(self.adds_bos), stop - first, ends, crossing, difference)
 
     def _call(self, texts: list[str], **wanted: bool) -> Any:
         return self.tokenizer(
@@ -158,6 +188,17 @@ class TemplatedTokenizer:
             return_token_type_ids=False,
             verbose=False,
             **wanted,
+        )
+
+    def _end_ids(self, end: EndToken) -> list[int]:
+        ids: list[int] = self.tokenizer(end.text, add_special_tokens=False)["input_ids"]
+        if len(ids) == 1:
+            return ids
+        if end.origin != "recipe":
+            return []
+        raise UserError(
+            f"`end_token: {end.text}` of the {self.name} is {len(ids)} tokens of '{self.tokenizer.name_or_path}'",
+            fix="Give the text of one token of the tokenizer",
         )
 
     def _tokenizer_adds_bos(self) -> bool:

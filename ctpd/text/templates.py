@@ -1,10 +1,11 @@
-"""Templates that render conversations as text. The rendering must contain the response unchanged (docs/method.md#templates)."""
+"""Templates that render conversations as text: the prompt as for generation, the response, the end (docs/method.md#templates)."""
 
 # ruff: noqa: D102 (methods are documented on the Protocol)
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol, final
+from typing import Any, Literal, NamedTuple, Protocol, final
 
 from ctpd.core.errors import UserError
 from ctpd.text.limited import LimitReached, limited
@@ -17,6 +18,15 @@ _DATE = {
     **{"%A": "Friday", "%a": "Fri", "%H": "12", "%M": "00", "%S": "00"},
 }
 _DATE_STRING = "26 Jul 2024"  # the default of Llama 3's template
+DIFFERENCES = ("prompt", "inserted", "response", "end", "fails")
+"""How a template's own rendering of a whole conversation may differ: see `MEANINGS`."""
+MEANINGS = {
+    "prompt": "the whole conversation does not begin with the prompt as it is rendered for generation",
+    "inserted": "text that is not in the generation prompt stands before the response",
+    "response": "the response is changed, such as its reasoning removed",
+    "end": "another text follows the response",
+    "fails": "the template fails on the whole conversation, but not on the prompt",
+}
 _FIXED_CLOCK = (
     "{%- macro strftime_now(format) -%}{{ format"
     + "".join(
@@ -56,6 +66,20 @@ class Frame(NamedTuple):
 
     before: str  # counts as prompt
     after: str
+    end_from: str = "template"  # or the origin of an `EndToken`: what says which token ends the response
+
+
+class Refused(NamedTuple):
+    """A prompt that a template does not render, and why."""
+
+    why: str
+
+
+class EndToken(NamedTuple):
+    """The text of a token that ends responses, and where it is from."""
+
+    text: str
+    origin: Literal["recipe", "generation_config", "tokenizer"]
 
 
 Row = tuple[Sequence[Message], str]
@@ -71,16 +95,25 @@ class Template(Protocol):
         ...
 
     @property
+    def end(self) -> EndToken | None:
+        """The token that ends a response where the text of the template has none, or the recipe names one."""
+        ...
+
+    @property
     def identity(self) -> dict[str, Any]:
         """What determines the rendering, as JSON types; part of the tokenizer's digest."""
         ...
 
-    def frames(self, prompts: Sequence[Sequence[Message]], *, where: Sequence[str]) -> list[Frame]:
+    def frames(self, prompts: Sequence[Sequence[Message]], *, where: Sequence[str]) -> list[Frame | Refused]:
         """The text around any response to each prompt; ``where`` names the pairs in errors."""
         ...
 
-    def render(self, rows: Sequence[Row], *, frames: Sequence[Frame], where: Sequence[str]) -> list[str]:
-        """Whole conversations: ``before + response + after``. Raises UserError if the template gives another text."""
+    def differences(self, rows: Sequence[Row], *, frames: Sequence[Frame], where: Sequence[str]) -> list[str]:
+        """How the template itself renders ``before + response + after``: one of `DIFFERENCES`, or nothing if as that."""
+        ...
+
+    def own(self, prompt: Sequence[Message], response: str) -> str:
+        """The template's own rendering of a whole conversation, or why it has none."""
         ...
 
 
@@ -90,7 +123,7 @@ class PlainTemplate:
     """A template for base models: one text for each role, each with exactly one ``{content}``.
 
     The assistant's text before ``{content}`` is the generation prompt. The assistant's text after ``{content}`` is
-    left out: the EOS token follows the response. Without ``system``, system messages are refused.
+    left out: the EOS token follows the response. Without ``system``, prompts with a system message are refused.
     """
 
     user: str
@@ -114,104 +147,170 @@ class PlainTemplate:
         return False
 
     @property
+    def end(self) -> EndToken | None:
+        return None
+
+    @property
     def identity(self) -> dict[str, Any]:
         return {"plain": {"user": self.user, "assistant": self.assistant, "system": self.system}}
 
-    def frames(self, prompts: Sequence[Sequence[Message]], *, where: Sequence[str]) -> list[Frame]:
-        opening = self.assistant.partition("{content}")[0]
-        turns = [[self._turn(message, at) for message in prompt] for prompt, at in zip(prompts, where, strict=True)]
-        return [Frame("".join([*of_prompt, opening]), "") for of_prompt in turns]
+    def frames(self, prompts: Sequence[Sequence[Message]], *, where: Sequence[str]) -> list[Frame | Refused]:
+        return [self._frame(prompt) for prompt in prompts]
 
-    def render(self, rows: Sequence[Row], *, frames: Sequence[Frame], where: Sequence[str]) -> list[str]:
-        return [frame.before + response for (_, response), frame in zip(rows, frames, strict=True)]
+    def differences(self, rows: Sequence[Row], *, frames: Sequence[Frame], where: Sequence[str]) -> list[str]:
+        return [""] * len(rows)
 
-    def _turn(self, message: Message, where: str) -> str:
-        text = {"user": self.user, "assistant": self.assistant, "system": self.system}[message.role]
-        if text is None:
-            raise UserError(
-                "the prompt has a system message, for which the plain template has no text",
-                where=where,
-                fix="Add a text for the role 'system' to the plain template",
-            )
-        return text.replace("{content}", message.content)
+    def own(self, prompt: Sequence[Message], response: str) -> str:
+        frame = self._frame(prompt)
+        return frame.why if isinstance(frame, Refused) else frame.before + response + frame.after
+
+    def _frame(self, prompt: Sequence[Message]) -> Frame | Refused:
+        texts = {"user": self.user, "assistant": self.assistant, "system": self.system}
+        parts = []
+        for message in prompt:
+            text = texts[message.role]
+            if text is None:
+                return Refused(
+                    "the prompt has a system message, for which the plain template has no text (its role 'system')"
+                )
+            parts.append(text.replace("{content}", message.content))
+        return Frame("".join([*parts, self.assistant.partition("{content}")[0]]), "", "tokenizer")
 
 
 @final
 class ChatTemplate:
     """The tokenizer's own chat template with fixed variables, rendered with limits of time and memory (`limited`).
 
+    The prompt is what the template writes with ``add_generation_prompt=True``, and white space that it puts between that
+    and a response. Its own rendering of whole conversations says what ends a response, and is compared (`differences`).
+
     Args:
         tokenizer: a tokenizer with a chat template.
         variables: what the template reads besides the messages, such as ``enable_thinking``. ``date_string`` is set if
             absent, and ``strftime_now`` gives a fixed date.
+        end: the token that ends responses. That of a recipe is used in any case, another if the template writes no
+            special token behind a response; None takes the tokenizer's EOS token then.
+        merge_system: write a system message as the beginning of the first user message.
 
     Raises:
-        UserError: the tokenizer has no chat template, or (on use) the template fails on a conversation or reaches a
-            limit, or its rendering does not contain the exact response after the generation prompt (docs/method.md#templates).
+        UserError: the tokenizer has no chat template, or (on use) the template reaches a limit.
     """
 
-    def __init__(self, tokenizer: FastTokenizer, variables: Mapping[str, Any]) -> None:
-        text = tokenizer.chat_template
+    def __init__(
+        self,
+        tokenizer: FastTokenizer,
+        variables: Mapping[str, Any],
+        *,
+        end: EndToken | None = None,
+        merge_system: bool = False,
+    ) -> None:
         self._label = f"the chat template of '{tokenizer.name_or_path or type(tokenizer).__name__}'"
-        if isinstance(text, Mapping):
-            text = text.get("default")
-        if not isinstance(text, str):
+        text = chat_text(tokenizer)
+        if text is None:
             raise UserError(
                 f"the tokenizer '{tokenizer.name_or_path}' has no chat template",
                 fix="Write a plain template for this model into the recipe: the texts of user and assistant",
             )
         self._tokenizer = tokenizer
-        self._text = _FIXED_CLOCK + text if "strftime_now" in text else text
-        self._variables = {"date_string": _DATE_STRING, **variables}
+        self._text = fixed_clock(text)
+        self._variables = fixed_variables(variables)
+        self._end, self._merges = end, merge_system
+        if end is None and tokenizer.eos_token_id is not None:
+            self._end = EndToken(tokenizer.convert_ids_to_tokens(tokenizer.eos_token_id), "tokenizer")
+        self._special = special_pattern(tokenizer)
+        self._known: dict[tuple[Message, ...], Frame | Refused] = {}
 
     @property
     def writes_end(self) -> bool:
         return True
 
     @property
+    def end(self) -> EndToken | None:
+        return self._end
+
+    @property
     def identity(self) -> dict[str, Any]:
         return {"chat": self._text, "variables": self._variables}
 
-    def frames(self, prompts: Sequence[Sequence[Message]], *, where: Sequence[str]) -> list[Frame]:
-        found = self._limited(len(prompts), lambda i: self._frame(prompts[i], where=where[i]), where)
-        return [Frame(before, after) for before, after in found]
+    def frames(self, prompts: Sequence[Sequence[Message]], *, where: Sequence[str]) -> list[Frame | Refused]:
+        keys = [tuple(prompt) for prompt in prompts]
+        new = [i for i, key in enumerate(keys) if key not in self._known]
+        found = self._limited(len(new), lambda i: self._frame(keys[new[i]]), [where[i] for i in new])
+        made = {keys[i]: _frame_or_refusal(texts) for i, texts in zip(new, found, strict=True)}
+        self._known = {key: made[key] if key in made else self._known[key] for key in keys}  # those of one block
+        return [self._known[key] for key in keys]
 
-    def render(self, rows: Sequence[Row], *, frames: Sequence[Frame], where: Sequence[str]) -> list[str]:
-        self._limited(len(rows), lambda i: self._check(*rows[i], frame=frames[i], where=where[i]), where)
-        return [frame.before + response + frame.after for (_, response), frame in zip(rows, frames, strict=True)]
+    def differences(self, rows: Sequence[Row], *, frames: Sequence[Frame], where: Sequence[str]) -> list[str]:
+        found = self._limited(len(rows), lambda i: (self._difference(*rows[i], frame=frames[i]),), where)
+        return [kind for (kind,) in found]
+
+    def own(self, prompt: Sequence[Message], response: str) -> str:
+        def render(_row: int) -> tuple[str]:
+            try:
+                return (self._apply((*prompt, Message("assistant", response)), add_generation_prompt=False),)
+            except _Fails as error:
+                return (f"{self._label} fails on the conversation ({error})",)
+
+        return self._limited(1, render, ["a conversation"])[0][0]
 
     def _limited(self, count: int, work: Callable[[int], Sequence[str]], where: Sequence[str]) -> list[list[str]]:
         try:
             return limited(count, work)
         except LimitReached as error:
-            raise self._refusal(f"it {error.what}", where=where[error.row]) from error
+            raise UserError(
+                f"{self._label} {error.what}", where=where[error.row], fix="Give another template, or remove the row"
+            ) from error
 
-    def _frame(self, prompt: Sequence[Message], *, where: str) -> Frame:
-        opening = self._apply(prompt, where=where, add_generation_prompt=True)
+    def _frame(self, prompt: tuple[Message, ...]) -> tuple[str, ...]:
+        """The text before and behind a response, or why there is none."""
+        try:
+            opening = self._apply(prompt, add_generation_prompt=True)
+        except _Fails as error:
+            return (f"{self._label} fails on the conversation ({error})",)
         # A placeholder locates the response: a short response could also occur elsewhere in the text.
         number = 0
         while (placeholder := f"Response{number}") in opening:
             number += 1
-        full = self._apply([*prompt, Message("assistant", placeholder)], where=where, add_generation_prompt=False)
-        if not full.startswith(opening):
-            raise self._refusal(
-                "the rendered conversation does not begin with the prompt and the generation prompt", where=where
-            )
-        parts = full[len(opening) :].split(placeholder)
-        if len(parts) != 2:
-            raise self._refusal(f"the rendering contains the response {len(parts) - 1} times", where=where)
-        return Frame(opening + parts[0], parts[1])
+        try:
+            whole = self._apply((*prompt, Message("assistant", placeholder)), add_generation_prompt=False)
+        except _Fails:
+            whole = ""
+        before, found, written = whole.rpartition(placeholder)
+        between = before.removeprefix(opening) if before.startswith(opening) else ""
+        after, origin = self._after(written if found else "")
+        if not after:
+            return (f"{self._label} writes no special token behind a response, and the tokenizer has no EOS token",)
+        return opening + (between if between.isspace() else ""), after, origin
 
-    def _check(self, prompt: Sequence[Message], response: str, *, frame: Frame, where: str) -> tuple[()]:
-        text = self._apply([*prompt, Message("assistant", response)], where=where, add_generation_prompt=False)
-        if text != frame.before + response + frame.after:
-            raise self._refusal("the template changes the response", where=where)
-        return ()
+    def _after(self, written: str) -> tuple[str, str]:
+        """The text from the response to its end token and what says so, of what the template writes behind a response."""
+        end = self._end
+        if end is not None and end.origin == "recipe":
+            before, found, _ = written.partition(end.text)
+            return (before if found else "") + end.text, end.origin
+        if self._special.search(written) is not None:
+            return written, "template"
+        return ("", "") if end is None else (end.text, end.origin)
 
-    def _apply(self, messages: Sequence[Message], *, where: str, add_generation_prompt: bool) -> str:
+    def _difference(self, prompt: Sequence[Message], response: str, *, frame: Frame) -> str:
+        try:
+            own = self._apply((*prompt, Message("assistant", response)), add_generation_prompt=False)
+        except _Fails:
+            return "fails"
+        if own == frame.before + response + frame.after:
+            return ""
+        if not own.startswith(frame.before):
+            return "prompt"
+        rest = own[len(frame.before) :]
+        if rest.startswith(response):
+            # What follows the end token is not part of the row.
+            return "" if rest.startswith(response + frame.after) else "end"
+        return "inserted" if response in rest else "response"
+
+    def _apply(self, messages: Sequence[Message], *, add_generation_prompt: bool) -> str:
         try:
             text = self._tokenizer.apply_chat_template(
-                [message._asdict() for message in messages],
+                [message._asdict() for message in (merged(messages) if self._merges else messages)],
                 chat_template=self._text,
                 tokenize=False,
                 add_generation_prompt=add_generation_prompt,
@@ -220,14 +319,52 @@ class ChatTemplate:
         except MemoryError:
             raise
         except Exception as error:  # whatever the program in the template does
-            raise self._refusal(f"it fails on the conversation ({error})", where=where) from error
+            raise _Fails(str(error)) from error
         assert isinstance(text, str)
         return text
 
-    def _refusal(self, what: str, *, where: str) -> UserError:
-        return UserError(
-            f"{self._label} cannot be aligned: {what}",
-            where=where,
-            fix="Set the template's variables so that it writes the response as it is, give a plain template, "
-            "or remove the row",
-        )
+
+class _Fails(Exception):
+    """A template fails on a conversation."""
+
+
+def chat_text(tokenizer: FastTokenizer) -> str | None:
+    """The text of a tokenizer's chat template, the default one of several."""
+    text = tokenizer.chat_template
+    if isinstance(text, Mapping):
+        text = text.get("default")
+    return text if isinstance(text, str) else None
+
+
+def fixed_clock(text: str) -> str:
+    """A chat template with a fixed date where it would write today's."""
+    return _FIXED_CLOCK + text if "strftime_now" in text and not text.startswith(_FIXED_CLOCK) else text
+
+
+def fixed_variables(variables: Mapping[str, Any]) -> dict[str, Any]:
+    """The variables of a template, with the fixed date if they have none."""
+    return {"date_string": _DATE_STRING, **variables}
+
+
+def merged(messages: Sequence[Message]) -> Sequence[Message]:
+    """The conversation with its leading system message as the beginning of the user message behind it."""
+    if len(messages) < 2 or [message.role for message in messages[:2]] != ["system", "user"]:
+        return messages
+    system, user, *rest = messages
+    return [Message("user", f"{system.content}\n\n{user.content}"), *rest]
+
+
+def special_texts(tokenizer: FastTokenizer) -> frozenset[str]:
+    """The texts of a tokenizer's special tokens."""
+    added = tokenizer.added_tokens_decoder
+    return frozenset(tokenizer.all_special_tokens) | {t.content for t in added.values() if t.special}
+
+
+def special_pattern(tokenizer: FastTokenizer, extra: Sequence[str] = ()) -> re.Pattern[str]:
+    """Finds the text of any special token, and ``extra`` texts."""
+    texts = sorted(special_texts(tokenizer).union(extra), key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, texts)) or r"(?!)")
+
+
+def _frame_or_refusal(texts: Sequence[str]) -> Frame | Refused:
+    return Refused(texts[0]) if len(texts) == 1 else Frame(*texts)

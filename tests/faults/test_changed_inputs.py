@@ -74,15 +74,15 @@ def test_a_data_file_that_changes_while_it_is_read_is_refused(
 
     path = tmp_path / "pairs.jsonl"
     path.write_text(json.dumps(ROW) + "\n")
-    source, read = FilePairs(str(path), file_digest(path)), pairs.read_pair_file
-    assert len(source.read(work)) == 1
+    source, read = FilePairs(str(path), file_digest(path)), pairs.read_usable_file
+    assert len(source.read(work).pairs) == 1
 
     def changing(found: Path) -> Any:
         rows = read(found)
         path.write_text("")
         return rows
 
-    monkeypatch.setattr(pairs, "read_pair_file", changing)
+    monkeypatch.setattr(pairs, "read_usable_file", changing)
     with pytest.raises(UserError, match="have changed"):
         source.read(work)
 

@@ -20,7 +20,7 @@ from ctpd.core.errors import UserError
 from ctpd.core.identity import canonical
 from ctpd.core.printing import printable
 from ctpd.pipeline.readers import READERS
-from ctpd.pipeline.stages.pairs import read_pair_file
+from ctpd.pipeline.stages.pairs import read_pair_file, read_usable_file
 from ctpd.recipe import load_recipe, shipped_recipes
 from ctpd.text.pairs import parse_pairs
 from harness.record import Record
@@ -220,7 +220,9 @@ def test_pairs(ending: str, content: Any, tmp_path: Path) -> None:
     def read(data: bytes) -> None:
         path = tmp_path / f"pairs{ending}"
         path.write_bytes(data)
-        for pair in refuses_or_reads(lambda: read_pair_file(path)) or ():
+        refuses_or_reads(lambda: read_pair_file(path))
+        found = refuses_or_reads(lambda: read_usable_file(path))
+        for pair in () if found is None else found.pairs:
             assert pair.prompt[-1].role == "user"
             assert pair.chosen.encode() == pair.chosen.strip().encode()
 

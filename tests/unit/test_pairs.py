@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from ctpd.core.errors import UserError
-from ctpd.text.pairs import Message, Pair, parse_pairs
+from ctpd.text.pairs import Message, Pair, parse_pairs, parse_usable
 
 USER, ANSWER, OTHER = (
     {"role": role, "content": text} for role, text in [("user", "Why?"), ("assistant", "So."), ("assistant", "No.")]
@@ -94,6 +94,10 @@ TWO_TURNS = [USER, ANSWER, USER]
         ({"chosen": [USER], "rejected": [USER]}, "column 'chosen': .* does not end with an assistant's message"),
         ({"chosen": [*TWO_TURNS, ANSWER], "rejected": [USER, OTHER, USER, OTHER]}, "differ before their last message"),
         (GOOD | {"chosen": "half \ud83d"}, "column 'chosen': character 5 of the text is half of a surrogate pair"),
+        (GOOD | {"prompt": [USER, {**ANSWER, "reasoning_content": "hm"}, USER]}, "message 1: .*`reasoning_content`"),
+        (GOOD | {"prompt": [{**USER, "thinking": "hm"}]}, "the message has `thinking`"),
+        (GOOD | {"prompt": [{"role": "system", "content": "a"}, USER], "system": "b"}, "column 'system': .* another"),
+        (GOOD | {"system": 3}, "column 'system': expected a string"),
         (GOOD | {"chosen_marks": [[0, 2, True]]}, "column 'chosen_marks': .* is no mark"),
         (GOOD | {"chosen_marks": [[0, 1, 1]]}, "is no mark"),
         (GOOD | {"chosen_marks": ["0-1"]}, "is no mark"),
@@ -107,3 +111,36 @@ def test_bad_rows_are_refused_in_one_paragraph(row: object, message: str) -> Non
     assert str(error.value).startswith("data.jsonl, row 1")
     assert "\n" not in str(error.value)
     assert error.value.fix
+
+
+def test_a_system_column_is_the_prompts_system_message() -> None:
+    for row in ({"prompt": "Why?"}, {"prompt": [USER]}, {"prompt": [{"role": "system", "content": "Be brief."}, USER]}):
+        (pair,) = parse_pairs([{**row, "chosen": [ANSWER], "rejected": [OTHER], "system": "Be brief."}], source="f")
+        assert pair.prompt == (Message("system", "Be brief."), *PROMPT)
+    (pair,) = parse_pairs([{**GOOD, "system": ""}, {**GOOD, "system": None}][:1], source="f")
+    assert pair.prompt == (Message("user", "a"),)
+
+
+def test_one_bad_row_is_dropped_with_reason_number_and_what_is_wrong() -> None:
+    bad = {
+        "null_content": {"prompt": [USER], "chosen": [{**ANSWER, "content": None}], "rejected": [OTHER]},
+        "roles": {**GOOD, "prompt": [USER, ANSWER]},
+        "different_prompts": {"chosen": [USER, ANSWER], "rejected": [{**USER, "content": "How?"}, OTHER]},
+        "unread_field": {"prompt": [USER], "chosen": [{**ANSWER, "reasoning_content": "hm"}], "rejected": [OTHER]},
+        "malformed": {**GOOD, "prompt": ["hello"]},
+    }
+    rows = [{**GOOD, "tools": '[{"name": "f"}]'}, *bad.values(), GOOD]
+    pairs, dropped, source = parse_usable(rows, source="f.jsonl")
+    assert [pair.id for pair in pairs] == ["6"]
+    assert source == "f.jsonl"
+    assert [(loss.row, loss.reason) for loss in dropped] == [
+        (str(i), reason) for i, reason in enumerate(["unread_field", *bad])
+    ]
+    assert dropped[1].detail == "column 'chosen', message 0: the content is nothing (null), not a string"
+
+
+def test_a_source_without_a_pair_is_refused_with_its_first_row() -> None:
+    with pytest.raises(UserError, match="the row has no columns") as error:
+        parse_usable([{}, {}], source="f")
+    assert error.value.where == "f, row 0"
+    assert parse_usable([], source="f").pairs == []

@@ -13,7 +13,7 @@ from ctpd.core.errors import UserError
 from ctpd.text.align import align_spans
 from ctpd.text.config import PairsConfig
 from ctpd.text.lengths import fit_prompts, word_starts
-from ctpd.text.pairs import Message, Pair, parse_pairs
+from ctpd.text.pairs import Dropped, Message, Pair, ReadPairs, parse_pairs
 from ctpd.text.prepare import PreparedPairs, TokenRows, arrays, from_arrays, prepare_pairs, texts
 from ctpd.text.render import ChatTemplate, PlainTemplate, TemplatedTokenizer
 from tests.fixtures.tokenizers import CHATML, KINDS, tokenizer, with_bos, with_template
@@ -368,10 +368,32 @@ def test_lengths_without_room_are_refused() -> None:
         prepare_pairs({}, PairsConfig(**LONG), teacher=side("unigram"), student=side("unigram"))  # type: ignore[arg-type]
 
 
-def test_a_template_that_changes_a_response_names_split_and_row() -> None:
+def test_rows_that_a_template_changes_are_counted() -> None:
     own = with_template("byte_bpe", CHATML.replace("message.content", "message.content | replace('it', 'that')"))
-    with pytest.raises(UserError, match="split 'train', pair 3: the chat template of 'byte_bpe' cannot be aligned"):
-        prepare([pair("a", "b"), pair(id="3")], TemplatedTokenizer(own, ChatTemplate(own, {}), "teacher"))
+    prepared = prepare([pair("a", "b"), pair(id="3")], TemplatedTokenizer(own, ChatTemplate(own, {}), "teacher"))
+    assert prepared.chosen == ("a", "yes, it is")
+    assert {name: n for name, n in prepared.report.items() if "template" in name} == {"teacher_template_response": 1}
+
+
+def test_a_row_that_a_template_refuses_is_dropped_counted_and_listed() -> None:
+    """With the number of its row, and the template's own words; more than `max_dropped` are refused with them."""
+    refuses = "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}" + CHATML
+    own = with_template("byte_bpe", refuses)
+    bad = Pair("7", (Message("system", "s"), Message("user", "u")), "a", "b")
+    side_ = TemplatedTokenizer(own, ChatTemplate(own, {}), "teacher")
+    given = ReadPairs([*[pair(id=str(i)) for i in range(7)], bad], [Dropped("8", "roles", "why")], "f.jsonl")
+    config = PairsConfig(**{**LONG, "max_dropped": 0.3})  # type: ignore[arg-type]
+    prepared = prepare_pairs({"train": given}, config, teacher=side_, student=side("unigram"))
+    assert prepared.dropped["template"] == prepared.dropped["roles"] == 1
+    assert [loss[:4] for loss in prepared.losses] == [
+        ("train", "f.jsonl", "7", "template"),
+        ("train", "f.jsonl", "8", "roles"),
+    ]
+    assert "no system" in prepared.losses[0].detail
+    assert prepared.report["train_dropped"] == 2
+    strict = PairsConfig(**LONG)  # type: ignore[arg-type]
+    with pytest.raises(UserError, match=r"2 of 9 rows are dropped \(roles 1, template 1; row 8: why\)"):
+        prepare_pairs({"train": given}, strict, teacher=side_, student=side("unigram"))
 
 
 @pytest.mark.parametrize("marks", [{}, {"chosen_marks": ((0, 3, True),)}], ids=["no marks", "marks"])

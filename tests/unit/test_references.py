@@ -37,7 +37,7 @@ def test_an_adapter_refers_to_the_pinned_base() -> None:
 
 
 def test_an_evaluation_from_a_mirror_is_keyed_by_the_documents_it_reads(tmp_path: Path) -> None:
-    from ctpd.pipeline.evaluations import evaluation_stage
+    from ctpd.pipeline.evaluations import Prompting, evaluation_stage
     from ctpd.recipe import EvaluationSpec
     from harness.suites import load_suite
 
@@ -52,8 +52,10 @@ def test_an_evaluation_from_a_mirror_is_keyed_by_the_documents_it_reads(tmp_path
     root = external_model(str(model), revision=None, role="model")
 
     def key(data_root: Path | None) -> str:
-        spec = EvaluationSpec(suite="card", data_root=None if data_root is None else str(data_root))
-        return evaluation_stage(Model(root, root), column, spec, precision="float32", title="x").key
+        spec = EvaluationSpec(
+            suite="card", precision="float32", data_root=None if data_root is None else str(data_root)
+        )
+        return evaluation_stage(Model(root, root), column, spec, prompting=Prompting(), title="x").key
 
     before = key(mirror)
     (mirror / "allenai/winogrande/test.jsonl").write_text("2")

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from ctpd.core.errors import UserError
 from ctpd.text.pairs import Message
 from ctpd.text.render import ChatTemplate, Encoded, PlainTemplate, TemplatedTokenizer
+from ctpd.text.templates import DIFFERENCES, EndToken
 from tests.fixtures.tokenizers import CHATML, KINDS, tokenizer, with_bos, with_template
 
 LLAMA3 = (
@@ -77,7 +78,8 @@ def test_chat_rows_hold_exactly_the_response(template: str, response: str) -> No
     prompt, spelled, rest = parts(side, encoded)
     assert side.tokenizer.convert_tokens_to_string(spelled) == response
     assert rest == ["</s>" if template is LLAMA3 else "<|im_end|>"], "nothing follows the end of the turn"
-    assert ("</think>" in side.tokenizer.convert_tokens_to_string(prompt)) == (template is THINKING)
+    assert "</think>" not in side.tokenizer.convert_tokens_to_string(prompt), "it is not in the generation prompt"
+    assert encoded.difference.tolist() == [DIFFERENCES.index("inserted") if template is THINKING else -1]
     assert encoded.response_ends[-1] == len(response)
 
 
@@ -88,38 +90,139 @@ def test_text_between_response_and_end_token_is_neither() -> None:
     assert side.tokenizer.convert_tokens_to_string(rest) == " .\n<|im_end|>"
 
 
+R1 = (
+    "{% for m in messages %}{% if m.role == 'user' %}[User]{{ m.content }}{% else %}[Assistant]"
+    "{{ m.content.split('</think>')[-1] }}<|im_end|>{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}[Assistant]<think>\n{% endif %}"
+)
+NEMO = (
+    "{% set system = messages[0].content if messages[0].role == 'system' else '' %}"
+    "{% for m in messages if m.role != 'system' %}{% if m.role == 'user' %}"
+    "[INST]{% if loop.last and system %}{{ system }}\n\n{% endif %}{{ m.content }}[/INST]"
+    "{% else %} {{ m.content }}</s>{% endif %}{% endfor %}"
+)
+GEMMA = (
+    "{% if messages[0].role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
+    "{% for m in messages %}{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}"
+    "{{ raise_exception('Conversation roles must alternate') }}{% endif %}"
+    "<|im_start|>{{ m.role }}\n{{ m.content | trim }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>model\n{% endif %}"
+)
+GLM = (
+    "{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
+)
+REASONING = "<think>\nhm\n</think>\n\nyes"
+SYSTEM = (Message("system", "Be brief."), *PROMPT)
+
+
 @pytest.mark.parametrize(
-    ("template", "message"),
+    ("template", "prompt", "response", "difference"),
     [
-        (CHATML.replace("message.content", "message.content | upper"), "contains the response 0 times"),
-        (CHATML.replace("message.content", "message.content | replace('yes', 'no')"), "changes the response"),
-        (
-            CHATML.replace("{{ message.content }}", "{{ message.content }}{{ message.content }}"),
-            "contains the response 2 times",
-        ),
-        (CHATML.replace("assistant\n{% endif", "assistant:\n<think>{% endif"), "generation prompt"),
-        ("{{ raise_exception('roles must alternate') }}", "roles must alternate"),
-        ("{{ messages[0].content + 1 }}", "it fails on the conversation"),
+        (THINKING, PROMPT, REASONING, "inserted"),
+        (CHATML.replace("message.content", "message.content.split('</think>')[-1]"), PROMPT, REASONING, "response"),
+        (CHATML.replace("message.content", "message.content | upper"), PROMPT, "yes", "response"),
+        (CHATML.replace("<|im_end|>", "{% if message.role == 'assistant' %}!{% endif %}<|im_end|>"), PROMPT, "yes", ""),
+        (R1, PROMPT, "hm\n</think>\n\nyes", "prompt"),
+        (NEMO, SYSTEM, "yes", "prompt"),
+        (NEMO, PROMPT, "yes", ""),
+        (GEMMA, PROMPT, "yes", "prompt"),
+        (GLM, PROMPT, "yes", "end"),
+        ("{% if messages | length > 1 %}{{ raise_exception('no') }}{% endif %}" + CHATML, PROMPT, "yes", "fails"),
+    ],
+    ids=["qwen3", "strips", "changes", "late text", "r1", "nemo system", "nemo", "gemma", "glm", "fails"],
+)
+def test_a_row_is_the_generation_prompt_the_response_as_it_is_and_the_end(
+    template: str, prompt: tuple[Message, ...], response: str, difference: str
+) -> None:
+    """Whatever the template makes of the whole conversation; what it makes of it is reported."""
+    side = chat(template)
+    encoded = encode(side, response, prompt)
+    opening = side.tokenizer.apply_chat_template(
+        [message._asdict() for message in prompt], tokenize=False, add_generation_prompt=True
+    )
+    before, spelled, rest = map(side.tokenizer.convert_tokens_to_string, parts(side, encoded))
+    assert (before + spelled).lstrip(" ").replace("[/INST] ", "[/INST]") == opening + response
+    assert spelled.strip() == response
+    assert rest.removeprefix("!") in ("<|im_end|>", "</s>")
+    assert [DIFFERENCES[kind] if kind >= 0 else "" for kind in encoded.difference] == [difference]
+
+
+def test_white_space_that_a_template_writes_before_a_response_stays() -> None:
+    """The model generates it there, too; Mistral and Llama 2 write it."""
+    frame = chat(NEMO).frames([PROMPT], where=[""])[0]
+    assert frame.before == "[INST]what is it?[/INST] "
+    assert frame.after == "</s>"
+
+
+@pytest.mark.parametrize(
+    ("end", "spelled"),
+    [
+        (None, "</s>"),
+        (EndToken("<|im_end|>", "generation_config"), "<|im_end|>"),
+        (EndToken("<|im_start|>", "recipe"), "<|im_start|>"),
     ],
 )
-def test_a_template_that_cannot_be_aligned_is_refused(template: str, message: str) -> None:
-    """One paragraph that names the template and the row."""
-    side = chat(template)
-    with pytest.raises(UserError, match=message) as error:
-        encode(side, "yes it is")
-    assert str(error.value).startswith("row 0: the chat template of 'byte_bpe' cannot be aligned")
+def test_a_template_without_end_of_turn_takes_the_end_that_recipe_or_model_say(
+    end: EndToken | None, spelled: str
+) -> None:
+    """The recipe before `generation_config`, that before the tokenizer's EOS token."""
+    own = with_template("byte_bpe", GLM)
+    side = TemplatedTokenizer(own, ChatTemplate(own, {}, end=end), "student")
+    assert parts(side, encode(side, "yes"))[2] == [spelled]
+    assert side.ends_from == {"tokenizer" if end is None else end.origin}
+
+
+def test_the_recipes_end_token_replaces_what_the_template_writes_and_the_models_does_not() -> None:
+    own = with_template("byte_bpe", CHATML)
+    for origin, expected in (("recipe", "</s>"), ("generation_config", "<|im_end|>")):
+        side = TemplatedTokenizer(own, ChatTemplate(own, {}, end=EndToken("</s>", origin)), "student")  # type: ignore[arg-type]
+        assert parts(side, encode(side, "yes"))[2] == [expected]
+    with pytest.raises(UserError, match=r"`end_token: the end` of the student is \d+ tokens"):
+        TemplatedTokenizer(own, ChatTemplate(own, {}, end=EndToken("the end", "recipe")), "student")
+
+
+@pytest.mark.parametrize(
+    ("prompt", "message"),
+    [
+        (SYSTEM, "System role not supported"),
+        ((*PROMPT, *PROMPT), "Conversation roles must alternate"),
+    ],
+)
+def test_a_conversation_that_a_template_does_not_render_is_named(prompt: tuple[Message, ...], message: str) -> None:
+    side = chat(GEMMA)
+    found = side.refused([PROMPT, prompt], where=["row 0", "row 1"])
+    assert found[0] is None
+    assert str(found[1]).startswith("the chat template of 'byte_bpe' fails on the conversation")
+    assert message in str(found[1])
+    with pytest.raises(UserError, match=f"row 1: .*{message}") as error:
+        side.frames([PROMPT, prompt], where=["row 0", "row 1"])
     assert "\n" not in str(error.value)
 
 
-def test_a_template_without_end_of_turn_is_refused() -> None:
-    side = chat(
-        "{% for message in messages %}{{ message.role }}: {{ message.content }}\n{% endfor %}"
-        "{% if add_generation_prompt %}assistant: {% endif %}"
-    )
-    with pytest.raises(
-        UserError, match="row 0: the student's chat template writes no special token after the response"
-    ):
-        encode(side, "yes")
+def test_a_merged_system_message_begins_the_first_user_message() -> None:
+    own = with_template("byte_bpe", GEMMA)
+    template = ChatTemplate(own, {}, merge_system=True)
+    side = TemplatedTokenizer(own, template, "student")
+    turns = (*SYSTEM, Message("assistant", "a"), Message("user", "b"))
+    (frame,) = side.frames([turns], where=[""])
+    assert "<|im_start|>user\nBe brief.\n\nwhat is it?<|im_end|>" in frame.before
+    assert frame.before.count("Be brief.") == 1
+    assert side.frames([PROMPT], where=[""])[0].before == chat(GEMMA).frames([PROMPT], where=[""])[0].before
+
+
+@pytest.mark.parametrize("template", [CHATML, LLAMA3], ids=["chatml", "llama3"])
+def test_templates_that_write_a_response_as_it_is_have_the_tokens_of_their_own_rendering(template: str) -> None:
+    """So that their rows are those of earlier versions."""
+    side = chat(template)
+    for prompt in (PROMPT, SYSTEM, (*SYSTEM, Message("assistant", "a"), Message("user", "b"))):
+        encoded = encode(side, "yes, it is", prompt)
+        messages = [message._asdict() for message in (*prompt, Message("assistant", "yes, it is"))]
+        own = side.tokenizer.apply_chat_template(messages, tokenize=False, date_string="26 Jul 2024")
+        whole = side.tokenizer(own, add_special_tokens=False)["input_ids"]
+        assert whole[: len(encoded.ids)] == encoded.ids.tolist()
+        assert side.tokenizer.decode(whole[len(encoded.ids) :]).strip() == ""
+        assert encoded.difference.tolist() == [-1]
 
 
 def test_the_date_is_fixed() -> None:

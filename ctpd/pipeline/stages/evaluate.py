@@ -36,6 +36,10 @@ class Protocol(Config):
     """Rows in one forward pass."""
     chat_template: bool = False
     """Whether prompts are rendered with the chat template."""
+    template_variables: Mapping[str, Any] | None = None
+    """With a chat template: its variables, the date included, as in training."""
+    think_end_token: str | None = None
+    """What the model generates up to this text is not scored."""
     precision: str
     """Number format of the model's weights: float32 or bfloat16."""
     backend: Literal["hf", "vllm"] = "hf"
@@ -184,6 +188,8 @@ class EvaluateStage(Stage):
             chat_template=protocol.chat_template,
             allow_code=protocol.allow_code,
             samples=work.folder / SAMPLES,
+            template_variables=protocol.template_variables or {},
+            think_end_token=protocol.think_end_token,
         )
         tokenizer = located.load_tokenizer()
         if protocol.backend == "vllm":

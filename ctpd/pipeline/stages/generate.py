@@ -12,10 +12,10 @@ from ctpd.core.roles import Role
 from ctpd.objectives.base import Side
 from ctpd.pipeline.references import Model
 from ctpd.pipeline.stage import Stage, Work
-from ctpd.pipeline.stages.pairs import PairSource, PairsStage, read_pair_file
+from ctpd.pipeline.stages.pairs import PairSource, PairsStage, read_usable_file
 
 if TYPE_CHECKING:
-    from ctpd.text.pairs import Pair
+    from ctpd.text.pairs import Pair, ReadPairs
     from ctpd.text.prepare import PreparedPairs
 
 GENERATED, COUNTS = "pairs_{split}.jsonl", "counts.json"
@@ -61,7 +61,7 @@ class GenerateStage(Stage):
         responses = self._responses(work, prepared)
         counts: Counter[str] = Counter()
         lines: dict[str, list[str]] = {split: [] for split in originals}
-        known = {(split, pair.id): pair for split, pairs in originals.items() for pair in pairs}
+        known = {(split, pair.id): pair for split, found in originals.items() for pair in found.pairs}
         for split, pair_id, text in zip(prepared.split, prepared.pair_ids, responses, strict=True):
             reason, line = _replaced(known[split, pair_id], self.config.side, text)
             counts[reason] += 1
@@ -115,9 +115,9 @@ class GeneratedPairs(PairSource):
         """The pairs of the data."""
         return self.generated.train.most if self.split == "train" else None
 
-    def read(self, work: Work) -> "list[Pair]":
+    def read(self, work: Work) -> "ReadPairs":
         """Read them from the artifact."""
-        return read_pair_file(work.path(self.generated) / GENERATED.format(split=self.split))
+        return read_usable_file(work.path(self.generated) / GENERATED.format(split=self.split))
 
 
 def refuse_losses(counts: Counter[str], *, role: Role, max_dropped: float) -> None:

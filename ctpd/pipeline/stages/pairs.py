@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from ctpd.core.userfiles import user_path
-from ctpd.pipeline.references import Source, changed_since_the_plan, read_tokenizer
+from ctpd.pipeline.references import Source, changed_since_the_plan, location, read_tokenizer, revision
 from ctpd.pipeline.sources import count_rows, file_digest, read_hub, read_rows
 from ctpd.pipeline.stage import Part, Stage, Work
 from ctpd.pipeline.stages.world import WorldStage
@@ -18,21 +18,25 @@ from ctpd.text.config import PairsConfig
 from harness.cautions import cut_text, pairs_text
 
 if TYPE_CHECKING:
-    from ctpd.text.pairs import Pair
+    from ctpd.text.pairs import Pair, ReadPairs
     from ctpd.text.prepare import PreparedPairs
     from ctpd.text.render import TemplatedTokenizer
+    from ctpd.text.templates import EndToken
 
 CUTTING = 2
 """The version of how long prompts are cut; part of the key where they are, so that other pairs keep theirs."""
-PAIRS, META = "pairs.safetensors", "pairs.json"
+PAIRS, META, DROPPED = "pairs.safetensors", "pairs.json", "dropped.jsonl"
+_RENDERING = (
+    "generation prompt, response, end"  # in the keys of pairs in chat templates: what was before rendered otherwise
+)
 
 
 class PairSource(Part):
     """Where the pairs of one split come from."""
 
     @abstractmethod
-    def read(self, work: Work) -> "list[Pair]":
-        """The pairs."""
+    def read(self, work: Work) -> "ReadPairs":
+        """The pairs, and the rows that are none."""
 
     @property
     def most(self) -> int | None:
@@ -55,9 +59,9 @@ class WorldPairs(PairSource):
         """What the world is asked for."""
         return self.world.config.num_pairs if self.split == "train" else self.world.config.num_eval_pairs
 
-    def read(self, work: Work) -> "list[Pair]":
+    def read(self, work: Work) -> "ReadPairs":
         """Read the pairs from the world's artifact."""
-        return read_pair_file(self.world.pairs(work, self.split))
+        return read_usable_file(self.world.pairs(work, self.split))
 
 
 @dataclass(frozen=True)
@@ -78,10 +82,10 @@ class FilePairs(PairSource):
         return count_rows(user_path(self.path))
 
     def check(self) -> None:
-        """Read the file."""
+        """Read the file, whose first row that is no pair is said."""
         read_pair_file(user_path(self.path))
 
-    def read(self, work: Work) -> "list[Pair]":
+    def read(self, work: Work) -> "ReadPairs":
         """Read the file.
 
         Raises:
@@ -89,9 +93,9 @@ class FilePairs(PairSource):
         """
         path = user_path(self.path)
         self._check(path)
-        pairs = read_pair_file(path)
+        pairs = read_usable_file(path)
         self._check(path)
-        return pairs
+        return pairs._replace(source=self.path)
 
     def _check(self, path: Path) -> None:
         if file_digest(path) != self.digest:
@@ -107,19 +111,26 @@ class HubPairs(PairSource):
     split: str
     revision: str
 
-    def read(self, work: Work) -> "list[Pair]":
+    def read(self, work: Work) -> "ReadPairs":
         """Load the split."""
-        from ctpd.text.pairs import parse_pairs
+        from ctpd.text.pairs import parse_usable
 
         rows = read_hub(self.hub, config=self.name, split=self.split, revision=self.revision)
-        return parse_pairs(rows, source=self.hub)
+        return parse_usable(rows, source=self.hub)
 
 
 def read_pair_file(path: Path) -> "list[Pair]":
-    """The pairs of a local file."""
+    """The pairs of a local file, each of whose rows must be one."""
     from ctpd.text.pairs import parse_pairs
 
     return parse_pairs(read_rows(path), source=str(path))
+
+
+def read_usable_file(path: Path) -> "ReadPairs":
+    """The pairs of a local file, and the rows that are none."""
+    from ctpd.text.pairs import parse_usable
+
+    return parse_usable(read_rows(path), source=str(path))
 
 
 @dataclass(frozen=True)
@@ -129,9 +140,21 @@ class ModelInput(Part):
     tokenizer: Source
     template: Literal["chat"] | PlainSpec
     variables: Mapping[str, Any] = field(default_factory=dict)
+    end_token: str | None = None
+    system: Literal["message", "merge"] = "message"
+
+    @property
+    def identity(self) -> Any:
+        """All fields; beside a chat template how it is rendered, which an earlier version did otherwise."""
+        own = super().identity
+        return own if isinstance(self.template, PlainSpec) else {**own, "rendering": _RENDERING}
 
     def load(self, work: Work, *, role: str) -> "TemplatedTokenizer":
-        """The tokenizer with the template."""
+        """The tokenizer with the template.
+
+        Raises:
+            UserError: the tokenizer cannot be used, or has no chat template.
+        """
         from ctpd.text.render import ChatTemplate, PlainTemplate, TemplatedTokenizer
 
         tokenizer = read_tokenizer(self.tokenizer, work)
@@ -139,7 +162,24 @@ class ModelInput(Part):
             plain = self.template
             template = PlainTemplate(user=plain.user, assistant=plain.assistant, system=plain.system)
             return TemplatedTokenizer(tokenizer, template, name=role)
-        return TemplatedTokenizer(tokenizer, ChatTemplate(tokenizer, variables=dict(self.variables)), name=role)
+        chat = ChatTemplate(
+            tokenizer,
+            variables=dict(self.variables),
+            end=self._end(work, tokenizer),
+            merge_system=self.system == "merge",
+        )
+        return TemplatedTokenizer(tokenizer, chat, name=role)
+
+    def _end(self, work: Work, tokenizer: Any) -> "EndToken | None":
+        """The recipe's end token, or that of the model's `generation_config`; None where neither says one."""
+        from ctpd.models import generation_end
+        from ctpd.text.templates import EndToken
+
+        if self.end_token is not None:
+            return EndToken(self.end_token, "recipe")
+        found = generation_end(location(self.tokenizer, work), revision=revision(self.tokenizer))
+        text = None if found is None else tokenizer.convert_ids_to_tokens(found)
+        return None if text is None else EndToken(text, "generation_config")
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -177,14 +217,19 @@ class PairsStage(Stage):
 
         from ctpd.text.prepare import arrays, prepare_pairs, texts
 
+        teacher, student = self.teacher.load(work, role="teacher"), self.student.load(work, role="student")
         prepared = prepare_pairs(
             {split: source.read(work) for split, source in self.sources.items()},
             self.config,
-            teacher=self.teacher.load(work, role="teacher"),
-            student=self.student.load(work, role="student"),
+            teacher=teacher,
+            student=student,
         )
         save_file(arrays(prepared), work.folder / PAIRS)
-        (work.folder / META).write_text(json.dumps(texts(prepared), ensure_ascii=False), encoding="utf-8")
+        meta = {**texts(prepared), "end_tokens": end_tokens(prepared, teacher=teacher, student=student)}
+        (work.folder / META).write_text(json.dumps(meta, ensure_ascii=False), encoding="utf-8")
+        if prepared.losses:
+            lines = [json.dumps(loss._asdict(), ensure_ascii=False) for loss in prepared.losses]
+            (work.folder / DROPPED).write_text("\n".join([*lines, ""]), encoding="utf-8")
         num_pairs = len(prepared.pair_ids)
         if any(prepared.dropped.values()) or cut_text(num_pairs, prepared.report) is not None:
             work.remark(f"pairs: {pairs_text(num_pairs, prepared.dropped, prepared.report)}")
@@ -197,6 +242,18 @@ class PairsStage(Stage):
         """Texts, ids, and counts of dropped and cut rows."""
         meta: dict[str, Any] = json.loads((work.path(self) / META).read_text(encoding="utf-8"))
         return meta
+
+
+def end_tokens(
+    prepared: "PreparedPairs", *, teacher: "TemplatedTokenizer", student: "TemplatedTokenizer"
+) -> dict[str, str]:
+    """What ends the responses of each model, and whether its template writes it or what else says so."""
+    found = {}
+    for side, rows in ((teacher, prepared.teacher), (student, prepared.student)):
+        ids = rows.input_ids[rows.row_starts[1:][prepared.has_end] - 1]
+        texts = [str(side.tokenizer.convert_ids_to_tokens(end)) for end in sorted(set(ids.tolist()))]
+        found[side.name] = f"{', '.join(texts) or 'none: every response is cut'} ({', '.join(sorted(side.ends_from))})"
+    return found
 
 
 def read_prepared(folder: Path) -> "PreparedPairs":

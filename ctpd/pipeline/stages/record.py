@@ -89,6 +89,7 @@ class RecordStage(Stage):
             pairs=len(meta["pair_ids"]),
             dropped=meta["dropped"],
             counts=meta["report"],
+            end_tokens=meta.get("end_tokens", {}),
             generated=None if self.generated is None else self.generated.counts(work),
         )
 

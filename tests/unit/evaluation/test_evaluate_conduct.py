@@ -13,7 +13,10 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from ctpd.core.errors import UserError
+from ctpd.text.pairs import Message
+from ctpd.text.templates import ChatTemplate, Frame, fixed_variables
 from harness.backends import SharedContextLM, open_vllm
+from harness.comparability import _differing
 from harness.evaluate import Documents, check_column, evaluate_column
 from harness.record import ColumnResult
 from harness.suites import Column
@@ -205,6 +208,7 @@ def test_vllm_is_given_the_model_its_tokenizer_and_the_precision(monkeypatch: py
         "dtype": "bfloat16",
         "revision": "c" * 40,
         "tokenizer_revision": "d" * 40,
+        "think_end_token": None,
     }
 
 
@@ -264,3 +268,84 @@ def test_templates_compiled_once_are_forgotten_afterwards() -> None:
         assert lm_eval.utils.env.from_string("{{a}}") is lm_eval.utils.env.from_string("{{a}}")
         assert lm_eval.utils.apply_template("{{a}} {{b}}", {"a": 1, "b": 2}) == "1 2"
     assert lm_eval.utils.env.from_string == method
+
+
+DATED = (
+    "{% for m in messages %}[{{ date_string }}{{ strftime_now('%d %b %Y') }}{{ mood }}]{{ m.content }}{% endfor %}"
+    "{% if add_generation_prompt %}[a]{% endif %}"
+)
+
+
+def prompts_of(seen: list[str], model: Any, tokenizer: Any, column: Column, documents: Documents) -> ColumnResult:
+    """Evaluate, with the rendered prompts in ``seen``."""
+    original = SharedContextLM.apply_chat_template
+
+    def noted(self: Any, *args: Any, **options: Any) -> str:
+        seen.append(original(self, *args, **options))
+        return seen[-1]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(SharedContextLM, "apply_chat_template", noted)
+        return evaluate_column(model, tokenizer, column, documents, batch_size=5)
+
+
+def test_an_evaluation_renders_with_the_date_and_the_variables_of_training_and_records_them(
+    model: LlamaForCausalLM, tokenizer: Any, choice: Column, data_root: Path
+) -> None:
+    """Not with today's date; the same template with other variables is no comparable result."""
+    chatty = copy.deepcopy(tokenizer)
+    chatty.chat_template = DATED
+    variables = fixed_variables({"mood": "!"})
+    documents = Documents(data_root, limit=2, chat_template=True, template_variables=variables)
+    column = choice.model_copy(update={"shots": 0})
+    seen: list[str] = []
+    found = prompts_of(seen, model, chatty, column, documents)
+    side = ChatTemplate(chatty, {"mood": "!"})
+    (frame,) = side.frames([(Message("user", "x"),)], where=[""])
+    assert isinstance(frame, Frame)
+    assert frame.before == "[26 Jul 202426 Jul 2024!]x[a]"
+    assert seen
+    assert all(text.startswith("[26 Jul 202426 Jul 2024!]") for text in seen)
+    assert chatty.chat_template == DATED
+    assert found.template is not None
+    assert found.template.variables == {"date_string": "26 Jul 2024", "mood": "!"}
+    other = evaluate_column(
+        model, chatty, column, documents._replace(template_variables=fixed_variables({"mood": "?"})), batch_size=5
+    )
+    assert _differing(found, other) == {"template_variables.mood": " (! and ?)"}
+    assert _differing(found, found) == {}
+    assert "template" in _differing(found, found.model_copy(update={"template": None}))
+
+
+def test_reasoning_is_not_scored_and_a_template_that_asks_for_it_needs_its_end(
+    model: LlamaForCausalLM, tokenizer: Any, words: Column, data_root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a model writes up to `think_end_token` is left out, and stop strings in it do not end a text."""
+    texts = ["a\n\nb</think>\n\nred\n\nmore", "no end"]
+    rows = [tokenizer(text)["input_ids"] for text in texts]
+    lm = SharedContextLM(model, tokenizer, batch_size=2, progress=None, think_end_token="</think>")
+    assert [lm._answer(row, ["\n\n"]) for row in rows] == ["red", "no end"]
+    assert lm.num_unfinished == 1
+    finished = lm._finish(["\n\n"])
+    ends = [n for n in range(1, len(rows[0]) + 1) if finished(rows[0][:n])]
+    assert tokenizer.decode(rows[0][: ends[0]]) == "a\n\nb</think>\n\nred\n\n"
+    plain = SharedContextLM(model, tokenizer, batch_size=2, progress=None)
+    assert plain._answer(rows[0], ["\n\n"]) == "a"
+    chatty = copy.deepcopy(tokenizer)
+    chatty.chat_template = DATED
+    chat = Documents(data_root, limit=2, chat_template=True, template_variables={"enable_thinking": True})
+    with pytest.raises(UserError, match="`enable_thinking: true`, and no `think_end_token`"):
+        evaluate_column(model, chatty, words, chat, batch_size=5)
+    found = evaluate_column(model, chatty, words, chat._replace(think_end_token="</think>"), batch_size=5)
+    assert found.think_end_token == "</think>"
+    assert found.unfinished == 2
+
+
+def test_a_special_token_that_ends_reasoning_is_found_by_its_id(model: LlamaForCausalLM, tokenizer: Any) -> None:
+    """Texts are decoded without special tokens, so lm-eval takes such a one as a number."""
+    marked = copy.deepcopy(tokenizer)
+    marked.add_special_tokens({"additional_special_tokens": ["<t>"]})
+    lm = SharedContextLM(model, marked, batch_size=2, progress=None, think_end_token="<t>")
+    assert lm.think_end_token == marked.convert_tokens_to_ids("<t>")
+    assert lm._answer(marked("a b<t> red. more")["input_ids"], ["."]) == "red"
+    assert lm._answer(marked("a b")["input_ids"], ["."]) == "a b"
