@@ -13,10 +13,11 @@ from harness.costs import cost_table, count, duration, mebibytes
 from harness.drawing import spread_apart
 from harness.examples import grade
 from harness.formats import to_html
-from harness.record import LogEntry, Record, WeightedPair, WeightedSpan
+from harness.record import LogEntry, Record
 from harness.report import report
 from harness.sheet import TableSpec
 from harness.tables import build_tables
+from harness.weights_summary import WeightedPair, WeightedSpan
 from tests.fixtures.records import changed, demo
 
 NAMES = ("Teacher", "Student", "DPO", "TIS-DPO", "CTPD")
