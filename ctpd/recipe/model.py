@@ -207,6 +207,17 @@ class Shared(Config):
     testbed: WorldConfig | None = None
     """The testbed's synthetic data; needed if a model or the pairs come from it."""
 
+    @model_validator(mode="after")
+    def _reasoning_has_an_end(self) -> Self:
+        for role, model in (("teacher", self.teacher), ("student", self.student)):
+            thinks = model.template_variables.get("enable_thinking") is True
+            if thinks and model.think_end_token is None and self.evaluation.chat_template:
+                raise ValueError(
+                    f"the {role}'s `enable_thinking: true` needs its `think_end_token`, such as </think>: its reasoning would "
+                    "be scored as the answer"
+                )
+        return self
+
 
 Space = Mapping[str, Annotated[tuple[Number, ...], MinLen(1)]]
 """Parameter -> the values that are tried."""

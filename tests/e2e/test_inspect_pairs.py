@@ -8,6 +8,12 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
+from ctpd.app import Experiment
+from ctpd.pipeline.references import External
+from ctpd.pipeline.runtime import Runtime
+from ctpd.pipeline.stage import Work
+from ctpd.pipeline.stages.pairs import DROPPED, META, ModelInput
+from ctpd.recipe import PlainSpec
 from tests.conftest import Cli, SmokeRun
 from tests.fixtures.tokenizers import with_template
 
@@ -87,3 +93,68 @@ def test_the_plan_says_that_prompts_are_templated_in_training_alone(cli: Cli, re
     assert said not in cli("run", recipe, "--plan").out
     recipe.write_text(recipe.read_text().replace("chat_template: true", "chat_template: false"))
     assert f"The teacher and student are {said}" in cli("run", recipe, "--plan").out
+
+
+STRIPS = (
+    "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+    "{% for m in messages %}<s>{{ m['role'] }}\n{{ m['content'].split('</think>')[-1] }}</s>\n{% endfor %}"
+    "{% if add_generation_prompt %}<s>assistant\n{% endif %}"
+)
+
+
+def test_a_templates_own_rendering_is_shown_beside_the_rows(cli: Cli, tmp_path: Path) -> None:
+    """Of conversations that templates are known to treat differently, or of pairs; refused ones with the template's words."""
+    with_template("byte_bpe", STRIPS).save_pretrained(tmp_path / "model")
+    found = json.loads(cli("inspect", "template", tmp_path / "model", "--json").out)["tokenizer"]
+    assert found["differences"] == {"response": 1}
+    assert found["examples"]["response"][1].endswith("</think>\n\nA key.</s>\n")
+    assert [(("no system" in why), number) for why, number in found["refused"].items()] == [(True, 1)]
+    assert found["end_tokens"] == ["</s>"]
+    assert found["ends_from"] == ["template"]
+    merged = json.loads(cli("inspect", "template", tmp_path / "model", "--merge-system", "--json").out)["tokenizer"]
+    assert merged["refused"] == {}
+    assert merged["rows"] == found["rows"] + 2
+    outcome = cli("inspect", "template", tmp_path / "model")
+    assert outcome.code == 0, outcome.err
+    assert "the response is changed, such as its reasoning removed" in outcome.out
+    assert "pairs refused" in outcome.out
+
+
+def test_the_templates_of_a_recipe_are_shown_on_its_pairs_and_a_bad_row_is_listed(cli: Cli, recipe: Path) -> None:
+    outcome = cli("inspect", "template", recipe, "--json", "--limit", 5)
+    assert outcome.code == 0, outcome.err
+    found = json.loads(outcome.out)
+    assert {name: (one["rows"], one["differences"]) for name, one in found.items()} == {
+        "teacher": (10, {}),
+        "student": (10, {}),
+    }
+    assert cli("inspect", "template", recipe, "--end-token", "x").code == 2
+
+
+def test_a_row_that_is_no_pair_is_listed_with_its_file_and_moves_no_other(recipe: Path, tmp_path: Path) -> None:
+    data = Path("pairs.jsonl")
+    bad = {"prompt": "Why?", "chosen": [{"role": "assistant", "content": None}], "rejected": "No."}
+    data.write_text(data.read_text() + json.dumps(bad) + "\n")
+    stage = Experiment(str(recipe)).stages.pairs
+    work = Work(tmp_path / "built", Runtime(), lambda done, total: None, writes=True, folders={})
+    work.folder.mkdir()
+    stage.build(work)
+    (line,) = (work.folder / DROPPED).read_text().splitlines()
+    assert json.loads(line) == {
+        "split": "train",
+        "source": str(data),
+        "row": "60",
+        "reason": "null_content",
+        "detail": "column 'chosen', message 0: the content is nothing (null), not a string",
+    }
+    meta = json.loads((work.folder / META).read_text())
+    assert len(meta["pair_ids"]) == 60
+    assert meta["end_tokens"] == {"teacher": "</s> (template)", "student": "</s> (template)"}
+
+
+def test_only_pairs_in_a_chat_template_have_its_rendering_in_their_key() -> None:
+    source = External("model", "digest")
+    plain = ModelInput(source, PlainSpec(user="{content}", assistant="{content}"))
+    assert plain.identity.keys() == {"tokenizer", "template", "variables"}
+    assert ModelInput(source, "chat").identity.keys() == {"tokenizer", "template", "variables", "rendering"}
+    assert ModelInput(source, "chat", {}, "</s>", "merge").identity["system"] == "merge"
