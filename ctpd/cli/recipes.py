@@ -14,6 +14,7 @@ from ctpd.cli.options import execution, given, refuse, variables
 from ctpd.cli.samples import write_samples
 from ctpd.cli.scores import refuse_unmeasured, show_scores
 from ctpd.cli.tables import Shown, show_chosen, show_tables
+from ctpd.core.errors import NotReproduced
 from ctpd.core.printing import command, json_text
 from ctpd.core.userfiles import exists, user_path
 
@@ -83,7 +84,7 @@ def _reproduce(file: Path, flags: Flags) -> None:
         same = show_agreement(record, experiment, store, as_json=flags.as_json)
         refuse_unmeasured(_results(_evaluations(experiment), store))
         if not same:
-            raise click.exceptions.Exit(1)
+            raise NotReproduced(f"{file}: the record was not reproduced, as the last lines say.")
 
 
 @click.command()
