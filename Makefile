@@ -12,10 +12,12 @@ export PYTHONDONTWRITEBYTECODE :=
 
 # Examples of each fuzz test in `make faults`.
 EXAMPLES ?= 20000
+# Minutes of each fuzz test in `make fuzz`.
+MINUTES ?= 10
 
 BENCHMARKS := step evaluation roofline sharing head scaling alignment pipeline
 
-.PHONY: setup interpreter demo test check unit e2e regression record-regression schema ci bench bench-quick real-models faults clean
+.PHONY: setup interpreter demo test check unit e2e regression record-regression schema ci bench bench-quick real-models faults fuzz clean
 
 setup: interpreter $(STAMP)  ## the environment, with the tested versions
 
@@ -42,11 +44,13 @@ test unit e2e regression faults: export OMP_NUM_THREADS := 1
 test: check  ## everything: style, types, architecture, all tests
 	$(BIN)/python -m pytest
 
-check: setup  ## style, types, one-way dependencies
+check: setup  ## style, types, one-way dependencies, unsafe calls, known vulnerabilities
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/bandit --quiet --configfile pyproject.toml --recursive ctpd harness baselines scripts
+	$(BIN)/python scripts/audit.py
 
 unit: setup  ## the quick tests
 	$(BIN)/python -m pytest tests/unit tests/arch
@@ -59,6 +63,9 @@ regression: setup  ## testbed-smoke against its recorded losses and scores
 
 faults: setup  ## the fault tests with long fuzzing, all signals and all launches
 	CTPD_FUZZ_EXAMPLES=$(EXAMPLES) $(BIN)/python -m pytest tests/faults
+
+fuzz: setup  ## each fuzz test for MINUTES, with other seeds each time; prints examples and findings
+	$(BIN)/python scripts/fuzz.py --minutes $(MINUTES)
 
 record-regression: setup  ## record them anew, after a change that is meant to move numbers (say so in CHANGELOG)
 	$(BIN)/python tests/regression/record.py

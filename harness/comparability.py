@@ -42,7 +42,7 @@ def _check_column(name: str, records: Sequence[Record]) -> None:
     first = records[0]
     expected = first.evaluation[name]
     for record in records[1:]:
-        differing = _differing(expected, record.evaluation[name])
+        differing = differing_protocol(expected, record.evaluation[name])
         if differing:
             shown = ", ".join(f"`{field}`{values}" for field, values in differing.items())
             raise UserError(
@@ -52,7 +52,7 @@ def _check_column(name: str, records: Sequence[Record]) -> None:
             )
 
 
-def _differing(expected: ColumnResult, found: ColumnResult) -> dict[str, str]:
+def differing_protocol(expected: ColumnResult, found: ColumnResult) -> dict[str, str]:
     """The names of what differs in the protocols, with both values; if nothing does, whether the documents do."""
     left, right = dict(expected.protocol), dict(found.protocol)
     templates = expected.protocol.chat_template and found.protocol.chat_template

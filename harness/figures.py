@@ -16,7 +16,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, assert_never
-from xml.etree import ElementTree
+from xml.etree import ElementTree  # nosec B405 # it reads what matplotlib writes
 
 from harness.charts import (
     NUM_STYLES,
@@ -89,7 +89,7 @@ def themed(figure: "Figure", *, title: str, description: str) -> ElementTree.Ele
     Within ``matplotlib_settings(svg_fonttype="none")``, so that text stays text.
     """
     figure.patch.set_visible(False)
-    page = _for_page(ElementTree.fromstring(_saved(figure, "svg")))
+    page = _for_page(ElementTree.fromstring(_saved(figure, "svg")))  # nosec B314 # matplotlib has just written it
     page.set("role", "img")
     page[:] = [_element("title", title), _element("desc", description), *page]
     return page

@@ -261,6 +261,7 @@ class RecordHead(Config):
         partial: whether the recipe asked for a part of the documents only.
         signals: the stored passes of frozen models over the pairs that the row needed.
         in_memory: frozen models that were in memory together with the student while it trained.
+        own_recipe: the recipe of this row and seed alone (``harness.reproduction.own_recipe``); None in older records.
         design: what the objective compares; None for an untrained row, and in older records.
     """
 
@@ -274,6 +275,7 @@ class RecordHead(Config):
     partial: bool
     signals: tuple[StoredSignal, ...]
     in_memory: tuple[FrozenModel, ...]
+    own_recipe: Mapping[str, JsonValue] | None = None
     design: Design | None = None
 
 

@@ -1,13 +1,18 @@
 """The commands about artifacts and the environment: export, store, doctor."""
 
 import contextlib
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from ctpd.cli.options import execution, refuse
-from ctpd.core.printing import json_text
+from ctpd.core.errors import NotReproduced
+from ctpd.core.printing import json_text, printable
+
+if TYPE_CHECKING:
+    from ctpd.cli.determinism import Compared
 
 
 @click.command()
@@ -134,9 +139,15 @@ def gc(recipes: tuple[str, ...], *, store: Path, dry_run: bool) -> None:
 
 
 @click.command()
+@click.option(
+    "--deterministic", is_flag=True, help="Train a small model twice, and say whether all numbers are the same."
+)
 @execution("json")
-def doctor(*, as_json: bool) -> None:
-    """Check the environment: versions, devices, threads, offline settings."""
+def doctor(*, deterministic: bool, as_json: bool) -> None:
+    """Check the environment: versions, devices, threads, offline settings.
+
+    --deterministic takes about half a minute; its exit code is 1 where numbers differ.
+    """
     import os
 
     import torch
@@ -150,9 +161,40 @@ def doctor(*, as_json: bool) -> None:
         "cores": os.cpu_count(),
         "HF_HUB_OFFLINE": os.environ.get("HF_HUB_OFFLINE", "not set"),
     }
+    compared = _made_twice() if deterministic else []
+    is_same = not any(one.differing for one in compared)
+    if deterministic:
+        facts["deterministic"] = {"same": is_same, "stages": [one._asdict() for one in compared]}
     if as_json:
         click.echo(json_text(facts))
+    else:
+        _print_facts(facts)
+        if deterministic:
+            _print_compared(compared)
+    if not is_same:
+        raise NotReproduced("The same training gives other numbers each time on this machine.")
+
+
+def _made_twice() -> "list[Compared]":
+    from ctpd.cli.determinism import twice
+
+    return twice()
+
+
+def _print_compared(compared: "Sequence[Compared]") -> None:
+    """Whether a training that was made twice is the same, and which of its stages are not."""
+    different = [one for one in compared if one.differing]
+    made = f"A small training was made twice, in two processes and folders: of its {len(compared)} stages"
+    if not different:
+        click.echo(f"{made} all are the same, bit for bit.")
         return
+    click.echo(f"{made} {len(different)} differ; the first of them is where to look.")
+    for one in different:
+        gap = f"; logged numbers differ by up to {one.gap:.1e} of their size" if one.gap else ""
+        click.echo(f"  {printable(one.stage)}: {printable(', '.join(one.differing))}{gap}")
+
+
+def _print_facts(facts: Mapping[str, Any]) -> None:
     from ctpd.cli.terminal import rendered, table
 
     rows = [

@@ -14,6 +14,7 @@ from ctpd.cli.options import execution, given, refuse, variables
 from ctpd.cli.samples import write_samples
 from ctpd.cli.scores import refuse_unmeasured, show_scores
 from ctpd.cli.tables import Shown, show_chosen, show_tables
+from ctpd.core.errors import NotReproduced
 from ctpd.core.printing import command, json_text
 from ctpd.core.userfiles import exists, user_path
 
@@ -30,9 +31,16 @@ _OF_A_MODEL = (  # options of `eval --model` alone
 
 
 @click.command()
-@click.argument("recipe")
+@click.argument("recipe", required=False)
+@click.option(
+    "--from-record",
+    metavar="FILE",
+    type=click.Path(path_type=Path),
+    help="Instead of a recipe: train and evaluate the row of this record again, and say whether it measures the same; "
+    "exit code 1 if not.",
+)
 @execution(*RUNNING, "samples")
-def run(recipe: str, **values: Any) -> None:
+def run(recipe: str | None, *, from_record: Path | None, **values: Any) -> None:
     """Train, evaluate and compare everything in RECIPE that is missing; print the main table.
 
     --only and --seed choose what is built; the tables show all runs that there are. Tables of a --limit have a folder of
@@ -40,6 +48,13 @@ def run(recipe: str, **values: Any) -> None:
     """
     flags = prepared(**values)
     refuse_with_plan(flags)
+    if from_record is not None:
+        if recipe is not None:
+            raise click.UsageError("Give a RECIPE or --from-record, one of them.")
+        _reproduce(from_record, flags)
+        return
+    if recipe is None:
+        raise click.UsageError("Missing argument 'RECIPE'.")
     experiment, store = opened(recipe, flags)
     if not flags.plan and started_by_user():
         _ask_hub(experiment, store)
@@ -51,6 +66,25 @@ def run(recipe: str, **values: Any) -> None:
             write_samples(_evaluations(chosen), store, flags.samples)
         show_tables(chosen, store, Shown(as_json=flags.as_json, main_only=True))
         refuse_unmeasured(_results(_evaluations(chosen), store))
+
+
+def _reproduce(file: Path, flags: Flags) -> None:
+    from ctpd.cli.reproduce import check_reproducible, recipe_of_record, show_agreement
+
+    refuse("samples", because="it is for a recipe: run the one that was written into the store")
+    record, recipe = recipe_of_record(file, flags.store)
+    experiment, store = opened(recipe, flags)
+    if started_by_user():
+        check_reproducible(record, file, experiment, store)
+        if not flags.plan:
+            _ask_hub(experiment, store)
+            experiment.check_suite(store)
+    wanted = Wanted(first=experiment.records)
+    if execute(wanted, store, experiment.recipe.launch, flags, project=experiment.recipe.name):
+        same = show_agreement(record, experiment, store, as_json=flags.as_json)
+        refuse_unmeasured(_results(_evaluations(experiment), store))
+        if not same:
+            raise NotReproduced(f"{file}: the record was not reproduced, as the last lines say.")
 
 
 @click.command()

@@ -35,6 +35,10 @@ class UserError(CtpdError, ValueError):
         self.what, self.where, self.fix = what, where, fix
 
 
+class NotReproduced(CtpdError):
+    """Numbers that should be the same as others are not; what differs has been printed."""
+
+
 class DamagedArtifact(UserError):
     """A stored artifact whose files do not match its manifest."""
 

@@ -12,6 +12,7 @@ from ctpd.pipeline.stages.generate import generated_by
 from ctpd.pipeline.stages.pairs import FilePairs
 from ctpd.recipe import Recipe
 from harness.record import Design, FrozenModel, Method, RecordHead, RowKind, StoredSignal
+from harness.reproduction import own_recipe
 from harness.shared import local_settings, shared_settings
 
 UNTRAINED: Mapping[Role, RowKind] = {"teacher": "untrained teacher", "student": "untrained student"}
@@ -30,6 +31,7 @@ def record_head(run: PlannedRun, recipe: Recipe, stages: SharedStages, *, suite:
         partial=recipe.shared.evaluation.limit is not None,
         signals=signals_read(run),
         in_memory=teachers_in_memory(run),
+        own_recipe=own_recipe(recipe, run=run.name, seed=run.seed, spec=run.role if run.spec is None else run.spec),
         design=_design(run),
     )
 

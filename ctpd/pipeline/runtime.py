@@ -150,12 +150,13 @@ def source_commit() -> str | None:
     if not (root / ".git").exists():
         return None
     try:
-        head = subprocess.run(
-            ["git", "-C", str(root), "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=True
-        )
-        dirty = subprocess.run(
-            ["git", "-C", str(root), "status", "--porcelain", "-uno"], capture_output=True, text=True, check=True
-        )
+        head, dirty = _git(root, "rev-parse", "--short=12", "HEAD"), _git(root, "status", "--porcelain", "-uno")
     except (OSError, subprocess.CalledProcessError):
         return None
-    return head.stdout.strip() + ("+changes" if dirty.stdout.strip() else "")
+    return head + ("+changes" if dirty else "")
+
+
+def _git(root: Path, *arguments: str) -> str:
+    """What git prints."""
+    argv = ["git", "-C", str(root), *arguments]
+    return subprocess.run(argv, capture_output=True, text=True, check=True).stdout.strip()

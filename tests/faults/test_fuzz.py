@@ -212,21 +212,17 @@ def contents() -> Iterator[tuple[str, Any]]:
 
 
 @pytest.mark.parametrize(("ending", "content"), list(contents()), ids=[".jsonl", ".json", ".csv"])
-def test_pairs(ending: str, content: Any, tmp_path: Path) -> None:
+@fuzzed
+@given(data=st.data())
+def test_pairs(ending: str, content: Any, tmp_path: Path, data: st.DataObject) -> None:
     assert ending in READERS
-
-    @fuzzed
-    @given(content)
-    def read(data: bytes) -> None:
-        path = tmp_path / f"pairs{ending}"
-        path.write_bytes(data)
-        refuses_or_reads(lambda: read_pair_file(path))
-        found = refuses_or_reads(lambda: read_usable_file(path))
-        for pair in () if found is None else found.pairs:
-            assert pair.prompt[-1].role == "user"
-            assert pair.chosen.encode() == pair.chosen.strip().encode()
-
-    read()
+    path = tmp_path / f"pairs{ending}"
+    path.write_bytes(data.draw(content))
+    refuses_or_reads(lambda: read_pair_file(path))
+    found = refuses_or_reads(lambda: read_usable_file(path))
+    for pair in () if found is None else found.pairs:
+        assert pair.prompt[-1].role == "user"
+        assert pair.chosen.encode() == pair.chosen.strip().encode()
 
 
 @fuzzed
