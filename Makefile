@@ -12,6 +12,8 @@ export PYTHONDONTWRITEBYTECODE :=
 
 # Examples of each fuzz test in `make faults`.
 EXAMPLES ?= 20000
+# Processes that `make test` divides the files of tests among.
+WORKERS ?= 2
 # Minutes of each fuzz test in `make fuzz`.
 MINUTES ?= 10
 
@@ -42,7 +44,7 @@ demo: setup  ## the main job on the testbed: train, evaluate, compare
 test unit e2e regression faults: export OMP_NUM_THREADS := 1
 
 test: check  ## everything: style, types, architecture, all tests
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile
 
 check: setup  ## style, types, one-way dependencies, unsafe calls, known vulnerabilities
 	$(BIN)/ruff check .

@@ -86,7 +86,7 @@ def _compared(stages: "Sequence[Stage]", stores: Sequence[Path]) -> Iterator[Com
 def _digests(folder: Path) -> dict[str, str]:
     """The digest of each file of an artifact; of a training's history that of its numbers, without the seconds it took."""
     from ctpd.core.manifests import MANIFEST
-    from ctpd.pipeline.training import TRAINING
+    from ctpd.pipeline.references import TRAINING
 
     found = {}
     for path in sorted(folder.rglob("*")):
@@ -98,7 +98,7 @@ def _digests(folder: Path) -> dict[str, str]:
 
 
 def _history(folder: Path) -> list[dict[str, float]]:
-    from ctpd.pipeline.training import TRAINING
+    from ctpd.pipeline.references import TRAINING
 
     path = folder / TRAINING
     history: list[dict[str, float]] = json.loads(path.read_text(encoding="utf-8"))["history"] if path.is_file() else []
