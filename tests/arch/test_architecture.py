@@ -33,7 +33,7 @@ RUNNING = {
     "--quiet", "--json", "--debug",
 }  # fmt: skip
 OPTIONS = {
-    "run": RUNNING | {"--samples"},
+    "run": RUNNING | {"--samples", "--from-record"},
     "train": RUNNING - {"--limit"},
     "eval": RUNNING
     | {"--samples", "--model", "--suite", "--data-root", "--precision", "--batch-size", "--chat-template"},
@@ -49,7 +49,7 @@ OPTIONS = {
     "store du": {"--store", "--json", "--debug"},
     "store rm": {"--store", "--debug"},
     "store gc": {"--store", "--dry-run", "--debug"},
-    "doctor": {"--json", "--debug"},
+    "doctor": {"--deterministic", "--json", "--debug"},
 }
 
 
