@@ -212,7 +212,7 @@ def _join_end_tokens(store: Store, artifact: Artifact, to: Path) -> list[str]:
     for path in (folder / GENERATION_CONFIG for folder in (to, to / BASE)):
         if not ends or not path.is_file():
             continue
-        config = GenerationConfig.from_pretrained(path.parent)
+        config = GenerationConfig.from_pretrained(path.parent)  # nosec B615 # a folder
         given = config.eos_token_id
         known = [] if given is None else [given] if isinstance(given, int) else list(given)
         if new := [end for end in ends if end not in known]:

@@ -42,6 +42,7 @@ def test_any_answer_is_an_answer(server: str, closed: str) -> None:
     assert hub.unreachable(server) is None
     assert "refused" in str(hub.unreachable(closed))
     assert hub.unreachable("no address") is not None
+    assert "not one of the web" in str(hub.unreachable("file:///"))
 
 
 def test_a_command_goes_offline_before_the_libraries_are_imported(closed: str) -> None:
