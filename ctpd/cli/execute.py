@@ -139,7 +139,7 @@ def execute(wanted: Wanted, store: "Store", launch: "LaunchSpec", flags: Flags, 
     from ctpd.pipeline.graph import Graph
     from ctpd.pipeline.model_checks import check_models
     from ctpd.pipeline.notes import plan_notes, refuse_idle
-    from ctpd.pipeline.runtime import Runtime
+    from ctpd.pipeline.runtime import LOGS, Runtime
     from ctpd.train.loggers import check_loggers
 
     graph = Graph([*wanted.first, *wanted.planned])
@@ -155,7 +155,7 @@ def execute(wanted: Wanted, store: "Store", launch: "LaunchSpec", flags: Flags, 
     device = _checked_device(flags, count=count)
     if not flags.quiet:
         click.echo("".join(f"Note: {printable(note)}.\n" for note in of_models), nl=False, err=True)
-    check_loggers(flags.report_to, flags.log_dir)
+    check_loggers(flags.report_to, flags.log_dir, default=store.root / LOGS)
     runtime = Runtime.of(launch, device=device, report_to=flags.report_to, log_dir=flags.log_dir, project=project)
     built = _build(wanted, store, flags, runtime, count=count)
     if built is None:

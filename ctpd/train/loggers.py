@@ -49,8 +49,13 @@ class LogTarget:
         return {"project": _plain(self.project), "run_name": self.run}
 
 
-def check_loggers(names: Sequence[str], folder: Path | None) -> None:
+def check_loggers(names: Sequence[str], folder: Path | None, *, default: Path | None = None) -> None:
     """Refuse what cannot log, before anything is computed; make the ``folder`` that the user has named.
+
+    Args:
+        names: of loggers.
+        folder: that the user has named; None for ``default``.
+        default: where logs are written otherwise. A logger may read its folder when it is imported, which this does.
 
     Raises:
         UserError: an unknown logger, or one whose package is not installed or cannot be imported.
@@ -63,6 +68,8 @@ def check_loggers(names: Sequence[str], folder: Path | None) -> None:
         get_available_reporting_integrations,
     )
 
+    logs = folder or default
+    target = None if logs is None else LogTarget(folder=logs, project="", run="", key="")
     loggers = {name: made for name, made in INTEGRATION_TO_CALLBACK.items() if name not in _NOT_KEPT}
     for name in names:
         if name not in loggers:
@@ -76,7 +83,8 @@ def check_loggers(names: Sequence[str], folder: Path | None) -> None:
                 fix=f"Install it (for most loggers: `pip install {name}`), or leave the flag out",
             )
         try:
-            loggers[name]()
+            with logging_to(target):
+                loggers[name]()
         except (ImportError, RuntimeError) as error:
             raise UserError(
                 f"`--report-to {name}` does not work here: {error}",

@@ -115,6 +115,20 @@ def test_a_logger_that_cannot_be_imported_is_refused(
         check_loggers(["fake"], None)
 
 
+def test_a_logger_that_reads_its_folder_when_it_is_imported_finds_it(
+    fake: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """As trackio does; the check before the first stage imports it."""
+    seen: list[str | None] = []
+    monkeypatch.setitem(
+        integration_utils.INTEGRATION_TO_CALLBACK, "fake", lambda: seen.append(os.environ.get("TRACKIO_DIR"))
+    )
+    check_loggers(["fake"], None, default=tmp_path / "logs")
+    check_loggers(["fake"], tmp_path / "named", default=tmp_path / "logs")
+    assert seen == [str(tmp_path / "logs" / "trackio"), str(tmp_path / "named" / "trackio")]
+    assert "TRACKIO_DIR" not in os.environ
+
+
 def test_a_folder_without_a_logger_is_refused(cli: Cli, tmp_path: Path) -> None:
     outcome = cli("run", "testbed-smoke", "--log-dir", tmp_path)
     assert outcome.code == 2
