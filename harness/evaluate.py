@@ -19,7 +19,8 @@ from transformers import PreTrainedTokenizerBase
 
 from ctpd.core.temporary import TemporaryFolder
 from harness.answers import Answer, Health
-from harness.backends import Endings, SharedContextLM, open_vllm, watched_vllm
+from harness.backends import SharedContextLM, open_vllm
+from harness.endings import Endings, watched_vllm
 from harness.finite import finite_logits, refuse_non_finite
 from harness.generations import health_of
 from harness.isolation import Progress, compiled_templates, dataset_cache, quiet, sandboxed_templates, seeded, shown

@@ -6,7 +6,7 @@ from typing import Any
 from ctpd.core.errors import UserError
 from ctpd.text.limited import LimitReached, interrupted
 from harness.answers import Health
-from harness.backends import Endings
+from harness.endings import Endings
 from harness.health import matches, measure
 from harness.suites import Column
 

@@ -36,7 +36,8 @@ OPTIONS = {
     "run": RUNNING | {"--samples", "--from-record"},
     "train": RUNNING - {"--limit"},
     "eval": RUNNING
-    | {"--samples", "--model", "--suite", "--data-root", "--precision", "--batch-size", "--chat-template"},
+    | {"--samples", "--model", "--suite", "--data-root", "--precision", "--batch-size", "--chat-template"}
+    | {"--template-variable", "--think-end-token"},
     "compare": {"--store", "--only", "--seed", "--limit", "--json", "--debug", "--format", "--to", "--published"},
     "recipes": {"--json", "--schema", "--show", "--copy", "--to", "--debug"},
     "help": {"--json", "--debug"},
@@ -44,6 +45,10 @@ OPTIONS = {
     "inspect spans": {"--data", "--text", "--limit", "--show", "--html", "--offline", "--json", "--debug"},
     "inspect tokenizers": {"--data", "--text", "--limit", "--offline", "--json", "--debug"},
     "inspect pairs": {"--store", "--show", "--offline", "--json", "--debug"},
+    "inspect template": {
+        *("--data", "--limit", "--variable", "--merge-system", "--end-token"),
+        *("--store", "--offline", "--json", "--debug"),
+    },
     "inspect weights": {"--store", "--only", "--seed", "--json", "--debug"},
     "export": {"--to", "--merge", "--with-base", "--dtype", "--store", "--debug"},
     "store du": {"--store", "--json", "--debug"},

@@ -16,7 +16,7 @@ from ctpd.core.errors import UserError
 from ctpd.text.pairs import Message
 from ctpd.text.templates import ChatTemplate, Frame, fixed_variables
 from harness.backends import SharedContextLM, open_vllm
-from harness.comparability import _differing
+from harness.comparability import differing_protocol
 from harness.evaluate import Documents, check_column, evaluate_column
 from harness.record import ColumnResult
 from harness.suites import Column
@@ -312,9 +312,9 @@ def test_an_evaluation_renders_with_the_date_and_the_variables_of_training_and_r
     other = evaluate_column(
         model, chatty, column, documents._replace(template_variables=fixed_variables({"mood": "?"})), batch_size=5
     )
-    assert _differing(found, other) == {"template_variables.mood": " (! and ?)"}
-    assert _differing(found, found) == {}
-    assert "template" in _differing(found, found.model_copy(update={"template": None}))
+    assert differing_protocol(found, other) == {"template_variables.mood": " (! and ?)"}
+    assert differing_protocol(found, found) == {}
+    assert "template" in differing_protocol(found, found.model_copy(update={"template": None}))
 
 
 def test_reasoning_is_not_scored_and_a_template_that_asks_for_it_needs_its_end(

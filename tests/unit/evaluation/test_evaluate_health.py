@@ -12,7 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from ctpd.core.errors import Unmeasurable, UserError
 from harness import generations
 from harness.answers import Health
-from harness.backends import watched_vllm
+from harness.endings import watched_vllm
 from harness.evaluate import Documents, evaluate_column
 from harness.health import repeated
 from harness.suites import Column
