@@ -58,7 +58,7 @@ def test_answers_are_kept_copied_and_shown_and_older_evaluations_say_how_to_get_
         "Note: 4 evaluations were made before answers were kept: add --rebuild to evaluate these again." in outcome.err
     )
     outcome = cli(*run, "--rebuild")
-    assert "4 stages built" in outcome.err  # three evaluations and the record
+    assert "5 stages built" in outcome.err  # four evaluations and the record
     assert before == {stage.key for stage in Experiment("testbed-smoke", only=["DPO"]).evaluations[0].values()}
     text = report.read_text(encoding="utf-8")
     assert text.count('<details class="viewer"') == 4
