@@ -52,7 +52,7 @@ class ColumnAnswers(NamedTuple):
 
 
 class Viewer(NamedTuple):
-    """What can be looked at; ``lacking`` are rows whose records kept no answers, ``seeds`` the seed that is shown of a row."""
+    """What can be looked at; ``lacking`` are rows whose records kept no answers."""
 
     columns: list[ColumnAnswers]
     lacking: list[str]

@@ -50,15 +50,11 @@ def _teacher(**values: Any) -> Condition:
     return Condition({f"shared.teacher.pretrain.{name}": value for name, value in values.items()})
 
 
-def _weights(mu: float) -> tuple[str, Changes]:
-    return "CTPD", {"mu": mu}
-
-
 NOISE_ROWS: dict[str, tuple[str, Changes]] = {
     "CTPD, weights of mean 1": ("CTPD", {"mean_one": True}),
     "CTPD, uniform": ("CTPD", {"weights": "uniform"}),
     "CTPD, oracle": ("CTPD", {"weights": "oracle"}),
-    "CTPD, mu 2": _weights(2.0),
+    "CTPD, mu 2": ("CTPD", {"mu": 2.0}),
     "CTPD, L 0": ("CTPD", {"lower": 0.0}),
     "CTPD, U 0.5": ("CTPD", {"upper": 0.5}),
 }
@@ -117,9 +113,8 @@ def recipe_of(study: Study, name: str, condition: Condition, tuned: Mapping[str,
     recipe["shared"]["seeds"] = SEEDS
     recipe["runs"] = {run: {**main_runs[run], "tuned": dict(tuned[run])} for run in study.runs}
     for row, (run, params) in condition.rows.items():
-        values = {key: value for key, value in tuned[run].items() if key not in params}
-        fixed = {key: value for key, value in params.items() if key != "beta"}
-        values |= {key: value for key, value in params.items() if key == "beta"}
+        fixed = dict(params)
+        values = {key: fixed.pop(key, value) for key, value in tuned[run].items()}
         spec = copy.deepcopy(main_runs[run])
         recipe["runs"][row] = {**spec, "params": {**spec.get("params", {}), **fixed}, "tuned": values}
     rows = ["Teacher", "Student", *recipe["runs"]]

@@ -106,12 +106,12 @@ def _uses(stage: Stage) -> Iterator[_Use]:
 
 
 def _check(use: _Use, skeletons: _Skeletons) -> Iterator[str]:
-    from ctpd.model_checks import check_length, check_ready_adapter, check_training
-
     base = _origin(use.model.root)
     skeleton = None if base is None else skeletons.of(base)
     if base is None or skeleton is None:
         return
+    from ctpd.model_checks import check_length, check_ready_adapter, check_training  # imports torch and peft
+
     where = base.location
     for adapter in use.model.adapters:
         if isinstance(adapter, External) and skeletons.first_time(base, adapter):

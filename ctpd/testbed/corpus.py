@@ -119,5 +119,5 @@ def _text(world: w.World, rng: Random, *, held_out: Collection[str], error: floa
 
 
 def _corpus_answer(world: w.World, rng: Random, question: w.Question, *, error: float) -> w.Answer:
-    rate = error and error + ERROR_SPREAD * world.credulity[question.item]
+    rate = error + ERROR_SPREAD * world.credulity[question.item] if error else 0.0
     return question.answer(rng, right=rng.random() >= rate, popular=POPULAR_SHARE)

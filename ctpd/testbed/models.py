@@ -120,7 +120,7 @@ def _wordpiece(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     learned.pre_tokenizer = splitter
     trainer = trainers.BpeTrainer(vocab_size=vocab_size, initial_alphabet=singles, show_progress=False)
     learned.train_from_iterator((word for word, count in sorted(words.items()) for _ in range(count)), trainer)
-    begin = {word[: len(piece)] for word in words for piece in learned.get_vocab() if word.startswith(piece)}
+    begin = {word[:end] for word in words for end in range(1, len(word) + 1)}
     merged = sorted(learned.get_vocab().items(), key=lambda entry: entry[1])
     learned_pieces = [piece if piece in begin else f"##{piece}" for piece, _ in merged]
     vocabulary = list(dict.fromkeys([*needed, *learned_pieces]))[:vocab_size]

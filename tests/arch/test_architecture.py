@@ -201,6 +201,17 @@ def test_light_commands_load_nothing_heavy(code: str) -> None:
     assert done.stdout.splitlines()[-1] == "loaded []"
 
 
+def test_a_plan_of_models_that_the_recipe_makes_itself_loads_no_library_of_models(tmp_path: Path) -> None:
+    """torch describes shapes and types of stages; transformers and the like take seconds, and are for ready-made models."""
+    code = (
+        f"from ctpd.cli.main import main\ntry: main(['run', 'testbed-smoke', '--plan', '--store', {str(tmp_path)!r}])\n"
+    )
+    code += "except SystemExit: pass\nimport sys\n"
+    code += f"print('loaded', sorted(set(sys.modules) & set({HEAVY!r}) - {{'torch'}}))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert done.stdout.splitlines()[-1] == "loaded []"
+
+
 def test_dependencies_point_one_way(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """The contracts of import-linter in pyproject.toml."""
     monkeypatch.chdir(ROOT)

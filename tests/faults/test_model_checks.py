@@ -232,7 +232,7 @@ def test_quantized_weights_without_their_package_are_refused_by_its_name(
     folder: Path, method: dict[str, Any], package: str
 ) -> None:
     if importlib.util.find_spec(package.replace("-", "_")) is not None:
-        pytest.skip(f"{package} is installed")
+        pytest.skip(reason=f"{package} is installed")
     edit(folder / STUDENT / CONFIG, quantization_config=method)
     for read in (lambda: notes(folder), lambda: load_model(folder / STUDENT, precision="float32", device="cpu")):
         with pytest.raises(UserError, match=package) as caught:

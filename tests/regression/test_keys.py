@@ -19,9 +19,7 @@ def recorded(path: Any) -> dict[str, Any]:
 def test_keys_of_the_smallest_recipe_are_the_recorded_ones() -> None:
     found = recorded(identities.KEYS)
     if found["lm_eval"] != metadata.version("lm_eval"):
-        pytest.skip(
-            reason="the keys of evaluations hold the version of lm-eval, and this version differs from the recorded one"
-        )
+        pytest.skip(reason="keys of evaluations hold the version of lm-eval, and this one is not the recorded one")
     assert identities.keys() == found["keys"], HOW
 
 
