@@ -5,13 +5,13 @@ from pathlib import Path
 import pytest
 import torch
 from lm_eval.models.dummy import DummyLM
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from ctpd.core.errors import UserError
 from harness.evaluate import Documents, Scores, check_column, evaluate_column, score
 from harness.loading import datasets_of
 from harness.suites import Column, load_suite
+from tests.fixtures.byte_level import byte_tokenizer
 
 COLUMNS = {column.name: column for column in load_suite("paper").columns}
 
@@ -79,11 +79,7 @@ def test_hellaswag_which_the_mirror_lacks_is_reported_with_the_way_to_get_it(hub
 
 def byte_model() -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast]:
     """A random model over bytes, long enough for five shots."""
-    vocab = {symbol: i for i, symbol in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
-    backend = Tokenizer(models.BPE(vocab=vocab, merges=[]))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<end>")
+    tokenizer = byte_tokenizer()
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=len(tokenizer),
