@@ -10,6 +10,7 @@ for name in ("COLUMNS", "LINES"):  # which pytest-xdist sets: output is tested a
 
 import contextlib
 import io
+import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -35,9 +36,13 @@ Cli = Callable[..., Outcome]
 
 
 class SmokeRun(NamedTuple):
-    """The store that one `ctpd run testbed-smoke` filled, and the outcome of that run."""
+    """The store that one `ctpd run testbed-smoke` filled, and the outcome of that run.
+
+    Tests may add to ``store``, in whatever order they run; ``pristine`` is a copy that none changes, for those that count.
+    """
 
     store: Path
+    pristine: Path
     outcome: Outcome
 
 
@@ -63,8 +68,11 @@ def cli() -> Cli:
 @pytest.fixture(scope="session")
 def smoke(tmp_path_factory: pytest.TempPathFactory) -> SmokeRun:
     """One complete run of the smallest recipe, shared by all tests that only read it or add to it."""
-    store = tmp_path_factory.mktemp("smoke") / "store"
-    return SmokeRun(store, run_cli("run", "testbed-smoke", "--store", store, "--device", "cpu"))
+    folder = tmp_path_factory.mktemp("smoke")
+    store, pristine = folder / "store", folder / "pristine"
+    outcome = run_cli("run", "testbed-smoke", "--store", store, "--device", "cpu")
+    shutil.copytree(store, pristine)
+    return SmokeRun(store, pristine, outcome)
 
 
 @pytest.fixture(scope="session")

@@ -25,7 +25,7 @@ def test_a_model_that_was_trained_to_pieces_is_marked_in_the_table_and_shown_by_
         .replace("learning_rate: 1e-3, beta: 0.1}}", "learning_rate: 1.0, beta: 0.1}}")
     )
     recipe.write_text(text)
-    store = shutil.copytree(smoke.store, tmp_path / "store")
+    store = shutil.copytree(smoke.pristine, tmp_path / "store")
     options = ("--only", "DPO", "--only", "Student", "--store", store, "--quiet")
     outcome = cli("run", recipe, *options)
     assert outcome.code == 0, outcome.err
@@ -67,7 +67,7 @@ def test_a_column_that_cannot_be_measured_is_a_dash_and_the_command_ends_with_an
         "data_root: testbed", f"data_root: {root}"
     )
     recipe.write_text(text)
-    store = shutil.copytree(smoke.store, tmp_path / "store")
+    store = shutil.copytree(smoke.pristine, tmp_path / "store")
     options = ("--only", "DPO", "--only", "Student", "--store", store, "--quiet")
     for _ in range(2):
         outcome = cli("run", recipe, *options)

@@ -39,7 +39,7 @@ def test_run_ends_well_and_prints_the_main_table(smoke: SmokeRun) -> None:
         assert f"\n{run} " in smoke.outcome.out
     written = (smoke.store / "tables" / "testbed-smoke").iterdir()
     assert {path.stem for path in written if path.is_file()} == {*TABLES, "report"}  # figures are `compare`'s
-    assert not list(smoke.store.glob("*/*.partial"))
+    assert not list(smoke.pristine.glob("*/*.partial"))
 
 
 def test_second_run_builds_nothing(cli: Cli, smoke: SmokeRun) -> None:
@@ -180,7 +180,7 @@ def test_store_du_lists_what_is_there(cli: Cli, smoke: SmokeRun) -> None:
 
 def test_store_rm_makes_exactly_the_removed_artifact_missing(cli: Cli, smoke: SmokeRun, tmp_path: Path) -> None:
     store = tmp_path / "store"
-    shutil.copytree(smoke.store, store)
+    shutil.copytree(smoke.pristine, store)
     key = trained_keys(cli, store)["DPO"]
     assert cli("store", "rm", key[:10], "--store", store).code == 0
     lines = json.loads(cli("train", "testbed-smoke", "--store", store, "--plan", "--json").out)
@@ -191,7 +191,7 @@ def test_store_rm_makes_exactly_the_removed_artifact_missing(cli: Cli, smoke: Sm
 
 def test_store_gc_keeps_what_a_recipe_needs_and_removes_the_rest(cli: Cli, smoke: SmokeRun, tmp_path: Path) -> None:
     store = tmp_path / "store"
-    shutil.copytree(smoke.store, store)
+    shutil.copytree(smoke.pristine, store)
     parts = evaluated_parts("testbed-smoke", Store(store))  # other tests may have evaluated with a limit
     planned = {stage.key for part in parts for stage in Graph(part.records).stages}
     needed = planned & {artifact.key for artifact in Store(store).artifacts()}

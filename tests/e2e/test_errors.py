@@ -133,7 +133,7 @@ def test_tokenizer_without_a_chat_template_is_refused(cli: Cli, recipe: Callable
 def damaged(smoke: SmokeRun, tmp_path: Path) -> tuple[Path, Path]:
     """A copy of the store in which one record lost a byte."""
     store = tmp_path / "store"
-    shutil.copytree(smoke.store, store)
+    shutil.copytree(smoke.pristine, store)
     record = sorted(store.glob("record/*/record.json"))[0]
     record.write_bytes(record.read_bytes()[:-1])
     return store, record

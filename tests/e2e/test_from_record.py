@@ -27,7 +27,7 @@ def test_a_record_is_reproduced_bit_for_bit(cli: Cli, smoke: SmokeRun, given: Pa
         cli("train", "testbed-smoke", "--only", "DPO", "--store", smoke.store, "--quiet", "--json").out
     )
     left_out = shutil.ignore_patterns("record", "evaluate", "tables", trained["key"])  # what comes before is kept
-    shutil.copytree(smoke.store, store, ignore=left_out)
+    shutil.copytree(smoke.pristine, store, ignore=left_out)
     outcome = cli("run", "--from-record", given, "--store", store, "--device", "cpu", "--quiet")
     assert outcome.code == 0, outcome.err
     verdicts = [line for line in outcome.out.splitlines() if "bit for bit" in line]

@@ -41,7 +41,7 @@ def test_answers_are_kept_copied_and_shown_and_older_evaluations_say_how_to_get_
     cli: Cli, smoke: SmokeRun, tmp_path: Path
 ) -> None:
     store, samples = tmp_path / "store", tmp_path / "samples"
-    shutil.copytree(smoke.store, store)
+    shutil.copytree(smoke.pristine, store)
     run = ("run", "testbed-smoke", "--store", store, *ONE, "--samples", samples)
     outcome = cli(*run)
     assert outcome.code == 0, outcome.err

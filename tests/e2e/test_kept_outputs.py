@@ -15,7 +15,7 @@ from tests.conftest import Cli, SmokeRun
 @pytest.fixture
 def store(smoke: SmokeRun, tmp_path: Path) -> Path:
     """A copy of the smoke run's store, with its tables as `compare` writes them."""
-    shutil.copytree(smoke.store, tmp_path / "a store", ignore=shutil.ignore_patterns("tables"))
+    shutil.copytree(smoke.pristine, tmp_path / "a store", ignore=shutil.ignore_patterns("tables"))
     return tmp_path / "a store"
 
 

@@ -43,7 +43,7 @@ def test_jobs_share_the_work_and_reach_the_scores_of_one_process_to_the_last_dig
     tables = [text.partition("\nWritten to")[0] for text in (done.stdout, smoke.outcome.out)]
     assert tables[0] == tables[1]
     assert "helper" not in done.stderr
-    assert scores(tmp_path) == scores(smoke.store)
+    assert scores(tmp_path) == scores(smoke.pristine)
     manifests = [json.loads(path.read_text()) for path in tmp_path.glob("*/*/manifest.json")]
     who = Counter(manifest["provenance"]["command"].split()[1] for manifest in manifests)
     assert set(who) == {"run", "eval"}

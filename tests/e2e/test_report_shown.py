@@ -108,7 +108,7 @@ def test_compare_names_the_command_that_brings_a_missing_record_and_it_does(
     cli: Cli, smoke: SmokeRun, tmp_path: Path
 ) -> None:
     store = tmp_path / "a store"
-    shutil.copytree(smoke.store, store)
+    shutil.copytree(smoke.pristine, store)
     experiment = Experiment("testbed-smoke")
     number = next(i for i, run in enumerate(experiment.runs) if run.name == "weights: Random")
     record = experiment.records[number]

@@ -38,7 +38,7 @@ def tuned(smoke: SmokeRun, tmp_path_factory: pytest.TempPathFactory) -> Iterator
     """Two runs with two trials of two seeds each, one of which diverges, beside the stages of testbed-smoke."""
     folder = tmp_path_factory.mktemp("tuned")
     store = folder / "store"
-    shutil.copytree(smoke.store, store)
+    shutil.copytree(smoke.pristine, store)
     runs = tuned_recipe()["runs"]
     runs["DPO"]["space"] = {"learning_rate": [1e-3, DIVERGING]}
     with pytest.MonkeyPatch.context() as patch:

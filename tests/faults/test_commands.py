@@ -21,7 +21,7 @@ from tests.fixtures.data_parallel import flip_byte
 def store(smoke: SmokeRun, tmp_path: Path) -> Store:
     """A copy of the finished store."""
     assert smoke.outcome.code == 0, smoke.outcome.err
-    shutil.copytree(smoke.store, tmp_path / "store")
+    shutil.copytree(smoke.pristine, tmp_path / "store")
     return Store(tmp_path / "store")
 
 

@@ -137,7 +137,7 @@ def test_records_and_tables_of_names_that_differ_in_punctuation_are_all_kept(tmp
 def test_names_that_look_like_paths_write_into_the_store_alone(smoke: SmokeRun, cli: Cli, tmp_path: Path) -> None:
     """Of a recipe, a table and a run; the names were parts of paths."""
     inside = tmp_path / "a" / "b" / "store"
-    shutil.copytree(smoke.store, inside, symlinks=True)
+    shutil.copytree(smoke.pristine, inside, symlinks=True)
     text = shipped_recipes()["testbed-smoke"].read_text().replace("name: testbed-smoke", "name: ../../outside")
     (tmp_path / "recipe.yaml").write_text(text.replace("  main: {", "  ../../table: {"))
     before = {path for path in tmp_path.rglob("*") if not path.is_relative_to(inside)}

@@ -37,7 +37,7 @@ def one_of_each_kind(root: Path) -> Iterator[tuple[str, str, Path]]:
 def test_a_changed_byte_in_every_kind_of_file_is_found_and_the_file_named(smoke: SmokeRun, tmp_path: Path) -> None:
     """At the beginning, in the middle and at the end of the file; in a manifest the sentence names that file."""
     root = tmp_path / "store"
-    shutil.copytree(smoke.store, root)
+    shutil.copytree(smoke.pristine, root)
     store, tried = Store(root), 0
     for stage, key, path in list(one_of_each_kind(root)):
         size = path.stat().st_size
@@ -109,7 +109,7 @@ def test_a_command_that_needs_a_damaged_artifact_says_so_and_builds_nothing(
 def test_rebuild_mends_what_the_targets_were_made_of(cli: Cli, smoke: SmokeRun, tmp_path: Path) -> None:
     """All targets are there: what they were made of is compared and built again, too."""
     root = tmp_path / "store"
-    shutil.copytree(smoke.store, root)
+    shutil.copytree(smoke.pristine, root)
     weights = next(root.glob("weights/*/*.safetensors"))
     whole = weights.read_bytes()
     flip(weights, len(whole) // 2)

@@ -126,7 +126,7 @@ def test_commands_that_write_refuse_a_store_that_cannot_be_written(
 
 def test_a_store_on_a_read_only_file_system(cli: Cli, smoke: SmokeRun, mounted: Callable[..., Path]) -> None:
     root = mounted("size=64m") / "store"
-    shutil.copytree(smoke.store, root)
+    shutil.copytree(smoke.pristine, root)
     read_only(root.parent)
     key = next(artifact.key for artifact in Store(root).artifacts())
     assert cli(*RUN, "--store", root).code == 0
@@ -252,7 +252,7 @@ def test_a_small_folder_for_temporary_files_does_not_matter(
     import tempfile
 
     root = tmp_path / "store"
-    shutil.copytree(smoke.store, root)
+    shutil.copytree(smoke.pristine, root)
     store = Store(root)
     for artifact in (*store.artifacts("evaluate"), *store.artifacts("record")):
         store.remove(artifact.stage, artifact.key)
