@@ -254,7 +254,7 @@ def _is_valid(config: Any) -> bool:
 def _end_tokens(store: Store, artifact: Artifact) -> list[int]:
     """The tokens with which the responses of a training end; none where its pairs are gone."""
     from ctpd.pipeline.rows import token_rows
-    from ctpd.pipeline.stages.pairs import read_prepared
+    from ctpd.text.prepared_files import read_prepared
 
     try:
         identity = store.manifest(artifact.stage, artifact.key)["identity"]

@@ -26,7 +26,7 @@ from ctpd.models import Score, add_lora, install_scorer, load_tokenizer, score
 from ctpd.pipeline.stages.pairs import read_usable_file
 from ctpd.probes import configure_scorer, largest_difference
 from ctpd.text.config import PairsConfig
-from ctpd.text.pairs import Message, ReadPairs
+from ctpd.text.pairs import Dropped, Message, Pair, ReadPairs
 from ctpd.text.prepare import PreparedPairs, prepare_pairs
 from ctpd.text.render import ChatTemplate, TemplatedTokenizer
 from ctpd.text.templates import DIFFERENCES
@@ -278,17 +278,17 @@ _GEMMA = (
 
 def sample() -> ReadPairs:
     """Pairs of the sample, and after them some of the same with what templates treat differently."""
-    read = read_usable_file(_DATA)
-    pairs = [pair for pair in read.pairs if pair.chosen and pair.rejected][:_PAIRS]
+    rows = list(read_usable_file(_DATA).rows)
+    pairs = [row for row in rows if isinstance(row, Pair) and row.chosen and row.rejected][:_PAIRS]
     first, second, third = (pairs[i : i + _CHANGED] for i in range(0, 3 * _CHANGED, _CHANGED))
-    number = len(read.pairs)
+    number = len(rows)
     changed = [
         *(replace(pair, prompt=(Message("system", "Answer briefly."), *pair.prompt)) for pair in first),
         *(replace(pair, chosen=f"<think>\nA question.\n</think>\n\n{pair.chosen}") for pair in second),
         *(replace(pair, prompt=(*pair.prompt, Message("user", "Please answer."))) for pair in third),
     ]
     added = [replace(pair, id=str(number + i), chosen_marks=()) for i, pair in enumerate(changed)]
-    return ReadPairs([*pairs, *added], read.dropped, _DATA.name)
+    return ReadPairs([*pairs, *added, *(row for row in rows if isinstance(row, Dropped))], _DATA.name)
 
 
 def templated(name: str, role: str) -> TemplatedTokenizer:

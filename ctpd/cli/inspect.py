@@ -1,5 +1,6 @@
 """The command group `inspect`: pairs, aligned spans, tokenizers and weights."""
 
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -184,7 +185,7 @@ def is_recipe(source: str) -> bool:
 def _usable(data: Path, limit: int | None) -> Any:
     from ctpd.pipeline.stages.pairs import read_usable_file
 
-    return [pair for pair in read_usable_file(data).pairs if pair.chosen and pair.rejected][:limit]
+    return list(islice((pair for pair in read_usable_file(data).pairs if pair.chosen and pair.rejected), limit))
 
 
 def _chat_side(source: str, *, variable: tuple[str, ...], merge_system: bool, end_token: str | None, **_: Any) -> Any:

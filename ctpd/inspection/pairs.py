@@ -14,8 +14,9 @@ from ctpd.pipeline.graph import Graph
 from ctpd.pipeline.rows import token_rows
 from ctpd.pipeline.runtime import Runtime
 from ctpd.pipeline.stage import Work
-from ctpd.pipeline.stages.pairs import PairsStage, read_prepared
+from ctpd.pipeline.stages.pairs import PairsStage
 from ctpd.text.prepare import PreparedPairs, prepare_pairs
+from ctpd.text.prepared_files import read_prepared
 
 if TYPE_CHECKING:
     from ctpd.text.blocks import TokenRows

@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 
 from ctpd.core.roles import ROLES
 from ctpd.core.store import Store
@@ -95,7 +96,7 @@ def recipe_templates(stage: PairsStage, store: Store, *, limit: int | None, sour
     """
     refuse_missing(stage, store, source)
     work = work_of(stage, store)
-    pairs = [pair for pair in stage.train.read(work).pairs if pair.chosen and pair.rejected][:limit]
+    pairs = list(islice((pair for pair in stage.train.read(work).pairs if pair.chosen and pair.rejected), limit))
     return {role: report_template(getattr(stage, role).load(work, role=role), pairs) for role in ROLES}
 
 

@@ -11,7 +11,7 @@ from ctpd.core.userfiles import regular_file
 from ctpd.pipeline.sources import read_rows
 from ctpd.text.fidelity import Speller, compare_spans, coverage, readable
 from ctpd.text.mismatch import SPAN_TYPES, AlignedTexts, align_texts, mismatch_counts, span_sizes, span_tokens
-from ctpd.text.pairs import parse_usable
+from ctpd.text.pairs import Pair, usable_rows
 from ctpd.text.templates import FastTokenizer
 
 _BLOCK = 512  # texts tokenized at once
@@ -49,7 +49,8 @@ def read_responses(path: Path, *, limit: int | None = None) -> list[str]:
     rows: Iterable[Mapping[str, Any]] = read_rows(path)
     if limit is not None:
         rows = (row for row, _ in zip(rows, range(limit), strict=False))
-    return [text for pair in parse_usable(rows, source=str(path)).pairs for text in (pair.chosen, pair.rejected)]
+    pairs = (row for row in usable_rows(rows, source=str(path)) if isinstance(row, Pair))
+    return [text for pair in pairs for text in (pair.chosen, pair.rejected)]
 
 
 def compare_tokenizers(texts: Sequence[str], *, teacher: FastTokenizer, student: FastTokenizer) -> Comparison:

@@ -17,10 +17,10 @@ from ctpd.core.store import Store
 from ctpd.objectives.base import Weighting
 from ctpd.ops.weights import clamp_weights
 from ctpd.pipeline.rows import end_units, units_of
-from ctpd.pipeline.stages.pairs import read_prepared
 from ctpd.pipeline.stages.weights import WEIGHTS, WeightsConfig, read_summary
 from ctpd.text.mismatch import SPAN_TYPES, span_types
 from ctpd.text.prepare import PreparedPairs
+from ctpd.text.prepared_files import read_prepared
 
 NUM_POSITIONS = 10
 NUM_BINS = 24

@@ -1,7 +1,7 @@
 """Preference pairs in every form that TRL accepts, validated row by row (docs/method.md#preference-pairs)."""
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -72,11 +72,18 @@ class Dropped(NamedTuple):
 
 
 class ReadPairs(NamedTuple):
-    """The pairs of a source, its rows that are no pairs, and its name."""
+    """The rows of a source in their order, pairs and rows that are none, and the source's name.
 
-    pairs: Sequence[Pair]
-    dropped: Sequence[Dropped] = ()
+    Rows that come from a file are read as they are gone through, and can be gone through once.
+    """
+
+    rows: Iterable[Pair | Dropped]
     source: str = ""
+
+    @property
+    def pairs(self) -> Iterator[Pair]:
+        """The pairs among the rows."""
+        return (row for row in self.rows if isinstance(row, Pair))
 
 
 class BadRow(UserError):
@@ -91,23 +98,25 @@ class BadRow(UserError):
         self.reason = reason
 
 
-def parse_usable(rows: Iterable[Mapping[str, object]], *, source: str) -> ReadPairs:
-    """Parse rows as `parse_pairs` does; a row that is no pair is dropped with its reason.
+def usable_rows(rows: Iterable[Mapping[str, object]], *, source: str) -> Iterator[Pair | Dropped]:
+    """Parse rows one by one as `parse_pairs` does; a row that is no pair is dropped with its reason.
 
     Raises:
-        UserError: no row is a pair; the error is the first row's.
+        UserError: at the end, if no row is a pair; the error is the first row's.
     """
-    pairs, dropped, first = [], [], None
+    first, has_pairs = None, False
     for number, row in enumerate(rows):
         try:
-            pairs.append(_parse_row(row, id=str(number), where=f"{source}, row {number}"))
+            pair = _parse_row(row, id=str(number), where=f"{source}, row {number}")
         except BadRow as error:
             first = first or error
             column = (error.where or "").removeprefix(f"{source}, row {number}").removeprefix(", ")
-            dropped.append(Dropped(str(number), error.reason, f"{column}: {error.what}" if column else error.what))
-    if first is not None and not pairs:
+            yield Dropped(str(number), error.reason, f"{column}: {error.what}" if column else error.what)
+        else:
+            has_pairs = True
+            yield pair
+    if first is not None and not has_pairs:
         raise first
-    return ReadPairs(pairs, dropped, source)
 
 
 def parse_pairs(rows: Iterable[Mapping[str, object]], *, source: str) -> list[Pair]:

@@ -5,8 +5,9 @@ row r in ``[starts[r], starts[r + 1])``. Spans are numbered from 0 in each row; 
 """
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from itertools import chain, islice
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,7 +22,10 @@ from ctpd.text.render import TemplatedTokenizer
 
 _ALWAYS = DROP_REASONS[:4]  # counted even where there are none
 _ARRAYS = ("num_spans", "has_end", "boundaries", "boundary_starts")
-_TEXTS = ("pair_ids", "split", "prompts", "chosen", "rejected")
+TEXTS = ("pair_ids", "split", "prompts", "chosen", "rejected")
+"""The fields of `PreparedPairs` with one text per pair."""
+STARTS = "_starts"
+"""What the names of arrays end in that hold where rows begin."""
 _BLOCK = 512  # pairs tokenized at once; bounds the memory of the tokenizers' output
 _FIX = (
     "Correct the data; raise max_prompt_tokens or set `long_prompt: cut` if prompts are too long; "
@@ -57,15 +61,113 @@ class PreparedPairs:
     rejected: tuple[str, ...]
     dropped: dict[str, int]  # pairs by reason, over all splits
     report: dict[str, int | float]  # counts over all splits; `SPLIT_NAME` are those of one split
-    losses: tuple[Loss, ...] = ()  # each dropped pair; not part of `texts`
+    losses: tuple[Loss, ...] = ()  # each dropped pair; not stored with the pairs
 
 
-class _Selection(NamedTuple):
-    """The selected pairs of one split."""
+class Piece(NamedTuple):
+    """One block of prepared pairs: arrays by name and one text per pair. All of them in order, joined, are the whole.
 
-    pairs: list[Pair]
-    num_seen: int  # rows examined for the selection
-    dropped: list[Dropped]  # of these
+    Arrays whose name ends in ``_starts`` hold the lengths of the rows.
+    """
+
+    arrays: dict[str, NDArray[Any]]
+    texts: dict[str, list[str]]
+
+
+class Preparation:
+    """Renders, tokenizes, aligns and cuts the pairs of every split, block by block, so that memory is bounded.
+
+    Args:
+        pairs: the rows of each split.
+        config: which pairs are used, and their lengths.
+        teacher: how the teacher reads text.
+        student: how the student does; it may be the same.
+
+    Attributes, complete when all `pieces` are read:
+        losses: each dropped pair.
+        report: counts over all splits; `SPLIT_NAME` are those of one split.
+        dropped: number of pairs by reason, over all splits.
+        num_pairs: pairs that are kept.
+        has_marks: whether a pair has marks; the marks of the pieces are all 0 otherwise.
+        end_tokens: what ends the responses of each model, and what says so: its template, or what else.
+    """
+
+    def __init__(
+        self,
+        pairs: Mapping[str, ReadPairs],
+        config: PairsConfig,
+        *,
+        teacher: TemplatedTokenizer,
+        student: TemplatedTokenizer,
+    ) -> None:
+        self._pairs, self._config, self._sides = pairs, config, (teacher, student)
+        self.losses: list[Loss] = []
+        self.num_pairs, self.has_marks = 0, False
+        self._counts: Counter[str] = Counter()  # over all splits
+        self._by_split: dict[str, int] = {}
+        self._end_ids: tuple[set[int], set[int]] = (set(), set())  # of teacher and student
+
+    @property
+    def end_tokens(self) -> dict[str, str]:
+        """By the name of the model: the tokens, and in brackets where they are from."""
+        found = {}
+        for side, ids in zip(self._sides, self._end_ids, strict=True):
+            tokens = [str(side.tokenizer.convert_ids_to_tokens(end)) for end in sorted(ids)]
+            origins = ", ".join(sorted(side.ends_from))
+            found[side.name] = f"{', '.join(tokens) or 'none: every response is cut'} ({origins})"
+        return found
+
+    @property
+    def report(self) -> dict[str, int | float]:
+        """Counts over all splits, then those of each."""
+        return {"pairs": self.num_pairs, **self._counts, **self._by_split}
+
+    @property
+    def dropped(self) -> dict[str, int]:
+        """Number of dropped pairs by reason."""
+        found = Counter(loss.reason for loss in self.losses)
+        return dict.fromkeys(_ALWAYS, 0) | {name: found[name] for name in DROP_REASONS if found[name]}
+
+    def pieces(self) -> Iterator[Piece]:
+        """The blocks of prepared pairs, split after split, in the order given.
+
+        Raises:
+            UserError: too many pairs dropped, none left, or a template that reaches a limit.
+        """
+        if not self._pairs:
+            raise UserError("there are no pairs", fix="Name at least one split")
+        for split, given in self._pairs.items():
+            yield from self._pieces_of(split, given)
+
+    def _pieces_of(self, split: str, given: ReadPairs) -> Iterator[Piece]:
+        config, seen = self._config, _Seen()
+        selected = _selected(_valid(given.rows, self._sides, seen), select=config.select, limit=config.limit)
+        num_selected, late, report = 0, [], Counter[str]()
+        while pairs := list(islice(selected, _BLOCK)):
+            block = build_block(
+                pairs,
+                sides=self._sides,
+                max_tokens=config.max_tokens,
+                max_prompt_tokens=config.max_prompt_tokens,
+                cut_prompts=config.long_prompt == "cut",
+                where=f"split '{split}'",
+            )
+            num_selected += len(pairs)
+            late += block.dropped
+            report.update({"kept": len(block.pairs), **block.report})
+            self.has_marks |= any(pair.chosen_marks or pair.rejected_marks for pair in block.pairs)
+            for ends, rows in zip(self._end_ids, (block.teacher, block.student), strict=True):
+                ends.update(rows.input_ids[rows.row_starts[1:][block.has_end] - 1].tolist())
+            yield _piece(split, block)
+        _refuse_losses(split, seen, num_selected=num_selected, late=late, max_dropped=config.max_dropped)
+        of_split = sorted([*seen.dropped, *late], key=lambda loss: _row_order(loss.row))
+        self.losses += [Loss(split, given.source, *loss) for loss in of_split]
+        kept = report.pop("kept")
+        self.num_pairs += kept
+        self._counts.update(report)
+        counts = {"pairs": kept, "dropped": len(of_split)}
+        counts |= {name: report[name] for name in ("responses_cut", "cut_prompts")}
+        self._by_split |= {f"{split}_{name}": number for name, number in counts.items()}
 
 
 def prepare_pairs(
@@ -75,104 +177,90 @@ def prepare_pairs(
     teacher: TemplatedTokenizer,
     student: TemplatedTokenizer,
 ) -> PreparedPairs:
-    """Render, tokenize, align and cut the pairs of every split.
-
-    Args:
-        pairs: pairs by the name of their split, with the rows that are none.
-        config: which pairs are used, and their lengths.
-        teacher: how the teacher reads text.
-        student: how the student does; it may be the same.
-
-    Returns:
-        The pairs, split after split, in the order given.
+    """All pairs of a `Preparation`, in memory.
 
     Raises:
-        UserError: too many pairs dropped, none left, or a template that reaches a limit.
+        UserError: as `Preparation.pieces`.
     """
-    blocks: list[tuple[str, Block]] = []
-    losses: list[Loss] = []
-    by_split: dict[str, int] = {}
-    for split, found in pairs.items():
-        given = found if isinstance(found, ReadPairs) else ReadPairs(found)
-        selection = _select(given, sides=(teacher, student), select=config.select, limit=config.limit)
-        built = [
-            build_block(
-                selection.pairs[i : i + _BLOCK],
-                sides=(teacher, student),
-                max_tokens=config.max_tokens,
-                max_prompt_tokens=config.max_prompt_tokens,
-                cut_prompts=config.long_prompt == "cut",
-                where=f"split '{split}'",
-            )
-            for i in range(0, len(selection.pairs), _BLOCK)
-        ]
-        late = [loss for block in built for loss in block.dropped]
-        _refuse_losses(split, selection, late, max_dropped=config.max_dropped)
-        of_split = sorted([*selection.dropped, *late], key=lambda loss: _row_order(loss.row))
-        losses += [Loss(split, given.source, *loss) for loss in of_split]
-        by_split |= _counts_of_split(split, built, num_dropped=len(of_split))
-        blocks += [(split, block) for block in built]
-    if not blocks:
-        raise UserError("there are no pairs", fix="Name at least one split")
-    return _concatenated(blocks, losses, by_split)
+    given = {split: found if isinstance(found, ReadPairs) else ReadPairs(found) for split, found in pairs.items()}
+    preparation = Preparation(given, config, teacher=teacher, student=student)
+    pieces = list(preparation.pieces())
+    arrays = {name: np.concatenate([piece.arrays[name] for piece in pieces]) for name in pieces[0].arrays}
+    arrays = {name: row_starts(array) if name.endswith(STARTS) else array for name, array in arrays.items()}
+    if not preparation.has_marks:
+        del arrays["marks"]
+    texts: dict[str, Any] = {name: list(chain(*(piece.texts[name] for piece in pieces))) for name in TEXTS}
+    texts |= {"dropped": preparation.dropped, "report": preparation.report}
+    return from_arrays(arrays, texts, losses=preparation.losses)
 
 
-def _counts_of_split(split: str, blocks: Sequence[Block], *, num_dropped: int) -> dict[str, int]:
-    """Pairs, dropped pairs, cut responses and cut prompts of one split, by names that begin with the split's."""
-    report = _total(block.report for block in blocks)
-    counts = {"pairs": sum(len(block.pairs) for block in blocks), "dropped": num_dropped}
-    counts |= {name: report[name] for name in ("responses_cut", "cut_prompts")}
-    return {f"{split}_{name}": number for name, number in counts.items()}
-
-
-def arrays(prepared: PreparedPairs) -> dict[str, NDArray[Any]]:
-    """The arrays of prepared pairs by name. `texts` returns the other fields; `from_arrays` is the inverse of both."""
-    sides = {"teacher": prepared.teacher, "student": prepared.student}
-    result = {
-        f"{name}.{field.name}": getattr(rows, field.name) for name, rows in sides.items() for field in fields(rows)
-    }
-    result |= {name: getattr(prepared, name) for name in _ARRAYS}
-    return result if prepared.marks is None else {**result, "marks": prepared.marks}
-
-
-def texts(prepared: PreparedPairs) -> dict[str, Any]:
-    """The fields of prepared pairs that are not arrays, as JSON."""
-    lists = {name: list(getattr(prepared, name)) for name in _TEXTS}
-    return {**lists, "dropped": prepared.dropped, "report": prepared.report}
-
-
-def from_arrays(arrays: Mapping[str, NDArray[Any]], texts: Mapping[str, Any]) -> PreparedPairs:
-    """Make prepared pairs from the results of `arrays` and `texts`."""
+def from_arrays(
+    arrays: Mapping[str, NDArray[Any]], texts: Mapping[str, Any], *, losses: Iterable[Loss] = ()
+) -> PreparedPairs:
+    """Make prepared pairs of their arrays by name, and of the other fields as JSON types."""
     teacher, student = (
         TokenRows(**{field.name: arrays[f"{name}.{field.name}"] for field in fields(TokenRows)})
         for name in ("teacher", "student")
     )
     parts: dict[str, Any] = {name: arrays[name] for name in _ARRAYS}
-    parts |= {name: tuple(texts[name]) for name in _TEXTS}
+    parts |= {name: tuple(texts[name]) for name in TEXTS}
     parts |= {name: dict(texts[name]) for name in ("dropped", "report")}
-    return PreparedPairs(teacher=teacher, student=student, marks=arrays.get("marks"), **parts)
+    return PreparedPairs(teacher=teacher, student=student, marks=arrays.get("marks"), losses=tuple(losses), **parts)
 
 
-def _select(given: ReadPairs, *, sides: Sequence[TemplatedTokenizer], select: str, limit: int | None) -> _Selection:
-    dropped: list[Dropped] = []
-    valid: list[Pair] = []
-    last = None
-    for pair in given.pairs:
-        if select == "all" and limit is not None and len(valid) == limit:
-            break
-        last = pair
-        reason = _invalid(pair, sides)
-        if reason is None:
-            valid.append(pair)
+def _piece(split: str, block: Block) -> Piece:
+    arrays: dict[str, NDArray[Any]] = {}
+    for name, rows in (("teacher", block.teacher), ("student", block.student)):
+        arrays |= {f"{name}.{field.name}": getattr(rows, field.name) for field in fields(rows)}
+        arrays[f"{name}.row_starts"] = np.diff(rows.row_starts)
+    arrays |= {name: getattr(block, name) for name in ("num_spans", "has_end", "boundaries", "marks")}
+    arrays["boundary_starts"] = block.boundary_counts
+    texts = {
+        "pair_ids": [pair.id for pair in block.pairs],
+        "split": [split] * len(block.pairs),
+        "prompts": [pair.prompt[-1].content for pair in block.pairs],
+        "chosen": [pair.chosen for pair in block.pairs],
+        "rejected": [pair.rejected for pair in block.pairs],
+    }
+    return Piece(arrays, texts)
+
+
+@dataclass
+class _Seen:
+    """What the selection has read of a split."""
+
+    num_valid: int = 0
+    dropped: list[Dropped] = field(default_factory=list)  # before tokenization
+
+
+def _valid(rows: Iterable[Pair | Dropped], sides: Sequence[TemplatedTokenizer], seen: _Seen) -> Iterator[Pair]:
+    """The pairs that can be tokenized; what is read is noted in ``seen``."""
+    for row in rows:
+        reason = _invalid(row, sides) if isinstance(row, Pair) else None
+        if isinstance(row, Dropped):
+            seen.dropped.append(row)
+        elif reason is not None:
+            seen.dropped.append(Dropped(row.id, reason))
         else:
-            dropped.append(Dropped(pair.id, reason))
-    whole = last is None or last is given.pairs[-1]
-    seen = [loss for loss in given.dropped if whole or _row_order(loss.row) < _row_order(last.id)]  # type: ignore[union-attr]
-    num_seen = len(valid) + len(dropped) + len(seen)
-    if select == "shortest":
-        order = sorted(range(len(valid)), key=lambda i: valid[i].num_characters)  # stable: the earlier of two equals
-        valid = [valid[i] for i in sorted(order[:limit])]
-    return _Selection(valid, num_seen, [*seen, *dropped])
+            seen.num_valid += 1
+            yield row
+
+
+def _selected(valid: Iterator[Pair], *, select: str, limit: int | None) -> Iterator[Pair]:
+    """The first, or in their order the shortest, ``limit`` pairs; all without a limit."""
+    if limit is None:
+        return valid
+    return islice(valid, limit) if select == "all" else iter(_shortest(valid, limit))
+
+
+def _shortest(pairs: Iterator[Pair], limit: int) -> list[Pair]:
+    """The shortest pairs in their order, the earlier of two equals; one block more than the limit is held."""
+    kept: list[Pair] = []
+    while more := list(islice(pairs, _BLOCK)):
+        kept += more
+        order = sorted(range(len(kept)), key=lambda i: kept[i].num_characters)[:limit]
+        kept = [kept[i] for i in sorted(order)]
+    return kept
 
 
 def _row_order(row: str) -> tuple[int, str]:
@@ -189,66 +277,24 @@ def _invalid(pair: Pair, sides: Sequence[TemplatedTokenizer]) -> str | None:
     return "special_token_text" if any(side.holds_special_text(text) for side in sides for text in contents) else None
 
 
-def _refuse_losses(split: str, selection: _Selection, late: Sequence[Dropped], *, max_dropped: float) -> None:
+def _refuse_losses(split: str, seen: _Seen, *, num_selected: int, late: Sequence[Dropped], max_dropped: float) -> None:
     """Refuse a split if more than ``max_dropped`` of its pairs are dropped, before and after the selection together."""
-    losses = [*selection.dropped, *late]
+    losses, num_seen = [*seen.dropped, *late], seen.num_valid + len(seen.dropped)
     total = Counter(loss.reason for loss in losses)
     reasons = ", ".join(f"{reason} {total[reason]}" for reason in DROP_REASONS if total[reason])
     if (example := next((loss for loss in losses if loss.detail), None)) is not None:
         reasons += f"; row {example.row}: {example.detail}"
-    if len(selection.pairs) == len(late):
+    if num_selected == len(late):
         raise UserError(
-            f"no usable row is left of {selection.num_seen} ({reasons or 'the split is empty'})",
+            f"no usable row is left of {num_seen} ({reasons or 'the split is empty'})",
             where=f"split '{split}'",
             fix=_FIX,
         )
-    kept = (1 - len(selection.dropped) / selection.num_seen) * (1 - len(late) / len(selection.pairs))
+    kept = (1 - len(seen.dropped) / num_seen) * (1 - len(late) / num_selected)
     if 1 - kept > max_dropped + 1e-9:
         raise UserError(
-            f"{len(losses)} of {selection.num_seen} rows are dropped ({reasons}), {100 * (1 - kept):.1f} % of the "
+            f"{len(losses)} of {num_seen} rows are dropped ({reasons}), {100 * (1 - kept):.1f} % of the "
             f"selected ones; at most {100 * max_dropped:g} % may be (max_dropped)",
             where=f"split '{split}'",
             fix=_FIX,
         )
-
-
-def _concatenated(
-    blocks: Sequence[tuple[str, Block]], losses: Sequence[Loss], by_split: Mapping[str, int]
-) -> PreparedPairs:
-    parts = [block for _, block in blocks]
-    pairs = [pair for block in parts for pair in block.pairs]
-    dropped = Counter(loss.reason for loss in losses)
-    has_marks = any(pair.chosen_marks or pair.rejected_marks for pair in pairs)
-    return PreparedPairs(
-        teacher=_concatenated_rows([block.teacher for block in parts]),
-        student=_concatenated_rows([block.student for block in parts]),
-        num_spans=np.concatenate([block.num_spans for block in parts]),
-        has_end=np.concatenate([block.has_end for block in parts]),
-        boundaries=np.concatenate([block.boundaries for block in parts]),
-        boundary_starts=row_starts(np.concatenate([block.boundary_counts for block in parts])),
-        marks=np.concatenate([block.marks for block in parts]) if has_marks else None,
-        pair_ids=tuple(pair.id for pair in pairs),
-        split=tuple(split for split, block in blocks for _ in block.pairs),
-        prompts=tuple(pair.prompt[-1].content for pair in pairs),
-        chosen=tuple(pair.chosen for pair in pairs),
-        rejected=tuple(pair.rejected for pair in pairs),
-        dropped=dict.fromkeys(_ALWAYS, 0) | {name: dropped[name] for name in DROP_REASONS if dropped[name]},
-        losses=tuple(losses),
-        report={"pairs": len(pairs), **_total(block.report for block in parts), **by_split},
-    )
-
-
-def _total(counters: Iterable[Counter[str]]) -> Counter[str]:
-    """The sum of counters; counts of zero are kept."""
-    total: Counter[str] = Counter()
-    for counter in counters:
-        total.update(counter)
-    return total
-
-
-def _concatenated_rows(rows: Sequence[TokenRows]) -> TokenRows:
-    return TokenRows(
-        input_ids=np.concatenate([part.input_ids for part in rows]),
-        row_starts=row_starts(np.concatenate([np.diff(part.row_starts) for part in rows])),
-        unit=np.concatenate([part.unit for part in rows]),
-    )

@@ -12,8 +12,9 @@ from ctpd.app import Experiment
 from ctpd.pipeline.references import External
 from ctpd.pipeline.runtime import Runtime
 from ctpd.pipeline.stage import Work
-from ctpd.pipeline.stages.pairs import DROPPED, META, ModelInput
+from ctpd.pipeline.stages.pairs import ModelInput
 from ctpd.recipe import PlainSpec
+from ctpd.text.prepared_files import DROPPED, read_meta
 from tests.conftest import Cli, SmokeRun
 from tests.fixtures.tokenizers import with_template
 
@@ -147,7 +148,7 @@ def test_a_row_that_is_no_pair_is_listed_with_its_file_and_moves_no_other(recipe
         "reason": "null_content",
         "detail": "column 'chosen', message 0: the content is nothing (null), not a string",
     }
-    meta = json.loads((work.folder / META).read_text())
+    meta = read_meta(work.folder)
     assert len(meta["pair_ids"]) == 60
     assert meta["end_tokens"] == {"teacher": "</s> (template)", "student": "</s> (template)"}
 

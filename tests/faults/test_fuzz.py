@@ -219,8 +219,7 @@ def test_pairs(ending: str, content: Any, tmp_path: Path, data: st.DataObject) -
     path = tmp_path / f"pairs{ending}"
     path.write_bytes(data.draw(content))
     refuses_or_reads(lambda: read_pair_file(path))
-    found = refuses_or_reads(lambda: read_usable_file(path))
-    for pair in () if found is None else found.pairs:
+    for pair in refuses_or_reads(lambda: list(read_usable_file(path).pairs)) or ():
         assert pair.prompt[-1].role == "user"
         assert pair.chosen.encode() == pair.chosen.strip().encode()
 

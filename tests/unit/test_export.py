@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 from peft import AutoPeftModelForCausalLM
-from safetensors.numpy import save_file
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForMultimodalLM, AutoTokenizer, GenerationConfig
 
@@ -19,8 +18,9 @@ from ctpd.models import add_lora, save_model
 from ctpd.pipeline.references import MODEL_FOLDER, Model, external_model
 from ctpd.pipeline.stages.train import CHAIN
 from ctpd.text.config import PairsConfig
-from ctpd.text.pairs import Message, Pair
-from ctpd.text.prepare import arrays, prepare_pairs, texts
+from ctpd.text.pairs import Message, Pair, ReadPairs
+from ctpd.text.prepare import Preparation
+from ctpd.text.prepared_files import write_prepared
 from ctpd.text.render import ChatTemplate, PlainTemplate, TemplatedTokenizer
 from tests.fixtures.tiny import tiny_model, tiny_multimodal
 from tests.fixtures.tokenizers import CHATML, tokenizer, with_bos, with_template
@@ -61,9 +61,7 @@ def _write_pairs(folder: Path) -> None:
     side = TemplatedTokenizer(chatty, ChatTemplate(chatty, variables={}), name="student")
     pairs = [Pair(str(i), (Message("user", "Who?"),), "He.", "She.") for i in range(2)]
     config = PairsConfig(max_tokens=64, max_prompt_tokens=32)
-    prepared = prepare_pairs({"train": pairs}, config, teacher=side, student=side)
-    save_file(arrays(prepared), folder / "pairs.safetensors")
-    (folder / "pairs.json").write_text(json.dumps(texts(prepared)))
+    write_prepared(Preparation({"train": ReadPairs(pairs)}, config, teacher=side, student=side), folder)
 
 
 def test_the_merged_model_is_the_same_from_every_working_directory(

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from ctpd.core.errors import UserError
-from ctpd.text.pairs import Message, Pair, parse_pairs, parse_usable
+from ctpd.text.pairs import Dropped, Message, Pair, parse_pairs, usable_rows
 
 USER, ANSWER, OTHER = (
     {"role": role, "content": text} for role, text in [("user", "Why?"), ("assistant", "So."), ("assistant", "No.")]
@@ -130,9 +130,10 @@ def test_one_bad_row_is_dropped_with_reason_number_and_what_is_wrong() -> None:
         "malformed": {**GOOD, "prompt": ["hello"]},
     }
     rows = [{**GOOD, "tools": '[{"name": "f"}]'}, *bad.values(), GOOD]
-    pairs, dropped, source = parse_usable(rows, source="f.jsonl")
-    assert [pair.id for pair in pairs] == ["6"]
-    assert source == "f.jsonl"
+    *dropped, last = usable_rows(rows, source="f.jsonl")
+    assert isinstance(last, Pair)
+    assert last.id == "6"
+    assert all(isinstance(row, Dropped) for row in dropped)
     assert [(loss.row, loss.reason) for loss in dropped] == [
         (str(i), reason) for i, reason in enumerate(["unread_field", *bad])
     ]
@@ -141,6 +142,6 @@ def test_one_bad_row_is_dropped_with_reason_number_and_what_is_wrong() -> None:
 
 def test_a_source_without_a_pair_is_refused_with_its_first_row() -> None:
     with pytest.raises(UserError, match="the row has no columns") as error:
-        parse_usable([{}, {}], source="f")
+        list(usable_rows([{}, {}], source="f"))
     assert error.value.where == "f, row 0"
-    assert parse_usable([], source="f").pairs == []
+    assert list(usable_rows([], source="f")) == []

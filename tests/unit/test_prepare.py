@@ -2,18 +2,22 @@
 
 import json
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
+from safetensors.numpy import load, save
 
 from ctpd.core.errors import UserError
 from ctpd.text.align import align_spans
 from ctpd.text.config import PairsConfig
 from ctpd.text.pairs import Dropped, Message, Pair, ReadPairs, parse_pairs
-from ctpd.text.prepare import PreparedPairs, TokenRows, arrays, from_arrays, prepare_pairs, texts
+from ctpd.text.prepare import Preparation, PreparedPairs, TokenRows, prepare_pairs
+from ctpd.text.prepared_files import read_prepared, write_prepared
 from ctpd.text.render import ChatTemplate, PlainTemplate, TemplatedTokenizer
 from tests.fixtures.tokenizers import CHATML, KINDS, tokenizer, with_bos, with_template
 
@@ -280,7 +284,7 @@ def test_a_row_that_a_template_refuses_is_dropped_counted_and_listed() -> None:
     own = with_template("byte_bpe", refuses)
     bad = Pair("7", (Message("system", "s"), Message("user", "u")), "a", "b")
     side_ = TemplatedTokenizer(own, ChatTemplate(own, {}), "teacher")
-    given = ReadPairs([*[pair(id=str(i)) for i in range(7)], bad], [Dropped("8", "roles", "why")], "f.jsonl")
+    given = ReadPairs([*[pair(id=str(i)) for i in range(7)], bad, Dropped("8", "roles", "why")], "f.jsonl")
     config = PairsConfig(**{**LONG, "max_dropped": 0.3})  # type: ignore[arg-type]
     prepared = prepare_pairs({"train": given}, config, teacher=side_, student=side("unigram"))
     assert prepared.dropped["template"] == prepared.dropped["roles"] == 1
@@ -295,23 +299,40 @@ def test_a_row_that_a_template_refuses_is_dropped_counted_and_listed() -> None:
         prepare_pairs({"train": given}, strict, teacher=side_, student=side("unigram"))
 
 
+def everything(prepared: PreparedPairs) -> dict[str, Any]:
+    """All fields but the dropped pairs, those of the token rows included; arrays with their dtype."""
+    found = vars(prepared) | {
+        f"{name}.{key}": value
+        for name in ("teacher", "student")
+        for key, value in vars(getattr(prepared, name)).items()
+    }
+    return {
+        name: (str(value.dtype), value.tolist()) if isinstance(value, np.ndarray) else value
+        for name, value in found.items()
+        if name not in ("teacher", "student", "losses")
+    }
+
+
 @pytest.mark.parametrize("marks", [{}, {"chosen_marks": ((0, 3, True),)}], ids=["no marks", "marks"])
-def test_arrays_and_texts_hold_everything(marks: dict) -> None:
-    """The stored form gives the same prepared pairs back; the texts are JSON."""
-    prepared = prepare([pair(**marks), pair(id="1")])
-    again = from_arrays(arrays(prepared), json.loads(json.dumps(texts(prepared))))
-    assert texts(again) == texts(prepared)
-    left, right = arrays(prepared), arrays(again)
-    assert left.keys() == right.keys()
-    assert ("marks" in left) == bool(marks)
-    for name, value in left.items():
-        assert isinstance(value, np.ndarray)
-        assert value.dtype == right[name].dtype
-        assert np.array_equal(value, right[name])
-    dtypes = {name: str(value.dtype) for name, value in left.items()}
-    assert (
-        dtypes["teacher.input_ids"] == dtypes["teacher.unit"] == dtypes["num_spans"] == dtypes["boundaries"] == "int32"
+def test_the_files_hold_everything(marks: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pairs that are written block by block and read are those in memory, in the format that the library writes."""
+    monkeypatch.setattr("ctpd.text.prepare._BLOCK", 2)
+    rows = ReadPairs(
+        [pair('"ü"\n', **marks), *[pair(id=str(i)) for i in range(1, 5)], Dropped("5", "roles", "why")], "f.jsonl"
     )
+    sides = {"teacher": side("byte_bpe"), "student": side("unigram")}
+    config = PairsConfig(**{**LONG, "max_dropped": 0.5})  # type: ignore[arg-type]
+    preparation = Preparation({"train": rows, "eval": ReadPairs([pair(id="9")])}, config, **sides)
+    write_prepared(preparation, tmp_path)
+    again = everything(read_prepared(tmp_path))
+    assert again == everything(prepare_pairs({"train": rows, "eval": [pair(id="9")]}, config, **sides))
+    assert (again["marks"] is not None) == bool(marks)
+    names = ("teacher.input_ids", "teacher.unit", "num_spans", "boundaries")
+    assert {again[name][0] for name in names} == {"int32"}
+    assert [json.loads(line)["row"] for line in (tmp_path / "dropped.jsonl").read_text().splitlines()] == ["5"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["dropped.jsonl", "pairs.json", "pairs.safetensors"]
+    written = (tmp_path / "pairs.safetensors").read_bytes()
+    assert len(save(load(written))) == len(written)
 
 
 def test_the_size_of_blocks_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -321,5 +342,4 @@ def test_the_size_of_blocks_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> 
     whole = prepare(pairs)
     monkeypatch.setattr("ctpd.text.prepare._BLOCK", 2)
     parts = prepare(pairs)
-    assert texts(whole) == texts(parts)
-    assert all(np.array_equal(value, arrays(parts)[name]) for name, value in arrays(whole).items())
+    assert everything(whole) == everything(parts)

@@ -1,8 +1,7 @@
 """The data step of a comparison: render pairs, tokenize them for both models and align the tokens."""
 
-import json
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -18,14 +17,13 @@ from ctpd.text.config import PairsConfig
 from harness.cautions import cut_text, pairs_text
 
 if TYPE_CHECKING:
-    from ctpd.text.pairs import Pair, ReadPairs
+    from ctpd.text.pairs import Dropped, Pair, ReadPairs
     from ctpd.text.prepare import PreparedPairs
     from ctpd.text.render import TemplatedTokenizer
     from ctpd.text.templates import EndToken
 
 CUTTING = 2
 """The version of how long prompts are cut; part of the key where they are, so that other pairs keep theirs."""
-PAIRS, META, DROPPED = "pairs.safetensors", "pairs.json", "dropped.jsonl"
 _RENDERING = (
     "generation prompt, response, end"  # in the keys of pairs in chat templates: what was before rendered otherwise
 )
@@ -89,13 +87,16 @@ class FilePairs(PairSource):
         """Read the file.
 
         Raises:
-            UserError: it has changed since the plan was made, or changes while it is read.
+            UserError: while the rows are read, that it has changed since the plan was made, or since the first row.
         """
-        path = user_path(self.path)
+        from ctpd.text.pairs import ReadPairs
+
+        return ReadPairs(self._rows(user_path(self.path)), self.path)
+
+    def _rows(self, path: Path) -> "Iterator[Pair | Dropped]":
         self._check(path)
-        pairs = read_usable_file(path)
+        yield from read_usable_file(path).rows
         self._check(path)
-        return pairs._replace(source=self.path)
 
     def _check(self, path: Path) -> None:
         if file_digest(path) != self.digest:
@@ -113,10 +114,10 @@ class HubPairs(PairSource):
 
     def read(self, work: Work) -> "ReadPairs":
         """Load the split."""
-        from ctpd.text.pairs import parse_usable
+        from ctpd.text.pairs import ReadPairs, usable_rows
 
         rows = read_hub(self.hub, config=self.name, split=self.split, revision=self.revision)
-        return parse_usable(rows, source=self.hub)
+        return ReadPairs(usable_rows(rows, source=self.hub), self.hub)
 
 
 def read_pair_file(path: Path) -> "list[Pair]":
@@ -127,10 +128,10 @@ def read_pair_file(path: Path) -> "list[Pair]":
 
 
 def read_usable_file(path: Path) -> "ReadPairs":
-    """The pairs of a local file, and the rows that are none."""
-    from ctpd.text.pairs import parse_usable
+    """The pairs of a local file, and the rows that are none, as they are gone through."""
+    from ctpd.text.pairs import ReadPairs, usable_rows
 
-    return parse_usable(read_rows(path), source=str(path))
+    return ReadPairs(usable_rows(read_rows(path), source=str(path)), str(path))
 
 
 @dataclass(frozen=True)
@@ -213,53 +214,29 @@ class PairsStage(Stage):
 
     def build(self, work: Work) -> None:
         """Read, validate, render, tokenize and align the pairs, once for all methods."""
-        from safetensors.numpy import save_file
-
-        from ctpd.text.prepare import arrays, prepare_pairs, texts
+        from ctpd.text.prepare import Preparation
+        from ctpd.text.prepared_files import write_prepared
 
         teacher, student = self.teacher.load(work, role="teacher"), self.student.load(work, role="student")
-        prepared = prepare_pairs(
+        preparation = Preparation(
             {split: source.read(work) for split, source in self.sources.items()},
             self.config,
             teacher=teacher,
             student=student,
         )
-        save_file(arrays(prepared), work.folder / PAIRS)
-        meta = {**texts(prepared), "end_tokens": end_tokens(prepared, teacher=teacher, student=student)}
-        (work.folder / META).write_text(json.dumps(meta, ensure_ascii=False), encoding="utf-8")
-        if prepared.losses:
-            lines = [json.dumps(loss._asdict(), ensure_ascii=False) for loss in prepared.losses]
-            (work.folder / DROPPED).write_text("\n".join([*lines, ""]), encoding="utf-8")
-        num_pairs = len(prepared.pair_ids)
-        if any(prepared.dropped.values()) or cut_text(num_pairs, prepared.report) is not None:
-            work.remark(f"pairs: {pairs_text(num_pairs, prepared.dropped, prepared.report)}")
+        write_prepared(preparation, work.folder)
+        num_pairs = preparation.num_pairs
+        if preparation.losses or cut_text(num_pairs, preparation.report) is not None:
+            work.remark(f"pairs: {pairs_text(num_pairs, preparation.dropped, preparation.report)}")
 
     def read(self, work: Work) -> "PreparedPairs":
         """Read the prepared pairs."""
+        from ctpd.text.prepared_files import read_prepared
+
         return read_prepared(work.path(self))
 
     def read_meta(self, work: Work) -> dict[str, Any]:
         """Texts, ids, and counts of dropped and cut rows."""
-        meta: dict[str, Any] = json.loads((work.path(self) / META).read_text(encoding="utf-8"))
-        return meta
+        from ctpd.text.prepared_files import read_meta
 
-
-def end_tokens(
-    prepared: "PreparedPairs", *, teacher: "TemplatedTokenizer", student: "TemplatedTokenizer"
-) -> dict[str, str]:
-    """What ends the responses of each model, and whether its template writes it or what else says so."""
-    found = {}
-    for side, rows in ((teacher, prepared.teacher), (student, prepared.student)):
-        ids = rows.input_ids[rows.row_starts[1:][prepared.has_end] - 1]
-        texts = [str(side.tokenizer.convert_ids_to_tokens(end)) for end in sorted(set(ids.tolist()))]
-        found[side.name] = f"{', '.join(texts) or 'none: every response is cut'} ({', '.join(sorted(side.ends_from))})"
-    return found
-
-
-def read_prepared(folder: Path) -> "PreparedPairs":
-    """Read the prepared pairs of an artifact."""
-    from safetensors.numpy import load_file
-
-    from ctpd.text.prepare import from_arrays
-
-    return from_arrays(load_file(folder / PAIRS), json.loads((folder / META).read_text(encoding="utf-8")))
+        return read_meta(work.path(self))
