@@ -17,7 +17,7 @@ WORKERS ?= 2
 # Minutes of each fuzz test in `make fuzz`.
 MINUTES ?= 10
 
-BENCHMARKS := step evaluation roofline sharing head scaling alignment pipeline
+BENCHMARKS := step evaluation roofline sharing head scaling alignment pairs pipeline
 
 .PHONY: setup interpreter demo test check unit e2e regression record-regression schema ci bench bench-quick real-models faults fuzz clean
 

@@ -34,18 +34,18 @@ def measure(config: dict[str, Any]) -> dict[str, Any]:
     from ctpd.text.render import PlainTemplate, space_mark_ids
     from ctpd.text.render import TemplatedTokenizer as Reader
 
-    pairs = _pairs(config)
+    pairs = preference_pairs(config["data"], limit=config["limit"])
     texts = [text for pair in pairs for text in (pair.chosen, pair.rejected) if text]
     tokenizers = {role: _tokenizer(role, config, texts) for role in VOCABULARIES}
     seconds = {"tokenize_s": 0.0, "encode_s": 0.0}
     found = {}
     for role, tok in tokenizers.items():
-        _tokenize(tok, texts[:8])
+        tokenize(tok, texts[:8])
         start = time.perf_counter()
         tok.backend_tokenizer.encode_batch(texts, add_special_tokens=False)
         seconds["encode_s"] += time.perf_counter() - start
         start = time.perf_counter()
-        output = _tokenize(tok, texts)
+        output = tokenize(tok, texts)
         seconds["tokenize_s"] += time.perf_counter() - start
         found[role] = [_arrays(output, slice(i, i + BLOCK), space_mark_ids(tok)) for i in range(0, len(texts), BLOCK)]
     blocks = list(zip(_blocks(texts), found["teacher"], found["student"], strict=True))
@@ -78,7 +78,7 @@ def measure(config: dict[str, Any]) -> dict[str, Any]:
 Arrays = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
 
 
-def _tokenize(tokenizer: Any, texts: Sequence[str]) -> Any:
+def tokenize(tokenizer: Any, texts: Sequence[str]) -> Any:
     """Tokenize with the arguments that `ctpd.text.render` uses."""
     return tokenizer(
         list(texts),
@@ -122,13 +122,14 @@ def _align(texts: Sequence[str], teacher: Arrays, student: Arrays) -> int:
     return len(batch.boundaries)
 
 
-def _pairs(config: dict[str, Any]) -> list[Any]:
+def preference_pairs(data: str | Path | None, *, limit: int) -> list[Any]:
+    """The first pairs of a file, or generated ones."""
     from ctpd.pipeline.sources import read_rows
     from ctpd.text.pairs import parse_pairs
 
-    if config["data"]:
-        path = Path(config["data"])
-        return list(parse_pairs(read_rows(path), source=path.name))[: config["limit"]]
+    if data:
+        path = Path(data)
+        return list(parse_pairs(read_rows(path), source=path.name))[:limit]
     rng = random.Random(0)
     words = ["".join(rng.choices("etaoinshrdlucmfw", k=rng.randint(1, 9))) for _ in range(5000)]
 
@@ -137,22 +138,27 @@ def _pairs(config: dict[str, Any]) -> list[Any]:
             rng.choice(words) + rng.choice(("", "", "", ",", ".", "\n", " é", " 日本")) for _ in range(number)
         )
 
-    rows = [{"prompt": text(40), "chosen": text(200), "rejected": text(150)} for _ in range(config["limit"])]
+    rows = [{"prompt": text(40), "chosen": text(200), "rejected": text(150)} for _ in range(limit)]
     return list(parse_pairs(rows, source="generated"))
 
 
 def _tokenizer(role: str, config: dict[str, Any], texts: Sequence[str]) -> Any:
-    """The tokenizer of ``config``, or one trained on the responses: byte-level BPE (teacher), SentencePiece-like BPE (student)."""
+    """The tokenizer of ``config``, or one trained on the responses."""
+    from ctpd.models import find_tokenizer
+
+    if not config[role]:
+        return trained_tokenizer(role, texts, VOCABULARIES[role])
+    tok = find_tokenizer(config[role])
+    if tok.eos_token is None:  # a tokenizer.json alone names none; any token will do here
+        tok.eos_token = tok.convert_ids_to_tokens(0)
+    return tok
+
+
+def trained_tokenizer(role: str, texts: Sequence[str], vocab_size: int) -> Any:
+    """Byte-level BPE (teacher), or BPE with SentencePiece's mark for spaces (student)."""
     from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
-    from ctpd.models import find_tokenizer
-
-    if config[role]:
-        tok = find_tokenizer(config[role])
-        if tok.eos_token is None:  # a tokenizer.json alone names none; any token will do here
-            tok.eos_token = tok.convert_ids_to_tokens(0)
-        return tok
     special = ["<unk>", "</s>"]
     core = Tokenizer(models.BPE(unk_token="<unk>"))
     alphabet: list[str] = []
@@ -166,7 +172,7 @@ def _tokenizer(role: str, config: dict[str, Any], texts: Sequence[str]) -> Any:
     core.train_from_iterator(
         texts,
         trainers.BpeTrainer(
-            vocab_size=VOCABULARIES[role], special_tokens=special, initial_alphabet=alphabet, show_progress=False
+            vocab_size=vocab_size, special_tokens=special, initial_alphabet=alphabet, show_progress=False
         ),
     )
     return PreTrainedTokenizerFast(tokenizer_object=core, eos_token="</s>", unk_token="<unk>", name_or_path=role)

@@ -95,11 +95,11 @@ class _GrowingArray:
 def _write_arrays(arrays: Mapping[str, _GrowingArray], path: Path) -> None:
     """A safetensors file; the library writes only what is in memory.
 
-    Format: the length of the header in 8 bytes, the header as JSON, the arrays, the largest elements first so that
-    all are aligned (https://huggingface.co/docs/safetensors/index#format).
+    Format: the length of the header in 8 bytes, the header as JSON, the arrays, in the library's order: the largest
+    elements first, so that all are aligned (https://huggingface.co/docs/safetensors/index#format).
     """
     header, offset = {}, 0
-    order = sorted(arrays, key=lambda name: (-arrays[name].dtype.itemsize, name))
+    order = sorted(arrays, key=lambda name: (-arrays[name].dtype.itemsize, arrays[name].dtype.kind == "b", name))
     for name in order:
         array = arrays[name]
         stop = offset + array.size * array.dtype.itemsize

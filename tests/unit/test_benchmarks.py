@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import math
+import re
 from argparse import Namespace
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,12 +17,14 @@ from safetensors.torch import load_file
 from benchmarks.figures import Bar, Line, bars, log_lines
 from benchmarks.inputs import DATA, EOS, MODEL, TOKENIZER, Shape, as_json, make_inputs, text_rows, token_pairs, units
 from benchmarks.measuring import machine_seconds, peak_mib, ratios, reset_peak, resident_mib
+from benchmarks.pairs import recombined
 from benchmarks.pipeline import passes, stage_seconds
 from benchmarks.report import Claim, Result, Table, claim_row, spread, write
 from benchmarks.roofline import Product, products
 from benchmarks.scaling import exponent
 from benchmarks.sharing import bound, with_prompt
 from benchmarks.step import DPO, EXACT, EXPECTED, PRECOMPUTED, SCENARIOS, TRL, check_losses, claims_of
+from ctpd.text.pairs import Message, Pair
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 TINY = Shape(batch=2, seq_len=24, prompt_len=6, words=40, hidden=16, layers=1, heads=2, vocab=64)
@@ -51,6 +54,20 @@ def test_rows_have_the_exact_length_and_ragged_ones_at_most_that() -> None:
     lengths = {len(p.prompt) + len(side) for p in ragged for side in (p.chosen, p.rejected)}
     assert max(lengths) == TINY.seq_len
     assert len(lengths) > 5
+
+
+def test_recombined_pairs_have_the_sentences_and_lengths_of_the_given_ones() -> None:
+    given = [
+        Pair(str(i), (Message("user", f"Is it {i}? Why?"),), f"It is {i}.\n\nSo it is. Yes", f"No {i}. Never.")
+        for i in range(3)
+    ]
+    pairs = list(recombined(given, 50))
+    assert pairs == [*recombined(given, 50)]
+    assert list(recombined(given, 7)) == pairs[:7]
+    sentences = {f"It is {i}.\n\n" for i in range(3)} | {"So it is. ", "Yes"}
+    assert all(re.sub("|".join(map(re.escape, sentences)), "", pair["chosen"]) == "" for pair in pairs)
+    assert len({pair["chosen"] for pair in pairs}) > 10
+    assert all(1 <= pair["prompt"].count("?") <= 2 for pair in pairs)
 
 
 @pytest.mark.parametrize("ragged", [False, True])
