@@ -1,29 +1,20 @@
-"""Files that a user names: their paths, and their text, which is UTF-8 with or without a byte order mark."""
+"""Files that a user names: their paths, and their text, with or without a byte order mark."""
 
-import codecs
+import io
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from ctpd.core.archives import open_bytes
 from ctpd.core.errors import UserError
+from ctpd.core.text_encoding import check_mark, not_in_encoding, wrong_encoding
 
-_CONTAINERS = {
-    b"\x1f\x8b": "a gzip file",
-    b"PK\x03\x04": "a zip file or an Excel workbook",
-    b"PAR1": "a Parquet file",
-    b"\x28\xb5\x2f\xfd": "a zstd file",
-    b"%PDF": "a PDF file",
-}
-_MARKS = {
-    codecs.BOM_UTF32_LE: "UTF-32LE",  # before UTF-16, whose mark it begins with
-    codecs.BOM_UTF32_BE: "UTF-32BE",
-    codecs.BOM_UTF16_LE: "UTF-16LE",
-    codecs.BOM_UTF16_BE: "UTF-16BE",
-}
 CONFIGURATION_BYTES = 2**20  # the largest recipe or suite that is read
-_HEAD = 4096  # bytes from which an encoding is guessed
-_SAMPLE = 2**20  # bytes after the first that is not UTF-8, for the same
+LONGEST_LINE = 2**28
+"""Characters of the longest line, and of the longest row of a CSV file: what is longer has no end, or is no data."""
+_MARK = "\ufeff"  # byte order mark
+_PIECE = 2**20  # characters read at once
 
 
 def user_path(text: str) -> Path:
@@ -40,6 +31,11 @@ def exists(path: Path) -> bool:
         return path.exists()
     except (OSError, ValueError):
         return False
+
+
+def is_folder(path: Path) -> bool:
+    """Whether there is a folder; a path that no file system accepts is none."""
+    return exists(path) and path.is_dir()
 
 
 def regular_file(path: Path, *, what: str, fix: str) -> Path:
@@ -97,67 +93,62 @@ def read_text(path: Path, *, most_bytes: int) -> str:
     return text
 
 
-def text_lines(path: Path) -> Iterator[str]:
-    """The lines of a UTF-8 file with their ends, without its byte order mark.
+def text_lines(path: Path, *, encoding: str | None = None) -> Iterator[str]:
+    """The lines of a text file with their ends, unpacked and without a byte order mark.
+
+    Args:
+        path: the file; compressed if its name ends in `.gz` or `.zst`.
+        encoding: Python's name; left out, UTF-8.
 
     Raises:
-        UserError: it cannot be read, or is not UTF-8.
+        UserError: it cannot be read or unpacked, is not in that encoding, or has a line without end.
     """
-    with readable(path), path.open(encoding="utf-8-sig", newline="") as handle:
-        for line in handle:
-            if "\0" in line:
-                raise wrong_encoding(path)
-            yield line
+    parts: list[str] = []
+    size = 0
+    for piece in text_pieces(path, encoding=encoding):
+        parts.append(piece)
+        size += len(piece)
+        if piece.endswith(("\n", "\r")):
+            yield "".join(parts)
+            parts, size = [], 0
+        elif size > LONGEST_LINE:
+            raise too_long(str(path), "a line")
+    if parts:
+        yield "".join(parts)
 
 
-def wrong_encoding(path: Path) -> UserError:
-    """The error for a file that is not UTF-8: where, what it looks like, how to convert it."""
-    offset, number, byte = _first_bad_byte(path)
-    with path.open("rb") as handle:
-        head = handle.read(_HEAD)
-    for magic, what in _CONTAINERS.items():
-        if head.startswith(magic):
-            return UserError(f"the file is {what}, and not text", where=str(path), fix="Unpack or export it as text")
-    where = f"{path}, line {number}"
-    what = f"the file is not UTF-8 text: byte 0x{byte:02X} at position {offset:,}"
-    guess = _guess(head, path, offset)
-    if guess is None:
-        return UserError(what, where=where, fix="Save it as UTF-8")
+def too_long(where: str, what: str) -> UserError:
+    """The error for a line or a row that has no end."""
     return UserError(
-        f"{what}; it looks like {guess}", where=where, fix=f"Save it as UTF-8: `iconv -f {guess} -t UTF-8 OLD > NEW`"
+        f"{what} has more than {LONGEST_LINE:,} characters",
+        where=where,
+        fix="Check that it is the file you mean: a row is a prompt and two responses",
     )
 
 
-def _first_bad_byte(path: Path) -> tuple[int, int, int]:
-    """Position, line and value of the first byte that is no UTF-8 text; a NUL counts, since text has none."""
-    offset = number = 0
-    with path.open("rb") as handle:
-        for number, line in enumerate(handle, start=1):
-            nul = line.find(b"\0")
-            try:
-                line.decode("utf-8")
-                bad = nul
-            except UnicodeDecodeError as error:
-                bad = error.start if nul < 0 else min(nul, error.start)
-            if bad >= 0:
-                return offset + bad, number, line[bad]
-            offset += len(line)
-    return offset, max(number, 1), 0
+def text_pieces(path: Path, *, encoding: str | None = None) -> Iterator[str]:
+    """The text of a file as `text_lines` reads it, in pieces: each is a line, or a part of a long one.
+
+    Raises:
+        UserError: it cannot be read or unpacked, or is not in that encoding.
+    """
+    with readable(path), open_bytes(path) as raw:
+        if encoding is not None:
+            check_mark(path, raw.peek(4)[:4], encoding)
+        handle = io.TextIOWrapper(raw, encoding=encoding or "utf-8", newline="")
+        try:
+            piece = handle.readline(_PIECE).removeprefix(_MARK)
+            while piece:
+                if "\0" in piece:
+                    raise _not_text(path, encoding, None)
+                yield piece
+                piece = handle.readline(_PIECE)
+        except UnicodeError as error:
+            raise _not_text(path, encoding, error) from error
 
 
-def _guess(head: bytes, path: Path, offset: int) -> str | None:
-    for mark, name in _MARKS.items():
-        if head.startswith(mark):
-            return name
-    even, odd = head[0::2].count(0), head[1::2].count(0)
-    if 4 * max(even, odd) > len(head):  # of Latin text in UTF-16 every second byte is 0
-        return "UTF-16LE" if odd > even else "UTF-16BE"
-    if even or odd:
-        return None  # binary
-    with path.open("rb") as handle:
-        handle.seek(offset)
-        found = set(handle.read(_SAMPLE))
-    return "WINDOWS-1252" if found & set(range(0x80, 0xA0)) else "ISO-8859-1"
+def _not_text(path: Path, encoding: str | None, error: UnicodeError | None) -> UserError:
+    return wrong_encoding(path, is_data=True) if encoding is None else not_in_encoding(path, encoding, error)
 
 
 def _reason(error: Exception) -> str:

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from ctpd.core.errors import UserError
-from ctpd.core.userfiles import regular_file
 from ctpd.pipeline.sources import read_rows
 from ctpd.text.fidelity import Speller, compare_spans, coverage, readable
 from ctpd.text.mismatch import SPAN_TYPES, AlignedTexts, align_texts, mismatch_counts, span_sizes, span_tokens
@@ -39,13 +38,12 @@ def read_responses(path: Path, *, limit: int | None = None) -> list[str]:
     """The responses of a file of pairs, chosen and rejected in turn.
 
     Args:
-        path: jsonl, json, parquet or csv, as a recipe's data.
+        path: a file, folder or pattern, as a recipe's data.
         limit: read only so many pairs.
 
     Raises:
         UserError: no such file, or no row that is a pair; other rows are left out.
     """
-    regular_file(path, what="data file", fix="Give a jsonl, json, parquet or csv file of pairs")
     rows: Iterable[Mapping[str, Any]] = read_rows(path)
     if limit is not None:
         rows = (row for row, _ in zip(rows, range(limit), strict=False))

@@ -104,7 +104,8 @@ class SharedStages:
             assert source.revision is not None
             return HubPairs(source.hub, source.name, source.split, source.revision)
         assert source.path is not None
-        return FilePairs(source.path, file_digest(user_path(source.path)))
+        digest = file_digest(user_path(source.path), encoding=source.encoding)
+        return FilePairs(source.path, digest, source.encoding)
 
     @cached_property
     def pairs(self) -> PairsStage:

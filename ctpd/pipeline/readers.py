@@ -1,4 +1,7 @@
-"""Readers of rows by file format: jsonl, json, csv and parquet. Nothing is guessed, and nothing is lost silently."""
+"""Readers of rows by file format: jsonl, json, csv and parquet. Nothing is guessed, and nothing is lost silently.
+
+Texts are read in the encoding that is given, by default UTF-8, and unpacked where the file's name says that it is compressed.
+"""
 
 import csv
 import json
@@ -7,41 +10,43 @@ from pathlib import Path
 from typing import Any
 
 from ctpd.core.errors import UserError, shortened
-from ctpd.core.userfiles import readable, text_lines
+from ctpd.core.userfiles import LONGEST_LINE, readable, text_lines, text_pieces, too_long
 
 Row = Mapping[str, Any]
 
-LONGEST_FIELD = 2**31 - 1  # characters of a CSV field; Python's own limit is 131,072
 _MARK = "\ufeff"  # byte order mark
 _PARQUET_ROWS = 1024  # rows that are converted at once
+_PARQUET_BUFFER = 2**20  # bytes of a column that are read at once
 
 
-def read_jsonl(path: Path) -> Iterator[Row]:
+def read_jsonl(path: Path, encoding: str | None = None) -> Iterator[Row]:
     """An object on each line; empty lines are passed over."""
-    for number, line in enumerate(text_lines(path), start=1):
+    for number, line in enumerate(text_lines(path, encoding=encoding), start=1):
         if line.strip():
             where = f"{path}, line {number}"
             yield _record(_decode(line.lstrip(_MARK), where), where)  # inside a file that was joined from several
 
 
-def read_json(path: Path) -> Iterator[Row]:
+def read_json(path: Path, encoding: str | None = None) -> Iterator[Row]:
     """A list of objects."""
-    data = _decode("".join(text_lines(path)), str(path))
+    data = _decode("".join(text_pieces(path, encoding=encoding)), str(path))
     if not isinstance(data, list):
         raise UserError("the file is not a list of objects", where=str(path), fix="Give a JSON list, or jsonl")
     for number, item in enumerate(data):
         yield _record(item, f"{path}, item {number}")
 
 
-def read_csv(path: Path) -> Iterator[Row]:
+def read_csv(path: Path, encoding: str | None = None) -> Iterator[Row]:
     """Rows by the names of the first line. A cell that is a list of messages as JSON becomes that list."""
-    csv.field_size_limit(LONGEST_FIELD)
-    lines = csv.reader(text_lines(path), strict=True)
+    csv.field_size_limit(LONGEST_LINE)  # Python's own limit is 131,072
+    texts = _RowLines(path, text_lines(path, encoding=encoding))
+    lines = csv.reader(texts, strict=True)
     try:
         names = next(lines, [])
         _check_header(names, where=f"{path}, line 1")
         start = lines.line_num + 1
         for cells in lines:
+            texts.size = 0
             where, start = f"{path}, line {start}", lines.line_num + 1
             if not cells:
                 continue
@@ -63,34 +68,66 @@ def read_csv(path: Path) -> Iterator[Row]:
         ) from error
 
 
-def read_parquet(path: Path) -> Iterator[Row]:
-    """The rows of a Parquet file; nested messages are lists of objects already."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
+class _RowLines(Iterator[str]):
+    """The lines of a CSV file, of which a quoted text can take many; a row that does not end is refused."""
 
+    def __init__(self, path: Path, lines: Iterator[str]) -> None:
+        self.path, self.lines = path, lines
+        self.size = 0  # characters since the last row
+
+    def __next__(self) -> str:
+        line = next(self.lines)
+        self.size += len(line)
+        if self.size > LONGEST_LINE:
+            raise too_long(str(self.path), "a row")
+        return line
+
+
+def read_parquet(path: Path, encoding: str | None = None) -> Iterator[Row]:
+    """The rows of a Parquet file, batch by batch; nested messages are lists of objects already.
+
+    Raises:
+        UserError: an encoding is given: texts of Parquet are UTF-8.
+    """
+    import pyarrow as pa
+
+    first = 0
     try:
-        with readable(path):
-            table = pq.ParquetFile(path).read()
+        with readable(path), _parquet_file(path) as file:
+            _check_unique(file.schema_arrow.names, where=str(path))
+            for batch in file.iter_batches(_PARQUET_ROWS):
+                yield from _rows(batch, path, first)
+                first += batch.num_rows
     except pa.ArrowException as error:
         raise UserError(f"this is no parquet file that can be read ({_first_line(error)})", where=str(path)) from error
-    _check_unique(table.column_names, where=str(path))
-    first = 0
-    for batch in table.to_batches(_PARQUET_ROWS):
-        try:
-            rows = batch.to_pylist()
-        except (pa.ArrowException, ValueError, OverflowError) as error:  # UnicodeDecodeError, or a date beyond Python's
-            raise _unreadable_cell(batch, error, path, first) from error
-        yield from rows
-        first += batch.num_rows
 
 
-READERS: Mapping[str, Callable[[Path], Iterator[Row]]] = {
+def _parquet_file(path: Path) -> Any:
+    import pyarrow.parquet as pq
+
+    # By default all row groups are read ahead, and stay in memory until the last batch.
+    return pq.ParquetFile(path, buffer_size=_PARQUET_BUFFER, pre_buffer=False)
+
+
+def _rows(batch: Any, path: Path, first: int) -> list[Row]:
+    import pyarrow as pa
+
+    try:
+        found: list[Row] = batch.to_pylist()
+    except (pa.ArrowException, ValueError, OverflowError) as error:  # UnicodeDecodeError, or a date beyond Python's
+        raise _unreadable_cell(batch, error, path, first) from error
+    return found
+
+
+READERS: Mapping[str, Callable[[Path, str | None], Iterator[Row]]] = {
     ".jsonl": read_jsonl,
     ".json": read_json,
     ".parquet": read_parquet,
     ".csv": read_csv,
 }
-"""By the ending of the file."""
+"""By the ending of the file's name; the arguments are the file and its encoding."""
+TEXT_ENDINGS = tuple(ending for ending in READERS if ending != ".parquet")
+"""The endings of texts: these may be compressed, and have an encoding."""
 
 
 def _decode(text: str, where: str) -> Any:

@@ -2,32 +2,137 @@
 
 import hashlib
 import json
+from bisect import bisect_right
 from collections.abc import Iterator, Mapping
 from functools import cache
+from glob import glob
 from pathlib import Path
 from typing import Any
 
+from ctpd.core.archives import COMPRESSIONS, compression
 from ctpd.core.errors import UserError
-from ctpd.core.userfiles import readable, regular_file
-from ctpd.pipeline.readers import READERS, Row
+from ctpd.core.identity import digest
+from ctpd.core.userfiles import exists, is_folder, readable, regular_file, text_lines
+from ctpd.pipeline.readers import READERS, TEXT_ENDINGS, Row
 from ctpd.pipeline.references import External
 
 COUNTED_BYTES = 64 * 2**20  # larger json and csv files are not read only to count their rows
+_ENDINGS = f"{', '.join(READERS)}, or of a compressed text: .jsonl{' or .jsonl'.join(COMPRESSIONS)}"
+_FIX = "Correct `path` under `shared.data` in the recipe"
 
 
-def read_rows(path: Path) -> Iterator[Row]:
-    """The rows of a local jsonl, json, parquet or csv file.
+class DataRows:
+    """The rows of a source of one or several files, file after file.
+
+    Args:
+        path: a file, a folder of files or a pattern, as `data_files` reads it.
+        encoding: Python's name of that of the texts; left out, UTF-8.
 
     Raises:
-        UserError: no such file, a folder, an unknown ending; while reading, bytes that are no text of the format, or a
-            row that is not an object.
+        UserError: what `data_files` raises; while reading, bytes that are no text of the format, or a row that is not an
+            object.
     """
-    _data_file(path)
-    if path.suffix not in READERS:
+
+    def __init__(self, path: Path, *, encoding: str | None = None) -> None:
+        self.encoding, self.files = encoding, data_files(path, encoding=encoding)
+        self.starts: list[int] = []
+        """For each file that has been read or is being read, how many rows are before its first."""
+
+    def __iter__(self) -> Iterator[Row]:
+        self.starts, number = [], 0
+        for file in self.files:
+            self.starts.append(number)
+            for row in READERS[_ending(file)](file, self.encoding):
+                yield row
+                number += 1
+
+    def place(self, number: int) -> tuple[str, int]:
+        """The file of a row that has been read, and the row's number in it, counted from 0."""
+        found = bisect_right(self.starts, number) - 1
+        return str(self.files[found]), number - self.starts[found]
+
+
+def read_rows(path: Path, *, encoding: str | None = None) -> Iterator[Row]:
+    """The rows of a source of one or several local files; arguments and errors are those of `DataRows`."""
+    return iter(DataRows(path, encoding=encoding))
+
+
+def data_files(path: Path, *, encoding: str | None = None) -> tuple[Path, ...]:
+    """The files of a source in the order in which they are read.
+
+    Args:
+        path: a jsonl, json, parquet or csv file, of which texts may be compressed; a folder, of which the files in it are read,
+            sorted by name, but for hidden files and those that are no data; or a pattern with `*`, `?`, `[...]` or `**`.
+        encoding: that of the texts, if one is given.
+
+    Raises:
+        UserError: nothing is there, or no data; an unknown ending, or several; an encoding of Parquet files.
+    """
+    files = _data_files(path)
+    for file in files:
+        if _ending(file) not in READERS:
+            raise UserError(
+                f"the ending '{''.join(file.suffixes[-2:])}' is not known",
+                where=str(file),
+                fix=f"Give one of {_ENDINGS}",
+            )
+    by_ending = {_full_ending(file): file for file in reversed(files)}
+    if len(by_ending) > 1:
+        found = ", ".join(repr(file.name) for _, file in sorted(by_ending.items()))
         raise UserError(
-            f"the ending '{path.suffix}' is not known", where=str(path), fix=f"Give one of {', '.join(READERS)}"
+            f"the files have several endings: {found}",
+            where=str(path),
+            fix="Name those that are meant by a pattern, such as '*.jsonl'",
         )
-    return READERS[path.suffix](path)
+    if encoding is not None and not set(map(_ending, files)) <= set(TEXT_ENDINGS):
+        raise UserError(
+            "an encoding is given, and the texts of Parquet are always UTF-8", where=str(path), fix="Remove `encoding`"
+        )
+    return files
+
+
+def _data_files(path: Path) -> tuple[Path, ...]:
+    if exists(path) or not any(mark in str(path) for mark in "*?["):
+        return _files_of_folder(path) if is_folder(path) else (_data_file(path),)
+    try:
+        found = sorted(Path(name) for name in glob(str(path), recursive=True))
+    except ValueError:  # a NUL
+        found = []
+    files = tuple(_data_file(file) for file in found if not file.is_dir())
+    if not files:
+        raise UserError(f"no file matches the pattern '{path}'", fix=_FIX)
+    return files
+
+
+def _files_of_folder(folder: Path) -> tuple[Path, ...]:
+    with readable(folder):
+        found = sorted(file for file in folder.iterdir() if not file.name.startswith("."))
+        files = tuple(_data_file(file) for file in found if _ending(file) in READERS and not file.is_dir())
+    deeper = next((file for sub in found if sub.is_dir() for file in _data_in(sub)), None)
+    if not files or deeper is not None:
+        there = "no data file"
+        there = there if not files else "data files, and more of them in folders of its own"
+        example = "" if deeper is None else f", for example to `{folder}/**/*{_full_ending(deeper)}`"
+        raise UserError(f"the folder '{folder}' holds {there}", fix=_FIX + example)
+    return files
+
+
+def _data_in(folder: Path) -> list[Path]:
+    try:
+        return sorted(file for file in folder.iterdir() if _ending(file) in READERS and not file.name.startswith("."))
+    except OSError:  # such as `lost+found`
+        return []
+
+
+def _full_ending(path: Path) -> str:
+    """The endings of a data file's name: `.csv` or `.csv.gz`."""
+    return _ending(path) + (path.suffix.lower() if compression(path) else "")
+
+
+def _ending(path: Path) -> str:
+    """The ending of a data file's name that says its format, without that of its compression; the last one if it has none."""
+    inner = Path(path.stem).suffix.lower()
+    return inner if compression(path) and inner in TEXT_ENDINGS else path.suffix.lower()
 
 
 def read_hub(name: str, *, config: str | None, split: str, revision: str) -> Iterator[Row]:
@@ -49,47 +154,60 @@ def read_hub(name: str, *, config: str | None, split: str, revision: str) -> Ite
     return iter(loaded)
 
 
-def file_digest(path: Path) -> str:
-    """sha256 of a file's bytes.
+def file_digest(path: Path, *, encoding: str | None = None) -> str:
+    """sha256 of the bytes of a source's file; of several files, of their digests in order.
 
     Raises:
-        UserError: no such file, or one that cannot be read.
+        UserError: what `data_files` raises, or a file that cannot be read.
     """
-    with readable(_data_file(path)), path.open("rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest()
+    digests = []
+    for file in data_files(path, encoding=encoding):
+        with readable(file), file.open("rb") as handle:
+            digests.append(hashlib.file_digest(handle, "sha256").hexdigest())
+    return digests[0] if len(digests) == 1 else digest(digests)
 
 
 def _data_file(path: Path) -> Path:
     """The path, if it is a file."""
-    return regular_file(path, what="data file", fix="Correct `path` under `shared.data` in the recipe")
+    return regular_file(path, what="data file", fix=_FIX)
 
 
-def count_rows(path: Path) -> int | None:
-    """The number of rows of a local file, without parsing them; None where that cannot be told at once."""
-    if not path.is_file():
+def count_rows(path: Path, *, encoding: str | None = None) -> int | None:
+    """The number of rows of a source, without parsing those of jsonl; None where that cannot be told at once."""
+    try:
+        found = [(file.resolve(), file.stat()) for file in data_files(path, encoding=encoding)]
+    except (UserError, OSError):  # said when it is read
         return None
-    found = path.stat()
-    return _count_rows(path.resolve(), found.st_size, found.st_mtime_ns)
+    counts = [_count_rows(file, encoding, state.st_size, state.st_mtime_ns) for file, state in found]
+    known = [count for count in counts if count is not None]
+    return sum(known) if len(known) == len(counts) else None
 
 
 @cache
-def _count_rows(path: Path, size: int, changed: int) -> int | None:
-    if path.suffix == ".jsonl":
-        with path.open("rb") as handle:
-            return sum(not line.isspace() for line in handle)
-    if path.suffix == ".parquet":
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-
-        try:
-            return int(pq.read_metadata(path).num_rows)
-        except (OSError, pa.ArrowException):
-            return None
-    if size > COUNTED_BYTES:
-        return None
+def _count_rows(path: Path, encoding: str | None, size: int, changed: int) -> int | None:
+    ending = _ending(path)
     try:
-        return sum(1 for _ in read_rows(path))
-    except UserError:  # said when the file is read
+        if ending == ".jsonl" and encoding is None and compression(path) is None:
+            with path.open("rb") as handle:
+                return sum(not line.isspace() for line in handle)
+        if ending == ".jsonl":
+            return sum(not line.isspace() for line in text_lines(path, encoding=encoding))
+        if ending == ".parquet":
+            return _count_parquet(path)
+        if size > (COUNTED_BYTES if compression(path) is None else COUNTED_BYTES // 8):
+            return None
+        return sum(1 for _ in READERS[ending](path, encoding))
+    except (UserError, OSError):  # said when the file is read
+        return None
+
+
+def _count_parquet(path: Path) -> int | None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        return int(pq.read_metadata(path).num_rows)
+    except pa.ArrowException:
         return None
 
 

@@ -9,6 +9,7 @@ from pydantic import AfterValidator, Field, model_validator
 
 from ctpd.core.config import Config, Number, Positive, PositiveInt, Seed, Text
 from ctpd.core.errors import UserError
+from ctpd.core.text_encoding import text_codec
 from ctpd.testbed.config import PretrainConfig, WorldConfig
 from ctpd.text.config import PairsConfig
 from ctpd.train.config import FsdpSpec, Schedule
@@ -57,6 +58,9 @@ def _are_two(seeds: tuple[int, ...]) -> tuple[int, ...]:
 
 Turn = Annotated[str, AfterValidator(_holds_content), Field(json_schema_extra={"pattern": r"\{content\}"})]
 Commit = Annotated[str, AfterValidator(checked_commit), Field(json_schema_extra={"pattern": "^[0-9a-f]{40}$"})]
+
+
+Codec = Annotated[Text, AfterValidator(text_codec)]
 
 
 class SftPhase(Schedule):
@@ -136,7 +140,10 @@ class Source(Config):
     """Where pairs come from: a local file, a hub data set (revision pinned) or the testbed."""
 
     path: Text | None = None
-    """A local file: jsonl, json, parquet or csv."""
+    """Local files: one of jsonl, json, csv (these also compressed, as in `.jsonl.gz` or `.csv.zst`) or parquet; a folder of
+    such files of one kind, which are read in the order of their names; or a pattern, such as `data/train-*.parquet`."""
+    encoding: Codec | None = None
+    """The encoding of the texts in `path`, by its name in Python: `cp1252`, `utf-16`, `gbk`; left out, UTF-8."""
     hub: Text | None = None
     """A data set of the hub; it needs a `split` and a `revision`."""
     name: Text | None = None
@@ -154,6 +161,8 @@ class Source(Config):
             raise ValueError("exactly one of `path`, `hub` and `testbed` is needed")
         if self.hub is not None and (self.revision is None or self.split is None):
             raise ValueError("pairs from the hub need a `split` and a pinned `revision`")
+        if self.encoding is not None and (self.path is None or self.path.lower().endswith(".parquet")):
+            raise ValueError("`encoding` is that of text files; Parquet, the hub and the testbed have UTF-8")
         return self
 
 

@@ -1,7 +1,7 @@
 """Preference pairs in every form that TRL accepts, validated row by row (docs/method.md#preference-pairs)."""
 
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -71,14 +71,22 @@ class Dropped(NamedTuple):
     detail: str = ""
 
 
+Place = Callable[[int], tuple[str, int]]
+"""Of a source of several files: for a row that has been read, counted over all of them, its file and its number there."""
+
+
 class ReadPairs(NamedTuple):
     """The rows of a source in their order, pairs and rows that are none, and the source's name.
 
     Rows that come from a file are read as they are gone through, and can be gone through once.
+
+    Attributes:
+        place: of a source of several files, the file of a row that has been read and its number there; None for others.
     """
 
     rows: Iterable[Pair | Dropped]
     source: str = ""
+    place: Place | None = None
 
     @property
     def pairs(self) -> Iterator[Pair]:
@@ -98,20 +106,28 @@ class BadRow(UserError):
         self.reason = reason
 
 
-def usable_rows(rows: Iterable[Mapping[str, object]], *, source: str) -> Iterator[Pair | Dropped]:
+def usable_rows(
+    rows: Iterable[Mapping[str, object]], *, source: str, place: Place | None = None
+) -> Iterator[Pair | Dropped]:
     """Parse rows one by one as `parse_pairs` does; a row that is no pair is dropped with its reason.
+
+    Args:
+        rows: the rows in order.
+        source: names the file or data set.
+        place: of a source of several files, the file of a row and its number in it.
 
     Raises:
         UserError: at the end, if no row is a pair; the error is the first row's.
     """
     first, has_pairs = None, False
     for number, row in enumerate(rows):
+        where = _where(source, number, place)
         try:
-            pair = _parse_row(row, id=str(number), where=f"{source}, row {number}")
+            pair = _parse_row(row, id=str(number), where=where)
         except BadRow as error:
             first = first or error
-            column = (error.where or "").removeprefix(f"{source}, row {number}").removeprefix(", ")
-            yield Dropped(str(number), error.reason, f"{column}: {error.what}" if column else error.what)
+            inside = (error.where or "").removeprefix("" if place else where).removeprefix(", ")
+            yield Dropped(str(number), error.reason, f"{inside}: {error.what}" if inside else error.what)
         else:
             has_pairs = True
             yield pair
@@ -119,7 +135,14 @@ def usable_rows(rows: Iterable[Mapping[str, object]], *, source: str) -> Iterato
         raise first
 
 
-def parse_pairs(rows: Iterable[Mapping[str, object]], *, source: str) -> list[Pair]:
+def _where(source: str, number: int, place: Place | None) -> str:
+    file, row = (source, number) if place is None else place(number)
+    return f"{file}, row {row}"
+
+
+def parse_pairs(
+    rows: Iterable[Mapping[str, object]], *, source: str, place: Place | None = None
+) -> list[Pair]:
     """Parse rows of preference data.
 
     A row holds ``prompt``, ``chosen`` and ``rejected``, each a string or a list of messages ``{"role", "content"}``.
@@ -132,12 +155,13 @@ def parse_pairs(rows: Iterable[Mapping[str, object]], *, source: str) -> list[Pa
     Args:
         rows: the rows in order; a pair's id is its row's number, counted from 0.
         source: names the file or data set in errors.
+        place: of a source of several files, the file of a row and its number in it.
 
     Raises:
         UserError: a missing column, a wrong type, tools, roles in an order that gives no pair; the error names source,
         row and column.
     """
-    return [_parse_row(row, id=str(number), where=f"{source}, row {number}") for number, row in enumerate(rows)]
+    return [_parse_row(row, id=str(i), where=_where(source, i, place)) for i, row in enumerate(rows)]
 
 
 def _parse_row(row: Mapping[str, object], *, id: str, where: str) -> Pair:

@@ -15,17 +15,23 @@ from typing import IO, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ctpd.text.prepare import STARTS, TEXTS, Preparation, PreparedPairs, from_arrays
+from ctpd.text.pairs import Place
+from ctpd.text.prepare import STARTS, TEXTS, Loss, Preparation, PreparedPairs, from_arrays
 
 PAIRS, META, DROPPED = "pairs.safetensors", "pairs.json", "dropped.jsonl"
 _DTYPES = {"int64": "I64", "int32": "I32", "int8": "I8", "bool": "BOOL"}  # numpy's name: that of safetensors
 _HEADER_ALIGNMENT = 8
 
 
-def write_prepared(preparation: Preparation, folder: Path) -> None:
+def write_prepared(preparation: Preparation, folder: Path, *, places: Mapping[str, Place | None]) -> None:
     """Prepare pairs and write them to ``folder``.
 
     Arrays and texts grow in nameless temporary files of the folder until their sizes are known.
+
+    Args:
+        preparation: what is prepared while it is written.
+        folder: exists.
+        places: by split, the file of a row and its number there, if its source has several.
 
     Raises:
         UserError: as `Preparation.pieces`.
@@ -51,7 +57,18 @@ def write_prepared(preparation: Preparation, folder: Path) -> None:
         _write_texts(texts, counts, folder / META)
     if preparation.losses:
         with (folder / DROPPED).open("w", encoding="utf-8", newline="\n") as listed:
-            listed.writelines(json.dumps(loss._asdict(), ensure_ascii=False) + "\n" for loss in preparation.losses)
+            for loss in preparation.losses:
+                placed = _placed(loss, places.get(loss.split))
+                listed.write(json.dumps(placed._asdict(), ensure_ascii=False) + "\n")
+
+
+def _placed(loss: Loss, place: Place | None) -> Loss:
+    """A dropped pair with the one of several files that it was read from, and its row there."""
+    if place is None:
+        return loss
+    file, row = place(int(loss.row))
+    detail = loss.detail.removeprefix(f"{file}, row {row}").lstrip(",: ")  # which the error of a whole split needs
+    return loss._replace(source=file, row=str(row), detail=detail)
 
 
 def read_meta(folder: Path) -> dict[str, Any]:

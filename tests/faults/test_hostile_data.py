@@ -24,11 +24,11 @@ def test_every_file_is_used_as_meant_or_refused_or_dropped_with_a_count(case: Ca
     path = case.write(tmp_path)
     if case.refused is not None:
         with pytest.raises(UserError, match=case.refused) as caught:
-            read_pair_file(path)
+            read_pair_file(path, encoding=case.encoding)
         assert len(str(caught.value)) - len(str(path)) < LONGEST_MESSAGE
         assert "\n" not in str(caught.value)
         return
-    pairs = read_pair_file(path)
+    pairs = read_pair_file(path, encoding=case.encoding)
     if case.used is not None:
         found = tuple((pair.prompt[-1].content, pair.chosen, pair.rejected) for pair in pairs)
         assert found == case.used
@@ -50,7 +50,7 @@ def test_the_corpus_is_large_and_each_case_has_one_outcome() -> None:
 @pytest.mark.parametrize("kind", ["folder", "device", "missing", "long", "nul"])
 def test_what_is_no_data_file_is_said_with_its_path(kind: str, tmp_path: Path) -> None:
     paths = {
-        "folder": (tmp_path, "is a folder, and a file is needed"),
+        "folder": (tmp_path, "holds no data file"),
         "device": (Path(os.devnull), "is no regular file"),
         "missing": (tmp_path / "no.csv", "does not exist"),
         "long": (tmp_path / ("x" * 300), "cannot be read"),
@@ -67,5 +67,6 @@ def test_the_command_line_says_it_in_one_paragraph(cli: Cli, tmp_path: Path) -> 
     code, out, err = cli("inspect", "spans", "a", "b", "--data", tmp_path / "pairs.csv")
     assert (code, out) == (2, "")
     assert "line 3: the file is not UTF-8 text: byte 0xF9" in err
-    assert "iconv -f ISO-8859-1 -t UTF-8" in err
+    assert "Write `encoding: cp1252` beside `path`" in err
+    assert "iconv -f WINDOWS-1252 -t UTF-8" in err
     assert len(err.splitlines()) == 1

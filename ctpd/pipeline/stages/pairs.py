@@ -1,7 +1,7 @@
 """The data step of a comparison: render pairs, tokenize them for both models and align the tokens."""
 
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from ctpd.core.userfiles import user_path
 from ctpd.pipeline.references import Source, changed_since_the_plan, location, read_tokenizer, revision
-from ctpd.pipeline.sources import count_rows, file_digest, read_hub, read_rows
+from ctpd.pipeline.sources import DataRows, count_rows, file_digest, read_hub
 from ctpd.pipeline.stage import Part, Stage, Work
 from ctpd.pipeline.stages.world import WorldStage
 from ctpd.recipe import PlainSpec
@@ -64,42 +64,46 @@ class WorldPairs(PairSource):
 
 @dataclass(frozen=True)
 class FilePairs(PairSource):
-    """A local file; only the digest of its contents is part of a key."""
+    """Local files; only the digest of their contents, and their encoding if it is given, are part of a key."""
 
     path: str
     digest: str
+    encoding: str | None = None
 
     @property
     def identity(self) -> Any:
-        """The digest; the file's path is not part of a key."""
-        return {"sha256": self.digest}
+        """Digest and encoding; the files' path is not part of a key."""
+        return {"sha256": self.digest} | ({} if self.encoding is None else {"encoding": self.encoding})
 
     @property
     def most(self) -> int | None:
-        """The file's rows."""
-        return count_rows(user_path(self.path))
+        """The files' rows."""
+        return count_rows(user_path(self.path), encoding=self.encoding)
 
     def check(self) -> None:
-        """Read the file, whose first row that is no pair is said."""
-        read_pair_file(user_path(self.path))
+        """Read the files, whose first row that is no pair is said."""
+        read_pair_file(user_path(self.path), encoding=self.encoding)
 
     def read(self, work: Work) -> "ReadPairs":
-        """Read the file.
+        """Read the files.
 
         Raises:
-            UserError: while the rows are read, that it has changed since the plan was made, or since the first row.
+            UserError: while the rows are read, that one has changed since the plan was made, or since the first row, or that
+                there are more or fewer of them.
         """
         from ctpd.text.pairs import ReadPairs
 
-        return ReadPairs(self._rows(user_path(self.path)), self.path)
+        path = user_path(self.path)
+        found = read_usable_file(path, encoding=self.encoding)
+        return ReadPairs(self._rows(path, found.rows), self.path, found.place)
 
-    def _rows(self, path: Path) -> "Iterator[Pair | Dropped]":
+    def _rows(self, path: Path, rows: "Iterable[Pair | Dropped]") -> "Iterator[Pair | Dropped]":
         self._check(path)
-        yield from read_usable_file(path).rows
+        yield from rows
         self._check(path)
 
     def _check(self, path: Path) -> None:
-        if file_digest(path) != self.digest:
+        if file_digest(path, encoding=self.encoding) != self.digest:
             raise changed_since_the_plan(path)
 
 
@@ -120,18 +124,21 @@ class HubPairs(PairSource):
         return ReadPairs(usable_rows(rows, source=self.hub), self.hub)
 
 
-def read_pair_file(path: Path) -> "list[Pair]":
-    """The pairs of a local file, each of whose rows must be one."""
+def read_pair_file(path: Path, *, encoding: str | None = None) -> "list[Pair]":
+    """The pairs of one or several local files (`data_files`), each of whose rows must be one."""
     from ctpd.text.pairs import parse_pairs
 
-    return parse_pairs(read_rows(path), source=str(path))
+    rows = DataRows(path, encoding=encoding)
+    return parse_pairs(rows, source=str(path), place=rows.place if rows.files != (path,) else None)
 
 
-def read_usable_file(path: Path) -> "ReadPairs":
-    """The pairs of a local file, and the rows that are none, as they are gone through."""
+def read_usable_file(path: Path, *, encoding: str | None = None) -> "ReadPairs":
+    """The pairs of one or several local files (`data_files`), and the rows that are none, as they are gone through."""
     from ctpd.text.pairs import ReadPairs, usable_rows
 
-    return ReadPairs(usable_rows(read_rows(path), source=str(path)), str(path))
+    rows = DataRows(path, encoding=encoding)
+    place = rows.place if rows.files != (path,) else None
+    return ReadPairs(usable_rows(rows, source=str(path), place=place), str(path), place)
 
 
 @dataclass(frozen=True)
@@ -218,13 +225,9 @@ class PairsStage(Stage):
         from ctpd.text.prepared_files import write_prepared
 
         teacher, student = self.teacher.load(work, role="teacher"), self.student.load(work, role="student")
-        preparation = Preparation(
-            {split: source.read(work) for split, source in self.sources.items()},
-            self.config,
-            teacher=teacher,
-            student=student,
-        )
-        write_prepared(preparation, work.folder)
+        read = {split: source.read(work) for split, source in self.sources.items()}
+        preparation = Preparation(read, self.config, teacher=teacher, student=student)
+        write_prepared(preparation, work.folder, places={split: found.place for split, found in read.items()})
         num_pairs = preparation.num_pairs
         if preparation.losses or cut_text(num_pairs, preparation.report) is not None:
             work.remark(f"pairs: {pairs_text(num_pairs, preparation.dropped, preparation.report)}")
