@@ -24,7 +24,7 @@ def inspect() -> None:
     """
 
 
-_DATA_HELP = "Pairs: jsonl, json, parquet or csv; their responses are read."
+_DATA_HELP = "Pairs: a file, a folder or a pattern, as `path` in a recipe; their responses are read."
 
 
 def _texts(function: Any) -> Any:

@@ -27,6 +27,7 @@ _MARKS = {
 _PYTHONS = {"WINDOWS-1252": "cp1252", **{f"UTF-{n}{end}": f"utf-{n}" for n in (16, 32) for end in ("LE", "BE")}}
 """The codec of Python that reads what iconv calls by another name; UTF-16 and UTF-32 by their mark."""
 _UTF8 = ("utf-8", "utf-8-sig")  # of both a byte order mark is accepted
+_NOT_OF_FILES = ("idna", "punycode", "unicode-escape", "raw-unicode-escape")  # of host names, of Python's own texts
 _HEAD = 4096  # bytes from which an encoding is guessed
 _SAMPLE = 2**20  # bytes after the first that is not UTF-8, for the same
 _CHUNK = 2**16
@@ -40,14 +41,20 @@ def text_codec(name: str) -> str | None:
     """
     try:
         "".encode(name)  # refuses codecs from bytes to bytes and from text to text
-        found = codecs.lookup(name)
+        found = codecs.lookup(name).name
     except (LookupError, ValueError) as error:  # ValueError: a NUL; UnicodeError of the codec `undefined`
-        known = {**encodings.aliases.aliases, **dict.fromkeys(encodings.aliases.aliases.values())}
-        raise UserError(
-            f"there is no text encoding {shortened(repr(name))}.{nearest(name, known)}",
-            fix="Give a name that Python knows, such as cp1252, latin-1, utf-16, gbk or shift_jis",
-        ) from error
-    return None if found.name in _UTF8 else found.name
+        raise _no_codec(name) from error
+    if found in _NOT_OF_FILES:
+        raise _no_codec(name)
+    return None if found in _UTF8 else found
+
+
+def _no_codec(name: str) -> UserError:
+    known = {*encodings.aliases.aliases, *encodings.aliases.aliases.values()}
+    return UserError(
+        f"there is no encoding of text files {shortened(repr(name))}.{'' if name in known else nearest(name, known)}",
+        fix="Give a name that Python knows, such as cp1252, latin-1, utf-16, gbk or shift_jis",
+    )
 
 
 def wrong_encoding(path: Path, *, is_data: bool = False) -> UserError:

@@ -71,6 +71,7 @@ RECIPES: dict[str, tuple[Edit, tuple[str, ...]]] = {
     ),
     "template without content": (replacing('{user: "{content}\\n"', '{user: "content\\n"'), ("{content}",)),
     "no data file": (replacing("train: {testbed: train}", "train: {path: nowhere.jsonl}"), ("nowhere.jsonl", "does not exist")),
+    "no matching file": (replacing("train: {testbed: train}", "train: {path: 'no*.csv'}"), ("no file matches", "no*.csv")),
     "two sources": (replacing("{testbed: train}", "{testbed: train, path: a.jsonl}"), ("shared.data.train", "exactly one")),
     "unknown suite": (replacing("suite: testbed", "suite: testbett"), ("testbett", "testbed")),
 }  # fmt: skip

@@ -1,5 +1,6 @@
 """`ctpd inspect pairs`: what each model will read, with and without a store."""
 
+import gzip
 import json
 import re
 import shlex
@@ -151,6 +152,34 @@ def test_a_row_that_is_no_pair_is_listed_with_its_file_and_moves_no_other(recipe
     meta = read_meta(work.folder)
     assert len(meta["pair_ids"]) == 60
     assert meta["end_tokens"] == {"teacher": "</s> (template)", "student": "</s> (template)"}
+
+
+def test_a_row_of_one_of_several_files_is_listed_with_that_file_and_its_row_there(recipe: Path, tmp_path: Path) -> None:
+    lines, shards = Path("pairs.jsonl").read_text().splitlines(keepends=True), Path("shards")
+    bad = {"prompt": "Why?", "chosen": [{"role": "assistant", "content": None}], "rejected": "No."}
+    equal = {"prompt": "Why?", "chosen": "No.", "rejected": "No."}
+    shards.mkdir()
+    (shards / "b.jsonl.gz").write_bytes(gzip.compress("".join([*lines[40:], json.dumps(bad)]).encode()))
+    (shards / "a.jsonl.gz").write_bytes(gzip.compress("".join([*lines[:40], json.dumps(equal)]).encode()))
+    recipe.write_text(recipe.read_text().replace("pairs.jsonl", "shards/*.gz"))
+    stage = Experiment(str(recipe)).stages.pairs
+    assert stage.most_pairs == 62
+    work = Work(tmp_path / "built", Runtime(), lambda done, total: None, writes=True, folders={})
+    work.folder.mkdir()
+    stage.build(work)
+    found = [json.loads(line) for line in (work.folder / DROPPED).read_text().splitlines()]
+    assert found == [
+        {"split": "train", "source": "shards/a.jsonl.gz", "row": "40", "reason": "equal", "detail": ""},
+        {
+            "split": "train",
+            "source": "shards/b.jsonl.gz",
+            "row": "20",
+            "reason": "null_content",
+            "detail": "column 'chosen', message 0: the content is nothing (null), not a string",
+        },
+    ]
+    ids = json.loads((work.folder / META).read_text())["pair_ids"]
+    assert ids == [str(number) for number in range(61) if number != 40], "of all files together"
 
 
 def test_only_pairs_in_a_chat_template_have_its_rendering_in_their_key() -> None:

@@ -3,6 +3,7 @@
 ``CTPD_FUZZ_EXAMPLES=100000 python -m pytest tests/faults/test_fuzz.py`` takes long; the default is short.
 """
 
+import gzip
 import json
 import os
 import warnings
@@ -19,13 +20,14 @@ from ctpd.core.config import parse_yaml, to_plain
 from ctpd.core.errors import UserError
 from ctpd.core.identity import canonical
 from ctpd.core.printing import printable
-from ctpd.pipeline.readers import READERS
+from ctpd.core.text_encoding import text_codec
+from ctpd.pipeline.sources import count_rows
 from ctpd.pipeline.stages.pairs import read_pair_file, read_usable_file
 from ctpd.recipe import load_recipe, shipped_recipes
 from ctpd.text.pairs import parse_pairs
 from harness.record import Record
 from harness.suites import SUITES, load_suite
-from tests.fixtures.hostile import HEADER, LINE, line
+from tests.fixtures.hostile import HEADER, LINE, line, zstd
 from tests.fixtures.records import record, result
 
 EXAMPLES = int(os.environ.get("CTPD_FUZZ_EXAMPLES", "60"))
@@ -209,19 +211,46 @@ def contents() -> Iterator[tuple[str, Any]]:
         damaged(b"[" + JSONL.replace(b"\n", b",", 1) + b"]") | VALUES.map(lambda value: json.dumps(value).encode()),
     )
     yield ".csv", damaged(CSV) | st.binary(max_size=200)
+    yield ".jsonl.gz", damaged(gzip.compress(JSONL)) | damaged(JSONL).map(gzip.compress)
+    yield ".csv.zst", damaged(zstd(CSV)) | damaged(CSV).map(zstd)
 
 
-@pytest.mark.parametrize(("ending", "content"), list(contents()), ids=[".jsonl", ".json", ".csv"])
+ENDINGS = [".jsonl", ".json", ".csv", ".jsonl.gz", ".csv.zst"]
+CODECS = (
+    "cp1252",
+    "utf-16",
+    "utf-16-le",
+    "utf-32",
+    "utf-7",
+    "gbk",
+    "shift_jis",
+    "iso2022_jp",
+    "hz",
+    "latin-1",
+    "cp037",
+)
+
+
+@pytest.mark.parametrize(("ending", "content"), list(contents()), ids=ENDINGS)
 @fuzzed
 @given(data=st.data())
 def test_pairs(ending: str, content: Any, tmp_path: Path, data: st.DataObject) -> None:
-    assert ending in READERS
     path = tmp_path / f"pairs{ending}"
     path.write_bytes(data.draw(content))
     refuses_or_reads(lambda: read_pair_file(path))
     for pair in refuses_or_reads(lambda: list(read_usable_file(path).pairs)) or ():
         assert pair.prompt[-1].role == "user"
         assert pair.chosen.encode() == pair.chosen.strip().encode()
+
+
+@fuzzed
+@given(st.sampled_from(CODECS), st.data())
+def test_pairs_in_an_encoding(tmp_path: Path, codec: str, data: st.DataObject) -> None:
+    path = tmp_path / "pairs.jsonl"
+    path.write_bytes(data.draw(damaged(JSONL.decode().encode(codec, errors="replace")) | st.binary(max_size=200)))
+    encoding = text_codec(codec)
+    found = refuses_or_reads(lambda: read_usable_file(path, encoding=encoding))
+    assert found is None or len(found.pairs) + len(found.dropped) == count_rows(path, encoding=encoding)
 
 
 @fuzzed

@@ -96,6 +96,11 @@ CONTRADICTIONS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "no room": ({"shared.data.max_prompt_tokens": 256}, ("'shared.data'", "no room for a response")),
     "shortest": ({"shared.data.select": "shortest"}, ("needs a `limit`",)),
     "two origins": ({"shared.student.model": "./x"}, ("'shared.student'", "exactly one of `model` and `pretrain`")),
+    "unknown encoding": (
+        {"shared.data.train": {"path": "x.csv", "encoding": "cp1525"}},
+        ("'shared.data.train.encoding'", "Did you mean 'cp125", "such as cp1252"),
+    ),
+    "encoding of the hub": ({"shared.data.train.encoding": "cp1252"}, ("'shared.data.train'", "is that of text files")),
     "two sources": ({"shared.data.train.path": "x"}, ("'shared.data.train'", "exactly one of")),
     "hub without revision": ({"shared.data.train": {"hub": "a/b", "split": "train"}}, ("pinned `revision`",)),
     "no testbed": ({"shared.testbed": None}, ("'shared.teacher' is pretrained on the testbed",)),
