@@ -105,8 +105,11 @@ def read_parquet(path: Path, encoding: str | None = None) -> Iterator[Row]:
 def _parquet_file(path: Path) -> Any:
     import pyarrow.parquet as pq
 
-    # By default all row groups are read ahead, and stay in memory until the last batch.
-    return pq.ParquetFile(path, buffer_size=_PARQUET_BUFFER, pre_buffer=False)
+    try:
+        # By default all row groups are read ahead, and stay in memory until the last batch.
+        return pq.ParquetFile(path, buffer_size=_PARQUET_BUFFER, pre_buffer=False)
+    except UnicodeDecodeError as error:
+        raise UserError("the name of a column is not UTF-8", where=str(path), fix="Write the file again") from error
 
 
 def _rows(batch: Any, path: Path, first: int) -> list[Row]:

@@ -1,6 +1,8 @@
 """Sources of pairs: several files, compressed ones, other encodings; their digests, counts and places of rows."""
 
 import gzip
+import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -129,6 +131,22 @@ def test_an_encoding_is_part_of_the_key_of_pairs_only_where_it_is_given() -> Non
 )
 def test_names_of_one_encoding_are_one(name: str, codec: str | None) -> None:
     assert text_codec(name) == Source(path="a.csv", encoding=name).encoding == codec
+
+
+@pytest.mark.parametrize("codec", ["cp1252", "latin-1", "utf-16", "utf-16-le", "utf-16-be", "utf-32"])
+@pytest.mark.parametrize("ending", [".csv", ".jsonl.gz"])
+def test_the_encoding_that_an_error_proposes_reads_the_file(ending: str, codec: str, tmp_path: Path) -> None:
+    row = {"prompt": "Où est-ce ?", "chosen": "À l'été", "rejected": "Ça dépend"}
+    text = (
+        "\n".join([",".join(row), ",".join(row.values())]) if ending == ".csv" else json.dumps(row, ensure_ascii=False)
+    )
+    path = tmp_path / f"a{ending}"
+    path.write_bytes(gzip.compress(text.encode(codec)) if ending.endswith("gz") else text.encode(codec))
+    with pytest.raises(UserError) as caught:
+        list(read_rows(path))
+    proposed = re.search(r"Write `encoding: ([\w-]+)` beside `path`", str(caught.value))
+    assert proposed is not None, caught.value
+    assert list(read_rows(path, encoding=text_codec(proposed[1]))) == [row]
 
 
 @pytest.mark.parametrize("name", ["cp1525", "hex", "rot13", "undefined", "idna", "unicode_escape", "a\0b", "x" * 400])
