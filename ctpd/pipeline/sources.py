@@ -18,7 +18,6 @@ from ctpd.pipeline.references import External
 
 COUNTED_BYTES = 64 * 2**20  # larger json and csv files are not read only to count their rows
 _ENDINGS = f"{', '.join(READERS)}, or of a compressed text: .jsonl{' or .jsonl'.join(COMPRESSIONS)}"
-_FIX = "Correct `path` under `shared.data` in the recipe"
 
 
 class DataRows:
@@ -100,7 +99,7 @@ def _data_files(path: Path) -> tuple[Path, ...]:
         found = []
     files = tuple(_data_file(file) for file in found if not file.is_dir())
     if not files:
-        raise UserError(f"no file matches the pattern '{path}'", fix=_FIX)
+        raise UserError(f"no file matches the pattern '{path}'", fix=_fix())
     return files
 
 
@@ -113,7 +112,7 @@ def _files_of_folder(folder: Path) -> tuple[Path, ...]:
         there = "no data file"
         there = there if not files else "data files, and more of them in folders of its own"
         example = "" if deeper is None else f", for example to `{folder}/**/*{_full_ending(deeper)}`"
-        raise UserError(f"the folder '{folder}' holds {there}", fix=_FIX + example)
+        raise UserError(f"the folder '{folder}' holds {there}", fix=_fix(example))
     return files
 
 
@@ -167,24 +166,39 @@ def file_digest(path: Path, *, encoding: str | None = None) -> str:
     return digests[0] if len(digests) == 1 else digest(digests)
 
 
+def file_states(path: Path, *, encoding: str | None = None) -> tuple[tuple[Path, int, int], ...]:
+    """Each file of a source with its size and the time of its last change, by which what was read of it can be remembered.
+
+    Raises:
+        UserError: what `data_files` raises.
+    """
+    files = data_files(path, encoding=encoding)
+    with readable(path):
+        found = [(file.resolve(), file.stat()) for file in files]
+    return tuple((file, state.st_size, state.st_mtime_ns) for file, state in found)
+
+
 def _data_file(path: Path) -> Path:
     """The path, if it is a file."""
-    return regular_file(path, what="data file", fix=_FIX)
+    return regular_file(path, what="data file", fix=_fix())
+
+
+def _fix(example: str = "") -> str:
+    return f"Correct the path of the data{example}; in a recipe it is `path` under `shared.data`"
 
 
 def count_rows(path: Path, *, encoding: str | None = None) -> int | None:
     """The number of rows of a source, without parsing those of jsonl; None where that cannot be told at once."""
     try:
-        found = [(file.resolve(), file.stat()) for file in data_files(path, encoding=encoding)]
-    except (UserError, OSError):  # said when it is read
+        counts = [_count_rows(*state, encoding) for state in file_states(path, encoding=encoding)]
+    except UserError:  # said when it is read
         return None
-    counts = [_count_rows(file, encoding, state.st_size, state.st_mtime_ns) for file, state in found]
     known = [count for count in counts if count is not None]
     return sum(known) if len(known) == len(counts) else None
 
 
 @cache
-def _count_rows(path: Path, encoding: str | None, size: int, changed: int) -> int | None:
+def _count_rows(path: Path, size: int, changed: int, encoding: str | None) -> int | None:
     ending = _ending(path)
     try:
         if ending == ".jsonl" and encoding is None and compression(path) is None:
