@@ -140,9 +140,7 @@ def _where(source: str, number: int, place: Place | None) -> str:
     return f"{file}, row {row}"
 
 
-def parse_pairs(
-    rows: Iterable[Mapping[str, object]], *, source: str, place: Place | None = None
-) -> list[Pair]:
+def parse_pairs(rows: Iterable[Mapping[str, object]], *, source: str, place: Place | None = None) -> list[Pair]:
     """Parse rows of preference data.
 
     A row holds ``prompt``, ``chosen`` and ``rejected``, each a string or a list of messages ``{"role", "content"}``.

@@ -23,7 +23,7 @@ _DTYPES = {"int64": "I64", "int32": "I32", "int8": "I8", "bool": "BOOL"}  # nump
 _HEADER_ALIGNMENT = 8
 
 
-def write_prepared(preparation: Preparation, folder: Path, *, places: Mapping[str, Place | None]) -> None:
+def write_prepared(preparation: Preparation, folder: Path, *, places: Mapping[str, Place | None] | None = None) -> None:
     """Prepare pairs and write them to ``folder``.
 
     Arrays and texts grow in nameless temporary files of the folder until their sizes are known.
@@ -58,7 +58,7 @@ def write_prepared(preparation: Preparation, folder: Path, *, places: Mapping[st
     if preparation.losses:
         with (folder / DROPPED).open("w", encoding="utf-8", newline="\n") as listed:
             for loss in preparation.losses:
-                placed = _placed(loss, places.get(loss.split))
+                placed = _placed(loss, (places or {}).get(loss.split))
                 listed.write(json.dumps(placed._asdict(), ensure_ascii=False) + "\n")
 
 

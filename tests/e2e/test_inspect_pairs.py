@@ -178,7 +178,7 @@ def test_a_row_of_one_of_several_files_is_listed_with_that_file_and_its_row_ther
             "detail": "column 'chosen', message 0: the content is nothing (null), not a string",
         },
     ]
-    ids = json.loads((work.folder / META).read_text())["pair_ids"]
+    ids = read_meta(work.folder)["pair_ids"]
     assert ids == [str(number) for number in range(61) if number != 40], "of all files together"
 
 
