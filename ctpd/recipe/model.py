@@ -10,7 +10,7 @@ from pydantic import AfterValidator, Field, model_validator
 from ctpd.core.config import Config, Number, Positive, PositiveInt, Seed, Text
 from ctpd.core.errors import UserError
 from ctpd.testbed.config import PretrainConfig, WorldConfig
-from ctpd.text.config import PairsConfig
+from ctpd.text.config import Columns, Form, Layout, PairsConfig
 from ctpd.train.config import FsdpSpec, Schedule
 
 Precision = Literal["float32", "bfloat16"]
@@ -147,6 +147,16 @@ class Source(Config):
     """The commit of the hub data set: 40 hex digits."""
     testbed: Literal["train", "eval"] | None = None
     """The testbed's pairs of this split."""
+    columns: Columns | None = None
+    """The columns that hold a pair, where they have other names than `prompt`, `chosen`, `rejected` and `system`."""
+    form: Form | None = None
+    """`transcript`: texts are conversations, `Human: ... Assistant: ...` with an empty line before each turn. `text`: a text
+    is one text, even if it looks so. Left out, such texts are refused."""
+
+    @property
+    def layout(self) -> Layout:
+        """How its rows hold pairs."""
+        return Layout(columns=self.columns, form=self.form)
 
     @model_validator(mode="after")
     def _has_one_origin(self) -> Self:
@@ -154,6 +164,8 @@ class Source(Config):
             raise ValueError("exactly one of `path`, `hub` and `testbed` is needed")
         if self.hub is not None and (self.revision is None or self.split is None):
             raise ValueError("pairs from the hub need a `split` and a pinned `revision`")
+        if self.testbed is not None and self.layout != Layout():
+            raise ValueError("`columns` and `form` are for a `path` or `hub`: the testbed's pairs have one form")
         return self
 
 

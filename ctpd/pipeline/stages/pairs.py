@@ -13,7 +13,8 @@ from ctpd.pipeline.sources import count_rows, file_digest, read_hub, read_rows
 from ctpd.pipeline.stage import Part, Stage, Work
 from ctpd.pipeline.stages.world import WorldStage
 from ctpd.recipe import PlainSpec
-from ctpd.text.config import PairsConfig
+from ctpd.text.config import Layout, PairsConfig
+from ctpd.text.layouts import PLAIN
 from harness.cautions import cut_text, pairs_text
 
 if TYPE_CHECKING:
@@ -64,15 +65,23 @@ class WorldPairs(PairSource):
 
 @dataclass(frozen=True)
 class FilePairs(PairSource):
-    """A local file; only the digest of its contents is part of a key."""
+    """A local file; only the digest of its contents and how they are read is part of a key.
+
+    Attributes:
+        layout: how its rows hold pairs.
+        reading: the version of how its rows are read, where they hold more than earlier versions read.
+    """
 
     path: str
     digest: str
+    layout: Layout = PLAIN
+    reading: int | None = None
 
     @property
     def identity(self) -> Any:
-        """The digest; the file's path is not part of a key."""
-        return {"sha256": self.digest}
+        """The digest, and what of the rest differs from the default; the file's path is not part of a key."""
+        own: dict[str, Any] = super().identity
+        return {"sha256": own.pop("digest"), **{name: value for name, value in own.items() if name != "path"}}
 
     @property
     def most(self) -> int | None:
@@ -81,7 +90,7 @@ class FilePairs(PairSource):
 
     def check(self) -> None:
         """Read the file, whose first row that is no pair is said."""
-        read_pair_file(user_path(self.path))
+        read_pair_file(user_path(self.path), layout=self.layout)
 
     def read(self, work: Work) -> "ReadPairs":
         """Read the file.
@@ -95,7 +104,7 @@ class FilePairs(PairSource):
 
     def _rows(self, path: Path) -> "Iterator[Pair | Dropped]":
         self._check(path)
-        yield from read_usable_file(path).rows
+        yield from read_usable_file(path, layout=self.layout).rows
         self._check(path)
 
     def _check(self, path: Path) -> None:
@@ -105,33 +114,34 @@ class FilePairs(PairSource):
 
 @dataclass(frozen=True)
 class HubPairs(PairSource):
-    """A split of a hub data set at a pinned commit."""
+    """A split of a hub data set at a pinned commit; ``layout`` says how its rows hold pairs."""
 
     hub: str
     name: str | None
     split: str
     revision: str
+    layout: Layout = PLAIN
 
     def read(self, work: Work) -> "ReadPairs":
         """Load the split."""
         from ctpd.text.pairs import ReadPairs, usable_rows
 
         rows = read_hub(self.hub, config=self.name, split=self.split, revision=self.revision)
-        return ReadPairs(usable_rows(rows, source=self.hub), self.hub)
+        return ReadPairs(usable_rows(rows, source=self.hub, layout=self.layout), self.hub)
 
 
-def read_pair_file(path: Path) -> "list[Pair]":
+def read_pair_file(path: Path, *, layout: Layout = PLAIN) -> "list[Pair]":
     """The pairs of a local file, each of whose rows must be one."""
     from ctpd.text.pairs import parse_pairs
 
-    return parse_pairs(read_rows(path), source=str(path))
+    return parse_pairs(read_rows(path), source=str(path), layout=layout)
 
 
-def read_usable_file(path: Path) -> "ReadPairs":
+def read_usable_file(path: Path, *, layout: Layout = PLAIN) -> "ReadPairs":
     """The pairs of a local file, and the rows that are none, as they are gone through."""
     from ctpd.text.pairs import ReadPairs, usable_rows
 
-    return ReadPairs(usable_rows(read_rows(path), source=str(path)), str(path))
+    return ReadPairs(usable_rows(read_rows(path), source=str(path), layout=layout), str(path))
 
 
 @dataclass(frozen=True)

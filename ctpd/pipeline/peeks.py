@@ -1,0 +1,42 @@
+"""The first rows of a file of pairs, looked at before anything is run."""
+
+from collections.abc import Mapping
+from functools import cache
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from ctpd.pipeline.sources import read_rows
+from ctpd.text.config import Layout
+from ctpd.text.layouts import READING, holds_more
+
+FIRST_ROWS = 100
+
+
+def first_rows(path: Path) -> tuple[Mapping[str, Any], ...]:
+    """The first `FIRST_ROWS` rows of a local file, read once while it does not change.
+
+    Raises:
+        UserError: they cannot be read.
+    """
+    found = path.stat()
+    return _first_rows(path.resolve(), path, found.st_size, found.st_mtime_ns)
+
+
+def reading_of(path: Path, layout: Layout) -> int | None:
+    """The version of how a file is read, where its first rows hold what earlier versions read otherwise; else None.
+
+    Raises:
+        UserError: the rows cannot be read, are transcripts of which the layout says nothing, or none has the columns
+            that are read.
+    """
+    from ctpd.text.pairs import check_columns
+
+    rows = first_rows(path)
+    check_columns(rows, source=str(path), layout=layout)
+    return READING if any(holds_more(row) for row in rows) else None
+
+
+@cache
+def _first_rows(resolved: Path, path: Path, size: int, changed: int) -> tuple[Mapping[str, Any], ...]:
+    return tuple(islice(read_rows(path), FIRST_ROWS))
