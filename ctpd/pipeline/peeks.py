@@ -4,11 +4,14 @@ from collections.abc import Mapping
 from functools import cache
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ctpd.pipeline.sources import read_rows
-from ctpd.text.config import Layout
+from ctpd.text.config import Columns, Layout
 from ctpd.text.layouts import READING, holds_more
+
+if TYPE_CHECKING:
+    from ctpd.text.recognise import Recognised
 
 FIRST_ROWS = 100
 
@@ -35,6 +38,17 @@ def reading_of(path: Path, layout: Layout) -> int | None:
     rows = first_rows(path)
     check_columns(rows, source=str(path), layout=layout)
     return READING if any(holds_more(row) for row in rows) else None
+
+
+def recognised(path: Path, *, columns: Columns | None = None) -> "Recognised":
+    """What a file of pairs holds, as its first rows show.
+
+    Raises:
+        UserError: the rows cannot be read, or are pairs in no form that is recognised.
+    """
+    from ctpd.text.recognise import recognise
+
+    return recognise(first_rows(path), source=str(path), columns=columns)
 
 
 @cache
