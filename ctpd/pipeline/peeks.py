@@ -6,9 +6,10 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ctpd.core.errors import UserError
 from ctpd.pipeline.sources import read_rows
 from ctpd.text.config import Columns, Layout
-from ctpd.text.layouts import READING, holds_more
+from ctpd.text.layouts import PLAIN, READING, holds_more
 
 if TYPE_CHECKING:
     from ctpd.text.recognise import Recognised
@@ -49,6 +50,14 @@ def recognised(path: Path, *, columns: Columns | None = None) -> "Recognised":
     from ctpd.text.recognise import recognise
 
     return recognise(first_rows(path), source=str(path), columns=columns)
+
+
+def layout_of(path: Path) -> Layout:
+    """The layout that is recognised; that of plain rows where none is, whose error then says what a row lacks."""
+    try:
+        return recognised(path).layout
+    except UserError:
+        return PLAIN
 
 
 @cache

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Mapping, Sequence
+from itertools import chain
 from typing import NamedTuple
 
 from ctpd.core.errors import nearest, shortened
@@ -15,7 +16,8 @@ FORMS = (
 _NAMES = {**{role: role for role in ROLES}, "human": "user", "gpt": "assistant", "chatgpt": "assistant"}
 _TOOLS = ("tool", "function", "function_call", "observation")
 _UNREAD = ("reasoning_content", "reasoning", "thinking")  # of a message: they would be lost
-_KEYS = ("role", "content", "from", "value")
+MESSAGE_KEYS = (("role", "content"), ("from", "value"))
+"""The keys of a message, and those of ShareGPT's."""
 _TURN = re.compile(r"(?:\A\s*|\n\n)(Human|Assistant|System):[ \t]*")
 _SPEAKERS = {"Human": "user", "Assistant": "assistant", "System": "system"}
 
@@ -50,6 +52,14 @@ def conversation(value: object, *, where: str) -> str | tuple[Message, ...]:
     return tuple(_message(item, where=f"{where}, message {i}") for i, item in enumerate(value))
 
 
+def is_message(value: object) -> bool:
+    """Whether a value is one message with a role that is known, in either form."""
+    return isinstance(value, Mapping) and any(
+        isinstance(value.get(role), str) and value[role] in (*_NAMES, *_TOOLS) and content in value
+        for role, content in MESSAGE_KEYS
+    )
+
+
 def transcript(text: str, *, where: str) -> tuple[Message, ...] | None:
     """The turns of ``Human: ... Assistant: ...`` with an empty line before each, or None for a text that begins otherwise.
 
@@ -80,7 +90,7 @@ def holds_new_messages(value: object) -> bool:
 
 def _of_object(value: Mapping[object, object], *, where: str) -> list[object]:
     """The messages of an object: it is one, or holds lists of roles and of contents (`datasets.Sequence` of objects)."""
-    lists = {key: as_list(value[key]) for key in _KEYS if key in value}
+    lists = {key: as_list(value[key]) for key in chain(*MESSAGE_KEYS) if key in value}
     if not lists or not all(isinstance(part, list) for part in lists.values()):
         return [value]
     sizes = {len(part) for part in lists.values() if isinstance(part, list)}
@@ -94,7 +104,7 @@ def _message(item: object, *, where: str) -> Message:
         raise BadRow(f"expected an object with role and content, found {kind(item)}", where=where, fix=FORMS)
     role, content = (
         item.get(other) if is_null(item.get(name)) and other in item else item.get(name)
-        for name, other in (("role", "from"), ("content", "value"))
+        for name, other in zip(*MESSAGE_KEYS, strict=True)
     )
     if is_filled(item.get("tool_calls")) or role in _TOOLS:
         raise BadRow(

@@ -89,7 +89,7 @@ def _columns(rows: Rows, names: Sequence[str], source: str) -> Columns | None:
     both = next((pair for pair in _BOTH if set(pair) <= set(names)), None)
     if both is not None:
         named |= {ours: column for ours, column in zip(("chosen", "rejected"), both, strict=True) if ours != column}
-    elif _ORDERED in names and all(_has_two(row.get(_ORDERED)) for row in rows):
+    elif _ORDERED in names and all(_has_two(row[_ORDERED]) for row in rows if not is_null(row.get(_ORDERED))):
         named["responses"] = _ORDERED
     else:
         raise _unknown(names, source, because="no columns are known to hold the better and the worse response")

@@ -164,6 +164,25 @@ def test_pairs_are_shown_in_the_templates_of_published_models(
         assert sides["chosen"]["prompt"].count("And?") == 1
 
 
+def test_a_plan_refuses_data_that_its_columns_do_not_fit(cli: Cli, recipe: Path) -> None:
+    """In one paragraph, before anything is run."""
+    text, said = recipe.read_text(), '{path: "pairs.jsonl"}'
+    recipe.write_text(text.replace(said, '{path: "pairs.jsonl", columns: {prompt: promt}}'))
+    outcome = cli("run", recipe, "--plan")
+    assert outcome.code == 2
+    assert "the column 'promt', which `columns` names as `prompt`, is missing" in outcome.err
+    assert "Did you mean 'prompt'?" in outcome.err
+    assert len(outcome.err.splitlines()) == 1
+    recipe.write_text(text)
+    transcript = {side: f"\n\nHuman: Why?\n\nAssistant: {side}." for side in ("chosen", "rejected")}
+    Path("pairs.jsonl").write_text((json.dumps(transcript) + "\n") * 60)
+    outcome = cli("run", recipe, "--plan")
+    assert outcome.code == 2
+    assert "Say `form: transcript`" in outcome.err
+    recipe.write_text(text.replace(said, '{path: "pairs.jsonl", form: transcript}'))
+    assert cli("run", recipe, "--plan").code == 0
+
+
 def test_the_plan_says_that_prompts_are_templated_in_training_alone(cli: Cli, recipe: Path) -> None:
     said = "trained in the chat template (`template: chat`) and evaluated without it"
     assert said not in cli("run", recipe, "--plan").out

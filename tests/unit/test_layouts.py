@@ -1,7 +1,8 @@
 """Rows of known data sets in their own form: what is read of them, with and without `columns` and `form`."""
 
+import csv
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,10 @@ import pytest
 from ctpd.core.config import validate
 from ctpd.core.errors import UserError
 from ctpd.pipeline.peeks import first_rows, reading_of
-from ctpd.pipeline.stages.pairs import FilePairs, HubPairs
+from ctpd.pipeline.runtime import Runtime
+from ctpd.pipeline.stage import Work
+from ctpd.pipeline.stages import pairs
+from ctpd.pipeline.stages.pairs import FilePairs, HubPairs, read_pair_file
 from ctpd.text.config import Columns, Layout
 from ctpd.text.layouts import PLAIN, READING, holds_more
 from ctpd.text.messages import Message
@@ -267,3 +271,40 @@ def test_a_plan_refuses_columns_that_no_first_row_has(tmp_path: Path) -> None:
     path.write_text(json.dumps({**TEXT, "chosen": None}) + "\n")  # such rows are dropped and counted when they are read
     assert reading_of(path, PLAIN) is None
     assert first_rows(path)[0]["chosen"] is None
+
+
+def test_the_split_of_a_hub_data_set_is_read_in_its_layout(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    asked: dict[str, Any] = {}
+
+    def rows(name: str, **given: Any) -> Iterator[dict[str, Any]]:
+        asked.update(given, name=name)
+        return iter([FORMS["orca_dpo_pairs"][1], {"question": "a", "chosen": None, "rejected": "b"}])
+
+    monkeypatch.setattr(pairs, "read_hub", rows)
+    work = Work(tmp_path, Runtime(device="cpu"), lambda done, total: None)
+    found = HubPairs("Intel/orca_dpo_pairs", None, "train", "0" * 40, layout(prompt="question")).read(work)
+    assert found.pairs == [Pair("0", (SYSTEM, WHY), "Yes.", "No.")]
+    assert [loss.reason for loss in found.dropped] == ["null_content"]
+    assert asked == {"name": "Intel/orca_dpo_pairs", "config": None, "split": "train", "revision": "0" * 40}
+
+
+@pytest.mark.parametrize("name", ["sharegpt", "sharegpt, whole conversations", "ultrafeedback_binarized"])
+def test_messages_in_cells_of_a_csv_file_are_read(name: str, tmp_path: Path) -> None:
+    _, row, prompt = FORMS[name]
+    path = tmp_path / "pairs.csv"
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(row)
+        writer.writerow(value if isinstance(value, str) else json.dumps(value) for value in row.values())
+    assert read_pair_file(path) == [Pair("0", prompt, "Yes.", "No.")]
+    path.write_text(path.read_text().replace("'", "").replace('""', "'"))
+    with pytest.raises(UserError, match="messages in Python's notation"):
+        read_pair_file(path)
+
+
+def test_an_answer_that_is_json_stays_a_text(tmp_path: Path) -> None:
+    path = tmp_path / "pairs.csv"
+    answers = ['{"from": "Paris", "value": "3"}', '{"role": "admin", "content": "x"}']
+    with path.open("w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows([("prompt", "chosen", "rejected"), ("Why?", *answers)])
+    assert read_pair_file(path) == [Pair("0", (WHY,), *answers)]
