@@ -19,8 +19,6 @@ from ctpd.pipeline.stages.pairs import PairsStage
 from ctpd.text.pairs import Pair
 from ctpd.text.prepare import PreparedPairs, prepare_pairs
 from ctpd.text.prepared_files import read_prepared
-from ctpd.text.prepare import PreparedPairs, prepare_pairs
-from ctpd.text.prepared_files import read_prepared
 
 if TYPE_CHECKING:
     from ctpd.text.blocks import TokenRows
@@ -78,13 +76,13 @@ def read_pairs(stage: PairsStage, store: Store, *, show: int, source: str) -> li
         prepared = read_prepared(store.open(stage.kind, stage.key))
     else:
         prepared = _prepared(stage, work)
-    known = _originals(stage, work, set(prepared.pair_ids[:show]))
+    known = _originals(stage, work, set(zip(prepared.split[:show], prepared.pair_ids[:show], strict=True)))
     tokenizers = {role: getattr(stage, role).load(work, role=role).tokenizer for role in ROLES}
     return [
         ShownPair(
             id=prepared.pair_ids[pair],
             split=prepared.split[pair],
-            turns=_turns(known.get(prepared.pair_ids[pair]), last=prepared.prompts[pair]),
+            turns=_turns(known.get((prepared.split[pair], prepared.pair_ids[pair])), last=prepared.prompts[pair]),
             rows={role: _rows(prepared, role, tokenizers[role], pair) for role in ROLES},
         )
         for pair in range(min(show, len(prepared.pair_ids)))
@@ -127,14 +125,14 @@ def refuse_missing(stage: PairsStage, store: Store, source: str) -> None:
         )
 
 
-def _originals(stage: PairsStage, work: Work, ids: set[str]) -> dict[str, Pair]:
-    """The pairs to train on as they are in the data, by id; none where these are elsewhere by now, or have changed."""
-    found: dict[str, Pair] = {}
+def _originals(stage: PairsStage, work: Work, wanted: set[tuple[str, str]]) -> dict[tuple[str, str], Pair]:
+    """Pairs to train on as they are in the data, by split and id; none where these are elsewhere by now, or have changed."""
+    found: dict[tuple[str, str], Pair] = {}
     try:
         for pair in stage.train.read(work).pairs:
-            if pair.id in ids:
-                found[pair.id] = pair
-            if len(found) == len(ids):
+            if ("train", pair.id) in wanted:
+                found["train", pair.id] = pair
+            if len(found) == len(wanted):
                 break
     except UserError:
         return {}

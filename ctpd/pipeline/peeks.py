@@ -7,23 +7,22 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ctpd.core.errors import UserError
+from ctpd.core.userfiles import regular_file
 from ctpd.pipeline.sources import read_rows
 from ctpd.text.config import Columns, Layout
-from ctpd.text.layouts import PLAIN, READING, holds_more
+from ctpd.text.layouts import FIRST_ROWS, PLAIN, READING, holds_more
 
 if TYPE_CHECKING:
     from ctpd.text.recognise import Recognised
-
-FIRST_ROWS = 100
 
 
 def first_rows(path: Path) -> tuple[Mapping[str, Any], ...]:
     """The first `FIRST_ROWS` rows of a local file, read once while it does not change.
 
     Raises:
-        UserError: they cannot be read.
+        UserError: there is no such file, or they cannot be read.
     """
-    found = path.stat()
+    found = regular_file(path, what="data file", fix="Correct the path of the data").stat()
     return _first_rows(path.resolve(), path, found.st_size, found.st_mtime_ns)
 
 

@@ -12,6 +12,8 @@ from ctpd.text.values import BadRow, WrongColumns, as_list, is_filled, is_null, 
 
 READING = 2
 """The version of how rows are read that hold more than prompt, chosen and rejected; in the keys of pairs of such rows."""
+FIRST_ROWS = 100
+"""Rows that show what a source holds."""
 PLAIN = Layout()
 PROMPTS = ("question", "instruction", "query", "input", "conversations", "conversation", "messages")
 """Columns that hold the prompt in known data sets without a column `prompt`."""
@@ -111,6 +113,24 @@ def refuse_transcripts(rows: Sequence[Mapping[str, object]], layout: Layout, *, 
             fix="Say `form: transcript` in the recipe's data source, and their turns become messages; `form: text` "
             "if one text is meant",
         )
+
+
+def refuse_absent(rows: Sequence[Mapping[str, object]], layout: Layout, *, source: str) -> None:
+    """Refuse a source of whose first rows none has a column that the layout names and a row may lack.
+
+    Raises:
+        UserError: there is such a column.
+    """
+    given = {} if layout.columns is None else layout.columns.given
+    names = [str(name) for row in rows if isinstance(row, Mapping) for name in row]
+    for ours, column in given.items():
+        if rows and ours not in _REQUIRED and column not in names:
+            raise UserError(
+                f"none of the first {len(rows)} rows has the column '{column}', which `columns` names as `{ours}`."
+                f"{nearest(column, dict.fromkeys(names))}",
+                where=source,
+                fix="Correct `columns` in the recipe's data source; where a row has none, its value is null",
+            )
 
 
 def holds_more(row: Mapping[str, object]) -> bool:

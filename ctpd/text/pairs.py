@@ -5,9 +5,19 @@ from dataclasses import dataclass, replace
 from itertools import chain, islice
 from typing import NamedTuple
 
-from ctpd.core.errors import UserError, nearest, shortened
+from ctpd.core.errors import shortened
 from ctpd.text.config import Layout
-from ctpd.text.layouts import PLAIN, UNRENDERED, Cells, cells, missing, refuse_other_prompt, refuse_transcripts
+from ctpd.text.layouts import (
+    FIRST_ROWS,
+    PLAIN,
+    UNRENDERED,
+    Cells,
+    cells,
+    missing,
+    refuse_absent,
+    refuse_other_prompt,
+    refuse_transcripts,
+)
 from ctpd.text.messages import FORMS, conversation
 from ctpd.text.messages import Message as Message
 from ctpd.text.values import BadRow, WrongColumns, as_list, is_filled, is_null, kind, valid_text
@@ -19,8 +29,6 @@ DROP_REASONS = (
 """Why a pair is left out (docs/method.md#dropped-pairs)."""
 
 Marks = tuple[tuple[int, int, bool], ...]
-
-_HEAD = 16  # rows that show whether a source holds transcripts
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,6 +142,7 @@ def check_columns(rows: Sequence[Mapping[str, object]], *, source: str, layout: 
         UserError: none has; or they are transcripts, and the layout does not say what of them.
     """
     refuse_transcripts(rows, layout, source=source)
+    refuse_absent(rows, layout, source=source)
     first = None
     for number, row in enumerate(rows):
         try:
@@ -149,24 +158,12 @@ def check_columns(rows: Sequence[Mapping[str, object]], *, source: str, layout: 
 
 
 def _checked(rows: Iterable[Mapping[str, object]], layout: Layout, source: str) -> Iterator[Mapping[str, object]]:
-    """The rows. Raises UserError for transcripts, and after the last row for a column that none has."""
+    """The rows, after a look at the first of them."""
     rest = iter(rows)
-    head = list(islice(rest, _HEAD))
+    head = list(islice(rest, FIRST_ROWS))
     refuse_transcripts(head, layout, source=source)
-    optional = {} if layout.columns is None else layout.columns.given
-    unseen = {name: column for name, column in optional.items() if name in ("system", "input")}
-    for row in chain(head, rest):
-        if unseen and isinstance(row, Mapping):
-            unseen = {name: column for name, column in unseen.items() if column not in row}
-        yield row
-    for name, column in unseen.items():
-        if head:
-            raise UserError(
-                f"no row has the column '{column}', which `columns` names as `{name}`."
-                f"{nearest(column, map(str, head[0])) if isinstance(head[0], Mapping) else ''}",
-                where=source,
-                fix="Correct `columns` in the recipe's data source",
-            )
+    refuse_absent(head, layout, source=source)
+    yield from chain(head, rest)
 
 
 def _parse_row(row: Mapping[str, object], *, id: str, where: str, layout: Layout) -> Pair:

@@ -7,7 +7,7 @@ from ctpd.core.errors import UserError, listed
 from ctpd.text.config import Columns, Form, Layout
 from ctpd.text.layouts import PROMPTS, cells, refuse_transcripts
 from ctpd.text.messages import conversation
-from ctpd.text.pairs import parse_usable
+from ctpd.text.pairs import Dropped, usable_rows
 from ctpd.text.values import BadRow, as_list, is_filled, is_null
 
 _BOTH = (
@@ -67,7 +67,7 @@ def recognise(rows: Rows, *, source: str, columns: Columns | None = None) -> Rec
     given = _columns(rows, names, source) if columns is None else columns
     layout = Layout(columns=given, form=_form(rows, given, source))
     try:
-        read = parse_usable(rows, source=source, layout=layout)
+        read = list(usable_rows(rows, source=source, layout=layout))
     except BadRow as error:
         if columns is not None:
             raise
@@ -78,7 +78,7 @@ def recognise(rows: Rows, *, source: str, columns: Columns | None = None) -> Rec
         form=_words(rows, layout),
         used=used,
         ignored=tuple(name for name in names if name not in used.values()),
-        bad=len(read.dropped),
+        bad=sum(isinstance(row, Dropped) for row in read),
         of=len(rows),
     )
 

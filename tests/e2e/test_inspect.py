@@ -130,6 +130,9 @@ def test_responses_are_read_in_the_form_that_the_data_have(cli: Cli, sides: tupl
         assert found.code == 0, found.err
         counts.append(json.loads(found.out)["counts"])
     assert counts[0] == counts[1] == counts[2]
+    missing = cli("inspect", "template", sides[0], "--data", tmp_path / "no.jsonl")
+    assert missing.code == 2
+    assert "does not exist" in missing.err
 
 
 def test_weights_of_a_recipe_agree_with_the_record(cli: Cli, smoke: SmokeRun) -> None:

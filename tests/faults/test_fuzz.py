@@ -24,7 +24,7 @@ from ctpd.pipeline.stages.pairs import read_pair_file, read_usable_file
 from ctpd.recipe import load_recipe, shipped_recipes
 from ctpd.text.config import Columns, Layout
 from ctpd.text.layouts import holds_more
-from ctpd.text.pairs import check_columns, parse_pairs, parse_usable
+from ctpd.text.pairs import check_columns, parse_pairs, usable_rows
 from ctpd.text.recognise import recognise
 from harness.record import Record
 from harness.suites import SUITES, load_suite
@@ -271,7 +271,7 @@ def test_rows_of_other_forms(row: dict[str, Any], data: st.DataObject) -> None:
     rows = [item for item in data.draw(st.lists(replaced(row), min_size=1)) if isinstance(item, dict)]
     columns = Columns(prompt="instruction", input="input", responses="output")
     for layout in (Layout(), Layout(form="transcript"), Layout(columns=columns)):
-        refuses_or_reads(lambda given=layout: parse_usable(rows, source="rows", layout=given))
+        refuses_or_reads(lambda given=layout: list(usable_rows(rows, source="rows", layout=given)))
         refuses_or_reads(lambda given=layout: check_columns(rows, source="rows", layout=given))
     assert all(holds_more(item) in (True, False) for item in rows)
     found = refuses_or_reads(lambda: recognise(rows, source="rows"))

@@ -19,7 +19,7 @@ from ctpd.pipeline.stages.pairs import FilePairs, HubPairs, read_pair_file
 from ctpd.text.config import Columns, Layout
 from ctpd.text.layouts import PLAIN, READING, holds_more
 from ctpd.text.messages import Message
-from ctpd.text.pairs import Pair, check_columns, parse_pairs, parse_usable
+from ctpd.text.pairs import Dropped, Pair, check_columns, parse_pairs, usable_rows
 from ctpd.text.recognise import recognise
 
 SYSTEM, WHY, SO, AND = (
@@ -134,7 +134,7 @@ TEXT = {"prompt": "a", "chosen": "b", "rejected": "c"}
     ("given", "row", "message"),
     [
         (layout(prompt="qestion"), {"question": "a", "chosen": "b", "rejected": "c"}, "the column 'qestion', which `columns` names as `prompt`, is missing.*Did you mean 'question'"),
-        (layout(system="sys"), TEXT, "no row has the column 'sys', which `columns` names as `system`"),
+        (layout(system="sys"), TEXT, "none of the first 1 rows has the column 'sys', which `columns` names as `system`"),
         (layout(responses="output", prompt="prompt"), {"prompt": "a", "output": ["b"]}, "column 'output': expected a list of two responses"),
         (layout(responses="output", prompt="prompt"), {"prompt": "a", "output": "b"}, "expected a list of two responses.*found str"),
         (layout(chosen="x"), {**TEXT, "x": 3}, "column 'x': expected a string"),
@@ -157,7 +157,7 @@ def test_rows_that_are_none_are_refused_with_column_and_way_out(
 ) -> None:
     """Also where a silent reading would lose a part of the prompt, or take the answers' common words for it."""
     with pytest.raises(UserError, match=message) as caught:
-        parse_usable([row], source="f", layout=given)
+        list(usable_rows([row], source="f", layout=given))
     assert "\n" not in str(caught.value)
     assert caught.value.fix
 
@@ -171,7 +171,7 @@ def test_a_text_that_holds_its_prompt_needs_no_column_of_it() -> None:
 def test_transcripts_are_refused_until_the_recipe_says_what_they_are() -> None:
     """They were trained as one text, markers of turns included; a single such row among others stays a text."""
     row = FORMS["hh-rlhf"][1]
-    for read in (parse_pairs, parse_usable, check_columns):
+    for read in (parse_pairs, lambda rows, source: list(usable_rows(rows, source=source)), check_columns):
         with pytest.raises(UserError, match=r"f: the texts are transcripts.*`form: transcript`.*`form: text`"):
             read([row, row], source="f")  # type: ignore[operator]
         read([row, {"prompt": "a", "chosen": "b", "rejected": "c"}], source="f")  # type: ignore[operator]
@@ -199,14 +199,20 @@ def test_turns_of_a_transcript_keep_their_line_breaks_and_lose_their_ends() -> N
 def test_transcripts_that_part_before_the_last_answer_are_dropped_and_counted() -> None:
     good = FORMS["hh-rlhf"][1]
     bad = {"chosen": "\n\nHuman: a\n\nAssistant: b", "rejected": "\n\nHuman: c\n\nAssistant: d"}
-    found = parse_usable([good, bad], source="f", layout=layout("transcript"))
-    assert [(loss.row, loss.reason) for loss in found.dropped] == [("1", "different_prompts")]
+    first, second = usable_rows([good, bad], source="f", layout=layout("transcript"))
+    assert isinstance(first, Pair)
+    assert isinstance(second, Dropped)
+    assert (second.row, second.reason) == ("1", "different_prompts")
 
 
 def test_a_column_that_only_some_rows_have_is_read_where_it_is() -> None:
     rows = [TEXT, {**TEXT, "sys": "Be brief."}]
     first, second = parse_pairs(rows, source="f", layout=layout(system="sys"))
     assert (first.prompt[0].role, second.prompt[0]) == ("user", SYSTEM)
+    with pytest.raises(
+        UserError, match="none of the first 100 rows has the column 'sys'"
+    ):  # also where a `limit` stops
+        next(usable_rows([TEXT] * 200, source="f", layout=layout(system="sys")))
 
 
 @pytest.mark.parametrize(
@@ -283,8 +289,10 @@ def test_the_split_of_a_hub_data_set_is_read_in_its_layout(monkeypatch: pytest.M
     monkeypatch.setattr(pairs, "read_hub", rows)
     work = Work(tmp_path, Runtime(device="cpu"), lambda done, total: None)
     found = HubPairs("Intel/orca_dpo_pairs", None, "train", "0" * 40, layout(prompt="question")).read(work)
-    assert found.pairs == [Pair("0", (SYSTEM, WHY), "Yes.", "No.")]
-    assert [loss.reason for loss in found.dropped] == ["null_content"]
+    pair, loss = found.rows
+    assert pair == Pair("0", (SYSTEM, WHY), "Yes.", "No.")
+    assert isinstance(loss, Dropped)
+    assert loss.reason == "null_content"
     assert asked == {"name": "Intel/orca_dpo_pairs", "config": None, "split": "train", "revision": "0" * 40}
 
 
