@@ -12,7 +12,7 @@ from ctpd.cli.terminal import columns, heading, indented, rendered, table
 from ctpd.core.printing import printable
 
 if TYPE_CHECKING:
-    from ctpd.inspection.pairs import ReadPair
+    from ctpd.inspection.pairs import ShownPair
     from ctpd.inspection.templates import TemplateReport
     from ctpd.inspection.tokenizers import Comparison
 
@@ -24,6 +24,7 @@ _TYPE_MEANINGS = {
     "n:m": "several each",
 }
 _END = {False: "bold green", True: "red"}
+_ROLES: Mapping[str | None, str] = {None: "dim", "system": "magenta", "user": "cyan", "assistant": "yellow"}
 _SIDES = ("teacher", "student")
 _BAR = " ▏▎▍▌▋▊▉█"
 _HEIGHTS = " ▁▂▃▄▅▆▇█"
@@ -64,12 +65,16 @@ def _widest(lines: Sequence[Text]) -> int:
     return max(line.cell_len for line in lines) or 1
 
 
-def pair(found: "ReadPair", *, number: int) -> str:
-    """A pair as both models read it; what is scored is green."""
-    rows: list[tuple[Text, ...]] = []
+def pair(found: "ShownPair", *, number: int) -> str:
+    """A pair as both models read it: the prompt's messages in the colour of their role, what is scored in green."""
+    from ctpd.inspection.pairs import prompt_parts
+
+    roles = Text(", ").join(Text(turn["role"], style=_ROLES[turn["role"]]) for turn in found.turns)
+    rows: list[tuple[Text, ...]] = [(Text(), Text("roles"), roles)] if found.turns else []
     for role, sides in found.rows.items():
         chosen = next(iter(sides.values()))
-        rows.append((Text(role), Text("prompt"), Text(shown(chosen.prompt), style="dim")))
+        prompt = Text.assemble(*((shown(text), _ROLES[of]) for of, text in prompt_parts(chosen.prompt, found.turns)))
+        rows.append((Text(role), Text("prompt"), prompt))
         for side, row in sides.items():
             text = Text(shown(row.response), style="green").append(shown(row.between), style="dim")
             text.append(
@@ -84,10 +89,11 @@ def pair(found: "ReadPair", *, number: int) -> str:
 
 def pair_legend() -> str:
     """What the colours of pairs mean."""
+    roles = Text(", ").join(Text(role or "template", style=style) for role, style in _ROLES.items())
     parts = (
         Text("scored", style="green"),
         Text("end token, scored", style=_END[False]),
-        Text("not scored", style="dim"),
+        Text.assemble("not scored: ", roles),
     )
     note = Text("Of each response the text and, after a space, the end token are scored; of the prompt nothing.")
     return rendered("", note, *([Text("   ").join(parts)] if sys.stdout.isatty() else []))

@@ -183,9 +183,11 @@ def is_recipe(source: str) -> bool:
 
 
 def _usable(data: Path, limit: int | None) -> Any:
+    from ctpd.pipeline.peeks import layout_of
     from ctpd.pipeline.stages.pairs import read_usable_file
 
-    return list(islice((pair for pair in read_usable_file(data).pairs if pair.chosen and pair.rejected), limit))
+    pairs = read_usable_file(data, layout=layout_of(data)).pairs
+    return list(islice((pair for pair in pairs if pair.chosen and pair.rejected), limit))
 
 
 def _chat_side(source: str, *, variable: tuple[str, ...], merge_system: bool, end_token: str | None, **_: Any) -> Any:

@@ -265,15 +265,36 @@ def recipes(*, schema: bool, show: str | None, copy: str | None, to: Path | None
 @click.command()
 @click.option("--teacher", required=True, help="Model directory, or hub id@revision.")
 @click.option("--student", required=True, help="Model directory, or hub id@revision.")
-@click.option("--data", required=True, type=click.Path(path_type=Path), help="Pairs: jsonl, json, parquet or csv.")
+@click.option(
+    "--data",
+    required=True,
+    type=click.Path(path_type=Path),
+    help="Pairs: jsonl, json, parquet or csv; a file, a folder or a pattern.",
+)
+@click.option(
+    "--column",
+    "columns",
+    multiple=True,
+    metavar="NAME=COLUMN",
+    help="A column of the data under our name, such as prompt=question, where init does not recognise them; may be repeated.",
+)
+@click.option("--encoding", metavar="NAME", help="The encoding of data that are not UTF-8, such as cp1252.")
 @click.option("--to", type=click.Path(path_type=Path), default="recipe.yaml", show_default=True)
 @execution()
-def init(teacher: str, student: str, data: Path, to: Path) -> None:
-    """Write a recipe for your own pair of models and data."""
+def init(teacher: str, student: str, data: Path, columns: tuple[str, ...], encoding: str | None, to: Path) -> None:
+    """Write a recipe for your own pair of models and data; say what of the data is read."""
     from ctpd.cli.template import write_recipe
 
-    write_recipe(to, teacher=teacher, student=student, data=data)
+    named = dict(_named(column) for column in columns)
+    click.echo(write_recipe(to, teacher=teacher, student=student, data=data, columns=named, encoding=encoding))
     click.echo(f"Wrote {to}. Read it through, then: {shlex.join(['ctpd', 'run', str(to), '--plan'])}")
+
+
+def _named(text: str) -> tuple[str, str]:
+    name, equals, column = text.partition("=")
+    if not (name and equals and column):
+        raise click.UsageError(f"--column {text!r} is not of the form NAME=COLUMN, such as prompt=question.")
+    return name, column
 
 
 def _show_or_copy(show: str | None, copy: str | None, to: Path | None) -> None:

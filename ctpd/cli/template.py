@@ -3,19 +3,24 @@
 import json
 import math
 import shlex
+from collections.abc import Mapping
 from pathlib import Path
 
 import yaml
 
+from ctpd.core.config import validate
 from ctpd.core.errors import UserError, nearest
 from ctpd.core.names import LONGEST_NAME, unfit_name, unfit_text
 from ctpd.core.printing import printable
-from ctpd.core.userfiles import exists, regular_file, user_path
-from ctpd.pipeline.sources import count_rows
+from ctpd.core.text_encoding import text_codec
+from ctpd.core.userfiles import exists, user_path
+from ctpd.pipeline.peeks import recognised
+from ctpd.pipeline.sources import count_rows, data_files
 from ctpd.recipe import shipped_recipes
 from ctpd.recipe.load import looks_local
 from ctpd.recipe.model import is_commit
 from ctpd.recipe.schema import schema_file
+from ctpd.text.config import Columns, Layout
 
 PAIRS_PER_STEP, SFT_PAIRS_PER_STEP = 16, 128  # the paper's, where the data are enough
 LEAST_STEPS = 20
@@ -43,7 +48,7 @@ shared:
     positive: {{learning_rate: 1e-6, beta: 0.1, {schedule}}}  # for TIS-DPO
     negative: {{learning_rate: 1e-6, beta: 0.1, {schedule}}}
   data:
-    train: {{path: {data}}}  # {counted}
+    train: {{path: {data}{layout}}}  # {counted}
     max_tokens: 512
     max_prompt_tokens: 256
     long_prompt: cut
@@ -61,25 +66,42 @@ tables:
 """
 
 
-def write_recipe(to: Path, *, teacher: str, student: str, data: Path) -> None:
-    """Write a recipe for a pair of models and a file of pairs.
+def write_recipe(
+    to: Path,
+    *,
+    teacher: str,
+    student: str,
+    data: Path,
+    columns: Mapping[str, str] | None = None,
+    encoding: str | None = None,
+) -> str:
+    """Write a recipe for a pair of models and one or several files of pairs.
 
     Args:
         to: a file that does not exist yet.
         teacher, student: a directory, or a hub id with its revision after an `@`.
-        data: the pairs.
+        data: the pairs: a file, a folder or a pattern.
+        columns: our name -> the file's column, for a file in no form that is recognised.
+        encoding: that of texts that are not UTF-8.
+
+    Returns:
+        What was found in the data, in one sentence.
 
     Raises:
-        UserError: `to` exists, or the data do not or hold no pair; a hub id has no commit as its revision.
+        UserError: `to` exists, or the data do not or hold no pair; they are in no form that is recognised; a hub id has
+            no commit as its revision.
     """
     if to.exists():
         raise UserError(f"the file '{to}' exists already", fix="Give another name with --to")
-    regular_file(data, what="data file", fix="Correct --data")
+    codec = None if encoding is None else text_codec(encoding)
+    data_files(data, encoding=codec)
     if not to.parent.is_dir():
         raise UserError(f"the folder '{to.parent}' does not exist", fix="Make it, or give another name with --to")
-    pairs = count_rows(data)
+    pairs = count_rows(data, encoding=codec)
     if pairs == 0:
         raise UserError("the file holds no pair", where=str(data), fix="Correct --data")
+    given = validate(Columns, columns, source="--column") if columns else None
+    found = recognised(data, columns=given, encoding=codec)
     schedule, sft_schedule = (_schedule(pairs, most=most) for most in (PAIRS_PER_STEP, SFT_PAIRS_PER_STEP))
     chat = {"teacher": _has_chat_template(teacher), "student": _has_chat_template(student)}
     sft = "skip  # an instruct model is fine-tuned already; for a base model give a training like the ones below"
@@ -91,6 +113,7 @@ def write_recipe(to: Path, *, teacher: str, student: str, data: Path) -> None:
         name=_quoted(to.stem if unfit_name(to.stem) is None else printable(to.stem)[:LONGEST_NAME]),
         about=_quoted(about if unfit_text(about) is None else printable(about)),
         data=_quoted(str(data)),
+        layout=("" if encoding is None else f", encoding: {_quoted(encoding)}") + _layout(found.layout),
         teacher_model=_model(teacher),
         student_model=_model(student),
         teacher_template=_template(chat["teacher"]),
@@ -102,6 +125,14 @@ def write_recipe(to: Path, *, teacher: str, student: str, data: Path) -> None:
         chat="true" if all(chat.values()) else "false",
     )
     to.write_text(text, encoding="utf-8")
+    return f"{printable(str(data))}: {'' if pairs is None else f'{pairs:,} rows; '}{printable(found.sentence())}."
+
+
+def _layout(layout: Layout) -> str:
+    """What the data source says of its rows, behind its path."""
+    given = {} if layout.columns is None else layout.columns.given
+    columns = ", ".join(f"{name}: {_quoted(column)}" for name, column in given.items())
+    return (f", columns: {{{columns}}}" if columns else "") + ("" if layout.form is None else f", form: {layout.form}")
 
 
 def copy_recipe(name: str, to: Path) -> None:

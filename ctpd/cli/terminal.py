@@ -51,11 +51,18 @@ def table(heads: Sequence[str], rows: Iterable[Sequence[str | Text]], *, right: 
         heads: one a column; no head is shown if all are empty.
         rows: the cells; strings are printed literally, with the code point of what does not print.
         right: the columns, from 0, whose cells end at the right.
+
+    What is too long for the last column goes on in the next line, also inside a word.
     """
     drawn = Table(box=None, padding=(0, 1), pad_edge=False, show_header=any(heads), header_style="bold")
     for index, head in enumerate(heads):
         is_last = index == len(heads) - 1
-        drawn.add_column(Text(head), justify="right" if index in right else "left", no_wrap=not is_last)
+        drawn.add_column(
+            Text(head),
+            justify="right" if index in right else "left",
+            no_wrap=not is_last,
+            overflow="fold" if is_last else "ellipsis",
+        )
     for row in rows:
         drawn.add_row(*(cell if isinstance(cell, Text) else Text(printable(cell)) for cell in row))
     return drawn

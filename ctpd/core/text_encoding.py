@@ -81,7 +81,11 @@ def wrong_encoding(path: Path, *, is_data: bool = False) -> UserError:
     mark = any(head.startswith(mark) for mark in _MARKS)
     codec = _PYTHONS[guess] if mark or guess not in _MARKS.values() else guess.lower()
     convert = f"ave it as UTF-8: `iconv -f {guess} -t UTF-8 OLD > NEW`"
-    fix = f"Write `encoding: {codec}` beside `path` in the recipe, or s{convert}" if is_data else f"S{convert}"
+    fix = (
+        f"Write `encoding: {codec}` beside `path` in the recipe (`--encoding {codec}` of `ctpd init`), or s{convert}"
+        if is_data
+        else f"S{convert}"
+    )
     return UserError(f"{what}; it looks like {guess}", where=where, fix=fix)
 
 

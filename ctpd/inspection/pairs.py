@@ -1,6 +1,7 @@
 """The first pairs of a recipe as each model will read them: prompt, responses, end, and what of it is scored."""
 
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +16,7 @@ from ctpd.pipeline.rows import token_rows
 from ctpd.pipeline.runtime import Runtime
 from ctpd.pipeline.stage import Work
 from ctpd.pipeline.stages.pairs import PairsStage
+from ctpd.text.pairs import Pair
 from ctpd.text.prepare import PreparedPairs, prepare_pairs
 from ctpd.text.prepared_files import read_prepared
 
@@ -43,15 +45,20 @@ class ReadRow:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ReadPair:
-    """One pair: its rows by model and side (`chosen`, `rejected`)."""
+class ShownPair:
+    """One pair: its rows by model and side (`chosen`, `rejected`).
+
+    Attributes:
+        turns: role and content of each message of the prompt; empty where the data cannot be read again.
+    """
 
     id: str
     split: str
+    turns: tuple[dict[str, str], ...]
     rows: dict[Role, dict[str, ReadRow]]
 
 
-def read_pairs(stage: PairsStage, store: Store, *, show: int, source: str) -> list[ReadPair]:
+def read_pairs(stage: PairsStage, store: Store, *, show: int, source: str) -> list[ShownPair]:
     """The first pairs of a recipe, from the store if they are prepared, else prepared now.
 
     Args:
@@ -69,15 +76,32 @@ def read_pairs(stage: PairsStage, store: Store, *, show: int, source: str) -> li
         prepared = read_prepared(store.open(stage.kind, stage.key))
     else:
         prepared = _prepared(stage, work)
+    known = _originals(stage, work, set(zip(prepared.split[:show], prepared.pair_ids[:show], strict=True)))
     tokenizers = {role: getattr(stage, role).load(work, role=role).tokenizer for role in ROLES}
     return [
-        ReadPair(
+        ShownPair(
             id=prepared.pair_ids[pair],
             split=prepared.split[pair],
+            turns=_turns(known.get((prepared.split[pair], prepared.pair_ids[pair])), last=prepared.prompts[pair]),
             rows={role: _rows(prepared, role, tokenizers[role], pair) for role in ROLES},
         )
         for pair in range(min(show, len(prepared.pair_ids)))
     ]
+
+
+def prompt_parts(prompt: str, turns: Sequence[Mapping[str, str]]) -> Iterator[tuple[str | None, str]]:
+    """A prompt as a model reads it, cut into the contents of its messages, each with its role, and the template's text (None).
+
+    A content that the template has changed is part of the template's text.
+    """
+    start = 0
+    for turn in turns:
+        content = turn["content"].strip()
+        found = re.compile(rf"(?<!\w){re.escape(content)}(?!\w)").search(prompt, start) if content else None
+        if found is not None:
+            yield from ((None, prompt[start : found.start()]), (turn["role"], found[0]))
+            start = found.end()
+    yield None, prompt[start:]
 
 
 def work_of(stage: PairsStage, store: Store) -> Work:
@@ -99,6 +123,27 @@ def refuse_missing(stage: PairsStage, store: Store, source: str) -> None:
             where=source,
             fix=f"Run `{command('train', source, store=store.root)}` first, or give another --store",
         )
+
+
+def _originals(stage: PairsStage, work: Work, wanted: set[tuple[str, str]]) -> dict[tuple[str, str], Pair]:
+    """Pairs to train on as they are in the data, by split and id; none where these are elsewhere by now, or have changed."""
+    found: dict[tuple[str, str], Pair] = {}
+    try:
+        for pair in stage.train.read(work).pairs:
+            if ("train", pair.id) in wanted:
+                found["train", pair.id] = pair
+            if len(found) == len(wanted):
+                break
+    except UserError:
+        return {}
+    return found
+
+
+def _turns(pair: Pair | None, *, last: str) -> tuple[dict[str, str], ...]:
+    """The messages of a prompt, the last as it is trained on: its start may be cut."""
+    if pair is None:
+        return ()
+    return tuple(turn._asdict() for turn in (*pair.prompt[:-1], pair.prompt[-1]._replace(content=last)))
 
 
 def _prepared(stage: PairsStage, work: Work) -> PreparedPairs:

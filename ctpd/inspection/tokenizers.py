@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ctpd.core.errors import UserError
+from ctpd.pipeline.peeks import layout_of
 from ctpd.pipeline.sources import read_rows
 from ctpd.text.fidelity import Speller, compare_spans, coverage, readable
 from ctpd.text.mismatch import SPAN_TYPES, AlignedTexts, align_texts, mismatch_counts, span_sizes, span_tokens
@@ -47,7 +48,8 @@ def read_responses(path: Path, *, limit: int | None = None) -> list[str]:
     rows: Iterable[Mapping[str, Any]] = read_rows(path)
     if limit is not None:
         rows = (row for row, _ in zip(rows, range(limit), strict=False))
-    pairs = (row for row in usable_rows(rows, source=str(path)) if isinstance(row, Pair))
+    read = usable_rows(rows, source=str(path), layout=layout_of(path))
+    pairs = (row for row in read if isinstance(row, Pair))
     return [text for pair in pairs for text in (pair.chosen, pair.rejected)]
 
 

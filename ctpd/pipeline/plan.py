@@ -11,6 +11,7 @@ from ctpd.core.userfiles import user_path
 from ctpd.objectives.base import Generation, TeacherView
 from ctpd.ops.weights import Signal
 from ctpd.pipeline.methods import Method
+from ctpd.pipeline.peeks import reading_of
 from ctpd.pipeline.references import External, Model, external_model
 from ctpd.pipeline.sources import file_digest, same_vocabulary
 from ctpd.pipeline.stages.distributions import DistributionsConfig, DistributionsStage
@@ -102,10 +103,11 @@ class SharedStages:
         if source.hub is not None:
             assert source.split is not None
             assert source.revision is not None
-            return HubPairs(source.hub, source.name, source.split, source.revision)
+            return HubPairs(source.hub, source.name, source.split, source.revision, source.layout)
         assert source.path is not None
-        digest = file_digest(user_path(source.path), encoding=source.encoding)
-        return FilePairs(source.path, digest, source.encoding)
+        path, encoding = user_path(source.path), source.encoding
+        digest, reading = file_digest(path, encoding=encoding), reading_of(path, source.layout, encoding=encoding)
+        return FilePairs(source.path, digest, encoding, source.layout, reading)
 
     @cached_property
     def pairs(self) -> PairsStage:

@@ -5,16 +5,19 @@ Texts are read in the encoding that is given, by default UTF-8, and unpacked whe
 
 import csv
 import json
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from ctpd.core.errors import UserError, shortened
 from ctpd.core.userfiles import LONGEST_LINE, readable, text_lines, text_pieces, too_long
+from ctpd.text.messages import MESSAGE_KEYS, is_message
 
 Row = Mapping[str, Any]
 
 _MARK = "\ufeff"  # byte order mark
+_PYTHON_MESSAGE = re.compile(r"\[?\s*\{\s*'(?:role|from)'\s*:\s*'(?:system|user|assistant|human|gpt)'")
 _PARQUET_ROWS = 1024  # rows that are converted at once
 _PARQUET_BUFFER = 2**20  # bytes of a column that are read at once
 
@@ -37,7 +40,7 @@ def read_json(path: Path, encoding: str | None = None) -> Iterator[Row]:
 
 
 def read_csv(path: Path, encoding: str | None = None) -> Iterator[Row]:
-    """Rows by the names of the first line. A cell that is a list of messages as JSON becomes that list."""
+    """Rows by the names of the first line. A cell that is messages as JSON becomes these."""
     csv.field_size_limit(LONGEST_LINE)  # Python's own limit is 131,072
     texts = _RowLines(path, text_lines(path, encoding=encoding))
     lines = csv.reader(texts, strict=True)
@@ -187,26 +190,29 @@ def _check_unique(names: Sequence[str], *, where: str) -> None:
 
 
 def _messages(cell: str, *, where: str) -> Any:
-    """The messages that a cell holds as JSON, or the cell's text.
+    """The messages that a cell holds as JSON, a list or one message with a known role, or the cell's text.
 
     Raises:
         UserError: it looks like messages in Python's notation, which spreadsheet exports of data frames have.
     """
     text = cell.strip()
-    if not (text.startswith("[") and text.endswith("]") and "role" in text and "content" in text):
+    if text[:1] + text[-1:] not in ("[]", "{}") or not any(all(key in text for key in keys) for keys in MESSAGE_KEYS):
         return cell
     try:
         found = json.loads(text)
     except (ValueError, RecursionError):
-        inside = text[1:].lstrip()
-        if inside.startswith(("{'role'", "{'content'")):
+        if text[1:].lstrip().startswith(("{'role'", "{'content'")) or _PYTHON_MESSAGE.match(text):
             raise UserError(
                 "the cell holds messages in Python's notation, not as JSON",
                 where=where,
                 fix="Write such cells with json.dumps, or save the data as jsonl or Parquet",
             ) from None
         return cell
-    is_messages = bool(found) and all(isinstance(item, dict) and {"role", "content"} <= item.keys() for item in found)
+    if not isinstance(found, list):
+        return found if is_message(found) else cell
+    is_messages = bool(found) and all(
+        is_message(item) or (isinstance(item, dict) and {"role", "content"} <= item.keys()) for item in found
+    )
     return found if is_messages else cell
 
 

@@ -11,7 +11,7 @@ from ctpd.core.config import Config, Number, Positive, PositiveInt, Seed, Text
 from ctpd.core.errors import UserError
 from ctpd.core.text_encoding import text_codec
 from ctpd.testbed.config import PretrainConfig, WorldConfig
-from ctpd.text.config import PairsConfig
+from ctpd.text.config import Columns, Form, Layout, PairsConfig
 from ctpd.train.config import FsdpSpec, Schedule
 
 Precision = Literal["float32", "bfloat16"]
@@ -154,6 +154,16 @@ class Source(Config):
     """The commit of the hub data set: 40 hex digits."""
     testbed: Literal["train", "eval"] | None = None
     """The testbed's pairs of this split."""
+    columns: Columns | None = None
+    """The columns that hold a pair, where they have other names than `prompt`, `chosen`, `rejected` and `system`."""
+    form: Form | None = None
+    """`transcript`: texts are conversations, `Human: ... Assistant: ...` with an empty line before each turn. `text`: a text
+    is one text, even if it looks so. Left out, such texts are refused."""
+
+    @property
+    def layout(self) -> Layout:
+        """How its rows hold pairs."""
+        return Layout(columns=self.columns, form=self.form)
 
     @model_validator(mode="after")
     def _has_one_origin(self) -> Self:
@@ -163,6 +173,8 @@ class Source(Config):
             raise ValueError("pairs from the hub need a `split` and a pinned `revision`")
         if self.encoding is not None and (self.path is None or self.path.lower().endswith(".parquet")):
             raise ValueError("`encoding` is that of text files; Parquet, the hub and the testbed have UTF-8")
+        if self.testbed is not None and self.layout != Layout():
+            raise ValueError("`columns` and `form` are for a `path` or `hub`: the testbed's pairs have one form")
         return self
 
 

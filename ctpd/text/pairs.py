@@ -1,13 +1,26 @@
 """Preference pairs in every form that TRL accepts, validated row by row (docs/method.md#preference-pairs)."""
 
-import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain, islice
 from typing import NamedTuple
 
-import numpy as np
-
-from ctpd.core.errors import UserError, listed, nearest, shortened
+from ctpd.core.errors import shortened
+from ctpd.text.config import Layout
+from ctpd.text.layouts import (
+    FIRST_ROWS,
+    PLAIN,
+    UNRENDERED,
+    Cells,
+    cells,
+    missing,
+    refuse_absent,
+    refuse_other_prompt,
+    refuse_transcripts,
+)
+from ctpd.text.messages import FORMS, conversation
+from ctpd.text.messages import Message as Message
+from ctpd.text.values import BadRow, WrongColumns, as_list, is_filled, is_null, kind, valid_text
 
 DROP_REASONS = (
     *("empty", "equal", "special_token_text", "long_prompt"),
@@ -16,20 +29,6 @@ DROP_REASONS = (
 """Why a pair is left out (docs/method.md#dropped-pairs)."""
 
 Marks = tuple[tuple[int, int, bool], ...]
-
-_FORMS = (
-    "A row holds prompt, chosen and rejected as strings or as lists of messages; "
-    "the prompt may be part of chosen and rejected"
-)
-_ROLES = ("system", "user", "assistant")
-_UNREAD = ("reasoning_content", "reasoning", "thinking")  # of a message: they would be lost
-
-
-class Message(NamedTuple):
-    """One turn of a conversation."""
-
-    role: str  # system, user or assistant
-    content: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,20 +93,8 @@ class ReadPairs(NamedTuple):
         return (row for row in self.rows if isinstance(row, Pair))
 
 
-class BadRow(UserError):
-    """A row that is no pair.
-
-    Attributes:
-        reason: one of `DROP_REASONS`.
-    """
-
-    def __init__(self, what: str, *, where: str, fix: str, reason: str = "malformed") -> None:
-        super().__init__(what, where=where, fix=fix)
-        self.reason = reason
-
-
 def usable_rows(
-    rows: Iterable[Mapping[str, object]], *, source: str, place: Place | None = None
+    rows: Iterable[Mapping[str, object]], *, source: str, layout: Layout = PLAIN, place: Place | None = None
 ) -> Iterator[Pair | Dropped]:
     """Parse rows one by one as `parse_pairs` does; a row that is no pair is dropped with its reason.
 
@@ -117,13 +104,14 @@ def usable_rows(
         place: of a source of several files, the file of a row and its number in it.
 
     Raises:
-        UserError: at the end, if no row is a pair; the error is the first row's.
+        UserError: at the end, if no row is a pair; the error is the first row's. Before the first row, if the first rows
+            are transcripts and the layout does not say what of them, or none has a column that the layout names.
     """
     first, has_pairs = None, False
-    for number, row in enumerate(rows):
+    for number, row in enumerate(_checked(rows, layout, source)):
         where = _where(source, number, place)
         try:
-            pair = _parse_row(row, id=str(number), where=where)
+            pair = _parse_row(row, id=str(number), where=where, layout=layout)
         except BadRow as error:
             first = first or error
             inside = (error.where or "").removeprefix("" if place else where).removeprefix(", ")
@@ -140,10 +128,13 @@ def _where(source: str, number: int, place: Place | None) -> str:
     return f"{file}, row {row}"
 
 
-def parse_pairs(rows: Iterable[Mapping[str, object]], *, source: str, place: Place | None = None) -> list[Pair]:
+def parse_pairs(
+    rows: Iterable[Mapping[str, object]], *, source: str, layout: Layout = PLAIN, place: Place | None = None
+) -> list[Pair]:
     """Parse rows of preference data.
 
-    A row holds ``prompt``, ``chosen`` and ``rejected``, each a string or a list of messages ``{"role", "content"}``.
+    A row holds ``prompt``, ``chosen`` and ``rejected``, each a string or a list of messages ``{"role", "content"}`` or
+    ``{"from", "value"}``; one message may stand without a list.
     Without a prompt, or with a prompt string beside whole conversations, the prompt is what chosen and rejected begin
     with in common (as TRL extracts it). The last assistant message is the response; responses are stripped. Empty and
     equal responses are kept here: `prepare_pairs` drops and counts them. A column ``system`` is the system message of the
@@ -153,42 +144,78 @@ def parse_pairs(rows: Iterable[Mapping[str, object]], *, source: str, place: Pla
     Args:
         rows: the rows in order; a pair's id is its row's number, counted from 0.
         source: names the file or data set in errors.
+        layout: names of the columns, and what texts are.
         place: of a source of several files, the file of a row and its number in it.
 
     Raises:
         UserError: a missing column, a wrong type, tools, roles in an order that gives no pair; the error names source,
         row and column.
     """
-    return [_parse_row(row, id=str(i), where=_where(source, i, place)) for i, row in enumerate(rows)]
+    return [
+        _parse_row(row, id=str(i), where=_where(source, i, place), layout=layout)
+        for i, row in enumerate(_checked(rows, layout, source))
+    ]
 
 
-def _parse_row(row: Mapping[str, object], *, id: str, where: str) -> Pair:
+def check_columns(rows: Sequence[Mapping[str, object]], *, source: str, layout: Layout = PLAIN) -> None:
+    """Check that the first rows of a source have the columns that are read, whether they are pairs or not.
+
+    Raises:
+        UserError: none has; or they are transcripts, and the layout does not say what of them.
+    """
+    refuse_transcripts(rows, layout, source=source)
+    refuse_absent(rows, layout, source=source)
+    first = None
+    for number, row in enumerate(rows):
+        try:
+            _parse_row(row, id=str(number), where=f"{source}, row {number}", layout=layout)
+        except WrongColumns as error:
+            first = first or error
+        except BadRow:
+            return
+        else:
+            return
+    if first is not None:
+        raise first
+
+
+def _checked(rows: Iterable[Mapping[str, object]], layout: Layout, source: str) -> Iterator[Mapping[str, object]]:
+    """The rows, after a look at the first of them."""
+    rest = iter(rows)
+    head = list(islice(rest, FIRST_ROWS))
+    refuse_transcripts(head, layout, source=source)
+    refuse_absent(head, layout, source=source)
+    yield from chain(head, rest)
+
+
+def _parse_row(row: Mapping[str, object], *, id: str, where: str, layout: Layout) -> Pair:
     if not isinstance(row, Mapping):
-        raise BadRow(f"the row is {_kind(row)}, not an object with columns", where=where, fix=_FORMS)
-    for column in ("tools", "chat_template_kwargs"):
-        if _is_filled(row.get(column)):
+        raise BadRow(f"the row is {kind(row)}, not an object with columns", where=where, fix=FORMS)
+    for column in UNRENDERED:
+        if is_filled(row.get(column)):
             raise BadRow(
                 f"the row has {column}, which this program does not render",
                 where=f"{where}, column '{column}'",
                 fix="Remove such rows; variables of a template are fixed in the recipe",
                 reason="unread_field",
             )
-    chosen, rejected = (_conversation(row, column, where=where) for column in ("chosen", "rejected"))
+    found = cells(row, layout, where=where)
+    chosen, rejected = (_conversation(found, column) for column in ("chosen", "rejected"))
     if isinstance(chosen, str) != isinstance(rejected, str):
-        raise BadRow("one of chosen and rejected is a string, the other a list of messages", where=where, fix=_FORMS)
-    prompt = _conversation(row, "prompt", where=where) if row.get("prompt") is not None else None
+        raise BadRow("one of chosen and rejected is a string, the other a list of messages", where=where, fix=FORMS)
+    prompt = None if found.get("prompt") is None else _conversation(found, "prompt")
     if isinstance(chosen, str) and isinstance(rejected, str):
-        turns, responses = _from_strings(prompt, chosen, rejected, where=where)
+        turns, responses = _from_strings(prompt, chosen, rejected, found)
     else:
         assert isinstance(chosen, tuple)
         assert isinstance(rejected, tuple)
-        turns, responses = _from_messages(prompt, chosen, rejected, where=where)
-    turns = _with_system(row, turns, where=where)
+        turns, responses = _from_messages(prompt, chosen, rejected, found)
+    turns = _with_system(found, turns)
     if not turns or turns[-1].role != "user":
         what = "chosen and rejected share no prompt"
         if turns:
             what = f"the message before the response is the {turns[-1].role}'s"
-        raise BadRow(what, where=where, fix="A prompt must end with a user's message. " + _FORMS, reason="roles")
+        raise BadRow(what, where=where, fix="A prompt must end with a user's message. " + FORMS, reason="roles")
     marks = [
         _marks(row, column, response, where=where)
         for column, response in zip(("chosen_marks", "rejected_marks"), responses, strict=True)
@@ -196,15 +223,15 @@ def _parse_row(row: Mapping[str, object], *, id: str, where: str) -> Pair:
     return Pair(id, turns, responses[0].strip(), responses[1].strip(), marks[0], marks[1])
 
 
-def _with_system(row: Mapping[str, object], turns: tuple[Message, ...], *, where: str) -> tuple[Message, ...]:
+def _with_system(found: Cells, turns: tuple[Message, ...]) -> tuple[Message, ...]:
     """The prompt with the text of a column `system` as its first message."""
-    value = row.get("system")
-    if _is_null(value) or value == "":
+    value = found.get("system")
+    if is_null(value) or value == "":
         return turns
-    where = f"{where}, column 'system'"
+    where = found.at("system")
     if not isinstance(value, str):
-        raise BadRow(f"expected a string, found {_kind(value)}", where=where, fix="Give the text of a system message")
-    system = Message("system", _valid_text(value, where=where))
+        raise BadRow(f"expected a string, found {kind(value)}", where=where, fix="Give the text of a system message")
+    system = Message("system", valid_text(value, where=where))
     if not any(message.role == "system" for message in turns):
         return (system, *turns)
     if system not in turns:
@@ -218,7 +245,7 @@ def _with_system(row: Mapping[str, object], turns: tuple[Message, ...], *, where
 
 
 def _from_strings(
-    prompt: str | tuple[Message, ...] | None, chosen: str, rejected: str, *, where: str
+    prompt: str | tuple[Message, ...] | None, chosen: str, rejected: str, found: Cells
 ) -> tuple[tuple[Message, ...], tuple[str, str]]:
     if isinstance(prompt, tuple):
         return prompt, (chosen, rejected)
@@ -227,27 +254,28 @@ def _from_strings(
         if cut and chosen[cut - 1 : cut] == " ":  # TRL: the space before the first difference belongs to the responses
             cut -= 1
         prompt, chosen, rejected = chosen[:cut], chosen[cut:], rejected[cut:]
+        refuse_other_prompt(found, prompt)
     if not prompt.strip():
-        raise BadRow("the prompt is empty", where=f"{where}, column 'prompt'", fix=_FORMS)
+        raise BadRow("the prompt is empty", where=found.at("prompt"), fix=FORMS)
     return (Message("user", prompt),), (chosen, rejected)
 
 
 def _from_messages(
-    prompt: str | tuple[Message, ...] | None, chosen: tuple[Message, ...], rejected: tuple[Message, ...], *, where: str
+    prompt: str | tuple[Message, ...] | None, chosen: tuple[Message, ...], rejected: tuple[Message, ...], found: Cells
 ) -> tuple[tuple[Message, ...], tuple[str, str]]:
     for column, messages in (("chosen", chosen), ("rejected", rejected)):
         if not messages or messages[-1].role != "assistant":
             raise BadRow(
                 "the conversation does not end with an assistant's message",
-                where=f"{where}, column '{column}'",
-                fix=_FORMS,
+                where=found.at(column),
+                fix=FORMS,
                 reason="roles",
             )
     before = chosen[:-1]
     if before != rejected[:-1]:
         raise BadRow(
             "chosen and rejected differ before their last message, so they answer different prompts",
-            where=where,
+            where=found.where,
             fix="Cut both conversations after the first answer in which they differ",
             reason="different_prompts",
         )
@@ -255,85 +283,29 @@ def _from_messages(
         before = before if prompt and before[: len(prompt)] == prompt else prompt + before
     elif prompt is not None and not before:
         before = (Message("user", prompt),)
+    elif not before:
+        refuse_other_prompt(found, "")
     return before, (chosen[-1].content, rejected[-1].content)
 
 
-def _conversation(row: Mapping[str, object], column: str, *, where: str) -> str | tuple[Message, ...]:
-    where_column = f"{where}, column '{column}'"
-    if column not in row:
-        raise _missing(row, column, where=where)
-    value = row[column]
-    if isinstance(value, str):
-        return _valid_text(value, where=where_column)
-    if isinstance(value, np.ndarray):  # pandas reads lists from parquet as arrays
-        value = value.tolist()
-    if not isinstance(value, Sequence) or isinstance(value, bytes):
-        raise BadRow(
-            f"expected a string or a list of messages, found {_kind(value)}",
-            where=where_column,
-            fix=_FORMS,
-            reason="null_content" if _is_null(value) else "malformed",
-        )
-    return tuple(_message(item, where=f"{where_column}, message {i}") for i, item in enumerate(value))
-
-
-def _missing(row: Mapping[str, object], column: str, *, where: str) -> BadRow:
-    names = [str(name) for name in row]
-    if "completion" in names and "chosen" not in names and "rejected" not in names:
-        return BadRow(
-            "the data are not pairs: a row has one completion" + (" and a label" if "label" in names else ""),
-            where=where,
-            fix="Preference training needs two responses to one prompt in each row. Join a good and a bad completion of "
-            "the same prompt as `chosen` and `rejected`; a prompt that has only one cannot be used",
-        )
-    if not names:
-        return BadRow(f"the column '{column}' is missing; the row has no columns", where=where, fix=_FORMS)
-    found = f"the column '{column}' is missing; the row has {listed(names, to=column)}.{nearest(column, names)}"
-    return BadRow(found, where=where, fix=_FORMS)
-
-
-def _message(item: object, *, where: str) -> Message:
-    if not isinstance(item, Mapping):
-        raise BadRow(f"expected an object with role and content, found {_kind(item)}", where=where, fix=_FORMS)
-    role, content = item.get("role"), item.get("content")
-    if _is_filled(item.get("tool_calls")) or role in ("tool", "function"):
-        raise BadRow(
-            "the message uses a tool, which this program does not render",
-            where=where,
-            fix="Remove such rows",
-            reason="unread_field",
-        )
-    for name in _UNREAD:
-        if _is_filled(item.get(name)):
-            raise BadRow(
-                f"the message has `{name}` beside its content, which this program does not render",
-                where=where,
-                fix="Write the reasoning into the content as the model does, such as <think>...</think> before the answer",
-                reason="unread_field",
-            )
-    if not isinstance(role, str) or role not in _ROLES:
-        hint = nearest(role, _ROLES) if isinstance(role, str) else ""
-        raise BadRow(f"unknown role {shortened(repr(role))}.{hint}", where=where, fix=f"Roles are {', '.join(_ROLES)}")
-    if not isinstance(content, str):
-        reason = "null_content" if _is_null(content) else "malformed"
-        raise BadRow(f"the content is {_kind(content)}, not a string", where=where, fix="Give text only", reason=reason)
-    return Message(role, _valid_text(content, where=where))
+def _conversation(found: Cells, column: str) -> str | tuple[Message, ...]:
+    if column not in found.row:
+        raise missing(found, column)
+    return conversation(found.row[column], where=found.at(column))
 
 
 def _marks(row: Mapping[str, object], column: str, response: str, *, where: str) -> Marks:
-    value = row.get(column)
+    value = as_list(row.get(column))
     if value is None:
         return ()
-    if isinstance(value, np.ndarray):
-        value = value.tolist()
     where = f"{where}, column '{column}'"
     fix = "Marks are [start, end, right]: two character positions of the response, and true or false"
     if not isinstance(value, Sequence) or isinstance(value, str):
-        raise BadRow(f"expected a list of marks, found {_kind(value)}", where=where, fix=fix)
+        raise BadRow(f"expected a list of marks, found {kind(value)}", where=where, fix=fix)
     shift, length = len(response) - len(response.lstrip()), len(response.strip())
     marks = []
     for mark in value:
-        match list(mark) if isinstance(mark, Sequence | np.ndarray) and not isinstance(mark, str) else None:
+        match as_list(mark) if not isinstance(mark, str) else None:
             case [int(start), int(end), bool(right)] if 0 <= start < end <= len(response):
                 marks.append((max(start - shift, 0), min(end - shift, length), right))
             case _:
@@ -345,42 +317,8 @@ def _marks(row: Mapping[str, object], column: str, response: str, *, where: str)
     return tuple((start, end, right) for start, end, right in marks if start < end)
 
 
-def _valid_text(text: str, *, where: str) -> str:
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise BadRow(
-            f"character {error.start} of the text is half of a surrogate pair, which no tokenizer reads",
-            where=where,
-            fix="Write the file again as valid UTF-8",
-        ) from None
-    return text
-
-
 def _common_prefix(left: str, right: str) -> int:
     for i, (a, b) in enumerate(zip(left, right, strict=False)):
         if a != b:
             return i
     return min(len(left), len(right))
-
-
-def _is_filled(value: object) -> bool:
-    if isinstance(value, np.ndarray):
-        return value.size > 0
-    if isinstance(value, str):  # some data sets store tools as JSON text
-        return value.strip() not in ("", "[]", "{}", "null")
-    return value is not None and value is not False and not (isinstance(value, Sequence | Mapping) and not value)
-
-
-def _is_null(value: object) -> bool:
-    return value is None or (isinstance(value, float) and bool(np.isnan(value)))
-
-
-def _kind(value: object) -> str:
-    if _is_null(value):
-        return "nothing (null)"
-    try:
-        text = json.dumps(value, default=str)
-    except (RecursionError, TypeError, ValueError):  # nested deeply, or keys that JSON has not
-        return type(value).__name__
-    return f"{type(value).__name__} {text if len(text) <= 40 else text[:37] + '...'}"

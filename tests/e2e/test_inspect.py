@@ -116,6 +116,25 @@ def weights_of(cli: Cli, *args: object) -> dict[str, Any]:
     return json.loads(outcome.out)
 
 
+def test_responses_are_read_in_the_form_that_the_data_have(cli: Cli, sides: tuple[Path, Path], tmp_path: Path) -> None:
+    """As `ctpd init` recognises it."""
+    rows = {
+        "plain": {"prompt": "Why?", "chosen": "Because.", "rejected": "No."},
+        "orca": {"question": "Why?", "chosen": "Because.", "rejected": "No."},
+        "hh": {side: f"\n\nHuman: Why?\n\nAssistant: {text}" for side, text in (("chosen", "Because."), ("rejected", "No."))},
+    }  # fmt: skip
+    counts = []
+    for name, row in rows.items():
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps(row) + "\n")
+        found = cli("inspect", "spans", *sides, "--data", tmp_path / f"{name}.jsonl", "--json")
+        assert found.code == 0, found.err
+        counts.append(json.loads(found.out)["counts"])
+    assert counts[0] == counts[1] == counts[2]
+    missing = cli("inspect", "template", sides[0], "--data", tmp_path / "no.jsonl")
+    assert missing.code == 2
+    assert "does not exist" in missing.err
+
+
 def test_weights_of_a_recipe_agree_with_the_record(cli: Cli, smoke: SmokeRun) -> None:
     found = weights_of(cli, "testbed-smoke", "--store", smoke.store)
     assert {name for names in found for name in names.split(", ")} > set(load_recipe("testbed-smoke").runs) - {"DPO"}

@@ -4,12 +4,17 @@ import gzip
 import json
 import re
 import shlex
+import shutil
 from pathlib import Path
 
+import click
 import pytest
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from ctpd.app import Experiment
+from ctpd.cli import draw
+from ctpd.core.store import Store
+from ctpd.inspection.pairs import read_pairs
 from ctpd.pipeline.references import External
 from ctpd.pipeline.runtime import Runtime
 from ctpd.pipeline.stage import Work
@@ -19,6 +24,7 @@ from ctpd.text.prepared_files import DROPPED, read_meta
 from tests.conftest import Cli, SmokeRun
 from tests.fixtures.tokenizers import with_template
 
+TOKENIZERS = Path(__file__).resolve().parents[3] / "shared" / "data" / "tokenizers"
 CHAT = "{% for m in messages %}<s>{{ m['role'] }}\n{{ m['content'] }}</s>\n{% endfor %}{% if add_generation_prompt %}<s>assistant\n{% endif %}"
 
 
@@ -88,6 +94,94 @@ def test_a_recipe_of_ones_own_is_shown_before_anything_is_built(cli: Cli, recipe
     assert whole["tokens"] == len(ids)
     assert "no end: the response was cut" in cli(*shlex.split(hint)).out
     assert not Path("runs").exists()
+
+
+SHAREGPT = [
+    {"from": "system", "value": "You are brief. \x1b[31m"},
+    {"from": "human", "value": "user"},
+    {"from": "gpt", "value": "So."},
+    {"from": "human", "value": "And " * 30 + "then?"},
+]
+
+
+def test_roles_ends_and_what_is_scored_are_shown_in_colour_and_whole(
+    cli: Cli, recipe: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also in a narrow terminal; text of the data has no effect on it, and NO_COLOR none of the colours."""
+    row = {
+        "conversations": SHAREGPT,
+        "chosen": {"from": "gpt", "value": "Yes."},
+        "rejected": {"from": "gpt", "value": "No."},
+    }
+    Path("pairs.jsonl").write_text((json.dumps(row) + "\n") * 60)
+    outcome = cli("inspect", "pairs", recipe, "--show", 1)
+    assert outcome.code == 0, outcome.err
+    assert re.search(r"roles +system, user, assistant, user\n", outcome.out)
+    assert "\x1b" not in outcome.out
+    assert "⟨U+001B⟩[31m" in outcome.out
+    (found,) = read_pairs(Experiment(str(recipe)).stages.pairs, Store(Path("runs")), show=1, source=str(recipe))
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "60")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    drawn = draw.pair(found, number=1)
+    for style, text in (
+        ("35", "You·are·brief.·⟨U+001B⟩[31m"),
+        ("36", "user"),
+        ("33", "So."),
+        ("32", "Yes."),
+        ("1;32", "</s>"),
+    ):
+        assert re.search(rf"\x1b\[{style}m {{0,1}}{re.escape(text)}\x1b\[0m", drawn), text
+    assert "…" not in drawn
+    assert re.sub(r"\s", "", click.unstyle(drawn)).count("And·") == 60  # both models, every word
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert not re.search(r"\x1b\[(1;)?3\dm", draw.pair(found, number=1))
+
+
+def test_pairs_are_shown_in_the_templates_of_published_models(
+    cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = ("qwen2_5", "llama3_2")
+    if not TOKENIZERS.is_dir():
+        pytest.skip("needs the published tokenizers in ../shared/data/tokenizers")
+    monkeypatch.chdir(tmp_path)
+    for name in names:
+        shutil.copytree(TOKENIZERS / name, tmp_path / name)
+        LlamaConfig(
+            vocab_size=262144, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2
+        ).save_pretrained(name)
+    text = "\n\nHuman: Why?\n\nAssistant: So.\n\nHuman: And?\n\nAssistant: "
+    Path("hh.jsonl").write_text((json.dumps({"chosen": f"{text}Yes.", "rejected": f"{text}No."}) + "\n") * 3)
+    made = cli("init", "--teacher", names[0], "--student", names[1], "--data", "hh.jsonl")
+    assert made.code == 0, made.err
+    assert made.out.splitlines()[0] == (
+        "hh.jsonl: 3 rows; transcripts, whose turns become messages (`form: transcript`); read: chosen, rejected."
+    )
+    (pair, _, _) = json.loads(cli("inspect", "pairs", "recipe.yaml", "--json").out)
+    assert [turn["role"] for turn in pair["turns"]] == ["user", "assistant", "user"]
+    for sides in pair["rows"].values():
+        assert (sides["chosen"]["response"], sides["rejected"]["response"]) == ("Yes.", "No.")
+        assert sides["chosen"]["end"]
+        assert sides["chosen"]["prompt"].count("And?") == 1
+
+
+def test_a_plan_refuses_data_that_its_columns_do_not_fit(cli: Cli, recipe: Path) -> None:
+    """In one paragraph, before anything is run."""
+    text, said = recipe.read_text(), '{path: "pairs.jsonl"}'
+    recipe.write_text(text.replace(said, '{path: "pairs.jsonl", columns: {prompt: promt}}'))
+    outcome = cli("run", recipe, "--plan")
+    assert outcome.code == 2
+    assert "the column 'promt', which `columns` names as `prompt`, is missing" in outcome.err
+    assert "Did you mean 'prompt'?" in outcome.err
+    assert len(outcome.err.splitlines()) == 1
+    recipe.write_text(text)
+    transcript = {side: f"\n\nHuman: Why?\n\nAssistant: {side}." for side in ("chosen", "rejected")}
+    Path("pairs.jsonl").write_text((json.dumps(transcript) + "\n") * 60)
+    outcome = cli("run", recipe, "--plan")
+    assert outcome.code == 2
+    assert "Say `form: transcript`" in outcome.err
+    recipe.write_text(text.replace(said, '{path: "pairs.jsonl", form: transcript}'))
+    assert cli("run", recipe, "--plan").code == 0
 
 
 def test_the_plan_says_that_prompts_are_templated_in_training_alone(cli: Cli, recipe: Path) -> None:

@@ -24,7 +24,10 @@ from ctpd.core.text_encoding import text_codec
 from ctpd.pipeline.sources import count_rows
 from ctpd.pipeline.stages.pairs import read_pair_file, read_usable_file
 from ctpd.recipe import load_recipe, shipped_recipes
-from ctpd.text.pairs import parse_pairs
+from ctpd.text.config import Columns, Layout
+from ctpd.text.layouts import holds_more
+from ctpd.text.pairs import check_columns, parse_pairs, usable_rows
+from ctpd.text.recognise import recognise
 from harness.record import Record
 from harness.suites import SUITES, load_suite
 from tests.fixtures.hostile import HEADER, LINE, line, zstd
@@ -280,3 +283,27 @@ def test_damaged_parquet(tmp_path: Path, data: st.DataObject) -> None:
 )
 def test_rows_of_any_shape(rows: list[Any]) -> None:
     refuses_or_reads(lambda: parse_pairs(rows, source="rows"))
+
+
+OTHER_FORMS = (
+    {"conversations": [{"from": "human", "value": "x"}], "chosen": {"from": "gpt", "value": "a"}, "rejected": "b"},
+    {"instruction": "x", "input": "y", "output": ["a", "b"], "system": "s"},
+    {"chosen": "\n\nHuman: x\n\nAssistant: a", "rejected": "\n\nHuman: x\n\nAssistant: b"},
+)
+
+
+@pytest.mark.parametrize("row", OTHER_FORMS, ids=["sharegpt", "alpaca", "transcript"])
+@fuzzed
+@given(data=st.data())
+def test_rows_of_other_forms(row: dict[str, Any], data: st.DataObject) -> None:
+    """They are recognised, or refused in one paragraph, and what is recognised reads at least one of them."""
+    rows = [item for item in data.draw(st.lists(replaced(row), min_size=1)) if isinstance(item, dict)]
+    columns = Columns(prompt="instruction", input="input", responses="output")
+    for layout in (Layout(), Layout(form="transcript"), Layout(columns=columns)):
+        refuses_or_reads(lambda given=layout: list(usable_rows(rows, source="rows", layout=given)))
+        refuses_or_reads(lambda given=layout: check_columns(rows, source="rows", layout=given))
+    assert all(holds_more(item) in (True, False) for item in rows)
+    found = refuses_or_reads(lambda: recognise(rows, source="rows"))
+    if found is not None:
+        assert found.bad < len(rows)
+        assert found.sentence()

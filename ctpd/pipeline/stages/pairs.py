@@ -13,7 +13,8 @@ from ctpd.pipeline.sources import DataRows, count_rows, file_digest, read_hub
 from ctpd.pipeline.stage import Part, Stage, Work
 from ctpd.pipeline.stages.world import WorldStage
 from ctpd.recipe import PlainSpec
-from ctpd.text.config import PairsConfig
+from ctpd.text.config import Layout, PairsConfig
+from ctpd.text.layouts import PLAIN
 from harness.cautions import cut_text, pairs_text
 
 if TYPE_CHECKING:
@@ -64,16 +65,25 @@ class WorldPairs(PairSource):
 
 @dataclass(frozen=True)
 class FilePairs(PairSource):
-    """Local files; only the digest of their contents, and their encoding if it is given, are part of a key."""
+    """Local files; only the digest of their contents and how they are read is part of a key.
+
+    Attributes:
+        encoding: Python's name of that of the texts; None for UTF-8.
+        layout: how the rows hold pairs.
+        reading: the version of how the rows are read, where they hold more than earlier versions read.
+    """
 
     path: str
     digest: str
     encoding: str | None = None
+    layout: Layout = PLAIN
+    reading: int | None = None
 
     @property
     def identity(self) -> Any:
-        """Digest and encoding; the files' path is not part of a key."""
-        return {"sha256": self.digest} | ({} if self.encoding is None else {"encoding": self.encoding})
+        """The digest, and what of the rest differs from the default; the files' path is not part of a key."""
+        own: dict[str, Any] = super().identity
+        return {"sha256": own.pop("digest"), **{name: value for name, value in own.items() if name != "path"}}
 
     @property
     def most(self) -> int | None:
@@ -82,7 +92,7 @@ class FilePairs(PairSource):
 
     def check(self) -> None:
         """Read the files, whose first row that is no pair is said."""
-        read_pair_file(user_path(self.path), encoding=self.encoding)
+        read_pair_file(user_path(self.path), encoding=self.encoding, layout=self.layout)
 
     def read(self, work: Work) -> "ReadPairs":
         """Read the files.
@@ -94,7 +104,7 @@ class FilePairs(PairSource):
         from ctpd.text.pairs import ReadPairs
 
         path = user_path(self.path)
-        found = read_usable_file(path, encoding=self.encoding)
+        found = read_usable_file(path, encoding=self.encoding, layout=self.layout)
         return ReadPairs(self._rows(path, found.rows), self.path, found.place)
 
     def _rows(self, path: Path, rows: "Iterable[Pair | Dropped]") -> "Iterator[Pair | Dropped]":
@@ -109,36 +119,37 @@ class FilePairs(PairSource):
 
 @dataclass(frozen=True)
 class HubPairs(PairSource):
-    """A split of a hub data set at a pinned commit."""
+    """A split of a hub data set at a pinned commit; ``layout`` says how its rows hold pairs."""
 
     hub: str
     name: str | None
     split: str
     revision: str
+    layout: Layout = PLAIN
 
     def read(self, work: Work) -> "ReadPairs":
         """Load the split."""
         from ctpd.text.pairs import ReadPairs, usable_rows
 
         rows = read_hub(self.hub, config=self.name, split=self.split, revision=self.revision)
-        return ReadPairs(usable_rows(rows, source=self.hub), self.hub)
+        return ReadPairs(usable_rows(rows, source=self.hub, layout=self.layout), self.hub)
 
 
-def read_pair_file(path: Path, *, encoding: str | None = None) -> "list[Pair]":
+def read_pair_file(path: Path, *, encoding: str | None = None, layout: Layout = PLAIN) -> "list[Pair]":
     """The pairs of one or several local files (`data_files`), each of whose rows must be one."""
     from ctpd.text.pairs import parse_pairs
 
     rows = DataRows(path, encoding=encoding)
-    return parse_pairs(rows, source=str(path), place=rows.place if rows.files != (path,) else None)
+    return parse_pairs(rows, source=str(path), layout=layout, place=rows.place if rows.files != (path,) else None)
 
 
-def read_usable_file(path: Path, *, encoding: str | None = None) -> "ReadPairs":
+def read_usable_file(path: Path, *, encoding: str | None = None, layout: Layout = PLAIN) -> "ReadPairs":
     """The pairs of one or several local files (`data_files`), and the rows that are none, as they are gone through."""
     from ctpd.text.pairs import ReadPairs, usable_rows
 
     rows = DataRows(path, encoding=encoding)
     place = rows.place if rows.files != (path,) else None
-    return ReadPairs(usable_rows(rows, source=str(path), place=place), str(path), place)
+    return ReadPairs(usable_rows(rows, source=str(path), layout=layout, place=place), str(path), place)
 
 
 @dataclass(frozen=True)
