@@ -41,7 +41,7 @@ OPTIONS = {
     "compare": {"--store", "--only", "--seed", "--limit", "--json", "--debug", "--format", "--to", "--published"},
     "recipes": {"--json", "--schema", "--show", "--copy", "--to", "--debug"},
     "help": {"--json", "--debug"},
-    "init": {"--teacher", "--student", "--data", "--column", "--to", "--debug"},
+    "init": {"--teacher", "--student", "--data", "--column", "--encoding", "--to", "--debug"},
     "inspect spans": {"--data", "--text", "--limit", "--show", "--html", "--offline", "--json", "--debug"},
     "inspect tokenizers": {"--data", "--text", "--limit", "--offline", "--json", "--debug"},
     "inspect pairs": {"--store", "--show", "--offline", "--json", "--debug"},

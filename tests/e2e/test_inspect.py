@@ -176,7 +176,7 @@ def test_bad_input_is_refused_in_one_paragraph(
     cases: list[tuple[tuple[object, ...], tuple[str, ...]]] = [
         (("spans", *sides), ("--data or --text",)),
         (("spans", *both, pairs, "--text", "a"), ("--data or --text",)),
-        (("spans", *both, "nowhere.jsonl"), ("nowhere.jsonl", "does not exist", "parquet")),
+        (("spans", *both, "nowhere.jsonl"), ("nowhere.jsonl", "does not exist", "Correct the path")),
         (("tokenizers", *both, tmp_path / "rows.jsonl"), ("row 0", "'rejected'")),
         (("tokenizers", *both, tmp_path / "none.jsonl"), ("no text has tokens",)),
         (("tokenizers", tmp_path / "broken.json", sides[1], "--text", "a"), ("broken.json", "no tokenizer.json")),

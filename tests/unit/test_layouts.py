@@ -258,7 +258,7 @@ def test_plain_files_keep_their_keys_and_others_have_the_version_of_their_readin
     path.write_text(json.dumps({**TEXT, "system": "Be brief."}) + "\n")
     assert reading_of(path, PLAIN) == READING
     assert FilePairs(str(path), "d", reading=READING).identity == {"sha256": "d", "reading": READING}
-    assert FilePairs("p", "d", layout("transcript", prompt="q")).identity == {
+    assert FilePairs("p", "d", layout=layout("transcript", prompt="q")).identity == {
         "sha256": "d",
         "layout": {"columns": {"prompt": "q"}, "form": "transcript"},
     }

@@ -38,7 +38,7 @@ def recipe(tmp_path: Path) -> Path:
     for role, kind in (("teacher", "byte_bpe"), ("student", "unigram")):
         tokenizer(kind).save_pretrained(str(tmp_path / role))
         (tmp_path / role / "config.json").write_text(json.dumps({"model_type": "llama", "made_for": role}))
-    (tmp_path / "pairs.jsonl").write_text("{}\n")
+    (tmp_path / "pairs.jsonl").write_text('{"prompt": "a", "chosen": "b", "rejected": "c"}\n')
     path = tmp_path / "own.yaml"
     path.write_text(RECIPE.format(folder=tmp_path))
     return path

@@ -122,7 +122,7 @@ def test_init_refuses_a_hub_id_that_the_recipe_would_refuse(
     teacher: str, cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    Path("p.jsonl").write_text("{}\n")
+    Path("p.jsonl").write_text('{"prompt": "a", "chosen": "b", "rejected": "c"}\n')
     Path("small").mkdir()
     outcome = cli("init", "--teacher", teacher, "--student", "small", "--data", "p.jsonl", "--to", "mine.yaml")
     assert outcome.code == 2
