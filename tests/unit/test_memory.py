@@ -1,4 +1,4 @@
-"""scripts/memory.py: its shapes are the published ones, its activations are measured, its table is the one in the docs."""
+"""`ctpd.rehearsal.memory`: shapes are the published ones, activations are measured, the table in the docs is scripts/memory.py's."""
 
 import sys
 from pathlib import Path
@@ -9,11 +9,12 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from ctpd.models import add_lora
+from ctpd.rehearsal.memory import BFLOAT16, FLOAT32, Shape, Training, training_bytes
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "scripts"))
 import memory
-from memory import SHAPES, Shape, Training, training_bytes
+from memory import SHAPES
 
 PUBLISHED = {
     "Llama-3.2-1B": 1_235_814_400, "Llama-3.1-8B": 8_030_261_248, "Qwen2.5-7B": 7_615_616_512,
@@ -81,9 +82,9 @@ def test_a_layer_saves_what_the_formula_says(shape: Shape) -> None:
     """Two layers more, under autocast: their activations, and a rounded copy of each of their matrices."""
     more, less = (saved_bytes(shape, layers=layers, checkpointing=False) for layers in (3, 1))
     matrices = shape.layer - 2 * shape.hidden
-    assert (more - less) / 2 == 256 * shape.saved_by_layer + memory.BFLOAT16 * matrices
+    assert (more - less) / 2 == 256 * shape.saved_by_layer + BFLOAT16 * matrices
     more, less = (saved_bytes(shape, layers=layers, checkpointing=True) for layers in (3, 1))
-    assert (more - less) / 2 == 256 * memory.FLOAT32 * shape.hidden
+    assert (more - less) / 2 == 256 * FLOAT32 * shape.hidden
 
 
 def test_states_of_full_fine_tuning_are_sixteen_bytes_a_weight_sharded_over_the_processes() -> None:
