@@ -27,6 +27,17 @@ from ctpd.core.printing import printable
 disable_progress_bar()  # the pipeline shows its own
 
 _DROPOUT = "_dropout_of_checkpoint"
+_WEIGHTS = (
+    ".safetensors",
+    ".safetensors.index.json",
+    ".bin",
+    ".bin.index.json",
+    ".pt",
+    ".pth",
+    ".h5",
+    ".msgpack",
+    ".gguf",
+)
 _GIVE = "Give a directory with config.json and safetensors weights, or a hub id with its revision"
 
 
@@ -80,13 +91,16 @@ class Skeleton(NamedTuple):
     found: Mapping[str, Any] | None
 
 
-def load_skeleton(folder: str, *, revision: str | None, local: bool = False) -> Skeleton | None:
+def load_skeleton(
+    folder: str, *, revision: str | None, local: bool = False, needs_weights: bool = True
+) -> Skeleton | None:
     """What configuration, index and headers of a checkpoint say; reads no weight.
 
     Args:
         folder: a directory or a hub id.
         revision: the pinned revision of a hub id.
         local: read of the hub only what its cache holds.
+        needs_weights: refuse a directory without any file of weights; else its configuration is enough.
 
     Returns:
         None for a hub id whose configuration cannot be had now.
@@ -99,7 +113,8 @@ def load_skeleton(folder: str, *, revision: str | None, local: bool = False) -> 
     with loading("causal language model", folder, fix=_GIVE):
         config = load_config(folder, revision=revision, local_files_only=local)
         check_quantization(config)
-        tensors = None if quantization(config) else _headers(folder, revision=revision)
+        read = not quantization(config) and (needs_weights or holds_weights(folder))
+        tensors = _headers(folder, revision=revision) if read else None
         made: Any = model_class(config)
         if tensors is None:
             with torch.device("meta"):
@@ -137,6 +152,12 @@ def _headers(folder: str, *, revision: str | None) -> dict[str, torch.Tensor] | 
             for name in file.keys():  # noqa: SIM118
                 tensors[name] = torch.empty(file.get_slice(name).get_shape(), device="meta")
     return tensors
+
+
+def holds_weights(folder: str) -> bool:
+    """Whether a directory has weights in any format; of a hub model, which has no directory here, it is assumed."""
+    path = Path(folder)
+    return not path.is_dir() or any(file.name.endswith(_WEIGHTS) for file in path.iterdir())
 
 
 def find_file(folder: str, name: str, *, revision: str | None, local: bool) -> str | None:

@@ -5,8 +5,9 @@ import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+from ctpd.core.errors import UserError
 from ctpd.pipeline.references import External, Model, Source
 from ctpd.pipeline.stage import Stage
 from ctpd.pipeline.stages.evaluate import EvaluateStage
@@ -51,34 +52,83 @@ def check_models(stages: Sequence[Stage], *, local: bool) -> list[str]:
     Raises:
         UserError: something will not work; what, where and how to mend it.
     """
-    uses = [use for stage in stages for use in _uses(stage)]
-    skeletons = _Skeletons(local)
+    found = find_problems(stages, Skeletons(local))
+    if found.problems:
+        raise found.problems[0][1]
+    return found.notes
+
+
+class Found(NamedTuple):
+    """What checks of ready-made models say.
+
+    Attributes:
+        problems: the label of a stage, and what will not work in it.
+        notes: what a user should know.
+    """
+
+    problems: list[tuple[str, UserError]]
+    notes: list[str]
+
+
+def find_problems(stages: Sequence[Stage], skeletons: "Skeletons") -> Found:
+    """As `check_models`, with every problem instead of the first one.
+
+    Args:
+        stages: those whose models are tried.
+        skeletons: the models without weights, as far as they are known.
+    """
+    problems: list[tuple[str, UserError]] = []
     notes: list[str] = []
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        for use in uses:
-            notes += _check(use, skeletons)
-    return list(dict.fromkeys([*notes, *(str(w.message) for w in caught if w.category is UserWarning)]))
+        for stage in stages:
+            for use in _uses(stage):
+                try:
+                    notes += _check(use, skeletons)
+                except UserError as error:
+                    problems.append((stage.label, error))
+    notes += [str(w.message) for w in caught if w.category is UserWarning]
+    return Found(problems, list(dict.fromkeys(notes)))
 
 
-class _Skeletons:
-    """The models without weights, each made once."""
+class Skeletons:
+    """The models without weights, each made once.
 
-    def __init__(self, local: bool) -> None:
-        self.local = local
-        self._known: dict[External, Skeleton | None] = {}
+    Args:
+        local: read of the hub only what its cache holds.
+        needs_weights: refuse a directory that holds configuration and tokenizer alone.
+    """
+
+    def __init__(self, local: bool, *, needs_weights: bool = True) -> None:
+        self.local, self._needs_weights = local, needs_weights
+        self._known: dict[External, Skeleton | UserError | None] = {}
         self._seen: set[Any] = set()
 
     def of(self, source: External) -> "Skeleton | None":
-        """The model of a directory or hub id; None where its files are not at hand. Weights that it lacks are refused."""
+        """The model of a directory or hub id; None where its files are not at hand.
+
+        Raises:
+            UserError: there is no such model, or weights of it are missing.
+        """
+        if source not in self._known:
+            try:
+                self._known[source] = self._load(source)
+            except UserError as error:
+                self._known[source] = error
+        found = self._known[source]
+        if isinstance(found, UserError):
+            raise found
+        return found
+
+    def _load(self, source: External) -> "Skeleton | None":
         from ctpd.checkpoints import check_weights, load_skeleton
 
-        if source not in self._known:
-            found = load_skeleton(source.location, revision=source.revision, local=self.local)
-            self._known[source] = found
-            if found is not None and found.found is not None:
-                check_weights(found.found, where=source.location)
-        return self._known[source]
+        found = load_skeleton(
+            source.location, revision=source.revision, local=self.local, needs_weights=self._needs_weights
+        )
+        if found is not None and found.found is not None:
+            check_weights(found.found, where=source.location)
+        return found
 
     def first_time(self, *what: Any) -> bool:
         """Whether this is asked for the first time."""
@@ -105,8 +155,8 @@ def _uses(stage: Stage) -> Iterator[_Use]:
                 yield _Use(model, prompt, pairs.config.max_tokens, trains)
 
 
-def _check(use: _Use, skeletons: _Skeletons) -> Iterator[str]:
-    base = _origin(use.model.root)
+def _check(use: _Use, skeletons: Skeletons) -> Iterator[str]:
+    base = origin(use.model.root)
     skeleton = None if base is None else skeletons.of(base)
     if base is None or skeleton is None:
         return
@@ -125,7 +175,7 @@ def _check(use: _Use, skeletons: _Skeletons) -> Iterator[str]:
             yield note
 
 
-def _check_tokenizer(use: _Use, base: External, skeletons: _Skeletons) -> None:
+def _check_tokenizer(use: _Use, base: External, skeletons: Skeletons) -> None:
     from ctpd.model_checks import check_tokenizer
 
     tokenizer, skeleton = use.model.tokenizer, skeletons.of(base)
@@ -142,7 +192,7 @@ def _check_tokenizer(use: _Use, base: External, skeletons: _Skeletons) -> None:
     check_tokenizer(skeleton, found, where=base.location, templates=texts)
 
 
-def _origin(source: Source) -> External | None:
+def origin(source: Source) -> External | None:
     """The ready-made model whose class and sizes a model has, through full trainings; None if there is none."""
     while isinstance(source, TrainStage):
         source = source.start.root
