@@ -16,6 +16,7 @@ from ctpd.core.printing import printable
 _RESUME = "What is finished is kept; the same command continues from there."
 COMMANDS = {
     "run": "ctpd.cli.recipes:run",
+    "rehearse": "ctpd.cli.rehearse:rehearse",
     "train": "ctpd.cli.recipes:train",
     "eval": "ctpd.cli.recipes:evaluate",
     "compare": "ctpd.cli.recipes:compare",
@@ -29,6 +30,7 @@ COMMANDS = {
 }
 SUMMARIES = {
     "run": "Train, evaluate and compare everything that is missing.",
+    "rehearse": "Try a whole recipe in minutes, with tiny models, before it is run.",
     "train": "Train the students, with all stages that they need.",
     "eval": "lm-evaluation-harness on what is trained, or on any model.",
     "compare": "Write the tables and the report from the records.",

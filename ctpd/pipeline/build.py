@@ -54,6 +54,19 @@ def build_missing(
     return total
 
 
+def build_what_can_be(
+    graph: Graph, store: Store, *, runtime: Runtime, progress: Progress
+) -> list[tuple[Stage, Exception]]:
+    """As `build_missing` in one process, but a stage that fails stops only those that read it; returns these failures."""
+    failures: list[tuple[Stage, Exception]] = []
+    builder = _Builder(graph, store, runtime, progress, len(graph.missing(store)), failures=failures)
+    try:
+        builder.run()
+    finally:
+        gc.unfreeze()
+    return failures
+
+
 @dataclass(frozen=True)
 class _Builder:
     """One process that builds a graph's missing stages."""
@@ -64,13 +77,24 @@ class _Builder:
     progress: Progress
     total: int
     announced: set[str] = field(default_factory=set)  # keys of stages that another process builds
+    failures: list[tuple[Stage, Exception]] | None = None  # None: the first one is raised
 
     def run(self) -> None:
         """Build one by one what no other process is building, until nothing is missing."""
-        while missing := self.graph.missing(self.store):
+        while missing := self._left():
             candidates = ready(missing)
             if not self._build_one(candidates):
                 self._pause(candidates)
+
+    def _left(self) -> list[Stage]:
+        """What is missing, without the stages that failed and those that read them."""
+        lost, left = {stage.key for stage, _ in self.failures or ()}, []
+        for stage in self.graph.missing(self.store):  # each after its inputs
+            if stage.key in lost or any(source.key in lost for source in stage.inputs.values()):
+                lost.add(stage.key)
+            else:
+                left.append(stage)
+        return left
 
     def run_collectively(self) -> None:
         """Build with all processes of a launch: collective stages first, then one other stage per process at a time."""
@@ -139,10 +163,13 @@ class _Builder:
                 try:
                     with self._bar(stage) as bar, _artifact(stage, self.store, self.runtime):
                         stage.unlabelled().build(self._work(stage, bar, remarks))
-                except NotFinite as error:
-                    if stage.key not in self.graph.attempts:
+                except Exception as error:
+                    if isinstance(error, NotFinite) and stage.key in self.graph.attempts:
+                        self._fail(stage, error)
+                    elif self.failures is not None:
+                        self.failures.append((stage, error))
+                    else:
                         raise
-                    self._fail(stage, error)
                 self._show(stage, remarks)
             _collect_garbage()
             return True

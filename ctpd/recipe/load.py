@@ -58,7 +58,7 @@ def run_position(recipe: str | os.PathLike[str], run: str) -> str:
         recipe: what was given to ``load_recipe``.
         run: a run, a row of an ablation, or a trial of one (``RUN: ...``).
     """
-    source, data = str(recipe), _parsed(recipe)
+    source, data = str(recipe), parsed_recipe(recipe)
     for name, ablation in data.get("ablations", {}).items():
         for label in ablation["values"]:
             row = ablation_run(name, label)
@@ -71,10 +71,15 @@ def run_position(recipe: str | os.PathLike[str], run: str) -> str:
 
 def key_position(recipe: str | os.PathLike[str], *keys: str) -> str:
     """The file and the line of a key, for errors that are found when a recipe is planned."""
-    return position(str(recipe), _parsed(recipe), keys)
+    return position(str(recipe), parsed_recipe(recipe), keys)
 
 
-def _parsed(recipe: str | os.PathLike[str]) -> Located:
+def parsed_recipe(recipe: str | os.PathLike[str]) -> Located:
+    """The YAML of a recipe, by shipped name or path, before it is checked.
+
+    Raises:
+        UserError: no such recipe, or no YAML.
+    """
     return parse_yaml(read_text(_file(recipe), most_bytes=CONFIGURATION_BYTES), source=str(recipe))
 
 

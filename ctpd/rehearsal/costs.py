@@ -66,7 +66,8 @@ class Lengths:
 
     def of_split(self, role: Role, sides: tuple[str, ...], *, trained: bool) -> np.ndarray[Any, Any]:
         """The rows of some sides, of the pairs that are trained on or of the others."""
-        return self.rows[role][self.is_trained == trained][:, [_SIDES[side] for side in sides]]
+        rows: np.ndarray[Any, Any] = self.rows[role][self.is_trained == trained]
+        return rows[:, [_SIDES[side] for side in sides]]
 
 
 def work_of(rows: np.ndarray[Any, Any]) -> Work:
@@ -210,8 +211,8 @@ def _bytes(precision: str) -> float:
 
 
 def gib(size: float) -> str:
-    """Bytes in GiB."""
-    return f"{size / GIB:.3g} GiB" if size >= GIB / 100 else f"{size / 2**20:.3g} MiB"
+    """Bytes in GiB, or MiB if there is less than one."""
+    return f"{size / GIB:.1f} GiB" if size >= GIB else f"{size / 2**20:.0f} MiB"
 
 
 def operations_text(value: float) -> str:

@@ -14,12 +14,15 @@ from ctpd.recipe import ModelSpec, Recipe
 from ctpd.rehearsal.standins import write_adapter, write_model
 from ctpd.train.config import Schedule
 
+RECIPE, STORE = "rehearsal.yaml", "store"
+"""In the folder of a rehearsal: its recipe and its artifacts."""
 PAIRS_PER_STEP = 4
 STEPS = 2
 """Optimizer steps of a training: in the first the learning rate is 0."""
 SPARE = 4  # pairs beyond those of the steps: a template may refuse some
 DOCUMENTS = 1
 """Documents of each task."""
+BATCH = 1  # few documents have very different lengths: the logits of padding would take gigabytes
 TRIALS = 2
 S = TypeVar("S", bound=Schedule)
 
@@ -41,14 +44,15 @@ def write_recipe(recipe: Recipe, folder: Path, *, suites: Mapping[str, str], mod
     shortened = {role: _quick_phases(models[role], per_step) for role in ROLES}
     evaluation = shared.evaluation
     changes: dict[str, Any] = {
-        **shortened,
+        "teacher": shortened["teacher"],
+        "student": shortened["student"],
         "train": _quick(shared.train, per_step),
         # The shortest pairs: rows are as good as any for trying what is done with them, and it is done soon.
         "data": shared.data.model_copy(
             update={"select": "shortest", "limit": STEPS * per_step + SPARE, "max_dropped": 0.5}
         ),
         "evaluation": evaluation.model_copy(
-            update={"suite": suites.get(evaluation.suite, evaluation.suite), "limit": DOCUMENTS}
+            update={"suite": suites.get(evaluation.suite, evaluation.suite), "limit": DOCUMENTS, "batch_size": BATCH}
         ),
         "seeds": shared.seeds[:1],
     }
@@ -63,7 +67,7 @@ def write_recipe(recipe: Recipe, folder: Path, *, suites: Mapping[str, str], mod
         tune = tune.model_copy(update=fewer)
     derived = recipe.model_copy(update={"shared": shared.model_copy(update=changes), "tune": tune})
     plain = derived.model_dump(mode="json", exclude_defaults=True, exclude={"launch"})
-    path = folder / "rehearsal.yaml"
+    path = folder / RECIPE
     path.write_text(json.dumps(plain, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")  # JSON is YAML
     return path
 

@@ -40,7 +40,7 @@ class Row(NamedTuple):
 
     Attributes:
         label: of the stages, without these.
-        count: how many there are.
+        stages: how many there are.
         state: the worst of those that were rehearsed.
         memory: bytes of one device that the largest needs; None where it needs no model, or that is not known.
         operations: floating-point operations of all of them; None as for `memory`.
@@ -48,7 +48,7 @@ class Row(NamedTuple):
 
     label: str
     kind: str
-    count: int
+    stages: int
     state: State
     memory: float | None
     operations: float | None

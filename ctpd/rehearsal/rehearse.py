@@ -14,7 +14,7 @@ from ctpd.core.disk import explained
 from ctpd.core.errors import CtpdError, UserError
 from ctpd.core.store import Store
 from ctpd.core.temporary import kept_in
-from ctpd.pipeline.build import build_missing
+from ctpd.pipeline.build import build_what_can_be
 from ctpd.pipeline.evaluations import check_columns
 from ctpd.pipeline.graph import Graph
 from ctpd.pipeline.model_checks import Skeletons, find_problems, origin
@@ -26,31 +26,32 @@ from ctpd.pipeline.stage import Stage
 from ctpd.pipeline.stages.pairs import read_prepared
 from ctpd.recipe import EvaluationSpec
 from ctpd.rehearsal.costs import Lengths, Needs
-from ctpd.rehearsal.derive import stand_ins, write_recipe
+from ctpd.rehearsal.derive import STORE, stand_ins, write_recipe
 from ctpd.rehearsal.outcome import Problem, Rehearsal, State, rows_of
 from ctpd.rehearsal.requests import Requests, measured_requests
 from ctpd.rehearsal.sizes import RealModels
+from harness.files import file_stem
 from harness.suites import Column, Suite, load_suite
 
-FOLDER = "rehearsal"
-"""In the store of a rehearsal: its recipe, suites and stand-ins."""
 TABLES = "tables and report"
 STAND_INS = "stand-ins of the models"
 
 
-def rehearse(experiment: Experiment, store: Store, *, runtime: Runtime, progress: Progress, hub: bool) -> Rehearsal:
+def rehearse(experiment: Experiment, folder: Path, *, runtime: Runtime, progress: Progress, hub: bool) -> Rehearsal:
     """Rehearse a recipe; what fails is part of the result.
 
     Args:
         experiment: the recipe, all of it.
-        store: an empty one, or that of an earlier rehearsal.
+        folder: for everything that it writes: an empty one, or that of an earlier rehearsal.
         runtime: how to execute.
         progress: told of every stage.
         hub: whether the hub can be asked.
     """
     start = time.monotonic()
+    folder.mkdir(parents=True, exist_ok=True)
+    store = Store(folder / STORE)
     with kept_in(store.root):
-        found = _Rehearsing(experiment, store, runtime, progress, hub).run()
+        found = _Rehearsing(experiment, folder, store, runtime, progress, hub).run()
     found.seconds = time.monotonic() - start
     return found
 
@@ -60,6 +61,7 @@ class _Rehearsing:
     """One rehearsal, in its parts."""
 
     experiment: Experiment
+    folder: Path
     store: Store
     runtime: Runtime
     progress: Progress
@@ -79,7 +81,7 @@ class _Rehearsing:
         pairs = self.experiment.stages.pairs
         rehearsed = self._small(suites)
         requests = {} if rehearsed is None else measured_requests(rehearsed, self.store)
-        prepared = self._folder(pairs)
+        prepared = self._artifact(pairs)
         lengths = None if prepared is None else Lengths.of(read_prepared(prepared))
         needs = Needs(
             RealModels(skeletons), lengths, self.experiment.recipe.launch, Requests(requests, self.experiment)
@@ -95,7 +97,7 @@ class _Rehearsing:
             sharded=self.experiment.recipe.launch.fsdp is not None,
         )
 
-    def _folder(self, stage: Stage) -> Path | None:
+    def _artifact(self, stage: Stage) -> Path | None:
         return self.store.path(stage.kind, stage.key) if self.store.has(stage.kind, stage.key) else None
 
     def _check_files(self, real: Graph, skeletons: Skeletons) -> list[str]:
@@ -154,18 +156,16 @@ class _Rehearsing:
         return True
 
     def _write_suite(self, suite: Suite, columns: Sequence[Column]) -> Path:
-        path = self.store.root / FOLDER / f"suite-{suite.name}.yaml"
-        path.parent.mkdir(parents=True, exist_ok=True)
+        path = self.folder / f"suite-{file_stem(suite.name)}.yaml"
         plain = suite.model_copy(update={"columns": tuple(columns)}).model_dump(mode="json", exclude_defaults=True)
         path.write_text(json.dumps(plain, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
         return path
 
     def _small(self, suites: dict[str, str]) -> Experiment | None:
         """Run the recipe with stand-ins, through to tables and report; None if it could not even be planned."""
-        recipe, folder = self.experiment.recipe, self.store.root / FOLDER
+        recipe, folder = self.experiment.recipe, self.folder
         small: Experiment | None = None
         with self._noted(STAND_INS):
-            folder.mkdir(parents=True, exist_ok=True)
             models = stand_ins(recipe, folder, local=not self.hub)
             replaced = {name: suite for name, suite in suites.items() if suite}
             small = Experiment(write_recipe(recipe, folder, suites=replaced, models=models), store=self.store)
@@ -180,21 +180,18 @@ class _Rehearsing:
             small = small.decided(self.store)
         self._build(Graph(small.records))
         with self._noted(TABLES):
-            _write_tables(small, self.store)
+            _write_tables(small, self.store, self.folder / "tables")
         return small
 
     def _build(self, graph: Graph) -> None:
-        """Build the stages that can be built: those whose inputs did not fail."""
-        missing = graph.missing(self.store)
-        for number, stage in enumerate(missing, start=1):
-            if not _has_inputs(stage, graph, self.store):
-                self.states[stage.label] = State.BLOCKED
-                continue
-            progress = _Numbered(self.progress, number, len(missing))
-            self.states[stage.label] = State.FAILED
-            with self._noted(stage.label):
-                build_missing(Graph([stage]), self.store, runtime=self.runtime, progress=progress)
-                self.states[stage.label] = State.RAN
+        """Build what can be built: a stage that fails stops only those that read it."""
+        shown = _WithoutNotes(self.progress)
+        failures = build_what_can_be(graph, self.store, runtime=self.runtime, progress=shown)
+        failed = {stage.key for stage, _ in failures}
+        for stage in graph.stages:
+            done = self.store.has(stage.kind, stage.key) or graph.failed(stage, self.store)
+            self.states[stage.label] = State.RAN if done else State.FAILED if stage.key in failed else State.BLOCKED
+        self.problems += [Problem(stage.label, _text(error)) for stage, error in failures]
 
     @contextmanager
     def _noted(self, where: str) -> Iterator[None]:
@@ -205,23 +202,20 @@ class _Rehearsing:
             self.problems.append(Problem(where, _text(error)))
 
 
-class _Numbered(Progress):
-    """The progress of a single stage, with its number among those of the rehearsal."""
+class _WithoutNotes(Progress):
+    """The progress of stages without remarks: what is remarked on few steps of a tiny model says nothing of the recipe."""
 
-    def __init__(self, progress: Progress, index: int, total: int) -> None:
-        self._shown, self._index, self._all = progress, index, total
+    def __init__(self, progress: Progress) -> None:
+        self._shown = progress
 
-    def stage(self, label: str, *, index: int, total: int) -> contextlib.AbstractContextManager[Bar]:
-        """The bar of the stage."""
-        return self._shown.stage(label, index=self._index, total=self._all)
+    @contextmanager
+    def stage(self, label: str, *, index: int, total: int) -> Iterator[Bar]:
+        """As the progress."""
+        with self._shown.stage(label, index=index, total=total) as bar:
+            yield bar
 
     def note(self, text: str) -> None:
-        """Nothing: what is remarked on a tiny model and few steps says nothing of the recipe."""
-
-
-def _has_inputs(stage: Stage, graph: Graph, store: Store) -> bool:
-    """Whether every input is there, but for those of trials whose numbers were not finite."""
-    return all(store.has(one.kind, one.key) or graph.failed(one, store) for one in stage.inputs.values())
+        """Nothing."""
 
 
 def _models(stage: Stage) -> Iterator[Model]:
@@ -257,13 +251,13 @@ def _pairs_facts(folder: Path) -> dict[str, Any]:
     }
 
 
-def _write_tables(experiment: Experiment, store: Store) -> None:
+def _write_tables(experiment: Experiment, store: Store, folder: Path) -> None:
     """Make tables, report and figures of the records, as `ctpd compare` does."""
     from harness import comparison
 
     records = read_records(experiment, store)
     columns = [column.name for column in experiment.suite.columns]
-    made, folder = comparison.tables(experiment.recipe, records, columns=columns), store.root / FOLDER / "tables"
+    made = comparison.tables(experiment.recipe, records, columns=columns)
     comparison.write_tables(made, folder)
     comparison.write_tuning(records, folder)
     comparison.write_report(experiment.recipe, made, records, folder)

@@ -124,7 +124,7 @@ class RealModel:
         inside = everything if parts is None else {id(p) for part in parts for p in part.parameters()}
         trained = sum(number for name, number in everything.items() if name in inside)
         decoder = model.get_decoder()
-        layers = next((m for m in decoder.children() if isinstance(m, torch.nn.ModuleList)), [])
+        layers: Any = next((m for m in decoder.children() if isinstance(m, torch.nn.ModuleList)), [])
         return {
             "trained": trained,
             "rest": sum(everything.values()) - trained,

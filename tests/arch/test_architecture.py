@@ -34,6 +34,7 @@ RUNNING = {
 }  # fmt: skip
 OPTIONS = {
     "run": RUNNING | {"--samples", "--from-record"},
+    "rehearse": {"--store", "--set", "--keep", "--device", "--offline", "--quiet", "--json", "--debug"},
     "train": RUNNING - {"--limit"},
     "eval": RUNNING
     | {"--samples", "--model", "--suite", "--data-root", "--precision", "--batch-size", "--chat-template"}
