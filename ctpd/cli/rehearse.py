@@ -188,7 +188,7 @@ def _stages(rows: "Sequence[Row]") -> str:
     lines = [
         (
             Text(row.state, style="" if row.state == "ran" else "yellow" if row.state == "not tried" else "red"),
-            "" if row.stages == 1 else str(row.stages),
+            _number(row),
             "" if row.memory is None else gib(row.memory),
             "" if row.operations is None else operations_text(row.operations),
             row.label,
@@ -197,6 +197,12 @@ def _stages(rows: "Sequence[Row]") -> str:
     ]
     heads = ["rehearsed", "stages", "memory", "operations", "stage"]
     return rendered(table(heads, lines, right=(1, 2, 3)))
+
+
+def _number(row: "Row") -> str:
+    if row.tried < row.stages:
+        return f"{row.tried} of {row.stages}"
+    return "" if row.stages == 1 else str(row.stages)
 
 
 def _how_much(found: "Rehearsal") -> Iterator[str]:

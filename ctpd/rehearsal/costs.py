@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ctpd.core.errors import UserError
 from ctpd.core.roles import Role
 from ctpd.pipeline.rows import token_rows
 from ctpd.pipeline.runtime import Runtime
@@ -91,7 +90,11 @@ class Needs:
         self._runtime = Runtime()
 
     def of(self, stage: Stage) -> Need:
-        """What a stage needs; nothing where it uses no model."""
+        """What a stage needs; nothing where it uses no model.
+
+        Raises:
+            UserError: its pairs, with the processes of the recipe's launch, make no training.
+        """
         computed: dict[type, Callable[[Any], Need]] = {
             TrainStage: self._training,
             PretrainStage: self._pretraining,
@@ -101,10 +104,7 @@ class Needs:
             EvaluateStage: self._evaluation,
         }
         compute = computed.get(type(stage))
-        try:
-            return Need() if compute is None else compute(stage)
-        except UserError:  # a training of no step, or adapters on no layer: said where the recipe is checked
-            return Need()
+        return Need() if compute is None else compute(stage)
 
     def _training(self, stage: TrainStage) -> Need:
         model, config, lengths = self._models.of(stage.start), stage.config, self._lengths

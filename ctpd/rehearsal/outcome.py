@@ -6,9 +6,10 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, NamedTuple
 
+from ctpd.core.errors import UserError
 from ctpd.pipeline.stage import Stage
 from ctpd.pipeline.stages.evaluate import EvaluateStage
-from ctpd.rehearsal.costs import Needs
+from ctpd.rehearsal.costs import Need, Needs
 
 _SEED = re.compile(r", seed \d+")
 _ONE_ROW = {"record": "records", "weights": "importance weights", "choice": "choices of the trials"}
@@ -41,6 +42,7 @@ class Row(NamedTuple):
     Attributes:
         label: of the stages, without these.
         stages: how many there are.
+        tried: how many of them the rehearsal tried; those of other seeds and trials count as tried with the first.
         state: the worst of those that were rehearsed.
         memory: bytes of one device that the largest needs; None where it needs no model, or that is not known.
         operations: floating-point operations of all of them; None as for `memory`.
@@ -49,6 +51,7 @@ class Row(NamedTuple):
     label: str
     kind: str
     stages: int
+    tried: int
     state: State
     memory: float | None
     operations: float | None
@@ -91,8 +94,8 @@ class Rehearsal:
         return sum(row.operations for row in self.rows if row.operations is not None)
 
 
-def rows_of(stages: Iterable[Stage], states: Mapping[str, State], needs: Needs) -> list[Row]:
-    """The rows of a page.
+def rows_of(stages: Iterable[Stage], states: Mapping[str, State], needs: Needs) -> tuple[list[Row], list[Problem]]:
+    """The rows of a page, and which stages cannot be run with their pairs and the processes of the launch.
 
     Args:
         stages: of the recipe.
@@ -105,15 +108,21 @@ def rows_of(stages: Iterable[Stage], states: Mapping[str, State], needs: Needs) 
     groups: dict[tuple[str, str], list[Stage]] = {}
     for stage in stages:
         groups.setdefault((_row_label(stage), stage.kind), []).append(stage)
-    rows = []
+    rows, problems = list[Row](), dict[str, Problem]()
     for (label, kind), members in groups.items():
         found = {state for stage in members for state in by_row.get(_general(stage.label), ())}
         state = next((one for one in _WORST_FIRST if one in found), State.NOT_TRIED)
-        each = [needs.of(stage) for stage in members]
+        each = list[Need]()
+        for stage in members:
+            try:
+                each.append(needs.of(stage))
+            except UserError as error:
+                problems.setdefault(str(error), Problem(label, str(error)))
         memory = max((need.memory for need in each if need.memory is not None), default=None)
         done = [need.operations for need in each if need.operations is not None]
-        rows.append(Row(label, kind, len(members), state, memory, sum(done) if done else None))
-    return rows
+        tried = sum(_general(stage.label) in by_row for stage in members)
+        rows.append(Row(label, kind, len(members), tried, state, memory, sum(done) if done else None))
+    return rows, list(problems.values())
 
 
 def _row_label(stage: Stage) -> str:

@@ -86,9 +86,12 @@ class _Rehearsing:
         needs = Needs(
             RealModels(skeletons), lengths, self.experiment.recipe.launch, Requests(requests, self.experiment)
         )
+        rows, uneven = rows_of(real.stages, self.states, needs)
+        known = "\n".join(problem.text for problem in self.problems)
+        self.problems += [problem for problem in uneven if problem.text not in known]
         return Rehearsal(
             recipe=self.experiment.source,
-            rows=rows_of(real.stages, self.states, needs),
+            rows=rows,
             problems=self.problems,
             unknown=self.unknown,
             notes=notes,

@@ -45,6 +45,7 @@ _KV_HEADS = re.compile(r"num(_global)?_(key_value|kv)_heads")
 _LAYERS = re.compile(r"num_hidden_layers|n_layers?|num_layers|depth|.*_num_hidden_layers")
 _INDEXES = re.compile(r".*(_indices|_indexes|_idxs|_layers|_layer_ids)")
 _SHARED = "num_kv_shared_layers"  # the last layers, which use the keys and values of earlier ones
+_ANY_LAYER = "allow_global_per_layer_attribute_access"
 _DENSE = "first_k_dense_replace"  # the first layers, which have no experts
 
 
@@ -54,6 +55,7 @@ def shrunk(config: Any) -> Any:
     Args:
         config: of transformers; its parts (`text_config` and the like) are shrunk as well.
     """
+    config = readable(config)
     names = [field.name for field in dataclasses.fields(config) if field.name != "transformers_version"]
     given = {name: copy.deepcopy(getattr(config, name)) for name in names if hasattr(config, name)}
     parts = {name: getattr(config, name) for name in config.sub_configs if getattr(config, name, None) is not None}
@@ -70,6 +72,14 @@ def shrunk(config: Any) -> Any:
     if "out_hidden_size" in given:  # of a vision tower: the width of the language model
         given["out_hidden_size"] = WIDTH
     return type(config)(**given)
+
+
+def readable(config: Any) -> Any:
+    """A copy of which fields can be read that differ between layers (Gemma 4): the value of most of them."""
+    found = copy.deepcopy(config)
+    if hasattr(found, _ANY_LAYER):
+        setattr(found, _ANY_LAYER, True)
+    return found
 
 
 def _first(config: Any, name: str) -> int | None:

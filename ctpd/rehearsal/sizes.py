@@ -17,6 +17,7 @@ from ctpd.pipeline.stages.pretrain import PretrainStage
 from ctpd.pipeline.stages.train import TrainStage
 from ctpd.rehearsal.memory import Shape
 from ctpd.rehearsal.operations import Multiplied
+from ctpd.rehearsal.shrink import readable
 from ctpd.testbed.config import PretrainConfig
 from ctpd.train.config import LoraSpec
 
@@ -58,10 +59,10 @@ class RealModel:
 
     model: Any
 
-    @property
+    @cached_property
     def text(self) -> Any:
         """The configuration of the language part."""
-        return self.model.config.get_text_config()
+        return readable(self.model.config.get_text_config())
 
     @cached_property
     def name(self) -> str:
