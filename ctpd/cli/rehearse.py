@@ -54,7 +54,9 @@ def rehearse(recipe: str, *, changes: tuple[str, ...], keep: Path | None, **valu
             f"\nKept in {printable(str(keep))}: the recipe that was run, its models, tables and report, and the store."
         )
     if not found.will_run:
-        raise click.exceptions.Exit(2)
+        number = len(found.problems)
+        what = f"the recipe will not run as it is: {number} problem{'s' if number > 1 else ''}, which the page lists"
+        raise UserError(what, where=recipe, fix="Mend them and rehearse it again")
 
 
 @contextlib.contextmanager
