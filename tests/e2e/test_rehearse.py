@@ -95,13 +95,15 @@ def test_a_recipe_is_rehearsed_through_to_the_report_and_the_page_says_how_much_
 
 
 def test_what_will_not_run_is_on_the_page_and_what_does_not_need_it_goes_on(cli: Cli, folder: Path) -> None:
-    """A task that is not there, pairs of which too many are refused, a teacher without one of its weights."""
+    """A task that is not there, pairs of which too many are refused, a model without one of its weights."""
     columns = [
         {"name": "Facts", "task": "ctpd_testbed_facts", "metric": "acc,none", "version": 2.0},
         {"name": "Other", "task": "no_such_task", "metric": "acc,none", "version": 1.0},
     ]
     (folder / "suite.yaml").write_text(json.dumps({"name": "mine", "columns": columns}))
-    recipe = write_recipe(folder, evaluation={"suite": str(folder / "suite.yaml"), "data_root": "testbed"})
+    evaluation = {"suite": str(folder / "suite.yaml"), "data_root": "testbed"}
+    student = {"model": str(folder / "teacher"), "template": dict(TURNS), "sft": "skip"}
+    recipe = write_recipe(folder, evaluation=evaluation, student=student)
     with (folder / "pairs.jsonl").open("a") as lines:
         lines.write('{"prompt": "x", "chosen": "y", "rejected": "y"}\n' * 4)
     from safetensors.torch import load_file, save_file
@@ -112,9 +114,10 @@ def test_what_will_not_run_is_on_the_page_and_what_does_not_need_it_goes_on(cli:
     outcome = cli("rehearse", recipe, "--device", "cpu", "--store", folder / "store", "--set", "shared.seeds=[0]")
     assert outcome.code == 2, outcome.out + outcome.err
     problems = outcome.out.partition("Will not run:\n")[2].partition("\n\n")[0].splitlines()
-    assert [line.split(": ")[0] for line in problems] == ["- column Other", "- pairs"]
-    assert "no_such_task" in problems[0]
-    assert "`max_dropped" in problems[1]
+    assert [line.split(": ")[0] for line in problems] == ["- evaluate", "- column Other", "- pairs"]
+    assert "lacks 1 of the model's weights" in problems[0]
+    assert "no_such_task" in problems[1]
+    assert "4 of 28 rows are dropped (equal 4)" in problems[2]
     assert "ran " in outcome.out.partition("  DPO\n")[0].splitlines()[-1]
     assert "Traceback" not in outcome.out + outcome.err
     assert not (folder / "store").exists()  # a rehearsal leaves nothing
