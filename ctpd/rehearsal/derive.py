@@ -110,12 +110,18 @@ class _StandIns:
             given = external_model(spec.model, revision=spec.revision, role=self.role)
             changes = {"model": str(self._model(given, "model")), "revision": None}
         base = Path(changes["model"]) if "model" in changes else None
-        for name in ("sft", "positive", "negative"):  # the contrastive pair's adapters belong on the SFT model
-            location = getattr(spec, name)
-            if isinstance(location, str) and location != "skip":
-                changes[name], base_of_next = self._ready_made(location, name, base)
-                base = base_of_next if name == "sft" else base
+        base = self._phase(spec, "sft", base, changes)
+        for name in ("positive", "negative"):  # adapters of the contrastive pair belong on the SFT model
+            self._phase(spec, name, base, changes)
         return spec.model_copy(update=changes)
+
+    def _phase(self, spec: ModelSpec, name: str, base: Path | None, changes: dict[str, Any]) -> Path | None:
+        """Put the stand-in of a phase's ready-made model into ``changes``; returns the model that it leaves."""
+        location = getattr(spec, name)
+        if not isinstance(location, str) or location == "skip":
+            return base
+        changes[name], made = self._ready_made(location, name, base)
+        return made
 
     def _ready_made(self, location: str, name: str, base: Path | None) -> tuple[str, Path | None]:
         """The stand-in of a ready-made model or adapter, and the model whose class the next adapters are made for."""

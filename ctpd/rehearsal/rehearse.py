@@ -23,13 +23,13 @@ from ctpd.pipeline.progress import Bar, Progress
 from ctpd.pipeline.references import External, Model
 from ctpd.pipeline.runtime import Runtime
 from ctpd.pipeline.stage import Stage
-from ctpd.pipeline.stages.pairs import read_prepared
 from ctpd.recipe import EvaluationSpec
 from ctpd.rehearsal.costs import Lengths, Needs
 from ctpd.rehearsal.derive import STORE, stand_ins, write_recipe
 from ctpd.rehearsal.outcome import Problem, Rehearsal, State, rows_of
 from ctpd.rehearsal.requests import Requests, measured_requests
 from ctpd.rehearsal.sizes import RealModels
+from ctpd.text.prepared_files import read_prepared
 from harness.files import file_stem
 from harness.suites import Column, Suite, load_suite
 
