@@ -18,7 +18,7 @@ from ctpd.pipeline.build import build_missing
 from ctpd.pipeline.evaluations import Prompting, check_columns, evaluation_stage
 from ctpd.pipeline.graph import Graph
 from ctpd.pipeline.model_checks import check_models
-from ctpd.pipeline.notes import refuse_idle
+from ctpd.pipeline.notes import refuse_trainings
 from ctpd.pipeline.plan import SharedStages
 from ctpd.pipeline.progress import Progress
 from ctpd.pipeline.records import record_head
@@ -222,10 +222,10 @@ def run(
     artifacts = Store(Path(store))
     experiment = Experiment(recipe, store=artifacts)
     runtime = runtime or Runtime.of(experiment.recipe.launch, project=experiment.recipe.name)
-    outlook = Graph(experiment.outlook.records)
-    refuse_idle(outlook)
+    missing = Graph(experiment.outlook.records).missing(artifacts)
+    refuse_trainings(missing, num_processes=processes().world_size)
     experiment.check_suite(artifacts)
-    notes = check_models(outlook.missing(artifacts), local=False) if processes().is_main else []
+    notes = check_models(missing, local=False) if processes().is_main else []
     progress = Progress(quiet=quiet)
     for note in notes:
         progress.note(f"Note: {note}.")

@@ -138,20 +138,20 @@ def execute(wanted: Wanted, store: "Store", launch: "LaunchSpec", flags: Flags, 
     from ctpd.core.processes import processes
     from ctpd.pipeline.graph import Graph
     from ctpd.pipeline.model_checks import check_models
-    from ctpd.pipeline.notes import plan_notes, refuse_idle
+    from ctpd.pipeline.notes import plan_notes, refuse_trainings
     from ctpd.pipeline.runtime import LOGS, Runtime
     from ctpd.train.loggers import check_loggers
 
     graph = Graph([*wanted.first, *wanted.planned])
     outlook = Graph([*graph.targets, *wanted.later])
-    refuse_idle(outlook)
+    count = processes_to_start(launch, num_processes=flags.num_processes, jobs=flags.jobs)
+    refuse_trainings(outlook.missing(store), num_processes=max(count, processes().world_size))
     of_models = check_models(outlook.missing(store), local=flags.plan) if started_by_user() else []
     if flags.plan:
         lines = [*graph.plan(store), *_later(graph, outlook, store)]
         notes = [*plan_notes(outlook), *(f"{note}." for note in of_models), *_pairs_hint(graph, flags)]
         _print_plan(lines, notes, as_json=flags.as_json)
         return False
-    count = processes_to_start(launch, num_processes=flags.num_processes, jobs=flags.jobs)
     device = _checked_device(flags, count=count)
     if not flags.quiet:
         click.echo("".join(f"Note: {printable(note)}.\n" for note in of_models), nl=False, err=True)

@@ -1,12 +1,14 @@
 """What a user should know of a plan before it is run: trainings of few steps, and prompts that differ in evaluation."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from ctpd.core.errors import UserError
 from ctpd.pipeline.graph import Graph
+from ctpd.pipeline.stage import Stage
 from ctpd.pipeline.stages.evaluate import EvaluateStage
 from ctpd.pipeline.stages.pairs import PairsStage
 from ctpd.pipeline.stages.train import TrainStage
+from ctpd.train.config import pairs_of_process
 
 MOST_NAMED = 12  # trainings of which the same is to be said; a search has hundreds
 
@@ -16,16 +18,21 @@ def plan_notes(graph: Graph) -> list[str]:
     return [*_short_trainings(graph), *_templates(graph), *_teachers(graph)]
 
 
-def refuse_idle(graph: Graph) -> None:
-    """Refuse a graph with a training of no step, or one that changes nothing, as far as a plan can tell.
+def refuse_trainings(stages: Iterable[Stage], *, num_processes: int) -> None:
+    """Refuse stages with a training of no step, that changes nothing, or whose steps the processes cannot divide.
 
     Raises:
-        UserError: there is one; or its pairs cannot be read, which is said first.
+        UserError: there is one, as far as a plan can tell; or its pairs cannot be read, which is said first.
     """
-    for stage in graph.stages:
+    for stage in stages:
         if isinstance(stage, TrainStage):
             try:
                 stage.planned_steps()
+                pairs_of_process(
+                    stage.config.schedule.pairs_per_step,
+                    num_processes=num_processes,
+                    micro_batch=stage.method.requires.micro_batch,
+                )
             except UserError as error:
                 stage.pairs.train.check()
                 raise UserError(f"{stage.label}: {error.what}", fix=error.fix) from error

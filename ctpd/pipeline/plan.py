@@ -232,7 +232,6 @@ class SharedStages:
         layout, generation = requires.layout, requires.generation
         own_pairs = layout.reference is None and layout.weighting is None
         assert generation is None or own_pairs, "signals and weights exist only for the pairs of the data"
-        self._refuse_uneven_steps(method, training.schedule)
         pairs = self.pairs if generation is None else self.generated_pairs(generation)
         reference = None
         if layout.reference is not None:
@@ -276,16 +275,6 @@ class SharedStages:
             )
             for signal in view.models
         )
-
-    def _refuse_uneven_steps(self, method: Method, schedule: Schedule) -> None:
-        fixed = method.requires.micro_batch
-        if fixed is not None and schedule.pairs_per_step % fixed:
-            raise UserError(
-                f"the method '{method.name}' has micro-batches of {fixed}, and "
-                f"`pairs_per_step: {schedule.pairs_per_step}` is not a multiple of it",
-                where=self.source,
-                fix="Make `pairs_per_step` a multiple of the method's `micro_batch`, or change that",
-            )
 
     def _refuse_two_tokenizers(self, method: Method) -> None:
         teacher, student = (self.bases[role].tokenizer for role in ROLES)

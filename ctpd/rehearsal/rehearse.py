@@ -18,7 +18,7 @@ from ctpd.pipeline.build import build_what_can_be
 from ctpd.pipeline.evaluations import check_columns
 from ctpd.pipeline.graph import Graph
 from ctpd.pipeline.model_checks import Skeletons, find_problems, origin
-from ctpd.pipeline.notes import plan_notes, refuse_idle
+from ctpd.pipeline.notes import plan_notes, refuse_trainings
 from ctpd.pipeline.progress import Bar, Progress
 from ctpd.pipeline.references import External, Model
 from ctpd.pipeline.runtime import Runtime
@@ -107,7 +107,7 @@ class _Rehearsing:
         """Check the plan and the files of the real models; returns what a user should know."""
         notes: list[str] = []
         with self._noted("plan"):
-            refuse_idle(real)
+            refuse_trainings(real.stages, num_processes=self.experiment.recipe.launch.num_processes)
             notes += plan_notes(real)
         with self._noted("models"):
             found = find_problems(real.stages, skeletons)

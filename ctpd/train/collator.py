@@ -17,6 +17,7 @@ from ctpd.core.errors import NotFinite, UserError, listed
 from ctpd.ops.shared_rows import pack_pairs
 from ctpd.text.blocks import TokenRows
 from ctpd.train.batches import Batch, TokenBatch, UnitBatch
+from ctpd.train.config import pairs_of_process
 
 B_co = TypeVar("B_co", bound=Batch, covariant=True)
 
@@ -251,18 +252,8 @@ def micro_batch_size(
     Raises:
         UserError: a step's items cannot be divided evenly over the ranks, or not in micro-batches of the fixed size.
     """
-    if per_step % world_size:
-        raise UserError(
-            f"{per_step} pairs of a step cannot be divided evenly over {world_size} processes",
-            fix="Make `pairs_per_step` a multiple of the number of processes",
-        )
-    share = per_step // world_size
+    share = pairs_of_process(per_step, num_processes=world_size, micro_batch=fixed)
     if fixed is not None:
-        if share % fixed:
-            raise UserError(
-                f"{share} pairs of a step cannot be cut into micro-batches of {fixed}",
-                fix="Make `pairs_per_step` a multiple of the method's `micro_batch`, or change that",
-            )
         return fixed
     longest = int(lengths.max()) * rows
     fitting = [m for m in range(1, share + 1) if share % m == 0 and m * longest <= max_tokens]

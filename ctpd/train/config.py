@@ -123,3 +123,31 @@ class FsdpSpec(Config):
     """Layer classes that are gathered one at a time; empty for the model's own `_no_split_modules`."""
     offload: bool = False
     """Keep the shards in the memory of the CPU."""
+
+
+def pairs_of_process(per_step: int, *, num_processes: int, micro_batch: int | None) -> int:
+    """The pairs of an optimizer step that each process has.
+
+    Args:
+        per_step: pairs of a step, over all processes.
+        num_processes: processes of a launch.
+        micro_batch: pairs of one forward pass, for an objective whose loss depends on which pairs go together.
+
+    Raises:
+        UserError: a step cannot be divided evenly over the processes, or a process's pairs not in such micro-batches.
+    """
+    if per_step % num_processes:
+        raise UserError(
+            f"{per_step} pairs of a step cannot be divided evenly over {num_processes} processes",
+            fix="Make `pairs_per_step` a multiple of the number of processes",
+        )
+    share = per_step // num_processes
+    if micro_batch is not None and share % micro_batch:
+        of_process = "" if num_processes == 1 else f", those of each of {num_processes} processes,"
+        raise UserError(
+            f"{share} pairs of a step{of_process} cannot be cut into micro-batches of {micro_batch}",
+            fix="Make `pairs_per_step` a multiple of the method's `micro_batch`"
+            + ("" if num_processes == 1 else " times the processes")
+            + ", or change that",
+        )
+    return share

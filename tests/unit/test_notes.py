@@ -11,10 +11,11 @@ from ctpd.app import Experiment
 from ctpd.core.errors import UserError
 from ctpd.ops.weights import WeightParameters, WeightsResult
 from ctpd.pipeline.graph import Graph
-from ctpd.pipeline.notes import plan_notes, refuse_idle
+from ctpd.pipeline.notes import plan_notes, refuse_trainings
 from ctpd.pipeline.sources import count_rows
+from ctpd.pipeline.stage import Stage
 from ctpd.pipeline.summaries import Units, weight_summary
-from ctpd.train.config import Schedule, Steps
+from ctpd.train.config import Schedule, Steps, pairs_of_process
 from harness.cautions import cautions, cut_text, pairs_text
 from harness.provenance import provenance_of
 from harness.record import DataSummary
@@ -96,11 +97,40 @@ def edited(tmp_path: Path, *changes: tuple[str, str]) -> Path:
     return path
 
 
+def planned(folder: Path, size: str) -> tuple[Stage, ...]:
+    return Graph(Experiment(edited(folder, ("pairs_per_step: 16", size))).records).stages
+
+
+@pytest.mark.parametrize(
+    ("given", "share"),
+    [
+        ((16, 8, 2), 2),
+        ((16, 1, 8), 16),
+        ((16, 3, None), "over 3 processes"),
+        ((16, 8, 8), "2 pairs .* of 8 processes, .* of 8"),
+    ],
+)
+def test_a_step_is_divided_over_processes_and_micro_batches(
+    given: tuple[int, int, int | None], share: int | str
+) -> None:
+    def divided() -> int:
+        return pairs_of_process(given[0], num_processes=given[1], micro_batch=given[2])
+
+    if isinstance(share, int):
+        assert divided() == share
+    else:
+        with pytest.raises(UserError, match=share):
+            divided()
+
+
 def test_a_plan_refuses_and_says_what_is_known_before_anything_runs(tmp_path: Path) -> None:
     notes = plan_notes(Graph(Experiment("testbed-smoke").records))
     assert "only 4 optimizer steps" in notes[0]
     with pytest.raises(UserError, match=r"teacher: SFT: .*would change nothing"):
-        refuse_idle(Graph(Experiment(edited(tmp_path, ("pairs_per_step: 16", "pairs_per_step: 64"))).records))
+        refuse_trainings(planned(tmp_path, "pairs_per_step: 64"), num_processes=1)
+    with pytest.raises(UserError, match="SFT: 16 pairs of a step cannot be divided evenly over 3 processes"):
+        refuse_trainings(planned(tmp_path, "pairs_per_step: 16"), num_processes=3)
+    refuse_trainings(planned(tmp_path, "pairs_per_step: 16"), num_processes=8)
 
 
 def summary(prepared: Any, ratio: float, **parameters: float) -> Any:
