@@ -60,7 +60,21 @@ NOISE_ROWS: dict[str, tuple[str, Changes]] = {
 }
 BETAS: dict[str, tuple[str, Changes]] = {f"CTPD, beta {beta:g}": ("CTPD", {"beta": beta}) for beta in (0.01, 0.1, 1.0)}
 
+STRATEGIES = ("teacher", "average", "uniform", "lite", "teacher_student", "student", "positive_only", "oracle")
+WEIGHT_ROWS: dict[str, tuple[str, Changes]] = {
+    f"CTPD, {name.replace('_', '-')}{ending}": ("CTPD", {"weights": name, **params})
+    for ending, params in (("", {}), (", mean 1", {"mean_one": True}))
+    for name in STRATEGIES
+    if (name, ending)
+    not in (("teacher", ""), ("uniform", ", mean 1"), ("average", ", mean 1"))  # CTPD, and twice uniform
+}
+
 STUDIES = {
+    "weights": Study(
+        "Importance weights as they are, and divided by their mean over each response",
+        PREFERENCE,
+        {"as in the main study": Condition({}, WEIGHT_ROWS)},
+    ),
     "spans": Study(
         "Tokenizers of the teacher that cut the text in other ways than the student's (Unigram, 260 pieces)",
         ("CTPD", "ALM", "ULD"),
