@@ -271,9 +271,9 @@ def _for_page(root: ElementTree.Element) -> ElementTree.Element:
             leaf.text = element.text
             if classes.split(" ")[0] in CLASSES:
                 leaf.set("class", classes)
-            for name in ("d", "x", "y"):
+            for name, written in (("d", _path), ("x", _rounded), ("y", _rounded)):
                 if name in element.attrib:
-                    leaf.set(name, _rounded(element.attrib[name]))
+                    leaf.set(name, written(element.attrib[name]))
             leaf.set("style", _page_style(element.attrib.get("style", "")))
     return page
 
@@ -281,6 +281,27 @@ def _for_page(root: ElementTree.Element) -> ElementTree.Element:
 def _rounded(coordinates: str) -> str:
     """The same with a tenth of a point at most: a third of the size."""
     return NUMBER.sub(lambda found: f"{float(found[0]):.1f}".removesuffix(".0"), " ".join(coordinates.split()))
+
+
+def _path(commands: str) -> str:
+    """A rounded path; in one of straight lines each goes so far from the last point, which has fewer digits than where to."""
+    letters = set(re.findall("[A-Za-z]", NUMBER.sub("", commands)))
+    if not letters <= {"M", "L", "z"}:
+        return _rounded(commands)
+    written, last = [], (0, 0)
+    for letter, numbers in re.findall(r"([MLz])([^MLz]*)", commands):
+        if letter == "z":
+            written.append("z")
+            continue
+        x, y = (round(10 * float(number)) for number in numbers.split())
+        origin = (0, 0) if letter == "M" else last
+        written.append(f"{'M' if letter == 'M' else 'l'}{_tenths(x - origin[0])} {_tenths(y - origin[1])}")
+        last = (x, y)
+    return "".join(written)
+
+
+def _tenths(number: int) -> str:
+    return f"{number / 10:.1f}".removesuffix(".0")
 
 
 def _page_style(style: str) -> str:
