@@ -61,12 +61,22 @@ NOISE_ROWS: dict[str, tuple[str, Changes]] = {
 BETAS: dict[str, tuple[str, Changes]] = {f"CTPD, beta {beta:g}": ("CTPD", {"beta": beta}) for beta in (0.01, 0.1, 1.0)}
 
 STRATEGIES = ("teacher", "average", "uniform", "lite", "teacher_student", "student", "positive_only", "oracle")
+RATES = (1e-4, 3e-4)  # below the one that was chosen for the weights as they are
 WEIGHT_ROWS: dict[str, tuple[str, Changes]] = {
-    f"CTPD, {name.replace('_', '-')}{ending}": ("CTPD", {"weights": name, **params})
-    for ending, params in (("", {}), (", mean 1", {"mean_one": True}))
-    for name in STRATEGIES
-    if (name, ending)
-    not in (("teacher", ""), ("uniform", ", mean 1"), ("average", ", mean 1"))  # CTPD, and twice uniform
+    **{f"CTPD, {name.replace('_', '-')}": ("CTPD", {"weights": name}) for name in STRATEGIES if name != "teacher"},
+    **{
+        f"CTPD, {name.replace('_', '-')}, mean 1": ("CTPD", {"weights": name, "mean_one": True})
+        for name in STRATEGIES
+        if name not in ("uniform", "average")  # the same weights
+    },
+    **{
+        f"CTPD, {name.replace('_', '-')}, mean 1, rate {rate:g}": (
+            "CTPD",
+            {"weights": name, "mean_one": True, "learning_rate": rate},
+        )
+        for name in ("teacher", "uniform", "oracle", "positive_only")
+        for rate in RATES
+    },
 }
 
 STUDIES = {
