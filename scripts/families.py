@@ -265,7 +265,7 @@ def classes_table() -> Iterator[str]:
 
 SHARED = Path(__file__).resolve().parent.parent.parent / "shared" / "data"
 _DATA = SHARED / "preference" / "ultrafeedback_binarized_eval200.parquet"
-_PAIRS, _CHANGED = 60, 10
+_PAIRS, _CHANGED = 200, 30  # the whole sample
 # Of tokenizers whose package has no chat template: that of the family, with a turn of the model and without a system role.
 _GEMMA = (
     "{{ bos_token }}{% if messages[0].role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
@@ -318,7 +318,7 @@ def tokenizers_table() -> Iterator[str]:
     yield "## Tokenizers and templates"
     yield ""
     yield (
-        f"Each published tokenizer as teacher and as student, with its own chat template, on {len(given.pairs)} pairs: the "
+        f"Each published tokenizer as teacher and as student, with its own chat template, on {len(list(given.pairs))} pairs: the "
         f"first {_PAIRS} of `{_DATA.name}`, and of them again {_CHANGED} with a system message, {_CHANGED} with reasoning "
         f"in the chosen response, and {_CHANGED} with two messages of the user in a row. Gemma 2's package has no template; "
         "that of the family is used, without a system role. At most 512 tokens; pairs with prompts above 256 are dropped. "

@@ -49,6 +49,22 @@ def test_every_relative_link_leads_somewhere(path: Path) -> None:
     assert documents.broken_links(path) == []
 
 
+def rows_of(text: str) -> dict[str, list[str]]:
+    """The rows of the tables of a page by their first cell, without marks of the best."""
+    plain = re.sub(r"\*\*|</?ins>", "", text)
+    rows = [[cell.strip() for cell in line.strip().strip("|").split("|")] for line in plain.splitlines()]
+    return {cells[0]: cells[1:] for cells in rows if len(cells) > 1}
+
+
+def test_the_table_of_the_readme_is_that_of_the_study() -> None:
+    """Every row with its score, difference and rank; only p-values and numbers of seeds are left out."""
+    written = rows_of((ROOT / "README.md").read_text(encoding="utf-8").partition("## Results")[2].partition("\n## ")[0])
+    made = rows_of((ROOT / "results" / "testbed" / "main.md").read_text(encoding="utf-8"))
+    names = [name for name in made if name not in ("", "---")]
+    assert len(names) > 10
+    assert {name: written[name] for name in names} == {name: [*made[name][:6], made[name][7]] for name in names}
+
+
 @pytest.mark.parametrize("path", GUIDES, ids=name_of)
 def test_every_path_that_a_page_names_exists(path: Path) -> None:
     assert documents.missing_paths(path.read_text(encoding="utf-8"), ROOT) == []
