@@ -84,8 +84,8 @@ def show_agreement(record: "Record", experiment: "Experiment", store: "Store", *
     click.echo(f"{printable(record.title)} of {printable(record.recipe)}, beside its record:\n")
     click.echo(rendered(table(["", "record", "here", ""], lines, right=(1, 2))))
     if facts:
-        shown = [f"{name} ({there} there, {here} here)" for name, (there, here) in facts.items()]
-        click.echo(printable(f"\nMade otherwise: {', '.join(shown)}."))
+        shown = ", ".join(f"{name} ({there} there, {here} here)" for name, (there, here) in facts.items())
+        click.echo(f"\nMade otherwise: {printable(shown)}.")
     return same
 
 

@@ -37,6 +37,7 @@ def test_a_record_is_reproduced_bit_for_bit(cli: Cli, smoke: SmokeRun, given: Pa
     changed = Record.read(given).model_dump(mode="json", by_alias=True)
     name, column = next(iter(changed["evaluation"].items()))
     column["documents"][0][1] = 1 - column["documents"][0][1]
+    changed["provenance"]["commit"] = "0" * 40
     other = tmp_path / "other.json"
     other.write_text(json.dumps(changed))
     outcome = cli("run", "--from-record", other, "--store", store, "--quiet", "--json")
@@ -44,6 +45,7 @@ def test_a_record_is_reproduced_bit_for_bit(cli: Cli, smoke: SmokeRun, given: Pa
     found = json.loads(outcome.out)
     assert not found["same"]
     assert [one["name"] for one in found["measurements"] if one["differing"]] == [name]
+    assert "\n\nMade otherwise: commit (00000" in cli("run", "--from-record", other, "--store", store, "--quiet").out
 
 
 def test_the_store_of_a_record_reproduces_nothing(cli: Cli, smoke: SmokeRun, given: Path) -> None:
