@@ -77,7 +77,7 @@ schema: setup  ## the JSON Schema of a recipe and docs/reference.md, after a cha
 
 ci: test  ## what CI runs
 
-bench: setup  ## speed and memory beside the peers, into results/benchmarks: about 50 minutes on two idle cores
+bench: setup  ## speed and memory beside the peers, into results/benchmarks: about 50 minutes on two idle cores, `pairs` not counted
 	set -e; for name in $(BENCHMARKS); do $(BIN)/python -m benchmarks.$$name; done
 
 bench-quick: setup  ## the same at tiny shapes, into build/: whether the benchmarks run, not how fast anything is

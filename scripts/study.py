@@ -62,22 +62,25 @@ BETAS: dict[str, tuple[str, Changes]] = {f"CTPD, beta {beta:g}": ("CTPD", {"beta
 
 STRATEGIES = ("teacher", "average", "uniform", "lite", "teacher_student", "student", "positive_only", "oracle")
 RATES = (1e-4, 3e-4)  # below the one that was chosen for the weights as they are
-WEIGHT_ROWS: dict[str, tuple[str, Changes]] = {
-    **{f"CTPD, {name.replace('_', '-')}": ("CTPD", {"weights": name}) for name in STRATEGIES if name != "teacher"},
-    **{
-        f"CTPD, {name.replace('_', '-')}, mean 1": ("CTPD", {"weights": name, "mean_one": True})
-        for name in STRATEGIES
-        if name not in ("uniform", "average")  # the same weights
-    },
-    **{
-        f"CTPD, {name.replace('_', '-')}, mean 1, rate {rate:g}": (
-            "CTPD",
-            {"weights": name, "mean_one": True, "learning_rate": rate},
-        )
-        for name in ("teacher", "uniform", "oracle", "positive_only")
-        for rate in RATES
-    },
-}
+
+
+def _row(name: str, ending: str = "", **changes: Any) -> tuple[str, tuple[str, Changes]]:
+    return f"CTPD, {name.replace('_', '-')}{ending}", ("CTPD", {"weights": name, **changes})
+
+
+WEIGHT_ROWS: dict[str, tuple[str, Changes]] = dict(
+    [
+        *(_row(name) for name in STRATEGIES if name != "teacher"),  # CTPD itself
+        *(
+            _row(name, ", mean 1", mean_one=True) for name in STRATEGIES if name not in ("uniform", "average")
+        ),  # as uniform
+        *(
+            _row(name, f", mean 1, rate {rate:g}", mean_one=True, learning_rate=rate)
+            for name in ("teacher", "uniform", "oracle", "positive_only")
+            for rate in RATES
+        ),
+    ]
+)
 
 STUDIES = {
     "weights": Study(

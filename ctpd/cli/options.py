@@ -57,14 +57,20 @@ def variables(given: Sequence[str], *, option: str) -> dict[str, Any]:
 
     found = {}
     for item in given:
-        name, sign, value = item.partition("=")
-        if not (sign and name):
-            raise click.UsageError(f"{option}: '{item}' is not NAME=VALUE.")
+        name, value = parted(item, option=option, form="NAME=VALUE")
         try:
             found[name] = yaml.safe_load(value)
         except yaml.YAMLError as error:
             raise click.UsageError(f"{option}: the value of '{item}' is not YAML.") from error
     return found
+
+
+def parted(item: str, *, option: str, form: str) -> tuple[str, str]:
+    """What stands before and after the first `=` of an option's value, which is of the given form."""
+    name, sign, value = item.partition("=")
+    if not (sign and name):
+        raise click.UsageError(f"{option}: '{item}' is not {form}.")
+    return name, value
 
 
 def execution(*names: str) -> Decorator:

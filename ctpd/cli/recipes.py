@@ -10,7 +10,7 @@ import click
 from ctpd.cli.execute import RUNNING, Flags, Wanted, execute, opened, prepared
 from ctpd.cli.hub import ask_hub, needs_hub
 from ctpd.cli.launch import started_by_user
-from ctpd.cli.options import execution, given, refuse, variables
+from ctpd.cli.options import execution, given, parted, refuse, variables
 from ctpd.cli.samples import write_samples
 from ctpd.cli.scores import refuse_unmeasured, show_scores
 from ctpd.cli.tables import Shown, show_chosen, show_tables
@@ -285,16 +285,9 @@ def init(teacher: str, student: str, data: Path, columns: tuple[str, ...], encod
     """Write a recipe for your own pair of models and data; say what of the data is read."""
     from ctpd.cli.template import write_recipe
 
-    named = dict(_named(column) for column in columns)
+    named = dict(parted(column, option="--column", form="NAME=COLUMN, such as prompt=question") for column in columns)
     click.echo(write_recipe(to, teacher=teacher, student=student, data=data, columns=named, encoding=encoding))
     click.echo(f"Wrote {to}. Read it through, then: {shlex.join(['ctpd', 'run', str(to), '--plan'])}")
-
-
-def _named(text: str) -> tuple[str, str]:
-    name, equals, column = text.partition("=")
-    if not (name and equals and column):
-        raise click.UsageError(f"--column {text!r} is not of the form NAME=COLUMN, such as prompt=question.")
-    return name, column
 
 
 def _show_or_copy(show: str | None, copy: str | None, to: Path | None) -> None:

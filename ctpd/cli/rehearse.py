@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ctpd.cli.hub import ask_hub, needs_hub
-from ctpd.cli.options import execution, prepare, refuse
+from ctpd.cli.options import execution, parted, prepare, refuse
 from ctpd.core.errors import UserError
 from ctpd.core.printing import json_text, printable
 
@@ -131,8 +131,8 @@ def _set(data: dict[str, Any], change: str) -> None:
     """Give the key of a recipe another value; a block that is not there is made."""
     from ctpd.core.config import parse_yaml
 
-    keys, sign, text = change.partition("=")
-    if not sign or not all(keys.split(".")):
+    keys, text = parted(change, option="--set", form="KEY=VALUE")
+    if not all(keys.split(".")):
         raise click.UsageError(f"--set: '{change}' is not KEY=VALUE.")
     value = parse_yaml(f"value: {text}", source=f"--set {keys}").get("value")
     *blocks, last = keys.split(".")

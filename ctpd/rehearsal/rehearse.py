@@ -29,6 +29,7 @@ from ctpd.rehearsal.derive import STORE, stand_ins, write_recipe
 from ctpd.rehearsal.outcome import Problem, Rehearsal, State, rows_of
 from ctpd.rehearsal.requests import Requests, measured_requests
 from ctpd.rehearsal.sizes import RealModels
+from ctpd.text.prepare import PreparedPairs
 from ctpd.text.prepared_files import read_prepared
 from harness.files import file_stem
 from harness.suites import Column, Suite, load_suite
@@ -81,8 +82,9 @@ class _Rehearsing:
         pairs = self.experiment.stages.pairs
         rehearsed = self._small(suites)
         requests = {} if rehearsed is None else measured_requests(rehearsed, self.store)
-        prepared = self._artifact(pairs)
-        lengths = None if prepared is None else Lengths.of(read_prepared(prepared))
+        folder = self._artifact(pairs)
+        prepared = None if folder is None else read_prepared(folder)
+        lengths = None if prepared is None else Lengths.of(prepared)
         needs = Needs(
             RealModels(skeletons), lengths, self.experiment.recipe.launch, Requests(requests, self.experiment)
         )
@@ -107,8 +109,8 @@ class _Rehearsing:
         """Check the plan and the files of the real models; returns what a user should know."""
         notes: list[str] = []
         with self._noted("plan"):
-            refuse_trainings(real.stages, num_processes=self.experiment.recipe.launch.num_processes)
             notes += plan_notes(real)
+            refuse_trainings(real.stages, num_processes=self.experiment.recipe.launch.num_processes)
         with self._noted("models"):
             found = find_problems(real.stages, skeletons)
             by_text: dict[str, list[str]] = {}
@@ -243,9 +245,8 @@ def _text(error: Exception) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())[:600]} (a fault of ctpd, or of a library)"
 
 
-def _pairs_facts(folder: Path) -> dict[str, Any]:
+def _pairs_facts(prepared: PreparedPairs) -> dict[str, Any]:
     """What became of the pairs: how many there are, how many were dropped and why, and their tokens."""
-    prepared = read_prepared(folder)
     return {
         "pairs": len(prepared.pair_ids),
         "dropped": {reason: number for reason, number in prepared.dropped.items() if number},

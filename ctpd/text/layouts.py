@@ -241,10 +241,13 @@ def _looks_like_transcript(row: object, layout: Layout) -> bool:
     if "responses" in names:
         both = as_list(row.get(names["responses"]))
         texts = list(both) if isinstance(both, list | tuple) else []
-    if isinstance(prompt, str) and _begins(prompt):
+    if isinstance(prompt, str) and begins_transcript(prompt):
         return prompt.rstrip().endswith("\n\nAssistant:")
-    return bool(texts) and all(isinstance(text, str) and _begins(text) and "\n\nAssistant:" in text for text in texts)
+    return bool(texts) and all(
+        isinstance(text, str) and begins_transcript(text) and "\n\nAssistant:" in text for text in texts
+    )
 
 
-def _begins(text: str) -> bool:
+def begins_transcript(text: str) -> bool:
+    """Whether a text begins as a transcript's first turn does."""
     return text.lstrip().startswith(("Human:", "System:"))

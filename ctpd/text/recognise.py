@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 from ctpd.core.errors import UserError, listed
 from ctpd.text.config import Columns, Form, Layout
-from ctpd.text.layouts import PROMPTS, cells, refuse_transcripts
+from ctpd.text.layouts import PROMPTS, begins_transcript, cells, refuse_transcripts
 from ctpd.text.messages import conversation
 from ctpd.text.pairs import Dropped, usable_rows
 from ctpd.text.values import BadRow, as_list, is_filled, is_null
@@ -122,8 +122,7 @@ def _holds_prompt(rows: Rows, named: Mapping[str, str]) -> bool:
     values = [as_list(row.get(named.get("chosen", "chosen"))) for row in rows]
     filled = [value for value in values if not is_null(value)]
     return bool(filled) and all(
-        (isinstance(value, list) and len(value) > 1)
-        or (isinstance(value, str) and value.lstrip().startswith(("Human:", "System:")))
+        (isinstance(value, list) and len(value) > 1) or (isinstance(value, str) and begins_transcript(value))
         for value in filled
     )
 

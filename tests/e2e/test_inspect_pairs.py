@@ -24,7 +24,6 @@ from ctpd.text.prepared_files import DROPPED, read_meta
 from tests.conftest import Cli, SmokeRun
 from tests.fixtures.tokenizers import with_template
 
-TOKENIZERS = Path(__file__).resolve().parents[3] / "shared" / "data" / "tokenizers"
 CHAT = "{% for m in messages %}<s>{{ m['role'] }}\n{{ m['content'] }}</s>\n{% endfor %}{% if add_generation_prompt %}<s>assistant\n{% endif %}"
 
 
@@ -139,14 +138,12 @@ def test_roles_ends_and_what_is_scored_are_shown_in_colour_and_whole(
 
 
 def test_pairs_are_shown_in_the_templates_of_published_models(
-    cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    cli: Cli, shared_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     names = ("qwen2_5", "llama3_2")
-    if not TOKENIZERS.is_dir():
-        pytest.skip("needs the published tokenizers in ../shared/data/tokenizers")
     monkeypatch.chdir(tmp_path)
     for name in names:
-        shutil.copytree(TOKENIZERS / name, tmp_path / name)
+        shutil.copytree(shared_dir / "data" / "tokenizers" / name, tmp_path / name)
         LlamaConfig(
             vocab_size=262144, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2
         ).save_pretrained(name)
