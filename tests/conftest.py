@@ -18,10 +18,10 @@ from typing import NamedTuple
 
 import pytest
 
-if (
-    signal.getsignal(signal.SIGINT) is signal.SIG_IGN
-):  # as in a job in the background of a shell, and in all that it starts
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+# What a test starts inherits ignored signals: SIGINT of a job in the background of a shell, SIGHUP of one under nohup.
+for number, usual in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+    if signal.getsignal(number) is signal.SIG_IGN:
+        signal.signal(number, usual)
 
 
 class Outcome(NamedTuple):
