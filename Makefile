@@ -19,7 +19,7 @@ MINUTES ?= 10
 
 BENCHMARKS := step evaluation roofline sharing head scaling alignment pairs pipeline
 
-.PHONY: setup interpreter demo test check unit e2e regression record-regression schema ci bench bench-quick real-models faults fuzz clean
+.PHONY: setup interpreter demo test check unit e2e regression record-regression schema ci bench bench-quick gpu real-models faults fuzz clean
 
 setup: interpreter $(STAMP)  ## the environment, with the tested versions
 
@@ -77,8 +77,11 @@ schema: setup  ## the JSON Schema of a recipe and docs/reference.md, after a cha
 
 ci: test  ## what CI runs
 
-bench: setup  ## speed and memory beside the peers, into results/benchmarks: about 50 minutes on two idle cores, `pairs` not counted
+bench: setup  ## speed and memory beside the peers, into results/benchmarks: about 70 minutes on two idle cores
 	set -e; for name in $(BENCHMARKS); do $(BIN)/python -m benchmarks.$$name; done
+
+gpu: setup  ## the tests that need GPUs: one for the methods, two for FSDP
+	CTPD_TEST_GPUS=1 $(BIN)/python -m pytest tests/e2e/test_distillation.py tests/unit/test_distributed.py -k gpu -rs
 
 bench-quick: setup  ## the same at tiny shapes, into build/: whether the benchmarks run, not how fast anything is
 	set -e; for name in $(BENCHMARKS); do $(BIN)/python -m benchmarks.$$name --quick --rounds 1 --to build/benchmarks; done

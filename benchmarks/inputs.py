@@ -45,6 +45,10 @@ class Shape:
     seed: int = 0
 
 
+LARGE = Shape(hidden=2048, layers=16, heads=32, seq_len=1024, prompt_len=256)
+"""1.6 billion parameters, for GPUs."""
+
+
 class TokenPair(NamedTuple):
     """A preference row in tokens; the completions end with the end token."""
 

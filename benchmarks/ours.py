@@ -35,7 +35,7 @@ from ctpd.train.collator import ScoredRows
 from ctpd.train.config import Schedule
 from ctpd.train.fit import Fit, FitSettings, Optimization, fit
 from ctpd.train.scoring import TOKEN_LOGPS, ScoringSettings, scoring_pass, token_logps
-from ctpd.train.sharing import enable_prompt_sharing
+from ctpd.train.sharing import enable_prompt_sharing, share_prompts_where_quicker
 from ctpd.train.trainer import Training, UnitPass
 
 LONGEST_SPAN = 3
@@ -111,7 +111,8 @@ def rows_for(model: Any, pairs: Sequence[TokenPair], config: dict[str, Any]) -> 
     unit_starts = starts_of(np.array(counts))
     reference = weights = None
     if layout.reference is not None:
-        reference = _reference(model, input_ids, row_starts, unit_T, unit_starts)
+        with torch.autocast(config["device"], torch.bfloat16, enabled=config["dtype"] == "bfloat16"):
+            reference = _reference(model, input_ids, row_starts, unit_T, unit_starts)
     if layout.weighting is not None:
         assert reference is not None
         rng = np.random.default_rng(SEED)
@@ -132,12 +133,13 @@ def rows_for(model: Any, pairs: Sequence[TokenPair], config: dict[str, Any]) -> 
 
 
 def with_sharing(model: Any, rows: ScoredRows, share: bool | None) -> ScoredRows:
-    """Switch prompt sharing on or off; None shares prompts if the model supports it, as `ctpd` does.
+    """Switch prompt sharing on or off; None does what `ctpd` does.
 
     Raises:
         ValueError: sharing was requested, and the model does not support it.
     """
-    shares = share is not False and rows.items.shape[1] > 1 and enable_prompt_sharing(model)
+    enable = share_prompts_where_quicker if share is None else enable_prompt_sharing
+    shares = share is not False and rows.items.shape[1] > 1 and enable(model)
     if share and not shares:
         raise ValueError("rows of one side, or a model that did not pass the probe, share no prompts")
     return dataclasses.replace(rows, shares_prompts=shares)

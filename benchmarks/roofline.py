@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.figures import Bar, bars
-from benchmarks.inputs import Shape, as_json, token_pairs
+from benchmarks.inputs import LARGE, Shape, as_json, token_pairs
 from benchmarks.measuring import Side, alternate, arguments, either, median_of, run_child
 from benchmarks.report import Claim, Result, Table, spread, write
 
@@ -21,6 +21,7 @@ SHAPES = {
     "hidden 256, 4 layers, vocabulary 128256": (Shape(batch=2), 1.5),
     "hidden 512, 8 layers, vocabulary 32000": (Shape(batch=2, hidden=512, layers=8, heads=8, vocab=32000), 1.3),
 }
+GPU_SHAPES = {"hidden 2048, 16 layers, vocabulary 128256": (LARGE, None)}
 QUICK = Shape(batch=2, hidden=32, layers=2, heads=2, vocab=512, words=50, seq_len=32, prompt_len=8)
 
 
@@ -145,7 +146,7 @@ def _seconds(product: Product, config: dict[str, Any]) -> float:
 
 
 def _profile(config: dict[str, Any]) -> dict[str, Any]:
-    """Self CPU time by operation over a short training."""
+    """Time by operation over a short training: of the GPU where there is one, else of the CPU."""
     import torch
 
     from benchmarks import ours
@@ -156,15 +157,19 @@ def _profile(config: dict[str, Any]) -> dict[str, Any]:
     clock = ours.StepClock(config["device"])
     with tempfile.TemporaryDirectory() as folder, torch.profiler.profile() as profiler:
         ours.train(model, rows, shape, {**config, "method": "dpo"}, clock=clock, folder=Path(folder) / "state")
-    events = sorted(profiler.key_averages(), key=lambda event: -event.self_cpu_time_total)
-    total = sum(event.self_cpu_time_total for event in events)
-    return {"top": [[e.key, e.count, e.self_cpu_time_total / 1e6, e.self_cpu_time_total / total] for e in events[:10]]}
+    key = "self_cpu_time_total" if config["device"] == "cpu" else "self_device_time_total"
+    times = sorted(
+        ((event.key, event.count, getattr(event, key)) for event in profiler.key_averages()), key=lambda row: -row[2]
+    )
+    total = sum(microseconds for _, _, microseconds in times)
+    return {"top": [[name, count, spent / 1e6, spent / total] for name, count, spent in times[:10]]}
 
 
 def main() -> None:
-    """Measure both shapes, and write the result."""
+    """Measure the shapes, and write the result."""
     args = arguments(__doc__, rounds=2, steps=4).parse_args()
-    shapes = {"quick": (QUICK, 1.5)} if args.quick else SHAPES
+    usual = SHAPES if args.device == "cpu" else GPU_SHAPES
+    shapes = {"quick": (QUICK, 1.5)} if args.quick else usual
     claims, tables, figure, measured = [], [], [], {}
     for name, (shape, bound) in shapes.items():
         config = {"shape": as_json(shape), "steps": args.steps}
@@ -174,7 +179,7 @@ def main() -> None:
         claims.append(
             Claim(f"{name}: step / its matrix products alone", "at most", bound, [r["ratio"] for r in found[name]])
         )
-        tables += [_products_table(name, found[name]), _profile_table(name, profile)]
+        tables += [_products_table(name, found[name]), _profile_table(name, profile, args.device)]
         figure += [
             Bar(f"{name.split(', voc')[0]}: step", [r["step_s"] for r in found[name]]),
             Bar("its products alone", [r["products_s"] for r in found[name]], style=1),
@@ -217,9 +222,12 @@ def _products_table(name: str, rounds: Sequence[dict[str, Any]]) -> Table:
     return Table(f"{name}: products of a step", ("Product", "s", "GFLOP/s"), rows)
 
 
-def _profile_table(name: str, profile: Sequence[Sequence[Any]]) -> Table:
+def _profile_table(name: str, profile: Sequence[Sequence[Any]], device: str) -> Table:
     rows = [[f"`{key}`", count, seconds, f"{100 * share:.1f} %"] for key, count, seconds, share in profile]
-    return Table(f"{name}: self CPU time of two steps by operation, top 10", ("Operation", "calls", "s", "share"), rows)
+    kind = "CPU" if device == "cpu" else "GPU"
+    return Table(
+        f"{name}: self {kind} time of two steps by operation, top 10", ("Operation", "calls", "s", "share"), rows
+    )
 
 
 if __name__ == "__main__":

@@ -5,6 +5,8 @@ import os
 os.environ["HF_HUB_OFFLINE"] = os.environ["HF_DATASETS_OFFLINE"] = "1"  # read once, when the libraries are imported
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+if "CTPD_TEST_GPUS" not in os.environ:  # what tests expect is what CPUs give; `make gpu` runs those that need GPUs
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
 for name in ("COLUMNS", "LINES"):  # which pytest-xdist sets: output is tested as without a terminal
     os.environ.pop(name, None)
 
@@ -16,7 +18,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+import hypothesis
 import pytest
+
+# No test fails because the machine is busy.
+hypothesis.settings.register_profile("untimed", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
+hypothesis.settings.load_profile("untimed")
 
 # What a test starts inherits ignored signals: SIGINT of a job in the background of a shell, SIGHUP of one under nohup.
 for number, usual in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):

@@ -18,7 +18,7 @@ from ctpd.pipeline.stage import Work
 from ctpd.text.prepare import PreparedPairs
 from ctpd.train.fit import Fit, FitSettings
 from ctpd.train.scoring import Arrays, Measure, ScoringSettings, scoring_pass
-from ctpd.train.sharing import enable_prompt_sharing
+from ctpd.train.sharing import share_prompts_where_quicker
 from harness.record import TrainingSummary, training_summary
 
 
@@ -90,7 +90,7 @@ def scored(work: Work, located: LocatedModel, pairs: PreparedPairs, config: Scor
     settings = ScoringSettings(
         max_tokens=work.runtime.signal_batch_tokens,
         progress=work.progress,
-        shares_prompts=enable_prompt_sharing(model),
+        shares_prompts=share_prompts_where_quicker(model),
         model=located.title,
         row_name=row_name,
     )

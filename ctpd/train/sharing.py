@@ -53,6 +53,15 @@ def enable_prompt_sharing(model: nn.Module) -> bool:
     return True
 
 
+def share_prompts_where_quicker(model: nn.Module) -> bool:
+    """`enable_prompt_sharing` unless the model is on a GPU, where separate rows are quicker (`results/benchmarks/sharing-cuda`).
+
+    Returns:
+        Whether packed pairs are to be given to the model.
+    """
+    return next(model.parameters()).device.type != "cuda" and enable_prompt_sharing(model)
+
+
 def can_share_prompts(model: nn.Module) -> bool:
     """Whether packed pairs give the log-probabilities and gradients of separate rows. Leaves the model as it is.
 

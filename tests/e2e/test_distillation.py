@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 from ctpd.pipeline.methods import METHODS, Method
@@ -14,13 +15,17 @@ OBJECTIVES = {method: Method.make(method, {}, source="test").objective() for met
 ACROSS = [name for name, made in OBJECTIVES.items() if made.teacher is None or not made.teacher.same_tokenizer]
 
 
-def write_recipe(folder: Path, *, methods: list[str], one_tokenizer: bool) -> Path:
+ON_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="compares a GPU with the CPU")
+
+
+def write_recipe(folder: Path, *, methods: list[str], one_tokenizer: bool, precision: str = "float32") -> Path:
     """`testbed-smoke` with a run of each method."""
     recipe = yaml.safe_load(shipped_recipes()["testbed-smoke"].read_text())
     shared = recipe["shared"]
     shared["testbed"] |= {"num_pairs": 48, "num_eval_pairs": 16}
     shared["student"]["pretrain"] |= {"steps": 150, "hidden": 64}  # enough training that most generated responses end
     shared["train"] |= {"pairs_per_step": 8}
+    shared["precision"] = precision
     if one_tokenizer:
         names = ("tokenizer", "vocab_size")
         teacher = {name: shared["teacher"]["pretrain"][name] for name in names}
@@ -35,10 +40,15 @@ def write_recipe(folder: Path, *, methods: list[str], one_tokenizer: bool) -> Pa
     return path
 
 
-def trained(cli: Cli, recipe: Path, store: Path) -> dict[str, str]:
-    outcome = cli("train", recipe, "--store", store, "--device", "cpu", "--json")
+def trained(cli: Cli, recipe: Path, store: Path, device: str = "cpu") -> dict[str, str]:
+    outcome = cli("train", recipe, "--store", store, "--device", device, "--json")
     assert outcome.code == 0, outcome.err
     return {entry["run"]: entry["key"] for entry in json.loads(outcome.out)}
+
+
+def losses_of(store: Path, key: str) -> list[float]:
+    training = json.loads((store / "train" / key / "training.json").read_text())
+    return [entry["loss"] for entry in training["history"] if "loss" in entry]
 
 
 @pytest.mark.parametrize("one_tokenizer", [True, False], ids=["one tokenizer", "two tokenizers"])
@@ -50,13 +60,39 @@ def test_every_method_trains_from_one_recipe(one_tokenizer: bool, cli: Cli, tmp_
     for name in methods:
         folder = store / "train" / keys[name]
         training = json.loads((folder / "training.json").read_text())
-        losses = [entry["loss"] for entry in training["history"] if "loss" in entry]
+        losses = losses_of(store, keys[name])
         assert len(losses) == training["steps"] > 0
         assert all(-50 < loss < 50 for loss in losses), name
         assert training["seconds"] > 0
         assert training["peak_memory_mib"] > 0
         has_parameters = training["objective_parameters"] > 0
         assert (folder / "objective.safetensors").is_file() == has_parameters
+
+
+@ON_GPU
+@pytest.mark.parametrize("one_tokenizer", [True, False], ids=["one tokenizer", "two tokenizers"])
+def test_a_gpu_trains_every_method_as_the_cpu_does(one_tokenizer: bool, cli: Cli, tmp_path: Path) -> None:
+    """The keys are the same, and the losses of all steps, pretraining of both models included, to rounding."""
+    methods = list(METHODS) if one_tokenizer else ACROSS
+    recipe = write_recipe(tmp_path, methods=methods, one_tokenizer=one_tokenizer)
+    keys = trained(cli, recipe, tmp_path / "cpu")
+    assert trained(cli, recipe, tmp_path / "cuda", "cuda") == keys
+    for name in methods:
+        assert losses_of(tmp_path / "cuda", keys[name]) == pytest.approx(
+            losses_of(tmp_path / "cpu", keys[name]), rel=1e-3
+        )
+
+
+@ON_GPU
+def test_a_gpu_trains_every_method_in_bfloat16(cli: Cli, tmp_path: Path) -> None:
+    exact = write_recipe(tmp_path, methods=list(METHODS), one_tokenizer=True)
+    keys = trained(cli, exact, tmp_path / "store", "cuda")
+    rounded = write_recipe(tmp_path, methods=list(METHODS), one_tokenizer=True, precision="bfloat16")
+    for name, key in trained(cli, rounded, tmp_path / "store", "cuda").items():
+        if name in METHODS:
+            assert key != keys[name]
+            expected = losses_of(tmp_path / "store", keys[name])
+            assert losses_of(tmp_path / "store", key) == pytest.approx(expected, rel=0.1), name
 
 
 def test_a_comparison_token_by_token_is_refused_for_two_tokenizers(cli: Cli, tmp_path: Path) -> None:

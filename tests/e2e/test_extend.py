@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.fixtures.documents import Block, blocks, sections
+from tests.fixtures.launch_processes import imports_from
 
 ROOT = Path(__file__).resolve().parents[2]
 EXAMPLES = {
@@ -142,7 +143,7 @@ def test_all_examples_are_in_style(extended: Path) -> None:
 
 def environment(root: Path) -> dict[str, str]:
     """This process's, with the copy's packages first."""
-    return {**os.environ, "PYTHONPATH": str(root)}
+    return os.environ | imports_from(root)
 
 
 def test_an_edit_that_does_not_fit_is_found() -> None:

@@ -13,6 +13,7 @@ import torch
 
 from ctpd.app import RECORD
 from tests.conftest import Cli, SmokeRun
+from tests.fixtures.waiting import HANGS
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -21,7 +22,7 @@ def program(*args: object) -> subprocess.CompletedProcess[str]:
     """The command line in a new process, with as many threads as this one: they affect the last digits of sums."""
     environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
     words = [sys.executable, "-m", "ctpd", *map(str, args)]
-    return subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    return subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=HANGS, check=False)
 
 
 def scores(store: Path) -> dict[str, Any]:

@@ -12,6 +12,7 @@ import pytest
 from ctpd.app import Experiment
 from ctpd.recipe import load_recipe
 from tests.conftest import Cli, Outcome, SmokeRun
+from tests.fixtures.waiting import HANGS
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed")
@@ -40,7 +41,7 @@ def browse(report: Path, profile: Path, *options: str) -> subprocess.CompletedPr
         *options,
         report.as_uri(),
     ]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    return subprocess.run(command, capture_output=True, text=True, timeout=HANGS, check=True)
 
 
 def with_script(page: str, script: str) -> str:

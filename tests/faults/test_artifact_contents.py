@@ -17,6 +17,7 @@ from ctpd.inspection.weights import inspect_weights
 from ctpd.models import load_tokenizer
 from ctpd.saving import save_tokenizer
 from tests.fixtures.tokenizers import CHATML, tokenizer, with_template
+from tests.fixtures.waiting import HANGS
 
 KEY = 32 * "a"
 MANIFESTS: dict[str, Callable[[dict[str, Any]], Any]] = {
@@ -61,7 +62,7 @@ def test_a_saved_tokenizer_is_the_same_whatever_the_environment(kind: str, tmp_p
     saved = []
     for offline, folder in (("0", "there"), ("1", "elsewhere")):
         words = [sys.executable, "-c", code, tmp_path / "original", tmp_path / folder / "model"]
-        subprocess.run(words, env=os.environ | {"HF_HUB_OFFLINE": offline}, check=True, timeout=300)
+        subprocess.run(words, env=os.environ | {"HF_HUB_OFFLINE": offline}, check=True, timeout=HANGS)
         saved.append({file.name: file.read_bytes() for file in (tmp_path / folder / "model").iterdir()})
     assert saved[0] == saved[1]
     config = json.loads(saved[0]["tokenizer_config.json"])

@@ -38,7 +38,6 @@ LONGEST_MESSAGE = 3000  # characters of a paragraph
 
 fuzzed = settings(
     max_examples=EXAMPLES,
-    deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow, HealthCheck.data_too_large],
 )
 

@@ -54,10 +54,10 @@ YAML = {
 @pytest.mark.parametrize("kind", YAML)
 def test_yaml_that_no_recipe_needs_is_refused_at_once(kind: str) -> None:
     text, said = YAML[kind]
-    start = time.monotonic()
+    start = time.process_time()
     with pytest.raises(UserError, match=said) as caught:
         parse_yaml(text, source="r.yaml")
-    assert time.monotonic() - start < 5  # aliases of six levels took 9 seconds
+    assert time.process_time() - start < 5  # aliases of six levels took 9 seconds
     assert str(caught.value).startswith("r.yaml")
     assert len(str(caught.value)) < 600
 

@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 
 from tests.fixtures.launched_command import COMMAND
+from tests.fixtures.waiting import HANGS, until
 
 ROOT = Path(__file__).resolve().parents[2]
-SECONDS = 120.0
 LOOPBACK = (
     "0100007F",
     "00000000000000000000000001000000",
@@ -22,13 +22,6 @@ LOOPBACK = (
 )  # as /proc/net writes it
 linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 Start = Callable[..., "subprocess.Popen[str]"]
-
-
-def until(happened: Callable[[], Any], what: str) -> None:
-    end = time.monotonic() + SECONDS
-    while not happened():
-        assert time.monotonic() < end, what
-        time.sleep(0.05)
 
 
 def is_running(pid: int) -> bool:
@@ -90,7 +83,7 @@ def test_a_launch_on_one_machine_listens_on_loopback_alone(start: Start, tmp_pat
 
 def test_a_process_that_aborts_after_its_work_has_not_failed(start: Start, tmp_path: Path) -> None:
     done = start("--num-processes", 2, "--mode", "aborts at exit")
-    out, err = done.communicate(timeout=SECONDS)
+    out, err = done.communicate(timeout=HANGS)
     assert done.returncode == 0, err
     assert out == "done\n"
     assert not (tmp_path / "store" / "tmp").exists()
@@ -98,7 +91,7 @@ def test_a_process_that_aborts_after_its_work_has_not_failed(start: Start, tmp_p
 
 def test_a_killed_process_ends_the_launch_and_is_named(start: Start, tmp_path: Path) -> None:
     done = start("--num-processes", 2, "--mode", "killed")
-    out, err = done.communicate(timeout=SECONDS)
+    out, err = done.communicate(timeout=HANGS)
     assert (done.returncode, out) == (1, "")
     assert err.endswith("Error: Process 1 of 2 died. It was ended by SIGKILL (out of memory?).\n")
     assert not (tmp_path / "store" / "tmp").exists()
@@ -114,7 +107,7 @@ def test_starved_threads_of_a_group_do_not_abort_a_launch(start: Start, tmp_path
             for number in range(int(os.environ.get("CTPD_FAULT_ROUNDS", "1"))):
                 done = start("--num-processes", 2, "--mode", "starved", store=tmp_path / str(number))
                 os.sched_setaffinity(done.pid, {core})
-                out, err = done.communicate(timeout=SECONDS)
+                out, err = done.communicate(timeout=HANGS)
                 assert (done.returncode, out) == (0, "done\n"), err
                 assert "Warning" not in err
         finally:
@@ -137,7 +130,7 @@ def test_a_signal_ends_everything_and_leaves_nothing(
         until(lambda: children_of(process.pid), "no helper")
     others = {*children_of(process.pid), *ranks} - {process.pid}
     process.send_signal(number)
-    out, err = process.communicate(timeout=SECONDS)
+    out, err = process.communicate(timeout=HANGS)
     assert (process.returncode, out) == (128 + number, "")
     assert "What is finished is kept; the same command continues from there." in err
     assert "Traceback" not in err
@@ -166,7 +159,7 @@ def test_what_a_killed_command_has_started_ends_and_its_folders_are_removed_by_t
     assert {path.suffix for path in left} == {"", ".lock"}
     assert all(f"-{process.pid}-" in path.name for path in left)
     done = start()
-    assert done.communicate(timeout=SECONDS)[0] == "done\n"
+    assert done.communicate(timeout=HANGS)[0] == "done\n"
     assert not (store / "tmp").exists()
 
 

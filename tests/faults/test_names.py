@@ -26,6 +26,7 @@ from harness.suites import load_suite
 from harness.tables import build_tables
 from tests.conftest import Cli, SmokeRun
 from tests.fixtures.records import record, result
+from tests.fixtures.waiting import HANGS
 
 OUTSIDE = ["../../x", "..", ".", "/tmp/x", "a/b", "C:\\x", "~", ".hidden", "CON", "x" * LONGEST_NAME]
 REFUSED = {
@@ -203,7 +204,7 @@ def test_latex_has_names_on_one_line_and_no_row_begins_with_an_argument(tmp_path
         ["pdflatex", "-interaction=nonstopmode", "-halt-on-error", "t.tex"],
         cwd=tmp_path,
         capture_output=True,
-        timeout=120,
+        timeout=HANGS,
     )
     assert done.returncode == 0, done.stdout[-2000:]
 

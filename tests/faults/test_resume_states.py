@@ -21,7 +21,7 @@ from ctpd.train.states import HASHES, UNFINISHED, ResumeStates
 from ctpd.train.stopping import StopRequest
 from tests.fixtures.data_parallel import flip_byte
 from tests.fixtures.data_parallel import train as train_in
-from tests.fixtures.launch_processes import ROOT
+from tests.fixtures.launch_processes import ROOT, imports_from
 from tests.fixtures.tiny import tiny_model, tiny_rows
 
 STEPS = 4
@@ -148,7 +148,7 @@ train(Path(sys.argv[1]))
 def test_a_process_killed_before_it_renames_a_state_leaves_the_one_before(
     tmp_path: Path, undisturbed: tuple[Fit, dict[str, torch.Tensor]]
 ) -> None:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    environment = os.environ | imports_from(ROOT)
     ended = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path)], cwd=ROOT, env=environment, check=False)
     assert ended.returncode == -signal.SIGKILL
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-1", UNFINISHED]

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import assume, given, settings
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from ctpd.core.errors import UserError
@@ -102,7 +102,6 @@ def test_all_golden_cases_are_read() -> None:
 
 
 @pytest.mark.parametrize("teacher", KINDS)
-@settings(deadline=None)
 @given(text=TEXT, student=st.sampled_from(KINDS))
 def test_no_token_is_ever_lost(teacher: str, student: str, text: str) -> None:
     """The invariants hold on arbitrary Unicode for every pair of tokenizer kinds."""
@@ -112,7 +111,6 @@ def test_no_token_is_ever_lost(teacher: str, student: str, text: str) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@settings(deadline=None)
 @given(text=TEXT)
 def test_same_tokenizer_gives_one_token_per_span(kind: str, text: str) -> None:
     """With one tokenizer on both sides only tokens that share an end share a span."""
@@ -137,7 +135,6 @@ OFFSETS = st.integers(1, 12).flatmap(
 )
 
 
-@settings(deadline=None)
 @given(rows=st.lists(OFFSETS, min_size=1, max_size=6))
 def test_batch_equals_a_plain_loop(rows: list) -> None:
     """The vectorised batch gives what docs/method.md#aligned-spans says, row by row, for any offsets, monotone or not."""
@@ -171,7 +168,6 @@ CLEANING = st.text("ab \n\u0301🙂", min_size=1, max_size=10).flatmap(
 )
 
 
-@settings(deadline=None)
 @given(rows=st.lists(CLEANING, min_size=1, max_size=5))
 def test_batched_cleaning_equals_a_plain_loop(rows: list) -> None:
     """docs/method.md#offset-cleaning over many rows at once, for any offsets, also ones that reach out of the response."""

@@ -3,7 +3,7 @@
 import unicodedata
 
 import pytest
-from hypothesis import assume, given, settings
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from ctpd.text.fidelity import (
@@ -30,7 +30,6 @@ def spelled(kind: str, text: str) -> bytes:
     return b"".join(speller(id) for id in tokenize_bare(tokenizer(kind), [text]).ids.tolist())
 
 
-@settings(deadline=None)
 @given(text=TEXT)
 def test_byte_level_tokens_spell_every_byte_of_the_text(text: str) -> None:
     assert spelled("byte_bpe", text) == text.encode()
@@ -38,7 +37,6 @@ def test_byte_level_tokens_spell_every_byte_of_the_text(text: str) -> None:
     assert spelled("byte_bpe_prefixed", text) in (text.encode(), f" {text}".encode())
 
 
-@settings(deadline=None)
 @given(text=TEXT)
 def test_byte_fallback_and_space_marks_are_spelled_as_what_they_stand_for(text: str) -> None:
     assert spelled("gemma_bpe", text) == text.encode()
@@ -78,7 +76,6 @@ def test_every_class_has_a_case_and_a_meaning() -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@settings(deadline=None)
 @given(text=TEXT)
 def test_every_character_is_counted_once(kind: str, text: str) -> None:
     aligned = align_texts([text, "a dog"], teacher=tokenizer(kind), student=tokenizer("byte_bpe"))

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 from safetensors.numpy import load, save
@@ -101,7 +101,6 @@ TEXT = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=30
 
 
 @pytest.mark.parametrize("teacher", KINDS)
-@settings(deadline=None)
 @given(
     contents=st.lists(st.tuples(TEXT, TEXT, TEXT), min_size=1, max_size=4),
     student=st.sampled_from(KINDS),

@@ -20,9 +20,9 @@ from ctpd.pipeline.runtime import Runtime
 from ctpd.pipeline.stage import Stage, Work
 from tests.fixtures.process_graph import NUM_SINGLE, process_graph
 from tests.fixtures.stages import small_stage
+from tests.fixtures.waiting import HANGS, until
 
 ROOT = Path(__file__).resolve().parents[2]
-MINUTES = 60.0
 GRAPH = "tests.fixtures.process_graph"
 
 
@@ -33,14 +33,6 @@ def store(tmp_path: Path) -> Store:
 
 def run(store: Store, graph: Graph, progress: Progress | None = None) -> int:
     return build_missing(graph, store, runtime=Runtime(device="cpu"), progress=progress or Progress(quiet=True))
-
-
-def until(happened: "object", seconds: float = MINUTES) -> None:
-    assert callable(happened)
-    end = time.monotonic() + seconds
-    while not happened():
-        assert time.monotonic() < end
-        time.sleep(0.02)
 
 
 def sleepy(name: str, built: list[tuple[str, int]], *inputs: Stage) -> Stage:
@@ -60,7 +52,7 @@ def test_two_workers_share_the_stages_and_build_none_twice(store: Store) -> None
     for worker in workers:
         worker.start()
     for worker in workers:
-        worker.join(MINUTES)
+        worker.join(HANGS)
     assert Counter(name for name, _ in built) == Counter(stage.label for stage in graph.stages)
     assert {who for name, who in built if name.startswith("part")} == {worker.ident for worker in workers}
     assert not graph.missing(store)
@@ -76,7 +68,7 @@ def test_a_stage_that_another_process_builds_is_waited_for_and_the_rest_is_built
         worker.start()
         until(lambda: "Another process builds: first" in shown.getvalue())
         assert [name for name, _ in built] == ["second"]
-    worker.join(MINUTES)
+    worker.join(HANGS)
     assert [name for name, _ in built] == ["second", "first", "top"]
     assert shown.getvalue().count("Another process") == 1
 
@@ -93,7 +85,7 @@ def test_the_stage_of_a_process_that_dies_is_built_by_another(store: Store) -> N
     assert not store.has("single", held)
     helper.kill()
     helper.wait()
-    worker.join(MINUTES)
+    worker.join(HANGS)
     assert (store.open("single", held) / "text").read_text() == "0"
     assert not graph.missing(store)
     assert not store.partials()
@@ -115,7 +107,7 @@ def launched(store: Store, *mode: str) -> subprocess.CompletedProcess[str]:
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=HANGS,
         check=False,
     )
 

@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from ctpd.core.errors import UserError
@@ -321,7 +321,6 @@ TEXT = st.text(st.characters(exclude_categories=["Cs"]), min_size=1).map(str.str
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@settings(deadline=None)
 @given(text=TEXT, question=TEXT)
 def test_no_token_of_any_text_is_lost_between_prompt_and_end(kind: str, text: str, question: str) -> None:
     """Prompt, response and end are all tokens of the rendered text, in order; the response's ends stay within it."""

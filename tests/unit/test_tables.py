@@ -33,6 +33,7 @@ from harness.sheet import Table, TableSpec
 from harness.suites import suite_names
 from harness.tables import build_tables
 from tests.fixtures.records import changed, record, remeasured, result
+from tests.fixtures.waiting import HANGS
 
 
 def study() -> list[Record]:
@@ -298,7 +299,7 @@ def test_latex_compiles_alone_and_inside_a_paper(tmp_path: Path) -> None:
     (tmp_path / "paper.tex").write_text(paper)
     for name in ("main.tex", "paper.tex"):
         command = ["pdflatex", "-interaction=nonstopmode", "-halt-on-error", name]
-        run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+        run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=HANGS)
         assert run.returncode == 0, run.stdout[-2000:]
         assert "incomplete" not in run.stdout
         assert (tmp_path / name).with_suffix(".pdf").stat().st_size > 1000

@@ -114,13 +114,13 @@ class TrainStage(Stage):
         from ctpd.model_checks import check_tokens
         from ctpd.objectives.distillation import DistillationObjective
         from ctpd.pipeline.rows import token_rows
-        from ctpd.train.sharing import enable_prompt_sharing
+        from ctpd.train.sharing import share_prompts_where_quicker
         from ctpd.train.trainer import Training, UnitPass
 
         prepared, start = self.pairs.read(work), self.start.located(work)
         check_tokens(model, token_rows(prepared, self.config.role).input_ids, where=start.title)
         distills = isinstance(objective, DistillationObjective)
-        shares = len(objective.sides) > 1 and not distills and enable_prompt_sharing(model)
+        shares = len(objective.sides) > 1 and not distills and share_prompts_where_quicker(model)
         rows = {
             split: dataclasses.replace(self._rows(work, prepared, split), shares_prompts=shares)
             for split in sorted(set(prepared.split))
