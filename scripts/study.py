@@ -54,7 +54,7 @@ NOISE_ROWS: dict[str, tuple[str, Changes]] = {
     "CTPD, weights of mean 1": ("CTPD", {"mean_one": True}),
     "CTPD, uniform": ("CTPD", {"weights": "uniform"}),
     "CTPD, oracle": ("CTPD", {"weights": "oracle"}),
-    "CTPD, mu 2": ("CTPD", {"mu": 2.0}),
+    "CTPD, mu 1": ("CTPD", {"mu": 1.0}),  # the chosen one is 2
     "CTPD, L 0": ("CTPD", {"lower": 0.0}),
     "CTPD, U 0.5": ("CTPD", {"upper": 0.5}),
 }

@@ -11,7 +11,7 @@ from typing import IO
 from ctpd.cli.signals import PARENT
 
 PROGRAM = ("-m", "ctpd")
-TERMINATE_SECONDS = 10.0  # how long a process may take to end after SIGTERM when its work is done or of no use
+TERMINATE_SECONDS = 30.0  # how long a process may take to end after SIGTERM when its work is done or of no use
 STOP_SECONDS = 300.0  # the same when a signal stops the command: a training writes its state first
 
 

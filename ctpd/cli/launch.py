@@ -24,7 +24,7 @@ from ctpd.recipe import LaunchSpec
 ERRORS = "CTPD_ERRORS"  # environment variable in the processes of our launch: the folder to which they write errors
 HELPER = "CTPD_HELPER"  # environment variable in the helpers of `--jobs`
 POLL_SECONDS = 0.05  # between two looks at the processes of a launch
-OTHERS_SECONDS = 2.0  # how long the others of a launch have to say why they fail before they are ended
+OTHERS_SECONDS = 20.0  # how long the others of a launch have to say why they fail before they are ended
 
 
 class LaunchError(CtpdError):

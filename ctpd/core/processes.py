@@ -23,7 +23,7 @@ RENDEZVOUS = (
     "CTPD_RENDEZVOUS"  # environment variable in the processes of `--num-processes`: the file of the group's store
 )
 _GLOO_THREAD = "pt_gloo_runloop"
-_THREAD_SECONDS = 5.0  # how long gloo's threads may take to end
+_THREAD_SECONDS = 60.0  # how long gloo's threads may take to end: on a busy machine they wait for a core
 _TIMEOUT = timedelta(days=7)  # one process may build a stage for hours while the others wait
 
 
