@@ -70,6 +70,7 @@ def test_every_method_trains_from_one_recipe(one_tokenizer: bool, cli: Cli, tmp_
 
 
 @ON_GPU
+@pytest.mark.filterwarnings("default")  # of torch about the device
 @pytest.mark.parametrize("one_tokenizer", [True, False], ids=["one tokenizer", "two tokenizers"])
 def test_a_gpu_trains_every_method_as_the_cpu_does(one_tokenizer: bool, cli: Cli, tmp_path: Path) -> None:
     """The keys are the same, and the losses of all steps, pretraining of both models included, to rounding."""
@@ -84,6 +85,7 @@ def test_a_gpu_trains_every_method_as_the_cpu_does(one_tokenizer: bool, cli: Cli
 
 
 @ON_GPU
+@pytest.mark.filterwarnings("default")
 def test_a_gpu_trains_every_method_in_bfloat16(cli: Cli, tmp_path: Path) -> None:
     exact = write_recipe(tmp_path, methods=list(METHODS), one_tokenizer=True)
     keys = trained(cli, exact, tmp_path / "store", "cuda")
