@@ -126,13 +126,53 @@ def short_windows(model: nn.Module, size: int) -> Iterator[None]:
 
 
 def configure_scorer(model: nn.Module) -> None:
-    """Let the scorer use full logits, with a warning, if `scores_without_logits` is False; otherwise the tiled head."""
+    """Let the scorer use full logits, with a warning, if `scores_without_logits` is False; otherwise the tiled head.
+
+    Raises:
+        UserError: as `scores_without_logits` and `check_causal`.
+    """
     base = _base(model)
     base._scorer_uses_logits = not scores_without_logits(model)
     if base._scorer_uses_logits:
         warnings.warn(
             f"the scorer without logits does not reproduce {type(base).__name__}; full logits are used, which need more memory",
             stacklevel=2,
+        )
+    check_causal(model)
+
+
+def check_causal(model: nn.Module) -> None:
+    """Refuse a model whose log-probability of a token depends on that token and on those after it, as BERT's does.
+
+    What a causal model does not read has a gradient of zero; a difference of values could be as small as rounding.
+
+    Raises:
+        UserError: the model is not causal.
+    """
+    base = _base(model)
+    embeddings: list[Tensor] = []
+
+    def note(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
+        embeddings.append(output.detach().requires_grad_())
+        return embeddings[-1]
+
+    device, (predictor, length) = next(model.parameters()).device, (3, 12)
+    vocabulary = base.config.get_text_config().vocab_size
+    ids_1T = (1 + torch.arange(length, device=device) * 7919 % (vocabulary - 1)).unsqueeze(0)
+    request = Score(torch.tensor([predictor], device=device), ids_1T[0, predictor + 1 : predictor + 2])
+    hook = base.get_input_embeddings().register_forward_hook(note)
+    try:
+        with _in_evaluation(model), torch.enable_grad():
+            (grad,) = torch.autograd.grad(score(model, ids_1T, request).sum(), embeddings[:1], materialize_grads=True)
+    finally:
+        hook.remove()
+    if grad.shape[:2] != ids_1T.shape:
+        return  # its embedding is called with something else than the tokens
+    sizes_T = grad[0].abs().amax(-1)
+    if sizes_T[predictor + 1 :].max() > 1e-7 * sizes_T.max():
+        raise UserError(
+            f"{type(base).__name__} is not causal: the log-probability that it gives a token depends on that token itself",
+            fix="Use a causal language model of transformers (one like BERT is causal with `is_decoder: true` in its config.json)",
         )
 
 

@@ -10,7 +10,14 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, ByT5Tokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    BertConfig,
+    ByT5Tokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    RobertaConfig,
+)
 
 from ctpd.core.errors import UserError
 from ctpd.model_checks import check_tokens
@@ -25,7 +32,7 @@ from ctpd.models import (
     save_model,
     score,
 )
-from ctpd.probes import configure_scorer, same_logits, scores_without_logits
+from ctpd.probes import check_causal, configure_scorer, same_logits, scores_without_logits
 from tests.fixtures.tiny import CONFIGS, VOCABULARY, tiny_model
 
 IDS = torch.randint(1, VOCABULARY, (3, 10), generator=torch.Generator().manual_seed(1))
@@ -111,6 +118,20 @@ def test_probe_falls_back_to_full_logits_when_a_model_changes_its_logits() -> No
     with pytest.warns(UserWarning, match="does not reproduce Doubled; full logits are used"):
         configure_scorer(model)
     assert_same_as_full_logits(model)
+
+
+@pytest.mark.parametrize("kind", [BertConfig, RobertaConfig])
+def test_a_model_that_sees_what_it_predicts_is_refused(kind: Any) -> None:
+    """In a tiny model with random weights the logits differ by less than rounding; as a decoder the same model is fine."""
+    sizes = {"vocab_size": 99, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    torch.manual_seed(0)
+    encoder, decoder = (
+        install_scorer(AutoModelForCausalLM.from_config(kind(**sizes, intermediate_size=32, is_decoder=is_decoder)))
+        for is_decoder in (False, True)
+    )
+    check_causal(decoder)
+    with pytest.raises(UserError, match=r"is not causal: .*that token itself. Use a causal language model"):
+        check_causal(encoder)
 
 
 def test_forward_without_a_request_is_the_models_own() -> None:
