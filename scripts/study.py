@@ -27,6 +27,8 @@ SEEDS = [0, 1, 2]
 STUDENT = {"tokenizer": "unigram", "vocab_size": 260, "tokenizer_corpus": "student"}
 PREFERENCE = ("DPO", "CTPD")
 
+TOKENS, SAME = "teacher's tokens / student's", "spans 1:1"
+
 Changes = Mapping[str, Any]
 """Dotted keys of a recipe, and their values."""
 
@@ -39,11 +41,12 @@ class Condition(NamedTuple):
 
 
 class Study(NamedTuple):
-    """Conditions by name, and the runs of `testbed` that each trains."""
+    """Conditions by name, and the runs of `testbed` that each trains; whether its table says how the tokenizers differ."""
 
     caption: str
     runs: tuple[str, ...]
     conditions: Mapping[str, Condition]
+    shows_mismatch: bool = False
 
 
 def _teacher(**values: Any) -> Condition:
@@ -100,6 +103,7 @@ STUDIES = {
             "WordPiece, 300": _teacher(tokenizer="wordpiece", vocab_size=300),
             "characters": _teacher(tokenizer="characters", vocab_size=100),
         },
+        shows_mismatch=True,
     ),
     "noise": Study(
         "Pairs with exchanged responses",
@@ -168,6 +172,18 @@ def chosen(store: Path) -> dict[str, dict[str, Any]]:
     return found
 
 
+def mismatch(store: Path, recipe: str) -> dict[str, str]:
+    """How the tokenizers of a recipe cut the responses: tokens of the teacher for one of the student, and spans of one token each."""
+    opened = Store(store)
+    for artifact in opened.artifacts("record"):
+        record = Record.read(opened.open("record", artifact.key) / "record.json")
+        if record.recipe == recipe and record.data is not None:
+            counts = record.data.counts
+            tokens = counts["teacher_response_tokens"] / counts["student_response_tokens"]
+            return {TOKENS: f"{tokens:.2f}", SAME: f"{counts['spans_1_1'] / counts['spans']:.0%}"}
+    raise SystemExit(f"{store} has no record of a training of `{recipe}`")
+
+
 def lines_of(folder: Path, condition: str) -> Iterator[dict[str, str]]:
     """The rows of a condition's table."""
     with (folder / "main.csv").open(encoding="utf-8", newline="") as file:
@@ -178,18 +194,20 @@ def lines_of(folder: Path, condition: str) -> Iterator[dict[str, str]]:
 def write(study: Study, rows: list[dict[str, str]], stem: Path) -> None:
     """The joined table as CSV and Markdown."""
     scores = [name for name in rows[0] if f"{name} std" in rows[0]]
-    kept = ["condition", "row", "seeds", *(f"{name}{end}" for name in scores for end in ("", " std"))]
+    cut = [TOKENS, SAME] if study.shows_mismatch else []
+    kept = ["condition", *cut, "row", "seeds", *(f"{name}{end}" for name in scores for end in ("", " std"))]
     kept += ["difference", "difference low", "difference high", "marks", "unhealthy"]
     with stem.with_suffix(".csv").open("w", encoding="utf-8", newline="") as file:
         writer = csv.DictWriter(file, kept, extrasaction="ignore", lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
-    header = ["condition", "row", *scores, "Average vs. Student [95 %]"]
+    header = ["condition", *cut, "row", *scores, "Average vs. Student [95 %]"]
     lines = [f"{study.caption}. Seeds {SEEDS}; differences over seeds and documents.", ""]
-    lines += [f"| {' | '.join(header)} |", f"| --- | --- |{' ---: |' * (len(header) - 2)}"]
+    lines += [f"| {' | '.join(header)} |", f"| --- |{' ---: |' * len(cut)} --- |{' ---: |' * (len(scores) + 1)}"]
     for row in rows:
         cells = [
             row["condition"],
+            *(row[name] for name in cut),
             " ".join((row["row"], row["marks"])).strip(),
             *(_score(row, name) for name in scores),
             _difference(row),
@@ -230,7 +248,8 @@ def main() -> None:
         path.write_text(yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True), encoding="utf-8", newline="\n")
         command = [sys.executable, "-m", "ctpd", "run", str(path), "--store", str(args.store), "--jobs", args.jobs]
         subprocess.run(command, check=True)
-        rows += lines_of(args.store / "tables" / str(recipe["name"]), name)
+        extra = mismatch(args.store, str(recipe["name"])) if study.shows_mismatch else {}
+        rows += ({**row, **extra} for row in lines_of(args.store / "tables" / str(recipe["name"]), name))
         write(study, rows, args.to / args.study)
 
 
