@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from ctpd.core.errors import UserError
 from ctpd.pipeline.sources import file_states, read_rows
 from ctpd.text.config import Columns, Layout
-from ctpd.text.layouts import FIRST_ROWS, PLAIN, READING, holds_more
+from ctpd.text.layouts import FIRST_ROWS, PLAIN, reading
 
 if TYPE_CHECKING:
     from ctpd.text.recognise import Recognised
@@ -35,7 +35,7 @@ def reading_of(path: Path, layout: Layout, *, encoding: str | None = None) -> in
 
     rows = first_rows(path, encoding=encoding)
     check_columns(rows, source=str(path), layout=layout)
-    return READING if any(holds_more(row) for row in rows) else None
+    return reading(rows, layout)
 
 
 def recognised(path: Path, *, columns: Columns | None = None, encoding: str | None = None) -> "Recognised":

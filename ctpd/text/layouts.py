@@ -10,7 +10,7 @@ from ctpd.text.config import Layout
 from ctpd.text.messages import FORMS, holds_new_messages, transcript
 from ctpd.text.values import BadRow, WrongColumns, as_list, is_filled, is_null, kind
 
-READING = 2
+READING = 3
 """The version of how rows are read that hold more than prompt, chosen and rejected; in the keys of pairs of such rows."""
 FIRST_ROWS = 100
 """Rows that show what a source holds."""
@@ -131,6 +131,28 @@ def refuse_absent(rows: Sequence[Mapping[str, object]], layout: Layout, *, sourc
                 where=source,
                 fix="Correct `columns` in the recipe's data source; where a row has none, its value is null",
             )
+
+
+def has_prompts(rows: Sequence[Mapping[str, object]], layout: Layout) -> bool:
+    """Whether the first rows of a source have a column of prompts: one of them is filled."""
+    given = {} if layout.columns is None else layout.columns.given
+    return any(is_filled(row.get(given.get("prompt", "prompt"))) for row in rows if isinstance(row, Mapping))
+
+
+def reading(rows: Sequence[Mapping[str, object]], layout: Layout) -> int | None:
+    """The version of the reading that is the first to read these rows as they are read now; None for the first version."""
+    has = has_prompts(rows, layout)
+    if any(_is_new(row, layout, has_prompts=has) for row in rows):
+        return READING
+    return 2 if any(holds_more(row) for row in rows) else None
+
+
+def _is_new(row: Mapping[str, object], layout: Layout, *, has_prompts: bool) -> bool:
+    """Whether `READING` 3 reads a row otherwise than 2 did."""
+    given = {} if layout.columns is None else layout.columns.given
+    prompt, *responses = (row.get(given.get(name, name)) for name in ("prompt", *_RESPONSES))
+    knows_prompts = has_prompts or given.get("prompt", "prompt") in row
+    return prompt is None and knows_prompts and all(isinstance(text, str) for text in responses)
 
 
 def holds_more(row: Mapping[str, object]) -> bool:

@@ -13,6 +13,7 @@ from ctpd.text.layouts import (
     UNRENDERED,
     Cells,
     cells,
+    has_prompts,
     missing,
     refuse_absent,
     refuse_other_prompt,
@@ -135,8 +136,8 @@ def parse_pairs(
 
     A row holds ``prompt``, ``chosen`` and ``rejected``, each a string or a list of messages ``{"role", "content"}`` or
     ``{"from", "value"}``; one message may stand without a list.
-    Without a prompt, or with a prompt string beside whole conversations, the prompt is what chosen and rejected begin
-    with in common (as TRL extracts it). The last assistant message is the response; responses are stripped. Empty and
+    Without a column of prompts, or with a prompt string beside whole conversations, the prompt is what chosen and rejected
+    begin with in common (as TRL extracts it); texts whose prompt is null, or missing where other rows have one, are no pair. The last assistant message is the response; responses are stripped. Empty and
     equal responses are kept here: `prepare_pairs` drops and counts them. A column ``system`` is the system message of the
     prompt. Other columns (scores, ids) are ignored.
     Optional columns ``chosen_marks`` and ``rejected_marks`` hold lists of ``[start, end, right]`` over the response.
@@ -180,12 +181,16 @@ def check_columns(rows: Sequence[Mapping[str, object]], *, source: str, layout: 
 
 
 def _checked(rows: Iterable[Mapping[str, object]], layout: Layout, source: str) -> Iterator[Mapping[str, object]]:
-    """The rows, after a look at the first of them."""
+    """The rows, after a look at the first of them; where these have prompts, the prompt of a row without one is null."""
     rest = iter(rows)
     head = list(islice(rest, FIRST_ROWS))
     refuse_transcripts(head, layout, source=source)
     refuse_absent(head, layout, source=source)
-    yield from chain(head, rest)
+    if not has_prompts(head, layout):
+        yield from chain(head, rest)
+        return
+    for row in chain(head, rest):
+        yield {"prompt": None, **row} if isinstance(row, Mapping) and row else row
 
 
 def _parse_row(row: Mapping[str, object], *, id: str, where: str, layout: Layout) -> Pair:
@@ -203,7 +208,7 @@ def _parse_row(row: Mapping[str, object], *, id: str, where: str, layout: Layout
     chosen, rejected = (_conversation(found, column) for column in ("chosen", "rejected"))
     if isinstance(chosen, str) != isinstance(rejected, str):
         raise BadRow("one of chosen and rejected is a string, the other a list of messages", where=where, fix=FORMS)
-    prompt = None if found.get("prompt") is None else _conversation(found, "prompt")
+    prompt = None if is_null(found.get("prompt")) else _conversation(found, "prompt")
     if isinstance(chosen, str) and isinstance(rejected, str):
         turns, responses = _from_strings(prompt, chosen, rejected, found)
     else:
@@ -255,6 +260,13 @@ def _from_strings(
             cut -= 1
         prompt, chosen, rejected = chosen[:cut], chosen[cut:], rejected[cut:]
         refuse_other_prompt(found, prompt)
+        if "prompt" in found.row:
+            raise BadRow(
+                "the prompt is null, and what two texts begin with in common is none where the data have a column of it",
+                where=found.at("prompt"),
+                fix="Fill it; if all texts begin with their prompts, remove the column",
+                reason="null_content",
+            )
     if not prompt.strip():
         raise BadRow("the prompt is empty", where=found.at("prompt"), fix=FORMS)
     return (Message("user", prompt),), (chosen, rejected)

@@ -174,7 +174,7 @@ def test_transcripts_are_refused_until_the_recipe_says_what_they_are() -> None:
     for read in (parse_pairs, lambda rows, source: list(usable_rows(rows, source=source)), check_columns):
         with pytest.raises(UserError, match=r"f: the texts are transcripts.*`form: transcript`.*`form: text`"):
             read([row, row], source="f")  # type: ignore[operator]
-        read([row, {"prompt": "a", "chosen": "b", "rejected": "c"}], source="f")  # type: ignore[operator]
+        read([row, {"chosen": "a b", "rejected": "a c"}], source="f")  # type: ignore[operator]
     (pair,) = parse_pairs([row], source="f", layout=layout("text"))
     assert pair.prompt == (Message("user", CHAT),)
     renamed = {"good": row["chosen"], "bad": row["rejected"]}
@@ -256,8 +256,10 @@ def test_plain_files_keep_their_keys_and_others_have_the_version_of_their_readin
     assert reading_of(path, PLAIN) is None
     assert FilePairs(str(path), "d").identity == {"sha256": "d"}
     path.write_text(json.dumps({**TEXT, "system": "Be brief."}) + "\n")
+    assert reading_of(path, PLAIN) == 2
+    assert FilePairs(str(path), "d", reading=2).identity == {"sha256": "d", "reading": 2}
+    path.write_text(json.dumps(TEXT) + "\n" + json.dumps({**TEXT, "prompt": None}) + "\n")
     assert reading_of(path, PLAIN) == READING
-    assert FilePairs(str(path), "d", reading=READING).identity == {"sha256": "d", "reading": READING}
     assert FilePairs("p", "d", layout=layout("transcript", prompt="q")).identity == {
         "sha256": "d",
         "layout": {"columns": {"prompt": "q"}, "form": "transcript"},
@@ -273,7 +275,7 @@ def test_a_plan_refuses_columns_that_no_first_row_has(tmp_path: Path) -> None:
     path.write_text(json.dumps({"question": "a", "chosen": "b", "rejected": "c"}) + "\n")
     with pytest.raises(UserError, match="its column 'question' is not read"):
         reading_of(path, PLAIN)
-    assert reading_of(path, layout(prompt="question")) == READING
+    assert reading_of(path, layout(prompt="question")) == 2
     path.write_text(json.dumps({**TEXT, "chosen": None}) + "\n")  # such rows are dropped and counted when they are read
     assert reading_of(path, PLAIN) is None
     assert first_rows(path)[0]["chosen"] is None

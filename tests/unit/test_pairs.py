@@ -90,7 +90,7 @@ TWO_TURNS = [USER, ANSWER, USER]
         (GOOD | {"prompt": [USER, ANSWER]}, "the message before the response is the assistant's"),
         (GOOD | {"prompt": [], "chosen": [ANSWER], "rejected": [OTHER]}, "share no prompt"),
         ({"chosen": [ANSWER], "rejected": [OTHER]}, "share no prompt"),
-        ({"chosen": "yes", "rejected": "no"}, "the prompt is empty"),
+        ({"chosen": "yes", "rejected": "no"}, "column 'prompt': the prompt is null"),
         ({"chosen": [USER], "rejected": [USER]}, "column 'chosen': .* does not end with an assistant's message"),
         ({"chosen": [*TWO_TURNS, ANSWER], "rejected": [USER, OTHER, USER, OTHER]}, "differ before their last message"),
         (GOOD | {"chosen": "half \ud83d"}, "column 'chosen': character 5 of the text is half of a surrogate pair"),
@@ -138,6 +138,20 @@ def test_one_bad_row_is_dropped_with_reason_number_and_what_is_wrong() -> None:
         (str(i), reason) for i, reason in enumerate(["unread_field", *bad])
     ]
     assert dropped[1].detail == "column 'chosen', message 0: the content is nothing (null), not a string"
+
+
+def test_what_two_answers_begin_with_is_no_prompt_where_the_data_have_prompts() -> None:
+    """A null or missing prompt of texts was replaced by the answers' common beginning, `Sure`."""
+    texts = {"chosen": "Sure thing", "rejected": "Sure no"}
+    nan = {**texts, "prompt": float("nan")}
+    for rows in ([{**texts, "prompt": None}, GOOD], [GOOD, texts], [texts, GOOD], [GOOD, nan]):
+        (lost,) = [row for row in usable_rows(rows, source="f") if isinstance(row, Dropped)]
+        assert lost.reason == "null_content"
+        assert lost.detail.startswith("column 'prompt': the prompt is null")
+    with pytest.raises(UserError, match="the prompt is null.*remove the column"):
+        list(usable_rows([{**texts, "prompt": None}], source="f"))
+    (pair,) = parse_pairs([texts], source="f")
+    assert pair.prompt == (Message("user", "Sure"),)
 
 
 def test_a_source_without_a_pair_is_refused_with_its_first_row() -> None:
