@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from ctpd.core.errors import UserError, listed, nearest
 from ctpd.text.config import Layout
-from ctpd.text.messages import FORMS, holds_new_messages, transcript
+from ctpd.text.messages import FORMS, conversation, holds_new_messages, transcript, whole_prompt
 from ctpd.text.values import BadRow, WrongColumns, as_list, is_filled, is_null, kind
 
 READING = 3
@@ -152,7 +152,16 @@ def _is_new(row: Mapping[str, object], layout: Layout, *, has_prompts: bool) -> 
     given = {} if layout.columns is None else layout.columns.given
     prompt, *responses = (row.get(given.get(name, name)) for name in ("prompt", *_RESPONSES))
     knows_prompts = has_prompts or given.get("prompt", "prompt") in row
-    return prompt is None and knows_prompts and all(isinstance(text, str) for text in responses)
+    if all(isinstance(text, str) for text in responses):
+        return prompt is None and knows_prompts
+    try:
+        one, other = (conversation(value, where="") for value in (prompt, responses[0]))
+    except BadRow:
+        return False
+    if isinstance(one, str) or isinstance(other, str):
+        return False
+    before = other[:-1]
+    return whole_prompt(one, before) != (before if one and before[: len(one)] == one else one + before)
 
 
 def holds_more(row: Mapping[str, object]) -> bool:

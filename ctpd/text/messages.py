@@ -52,6 +52,41 @@ def conversation(value: object, *, where: str) -> str | tuple[Message, ...]:
     return tuple(_message(item, where=f"{where}, message {i}") for i, item in enumerate(value))
 
 
+def whole_prompt(prompt: Sequence[Message], before: Sequence[Message]) -> tuple[Message, ...] | None:
+    """The messages of a column of prompts and those before the response, which may repeat them, as one conversation.
+
+    White space at the ends of contents does not count when they are compared.
+
+    Args:
+        prompt: of its own column.
+        before: of the conversation in `chosen` and `rejected`, without its last message.
+
+    Returns:
+        The longer one where one begins with the other but for a system message; both, one behind the other, where
+        ``before`` goes on from ``prompt``; None where they contradict.
+    """
+    if not prompt or not before:
+        return (*prompt, *before)
+    system, turns = _apart(prompt)
+    other, more = _apart(before)
+    if system and other and _stripped(system) != _stripped(other):
+        return None
+    if _stripped(more)[: len(turns)] == _stripped(turns):
+        return tuple(before) if other else (*system, *more)
+    goes_on = not other and turns[-1].role != more[0].role and _stripped(turns)[0] != _stripped(more)[0]
+    return (*prompt, *before) if goes_on else None
+
+
+def _apart(messages: Sequence[Message]) -> tuple[Sequence[Message], Sequence[Message]]:
+    """The system message at the beginning, if there is one, and the others."""
+    count = int(messages[0].role == "system")
+    return messages[:count], messages[count:]
+
+
+def _stripped(messages: Sequence[Message]) -> list[tuple[str, str]]:
+    return [(role, content.strip()) for role, content in messages]
+
+
 def is_message(value: object) -> bool:
     """Whether a value is one message with a role that is known, in either form."""
     return isinstance(value, Mapping) and any(

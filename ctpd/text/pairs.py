@@ -19,7 +19,7 @@ from ctpd.text.layouts import (
     refuse_other_prompt,
     refuse_transcripts,
 )
-from ctpd.text.messages import FORMS, conversation
+from ctpd.text.messages import FORMS, conversation, whole_prompt
 from ctpd.text.messages import Message as Message
 from ctpd.text.values import BadRow, WrongColumns, as_list, is_filled, is_null, kind, valid_text
 
@@ -292,7 +292,15 @@ def _from_messages(
             reason="different_prompts",
         )
     if isinstance(prompt, tuple):
-        before = before if prompt and before[: len(prompt)] == prompt else prompt + before
+        joined = whole_prompt(prompt, before)
+        if joined is None:
+            raise BadRow(
+                "the prompt is another than the one that chosen and rejected begin with",
+                where=found.at("prompt"),
+                fix="Keep one of the two",
+                reason="different_prompts",
+            )
+        before = joined
     elif prompt is not None and not before:
         before = (Message("user", prompt),)
     elif not before:

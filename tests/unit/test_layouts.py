@@ -258,8 +258,10 @@ def test_plain_files_keep_their_keys_and_others_have_the_version_of_their_readin
     path.write_text(json.dumps({**TEXT, "system": "Be brief."}) + "\n")
     assert reading_of(path, PLAIN) == 2
     assert FilePairs(str(path), "d", reading=2).identity == {"sha256": "d", "reading": 2}
-    path.write_text(json.dumps(TEXT) + "\n" + json.dumps({**TEXT, "prompt": None}) + "\n")
-    assert reading_of(path, PLAIN) == READING
+    asked = WHY._asdict()
+    for row in ({**TEXT, "prompt": None}, {"prompt": [asked], "chosen": [SYSTEM._asdict(), asked, YES], "rejected": "x"}):
+        path.write_text(json.dumps(TEXT) + "\n" + json.dumps(row) + "\n")
+        assert reading_of(path, PLAIN) == READING
     assert FilePairs("p", "d", layout=layout("transcript", prompt="q")).identity == {
         "sha256": "d",
         "layout": {"columns": {"prompt": "q"}, "form": "transcript"},

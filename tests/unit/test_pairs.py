@@ -47,6 +47,42 @@ def test_the_last_assistant_message_is_the_response() -> None:
     assert (pair.chosen, pair.rejected) == ("So.", "No.")
 
 
+SYSTEM = {"role": "system", "content": "Be brief."}
+AGAIN = {"role": "user", "content": "And?"}
+
+
+@pytest.mark.parametrize(
+    ("prompt", "before", "read"),
+    [
+        ([USER], [SYSTEM, USER], [SYSTEM, USER]),
+        ([SYSTEM, USER], [USER], [SYSTEM, USER]),
+        ([{**USER, "content": "Why? "}], [USER], [USER]),
+        ([SYSTEM, USER], [SYSTEM, USER, ANSWER, AGAIN], [SYSTEM, USER, ANSWER, AGAIN]),
+        ([SYSTEM], [USER], [SYSTEM, USER]),
+        ([USER], [ANSWER, AGAIN], [USER, ANSWER, AGAIN]),
+        ([USER, ANSWER], [AGAIN], [USER, ANSWER, AGAIN]),
+        ([SYSTEM, USER], [{**SYSTEM, "content": "Be long."}, USER], None),
+        ([AGAIN], [USER], None),
+        ([USER, ANSWER, AGAIN], [USER], None),
+        ([USER, ANSWER], [USER, OTHER, AGAIN], None),
+        ([USER, ANSWER], [SYSTEM, AGAIN], None),
+    ],
+    ids=range(12),
+)
+def test_messages_that_stand_in_the_prompt_and_in_the_conversation_are_read_once(
+    prompt: list, before: list, read: list | None
+) -> None:
+    """A prompt that was not the exact beginning of the conversation was doubled: user, system, user."""
+    row = {"prompt": prompt, "chosen": [*before, ANSWER], "rejected": [*before, OTHER]}
+    found, _ = usable_rows([row, GOOD], source="f")
+    if read is None:
+        assert isinstance(found, Dropped)
+        assert found.reason == "different_prompts"
+    else:
+        assert isinstance(found, Pair)
+        assert found.prompt == tuple(Message(**message) for message in read)
+
+
 def test_ids_are_row_numbers_and_empty_responses_are_left_to_be_counted() -> None:
     rows = [{"prompt": "a", "chosen": " ", "rejected": "x"}, {"prompt": "a", "chosen": "x", "rejected": "x"}]
     assert [(pair.id, pair.chosen) for pair in parse_pairs(rows, source="f")] == [("0", ""), ("1", "x")]
