@@ -5,7 +5,6 @@ Texts are read in the encoding that is given, by default UTF-8, and unpacked whe
 
 import csv
 import json
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,6 @@ from ctpd.text.messages import MESSAGE_KEYS, is_message
 Row = Mapping[str, Any]
 
 _MARK = "\ufeff"  # byte order mark
-_PYTHON_MESSAGE = re.compile(r"\[?\s*\{\s*'(?:role|from)'\s*:\s*'(?:system|user|assistant|human|gpt)'")
 _PARQUET_ROWS = 1024  # rows that are converted at once
 _PARQUET_BUFFER = 2**20  # bytes of a column that are read at once
 
@@ -59,10 +57,7 @@ def read_csv(path: Path, encoding: str | None = None) -> Iterator[Row]:
                     where=where,
                     fix='A text with a comma or a line break is written between quotes, "like, this"',
                 )
-            yield {
-                name: _messages(cell, where=f"{where}, column '{shortened(name)}'")
-                for name, cell in zip(names, cells, strict=True)
-            }
+            yield {name: _messages(cell) for name, cell in zip(names, cells, strict=True)}
     except csv.Error as error:
         raise UserError(
             f"not valid CSV ({error})",
@@ -189,11 +184,10 @@ def _check_unique(names: Sequence[str], *, where: str) -> None:
         seen.add(name)
 
 
-def _messages(cell: str, *, where: str) -> Any:
+def _messages(cell: str) -> Any:
     """The messages that a cell holds as JSON, a list or one message with a known role, or the cell's text.
 
-    Raises:
-        UserError: it looks like messages in Python's notation, which spreadsheet exports of data frames have.
+    `ctpd.text.json_messages` reads them in the columns that it knows, in any format; other columns are decoded here.
     """
     text = cell.strip()
     if text[:1] + text[-1:] not in ("[]", "{}") or not any(all(key in text for key in keys) for keys in MESSAGE_KEYS):
@@ -201,12 +195,6 @@ def _messages(cell: str, *, where: str) -> Any:
     try:
         found = json.loads(text)
     except (ValueError, RecursionError):
-        if text[1:].lstrip().startswith(("{'role'", "{'content'")) or _PYTHON_MESSAGE.match(text):
-            raise UserError(
-                "the cell holds messages in Python's notation, not as JSON",
-                where=where,
-                fix="Write such cells with json.dumps, or save the data as jsonl or Parquet",
-            ) from None
         return cell
     if not isinstance(found, list):
         return found if is_message(found) else cell

@@ -7,8 +7,9 @@ from dataclasses import dataclass, field
 
 from ctpd.core.errors import UserError, listed, nearest
 from ctpd.text.config import Layout
+from ctpd.text.json_messages import decoded, is_read_as_text
 from ctpd.text.messages import FORMS, conversation, holds_new_messages, transcript, whole_prompt
-from ctpd.text.values import BadRow, WrongColumns, as_list, is_filled, is_null, kind
+from ctpd.text.values import BadRow, WrongColumns, WrongForm, as_list, is_filled, is_null, kind
 
 READING = 3
 """The version of how rows are read that hold more than prompt, chosen and rejected; in the keys of pairs of such rows."""
@@ -52,11 +53,14 @@ def cells(row: Mapping[str, object], layout: Layout, *, where: str) -> Cells:
 
     Raises:
         WrongColumns: a column that the layout names is missing.
-        BadRow: a part of the prompt that would be lost, responses that are not two, texts that are no transcripts.
+        BadRow: a part of the prompt that would be lost, responses that are not two, texts that are no transcripts, or
+            begin like messages and are none.
     """
     found = Cells(row, where)
     if layout.columns is not None:
         found = _renamed(found, layout.columns.given)
+    if layout.form != "text":
+        found = _decoded(found)
     if is_null(found.get("prompt")) and is_filled(found.get("conversations")) and _are_single(found):
         named = {**found.names, "prompt": "conversations"}
         found = Cells({**found.row, "prompt": found.row["conversations"]}, where, named)
@@ -150,7 +154,10 @@ def reading(rows: Sequence[Mapping[str, object]], layout: Layout) -> int | None:
 def _is_new(row: Mapping[str, object], layout: Layout, *, has_prompts: bool) -> bool:
     """Whether `READING` 3 reads a row otherwise than 2 did."""
     given = {} if layout.columns is None else layout.columns.given
-    prompt, *responses = (row.get(given.get(name, name)) for name in ("prompt", *_RESPONSES))
+    cells = [row.get(given.get(name, name)) for name in ("prompt", *_RESPONSES)]
+    if layout.form != "text" and not all(map(is_read_as_text, cells)):
+        return True
+    prompt, *responses = cells
     knows_prompts = has_prompts or given.get("prompt", "prompt") in row
     if all(isinstance(text, str) for text in responses):
         return prompt is None and knows_prompts
@@ -171,6 +178,16 @@ def holds_more(row: Mapping[str, object]) -> bool:
     if is_null(row.get("prompt")) and any(is_filled(row.get(name)) for name in PROMPTS):
         return True
     return any(holds_new_messages(row.get(name)) for name in ("prompt", *_RESPONSES))
+
+
+def _decoded(found: Cells) -> Cells:
+    """The row with the messages that its cells hold as JSON text."""
+    read = {
+        column: decoded(value, where=found.at(column))
+        for column in ("prompt", "conversations", *_RESPONSES)
+        if isinstance(value := found.get(column), str)
+    }
+    return Cells({**found.row, **read}, found.where, found.names) if read else found
 
 
 def _renamed(found: Cells, given: Mapping[str, str]) -> Cells:
@@ -202,10 +219,11 @@ def _two(found: Cells) -> list[object]:
         with suppress(ValueError, RecursionError):
             value = json.loads(value)
     if not isinstance(value, list | tuple) or len(value) != 2:
-        raise BadRow(
+        error = WrongForm if isinstance(value, str) else BadRow
+        raise error(
             f"expected a list of two responses, the better one first, found {kind(value)}",
             where=found.at("responses"),
-            fix="Such rows are dropped",
+            fix="Write the list with json.dumps" if isinstance(value, str) else "Such rows are dropped",
             reason="null_content" if is_null(value) else "malformed",
         )
     return list(value)
@@ -256,7 +274,7 @@ def _with_turns(found: Cells) -> Cells:
         if turns is not None:
             read[column] = [turn._asdict() for turn in turns]
     if not read and any(isinstance(found.get(column), str) for column in _RESPONSES):
-        raise BadRow(
+        raise WrongForm(
             "the text is no transcript: it does not begin with 'Human:' or 'Assistant:'",
             where=found.at("chosen"),
             fix="`form: transcript` is for texts with a turn after each empty line, such as 'Human: Why?'",

@@ -6,7 +6,7 @@ from itertools import chain
 from typing import NamedTuple
 
 from ctpd.core.errors import nearest, shortened
-from ctpd.text.values import BadRow, as_list, is_filled, is_null, kind, valid_text
+from ctpd.text.values import BadRow, WrongForm, as_list, is_filled, is_null, kind, valid_text
 
 ROLES = ("system", "user", "assistant")
 FORMS = (
@@ -15,6 +15,8 @@ FORMS = (
 )
 _NAMES = {**{role: role for role in ROLES}, "human": "user", "gpt": "assistant", "chatgpt": "assistant"}
 _TOOLS = ("tool", "function", "function_call", "observation")
+ROLE_NAMES = (*_NAMES, *_TOOLS)
+"""What messages of data sets have as their role, also those that are not read."""
 _UNREAD = ("reasoning_content", "reasoning", "thinking")  # of a message: they would be lost
 MESSAGE_KEYS = (("role", "content"), ("from", "value"))
 """The keys of a message, and those of ShareGPT's."""
@@ -90,7 +92,7 @@ def _stripped(messages: Sequence[Message]) -> list[tuple[str, str]]:
 def is_message(value: object) -> bool:
     """Whether a value is one message with a role that is known, in either form."""
     return isinstance(value, Mapping) and any(
-        isinstance(value.get(role), str) and value[role] in (*_NAMES, *_TOOLS) and content in value
+        isinstance(value.get(role), str) and value[role] in ROLE_NAMES and content in value
         for role, content in MESSAGE_KEYS
     )
 
@@ -160,6 +162,14 @@ def _message(item: object, *, where: str) -> Message:
         hint = nearest(role, _NAMES) if isinstance(role, str) else ""
         fix = f"Roles are {', '.join(ROLES)}, or human and gpt"
         raise BadRow(f"unknown role {shortened(repr(role))}.{hint}", where=where, fix=fix)
+    if isinstance(content, list):
+        raise WrongForm(
+            f"the content is {kind(content)}, not a string: a list of parts, as for images",
+            where=where,
+            fix="Write the text of the parts as one string; rows with other parts cannot be used",
+        )
+    if is_null(content) and isinstance(item.get("text"), str):
+        raise WrongForm("the message has its text as `text`", where=where, fix="Rename the key to `content`")
     if not isinstance(content, str):
         reason = "null_content" if is_null(content) else "malformed"
         raise BadRow(f"the content is {kind(content)}, not a string", where=where, fix="Give text only", reason=reason)

@@ -21,7 +21,7 @@ from ctpd.text.layouts import (
 )
 from ctpd.text.messages import FORMS, conversation, whole_prompt
 from ctpd.text.messages import Message as Message
-from ctpd.text.values import BadRow, WrongColumns, as_list, is_filled, is_null, kind, valid_text
+from ctpd.text.values import BadRow, WrongColumns, WrongForm, as_list, is_filled, is_null, kind, valid_text
 
 DROP_REASONS = (
     *("empty", "equal", "special_token_text", "long_prompt"),
@@ -159,10 +159,11 @@ def parse_pairs(
 
 
 def check_columns(rows: Sequence[Mapping[str, object]], *, source: str, layout: Layout = PLAIN) -> None:
-    """Check that the first rows of a source have the columns that are read, whether they are pairs or not.
+    """Check that the first rows of a source have the columns and the form that are read.
 
     Raises:
-        UserError: none has; or they are transcripts, and the layout does not say what of them.
+        UserError: none is a pair, and one has other columns or another form; or they are transcripts, and the layout does not
+            say what of them.
     """
     refuse_transcripts(rows, layout, source=source)
     refuse_absent(rows, layout, source=source)
@@ -170,10 +171,10 @@ def check_columns(rows: Sequence[Mapping[str, object]], *, source: str, layout: 
     for number, row in enumerate(rows):
         try:
             _parse_row(row, id=str(number), where=f"{source}, row {number}", layout=layout)
-        except WrongColumns as error:
+        except WrongForm as error:
             first = first or error
         except BadRow:
-            return
+            continue
         else:
             return
     if first is not None:
@@ -267,6 +268,8 @@ def _from_strings(
                 fix="Fill it; if all texts begin with their prompts, remove the column",
                 reason="null_content",
             )
+        if not prompt.strip():
+            raise WrongColumns("the prompt is empty: chosen and rejected share none", where=found.where, fix=FORMS)
     if not prompt.strip():
         raise BadRow("the prompt is empty", where=found.at("prompt"), fix=FORMS)
     return (Message("user", prompt),), (chosen, rejected)

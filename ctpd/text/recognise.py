@@ -5,10 +5,11 @@ from typing import NamedTuple
 
 from ctpd.core.errors import UserError, listed
 from ctpd.text.config import Columns, Form, Layout
+from ctpd.text.json_messages import decoded_where_possible
 from ctpd.text.layouts import PROMPTS, begins_transcript, cells, refuse_transcripts
 from ctpd.text.messages import conversation
 from ctpd.text.pairs import Dropped, usable_rows
-from ctpd.text.values import BadRow, as_list, is_filled, is_null
+from ctpd.text.values import BadRow, WrongColumns, as_list, is_filled, is_null
 
 _BOTH = (
     ("chosen", "rejected"),
@@ -63,13 +64,14 @@ def recognise(rows: Rows, *, source: str, columns: Columns | None = None) -> Rec
     Raises:
         UserError: no row is a pair in any form that is known without being told; the columns are listed.
     """
+    rows = [{name: decoded_where_possible(value) for name, value in row.items()} for row in rows]
     names = list(dict.fromkeys(str(name) for row in rows for name in row))
     given = _columns(rows, names, source) if columns is None else columns
     layout = Layout(columns=given, form=_form(rows, given, source))
     try:
         read = list(usable_rows(rows, source=source, layout=layout))
     except BadRow as error:
-        if columns is not None:
+        if columns is not None or not isinstance(error, WrongColumns):
             raise
         raise _unknown(names, source, because=error.what) from error
     used = _used(rows, names, layout)

@@ -20,7 +20,11 @@ class BadRow(UserError):
         self.reason = reason
 
 
-class WrongColumns(BadRow):
+class WrongForm(BadRow):
+    """A row in another form than those that are read: all rows of its source may be in it."""
+
+
+class WrongColumns(WrongForm):
     """A row whose columns have other names than those that are read: all rows of its source will have."""
 
 

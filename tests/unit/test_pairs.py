@@ -184,7 +184,7 @@ def test_what_two_answers_begin_with_is_no_prompt_where_the_data_have_prompts() 
         (lost,) = [row for row in usable_rows(rows, source="f") if isinstance(row, Dropped)]
         assert lost.reason == "null_content"
         assert lost.detail.startswith("column 'prompt': the prompt is null")
-    with pytest.raises(UserError, match="the prompt is null.*remove the column"):
+    with pytest.raises(UserError, match=r"the prompt is null.*remove the column"):
         list(usable_rows([{**texts, "prompt": None}], source="f"))
     (pair,) = parse_pairs([texts], source="f")
     assert pair.prompt == (Message("user", "Sure"),)
