@@ -1,14 +1,22 @@
 """The cells of a row under our names, whatever its columns are called and whether texts are transcripts (docs/data.md)."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 
 from ctpd.core.errors import UserError, listed, nearest
 from ctpd.text.config import Layout
 from ctpd.text.json_messages import decoded, is_read_as_text
-from ctpd.text.messages import FORMS, conversation, holds_new_messages, transcript, whole_prompt
+from ctpd.text.messages import (
+    FORMS,
+    conversation,
+    holds_new_messages,
+    is_other_transcript,
+    is_transcript,
+    transcript,
+    whole_prompt,
+)
 from ctpd.text.values import BadRow, WrongColumns, WrongForm, as_list, is_filled, is_null, kind
 
 READING = 3
@@ -108,15 +116,31 @@ def refuse_transcripts(rows: Sequence[Mapping[str, object]], layout: Layout, *, 
     """Refuse a source whose first rows are transcripts, of which the recipe says nothing: their turns would be lost.
 
     Raises:
-        UserError: all rows are transcripts, and the layout has no `form`.
+        UserError: half of the rows or more are transcripts, and the layout has no `form`.
     """
-    if layout.form is None and rows and all(_looks_like_transcript(row, layout) for row in rows):
-        raise UserError(
-            "the texts are transcripts of conversations ('Human:', 'Assistant:'), which would be read as one text each",
-            where=source,
-            fix="Say `form: transcript` in the recipe's data source, and their turns become messages; `form: text` "
-            "if one text is meant",
-        )
+    if layout.form is not None:
+        return
+    for is_one, fix in (
+        (is_transcript, "Say `form: transcript` in the recipe's data source, and their turns become messages"),
+        (
+            is_other_transcript,
+            "Write them as messages, or each turn behind an empty line with 'Human:' or 'Assistant:'",
+        ),
+    ):
+        if looks_like_transcripts(rows, layout, is_one):
+            raise UserError(
+                "the texts are transcripts of conversations ('Human:', 'Assistant:'), which would be read as one text each",
+                where=source,
+                fix=f"{fix}; `form: text` if one text is meant",
+            )
+
+
+def looks_like_transcripts(
+    rows: Sequence[Mapping[str, object]], layout: Layout, is_one: Callable[[str], bool] = is_transcript
+) -> bool:
+    """Whether half of the rows or more are transcripts; others among them do not hide these."""
+    found = sum(_looks_like_transcript(row, layout, is_one) for row in rows)
+    return bool(rows) and 2 * found >= len(rows)
 
 
 def refuse_absent(rows: Sequence[Mapping[str, object]], layout: Layout, *, source: str) -> None:
@@ -268,12 +292,14 @@ def _with_turns(found: Cells) -> Cells:
     read: dict[str, object] = {}
     for column in ("prompt", *_RESPONSES):
         value = found.get(column)
-        turns = transcript(value, where=found.at(column)) if isinstance(value, str) else None
+        turns = None
+        if isinstance(value, str) and not is_other_transcript(value):
+            turns = transcript(value, where=found.at(column))
         if turns is not None and column == "prompt" and turns[-1] == ("assistant", ""):
             turns = turns[:-1]
         if turns is not None:
             read[column] = [turn._asdict() for turn in turns]
-    if not read and any(isinstance(found.get(column), str) for column in _RESPONSES):
+    if not read and all(isinstance(found.get(column), str) for column in _RESPONSES):
         raise WrongForm(
             "the text is no transcript: it does not begin with 'Human:' or 'Assistant:'",
             where=found.at("chosen"),
@@ -282,7 +308,7 @@ def _with_turns(found: Cells) -> Cells:
     return Cells({**found.row, **read}, found.where, found.names)
 
 
-def _looks_like_transcript(row: object, layout: Layout) -> bool:
+def _looks_like_transcript(row: object, layout: Layout, is_one: Callable[[str], bool]) -> bool:
     if not isinstance(row, Mapping):
         return False
     names = {} if layout.columns is None else layout.columns.given
@@ -290,13 +316,11 @@ def _looks_like_transcript(row: object, layout: Layout) -> bool:
     if "responses" in names:
         both = as_list(row.get(names["responses"]))
         texts = list(both) if isinstance(both, list | tuple) else []
-    if isinstance(prompt, str) and begins_transcript(prompt):
-        return prompt.rstrip().endswith("\n\nAssistant:")
-    return bool(texts) and all(
-        isinstance(text, str) and begins_transcript(text) and "\n\nAssistant:" in text for text in texts
-    )
+    if isinstance(prompt, str) and is_one(prompt):
+        return prompt.rstrip().lower().endswith("assistant:")
+    return bool(texts) and all(isinstance(text, str) and is_one(text) for text in texts)
 
 
 def begins_transcript(text: str) -> bool:
     """Whether a text begins as a transcript's first turn does."""
-    return text.lstrip().startswith(("Human:", "System:"))
+    return text.lstrip().startswith(("Human:", "System:", "Assistant:"))

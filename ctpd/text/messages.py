@@ -20,7 +20,10 @@ ROLE_NAMES = (*_NAMES, *_TOOLS)
 _UNREAD = ("reasoning_content", "reasoning", "thinking")  # of a message: they would be lost
 MESSAGE_KEYS = (("role", "content"), ("from", "value"))
 """The keys of a message, and those of ShareGPT's."""
-_TURN = re.compile(r"(?:\A\s*|\n\n)(Human|Assistant|System):[ \t]*")
+_TURN = re.compile(r"(?:\A\s*|\r?\n\r?\n)(Human|Assistant|System):[ \t]*")
+_OTHER_TURNS = re.compile(
+    r"[\s#*]*(?:human|user|system|assistant)\**:.*\n[ \t#*]*assistant\**:", re.IGNORECASE | re.DOTALL
+)
 _SPEAKERS = {"Human": "user", "Assistant": "assistant", "System": "system"}
 
 
@@ -109,6 +112,17 @@ def transcript(text: str, *, where: str) -> tuple[Message, ...] | None:
     return tuple(
         Message(_SPEAKERS[turn[1]], text[turn.end() : stop].strip()) for turn, stop in zip(found, stops, strict=True)
     )
+
+
+def is_transcript(text: str) -> bool:
+    """Whether a text is a transcript with a turn of the assistant behind another, which `transcript` reads."""
+    turns = [turn[1] for turn in _TURN.finditer(text)] if _TURN.match(text) else []
+    return "Assistant" in turns[1:]
+
+
+def is_other_transcript(text: str) -> bool:
+    """Whether a text is a transcript that `transcript` does not read: other names, or a turn on each line."""
+    return not is_transcript(text) and _OTHER_TURNS.match(text) is not None
 
 
 def holds_new_messages(value: object) -> bool:

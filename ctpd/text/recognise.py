@@ -6,7 +6,7 @@ from typing import NamedTuple
 from ctpd.core.errors import UserError, listed
 from ctpd.text.config import Columns, Form, Layout
 from ctpd.text.json_messages import decoded_where_possible
-from ctpd.text.layouts import PROMPTS, begins_transcript, cells, refuse_transcripts
+from ctpd.text.layouts import PROMPTS, begins_transcript, cells, looks_like_transcripts
 from ctpd.text.messages import conversation
 from ctpd.text.pairs import Dropped, usable_rows
 from ctpd.text.values import BadRow, WrongColumns, as_list, is_filled, is_null
@@ -67,7 +67,7 @@ def recognise(rows: Rows, *, source: str, columns: Columns | None = None) -> Rec
     rows = [{name: decoded_where_possible(value) for name, value in row.items()} for row in rows]
     names = list(dict.fromkeys(str(name) for row in rows for name in row))
     given = _columns(rows, names, source) if columns is None else columns
-    layout = Layout(columns=given, form=_form(rows, given, source))
+    layout = Layout(columns=given, form=_form(rows, given))
     try:
         read = list(usable_rows(rows, source=source, layout=layout))
     except BadRow as error:
@@ -146,12 +146,8 @@ def _has_two(value: object) -> bool:
     return isinstance(value, list) and len(value) == 2
 
 
-def _form(rows: Rows, columns: Columns | None, source: str) -> Form | None:
-    try:
-        refuse_transcripts(rows, Layout(columns=columns), source=source)
-    except UserError:
-        return "transcript"
-    return None
+def _form(rows: Rows, columns: Columns | None) -> Form | None:
+    return "transcript" if looks_like_transcripts(rows, Layout(columns=columns)) else None
 
 
 def _used(rows: Rows, names: Sequence[str], layout: Layout) -> dict[str, str]:

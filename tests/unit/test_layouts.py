@@ -171,17 +171,51 @@ def test_a_text_that_holds_its_prompt_needs_no_column_of_it() -> None:
 
 
 def test_transcripts_are_refused_until_the_recipe_says_what_they_are() -> None:
-    """They were trained as one text, markers of turns included; a single such row among others stays a text."""
+    """They were trained as one text, markers of turns included; a few such rows among others stay texts."""
     row = FORMS["hh-rlhf"][1]
     for read in (parse_pairs, lambda rows, source: list(usable_rows(rows, source=source)), check_columns):
         with pytest.raises(UserError, match=r"f: the texts are transcripts.*`form: transcript`.*`form: text`"):
             read([row, row], source="f")  # type: ignore[operator]
-        read([row, {"chosen": "a b", "rejected": "a c"}], source="f")  # type: ignore[operator]
+        read([row, *[{"chosen": "a b", "rejected": "a c"}] * 2], source="f")  # type: ignore[operator]
     (pair,) = parse_pairs([row], source="f", layout=layout("text"))
     assert pair.prompt == (Message("user", CHAT),)
     renamed = {"good": row["chosen"], "bad": row["rejected"]}
     with pytest.raises(UserError, match="are transcripts"):
         parse_pairs([renamed], source="f", layout=layout(chosen="good", rejected="bad"))
+
+
+ODD_ROWS = {
+    "null_content": {"chosen": None, "rejected": "x"},
+    "roles": {"chosen": "\n\nHuman: Hi", "rejected": "\n\nHuman: Hi\n\nAssistant: No."},
+    "malformed": {"chosen": "Hi x", "rejected": "Hi y"},
+}
+
+
+@pytest.mark.parametrize("reason", ODD_ROWS)
+def test_one_odd_row_does_not_hide_that_the_others_are_transcripts(reason: str) -> None:
+    """It turned off the refusal for the whole file, which was then trained on as one text for each conversation."""
+    rows = [FORMS["hh-rlhf"][1], ODD_ROWS[reason], FORMS["hh-rlhf"][1]]
+    with pytest.raises(UserError, match="are transcripts"):
+        check_columns(rows, source="f")
+    assert recognise(rows, source="f").layout.form == "transcript"
+    _, lost, _ = usable_rows(rows, source="f", layout=layout("transcript"))
+    assert isinstance(lost, Dropped)
+    assert lost.reason == reason
+
+
+def test_transcripts_of_windows_are_read_and_other_spellings_refused() -> None:
+    row = FORMS["hh-rlhf"][1]
+    windows = {name: text.replace("\n", "\r\n") for name, text in row.items()}
+    assert recognise([windows], source="f").layout.form == "transcript"
+    (pair,) = parse_pairs([windows], source="f", layout=layout("transcript"))
+    assert pair == Pair("0", (WHY, SO, AND), "Yes.", "No.")
+    for old, new in (("\n\n", "\n"), ("Human:", "User:"), ("\n\n", "\n\n### "), ("\n\nAssistant:", "\n\nASSISTANT:")):
+        other = {name: text.replace(old, new) for name, text in row.items()}
+        for look in (check_columns, recognise):
+            with pytest.raises(UserError, match=r"are transcripts.*each turn behind an empty line"):
+                look([other, TEXT], source="f")
+        with pytest.raises(UserError, match="the text is no transcript"):
+            check_columns([other], source="f", layout=layout("transcript"))
 
 
 def test_turns_of_a_transcript_keep_their_line_breaks_and_lose_their_ends() -> None:
