@@ -2,21 +2,27 @@
 
 import hashlib
 import json
+import re
 from bisect import bisect_right
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
-from glob import glob
+from glob import escape, glob
+from os.path import commonprefix
 from pathlib import Path
 from typing import Any
 
 from ctpd.core.archives import COMPRESSIONS, compression
-from ctpd.core.errors import UserError
+from ctpd.core.errors import UserError, listed
 from ctpd.core.identity import digest
 from ctpd.core.userfiles import exists, is_folder, readable, regular_file, text_lines
 from ctpd.pipeline.readers import READERS, TEXT_ENDINGS, Row
 from ctpd.pipeline.references import External
 
 COUNTED_BYTES = 64 * 2**20  # larger json and csv files are not read only to count their rows
+_WORDS = r"((?:train|training|test|validation|valid|val|dev|eval|evaluation)(?:_(?:prefs|sft|gen))?)"
+_SPLIT_AT_START = re.compile(rf"{_WORDS}(?![^\W_])")
+_SPLIT_AT_END = re.compile(rf"(?<![^\W_]){_WORDS}$")
+_SHARD = re.compile(r"(?:[-_.](?:\d+|of))+$")
 _ENDINGS = f"{', '.join(READERS)}, or of a compressed text: .jsonl{' or .jsonl'.join(COMPRESSIONS)}"
 
 
@@ -65,7 +71,8 @@ def data_files(path: Path, *, encoding: str | None = None) -> tuple[Path, ...]:
         encoding: that of the texts, if one is given.
 
     Raises:
-        UserError: nothing is there, or no data; an unknown ending, or several; an encoding of Parquet files.
+        UserError: nothing is there, or no data; an unknown ending, or several; names of several splits; an encoding of
+            Parquet files.
     """
     files = _data_files(path)
     for file in files:
@@ -83,6 +90,7 @@ def data_files(path: Path, *, encoding: str | None = None) -> tuple[Path, ...]:
             where=str(path),
             fix="Name those that are meant by a pattern, such as '*.jsonl'",
         )
+    _refuse_several_splits(path, files)
     if encoding is not None and not set(map(_ending, files)) <= set(TEXT_ENDINGS):
         raise UserError(
             "an encoding is given, and the texts of Parquet are always UTF-8", where=str(path), fix="Remove `encoding`"
@@ -114,6 +122,40 @@ def _files_of_folder(folder: Path) -> tuple[Path, ...]:
         example = "" if deeper is None else f", for example to `{folder}/**/*{_full_ending(deeper)}`"
         raise UserError(f"the folder '{folder}' holds {there}", fix=_fix(example))
     return files
+
+
+def _refuse_several_splits(path: Path, files: Sequence[Path]) -> None:
+    """Refuse files of which some are for training and others for evaluation, as their names say."""
+    named: dict[str, list[Path]] = {}
+    for file in files:
+        named.setdefault(_split(file), []).append(file)
+    named.pop("", None)
+    if len(named) > 1:
+        paths = [f"`path: {_pattern(named[split], files)}`" for split in sorted(named)]
+        raise UserError(
+            f"the files are those of several splits, as their names say: {listed(sorted(named))}",
+            where=str(path),
+            fix=f"Name one of them in the recipe, such as {', '.join(paths[:-1])} or {paths[-1]}",
+        )
+
+
+def _split(file: Path) -> str:
+    """The split that a file's name says, such as `train_prefs` of `train_prefs-00000-of-00001.parquet`, or its folder's; else ''."""
+    name = file.name.removesuffix(_full_ending(file)).lower()
+    found = _SPLIT_AT_START.match(name) or _SPLIT_AT_END.search(_SHARD.sub("", name))
+    if found is None:
+        found = _SPLIT_AT_START.fullmatch(file.parent.name.lower())
+    return "" if found is None else found[1]
+
+
+def _pattern(files: Sequence[Path], of: Sequence[Path]) -> Path:
+    """A path that names these files alone among ``of``; the first of them where no pattern does."""
+    first = files[0]
+    names = [file.name.removesuffix(_full_ending(file)) for file in files]
+    shared = commonprefix(names)  # noqa: RUF071 (of characters)
+    pattern = first.with_name(f"{escape(shared)}*{_full_ending(first)}")
+    matched = [file for file in of if file.match(str(pattern))]
+    return pattern if len(files) > 1 and matched == list(files) else first
 
 
 def _data_in(folder: Path) -> list[Path]:

@@ -260,3 +260,51 @@ def test_a_folder_of_another_program_is_read_but_for_what_is_no_data(tmp_path: P
         (folder / name).write_text("x")
     assert [file.name for file in data_files(folder)] == ["part-00000.parquet", "part-00001.parquet"]
     assert [row["a"] for row in read_rows(folder)] == ["part-00000.parquet", "part-00001.parquet"]
+
+
+@pytest.mark.parametrize(
+    ("names", "paths"),
+    [
+        (("train.jsonl", "test.jsonl"), ("train.jsonl", "test.jsonl")),
+        (
+            ("train-00000-of-00002.jsonl", "train-00001-of-00002.jsonl", "validation-00000-of-00001.jsonl"),
+            ("train-0000*.jsonl", "validation-00000-of-00001.jsonl"),
+        ),
+        (
+            ("train_prefs-0-of-1.jsonl", "train_sft-0-of-1.jsonl"),
+            ("train_prefs-0-of-1.jsonl", "train_sft-0-of-1.jsonl"),
+        ),
+        (("pairs_train_1.jsonl", "pairs_train_2.jsonl", "pairs_dev.jsonl"), ("pairs_train_*.jsonl", "pairs_dev.jsonl")),
+        (("train/a.jsonl", "test/a.jsonl"), ("train/a.jsonl", "test/a.jsonl")),
+    ],
+    ids=["plain", "hub", "ultrafeedback", "at the end", "folders"],
+)
+def test_files_of_several_splits_are_refused_with_what_names_one(
+    names: tuple[str, ...], paths: tuple[str, ...], tmp_path: Path
+) -> None:
+    """A folder of `train` and `test` was read as one source, so that the pairs of the test were trained on."""
+    for name in names:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("{}\n")
+    source = tmp_path / "**" / "*.jsonl" if "/" in names[0] else tmp_path
+    with pytest.raises(UserError, match="several splits") as caught:
+        data_files(source)
+    for path in paths:
+        assert f"`path: {tmp_path / path}`" in str(caught.value)
+        assert data_files(tmp_path / path)
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("train-0.jsonl", "train-1.jsonl"),
+        ("train_a.jsonl", "train_b.jsonl"),
+        ("part-0.jsonl", "part-1.jsonl"),
+        ("testament.jsonl", "trains.jsonl"),
+        ("web-dev-talk.jsonl", "latest-train.jsonl"),
+    ],
+)
+def test_files_of_one_split_are_read_together(names: tuple[str, ...], tmp_path: Path) -> None:
+    for name in names:
+        (tmp_path / name).write_text("{}\n")
+    assert [file.name for file in data_files(tmp_path)] == sorted(names)
