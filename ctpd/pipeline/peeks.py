@@ -1,6 +1,6 @@
 """The first rows of files of pairs, looked at before anything is run."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cache
 from itertools import islice
 from pathlib import Path
@@ -24,17 +24,19 @@ def first_rows(path: Path, *, encoding: str | None = None) -> tuple[Mapping[str,
     return _first_rows(path, encoding, file_states(path, encoding=encoding))
 
 
-def reading_of(path: Path, layout: Layout, *, encoding: str | None = None) -> int | None:
+def reading_of(path: Path, layout: Layout, *, encoding: str | None = None, ignored: Sequence[str] = ()) -> int | None:
     """The version of how a source is read, where its first rows hold what earlier versions read otherwise; else None.
 
     Raises:
         UserError: the rows cannot be read, are transcripts of which the layout says nothing, or none has the columns
-            that are read.
+            that are read; or a column that belongs to the conversation is neither read nor among those ``ignored``.
     """
     from ctpd.text.pairs import check_columns
+    from ctpd.text.unread import refuse_unread
 
     rows = first_rows(path, encoding=encoding)
     check_columns(rows, source=str(path), layout=layout)
+    refuse_unread(rows, source=str(path), layout=layout, ignored=ignored)
     return reading(rows, layout)
 
 

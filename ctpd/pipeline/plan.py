@@ -106,7 +106,8 @@ class SharedStages:
             return HubPairs(source.hub, source.name, source.split, source.revision, source.layout)
         assert source.path is not None
         path, encoding = user_path(source.path), source.encoding
-        digest, reading = file_digest(path, encoding=encoding), reading_of(path, source.layout, encoding=encoding)
+        digest = file_digest(path, encoding=encoding)
+        reading = reading_of(path, source.layout, encoding=encoding, ignored=source.ignore)
         return FilePairs(source.path, digest, encoding, source.layout, reading)
 
     @cached_property

@@ -159,6 +159,9 @@ class Source(Config):
     form: Form | None = None
     """`transcript`: texts are conversations, `Human: ... Assistant: ...` with an empty line before each turn. `text`: a text
     is one text, even if it looks so. Left out, such texts are refused."""
+    ignore: tuple[Text, ...] = ()
+    """Columns of `path` that are left out on purpose: a filled one that belongs to a conversation, such as `system_prompt` or
+    `history`, is refused where it is neither read nor named here."""
 
     @property
     def layout(self) -> Layout:
@@ -175,6 +178,8 @@ class Source(Config):
             raise ValueError("`encoding` is that of text files; Parquet, the hub and the testbed have UTF-8")
         if self.testbed is not None and self.layout != Layout():
             raise ValueError("`columns` and `form` are for a `path` or `hub`: the testbed's pairs have one form")
+        if self.ignore and self.path is None:
+            raise ValueError("`ignore` is for a `path`, whose columns the plan sees")
         return self
 
 

@@ -424,3 +424,36 @@ def test_an_answer_that_is_json_stays_a_text(tmp_path: Path) -> None:
     with path.open("w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows([("prompt", "chosen", "rejected"), ("Why?", *answers)])
     assert read_pair_file(path) == [Pair("0", (WHY,), *answers)]
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "fix"),
+    [
+        ("system_prompt", "Be kind.", "`columns: {system: system_prompt}`"),
+        ("history", [["Hi", "Yo"]], "Write the turns as messages"),
+        ("input", "1, 2", "`columns: {input: input}`"),
+        ("instruction", "Answer in French.", "`columns: {prompt: instruction}`"),
+        ("question", "Why?", "`columns: {prompt: question}`"),
+        ("reasoning_content", "hm", "<think>"),
+        ("thinking", "hm", "<think>"),
+        ("chosen_reasoning", "hm", "<think>"),
+    ],
+)
+def test_a_column_of_the_conversation_that_is_not_read_is_refused_by_the_plan(
+    name: str, value: object, fix: str, tmp_path: Path
+) -> None:
+    """It was lost without a word in every row; the recipe names it, or says that it is left out."""
+    path = tmp_path / "pairs.jsonl"
+    row = {"prompt": "Ask", "chosen": "Yes.", "rejected": "No."}
+    path.write_text(json.dumps(row) + "\n" + json.dumps({**row, name: value}) + "\n")
+    with pytest.raises(UserError, match=f"column '{name}' is filled in row 1 and is not read") as caught:
+        reading_of(path, PLAIN)
+    assert fix in str(caught.value.fix)
+    assert f"`ignore: [{name}]`" in str(caught.value.fix)
+    assert reading_of(path, PLAIN, ignored=[name]) is None
+    for harmless in ("", None, [], "Ask"):  # the last stands in the prompt
+        path.write_text(json.dumps({**row, name: harmless}) + "\n")
+        assert reading_of(path, PLAIN) is None
+    if name == "system_prompt":
+        path.write_text(json.dumps({**row, name: value}) + "\n")
+        reading_of(path, layout(system=name))
