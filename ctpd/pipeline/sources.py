@@ -4,6 +4,7 @@ import hashlib
 import json
 import re
 from bisect import bisect_right
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from glob import escape, glob
@@ -85,10 +86,11 @@ def data_files(path: Path, *, encoding: str | None = None) -> tuple[Path, ...]:
     by_ending = {_full_ending(file): file for file in reversed(files)}
     if len(by_ending) > 1:
         found = ", ".join(repr(file.name) for _, file in sorted(by_ending.items()))
+        example = f"*{Counter(map(_full_ending, files)).most_common(1)[0][0]}"
         raise UserError(
             f"the files have several endings: {found}",
             where=str(path),
-            fix="Name those that are meant by a pattern, such as '*.jsonl'",
+            fix=f"Name those that are meant by a pattern, such as '{path / example if is_folder(path) else example}'",
         )
     _refuse_several_splits(path, files)
     if encoding is not None and not set(map(_ending, files)) <= set(TEXT_ENDINGS):
@@ -115,6 +117,10 @@ def _files_of_folder(folder: Path) -> tuple[Path, ...]:
     with readable(folder):
         found = sorted(file for file in folder.iterdir() if not file.name.startswith("."))
         files = tuple(_data_file(file) for file in found if _ending(file) in READERS and not file.is_dir())
+    if {"state.json", "dataset_info.json"} <= {file.name for file in found}:
+        raise _saved_to_disk(folder)
+    if (folder / "dataset_dict.json").is_file():
+        raise _saved_to_disk(folder, split="['train']")
     deeper = next((file for sub in found if sub.is_dir() for file in _data_in(sub)), None)
     if not files or deeper is not None:
         there = "no data file"
@@ -122,6 +128,14 @@ def _files_of_folder(folder: Path) -> tuple[Path, ...]:
         example = "" if deeper is None else f", for example to `{folder}/**/*{_full_ending(deeper)}`"
         raise UserError(f"the folder '{folder}' holds {there}", fix=_fix(example))
     return files
+
+
+def _saved_to_disk(folder: Path, *, split: str = "") -> UserError:
+    return UserError(
+        "the folder is a data set as `datasets.save_to_disk` writes it, which is not read",
+        where=str(folder),
+        fix=f"Write it as Parquet, with `datasets.load_from_disk('{folder}'){split}.to_parquet('pairs.parquet')`",
+    )
 
 
 def _refuse_several_splits(path: Path, files: Sequence[Path]) -> None:

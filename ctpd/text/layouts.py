@@ -101,15 +101,21 @@ def refuse_other_prompt(found: Cells, shared: str) -> None:
     Raises:
         WrongColumns: a column that is known to hold prompts is filled with another text.
     """
-    for name in PROMPTS:
+    other = other_spelling("prompt", [str(name) for name in found.row])
+    for name in (*PROMPTS, *([] if other is None else [other])):
         value = found.get(name)
         text = value.strip() if isinstance(value, str) else ""
         if is_filled(value) and not (text and text in shared):
             raise WrongColumns(
                 f"the row has no column 'prompt', and its column '{name}' is not read",
                 where=found.where,
-                fix=f"If it is the prompt, say `columns: {{prompt: {name}}}` in the recipe's data source",
+                fix=f"If it is the prompt, say `columns: {{prompt: {name if name.strip() == name else json.dumps(name)}}}` in the recipe's data source",
             )
+
+
+def other_spelling(name: str, names: Sequence[str]) -> str | None:
+    """The column that is ``name`` but for case and white space at its ends, such as `Prompt`; None if there is none."""
+    return next((other for other in names if other != name and other.strip().lower() == name), None)
 
 
 def refuse_transcripts(rows: Sequence[Mapping[str, object]], layout: Layout, *, source: str) -> None:

@@ -1,12 +1,14 @@
 """What the columns of a file of pairs hold, told from its first rows: the layout that a recipe has to say (docs/data.md)."""
 
+import json
+import shlex
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from ctpd.core.errors import UserError, listed
 from ctpd.text.config import Columns, Form, Layout
 from ctpd.text.json_messages import decoded_where_possible
-from ctpd.text.layouts import PROMPTS, begins_transcript, cells, looks_like_transcripts
+from ctpd.text.layouts import PROMPTS, begins_transcript, cells, looks_like_transcripts, other_spelling
 from ctpd.text.messages import conversation
 from ctpd.text.pairs import Dropped, usable_rows
 from ctpd.text.values import BadRow, WrongColumns, as_list, is_filled, is_null
@@ -189,11 +191,17 @@ def _unknown(
     names: Sequence[str], source: str, *, because: str, ours: Sequence[str] = ("prompt", "chosen", "rejected")
 ) -> UserError:
     has = f"the columns are {listed(names, most=20)}" if names else "the rows have no columns"
-    options = " ".join(f"--column {name}=COLUMN" for name in ours)
+    spelled = {
+        name: column for name in ours if name not in names and (column := other_spelling(name, names)) is not None
+    }
+    if spelled:
+        because = f"{listed(list(spelled.values()))} {'differs' if len(spelled) == 1 else 'differ'} in case or spaces"
+    named = spelled or dict.fromkeys(ours, "COLUMN")
+    options = " ".join(f"--column {shlex.quote(f'{name}={column}')}" for name, column in named.items())
+    columns = ", ".join(f"{name}: {json.dumps(column) if spelled else column}" for name, column in named.items())
     return UserError(
         f"{has}, in no form that is recognised: {because}",
         where=source,
-        fix=f"Say which are which with `{options}`; in a recipe's data source that is `columns: "
-        f"{{{', '.join(f'{name}: COLUMN' for name in ours)}}}`. Rows with two responses and a winner must be written with "
-        "the better one as `chosen`",
+        fix=f"Say which are which with `{options}`; in a recipe's data source that is `columns: {{{columns}}}`. Rows with two "
+        "responses and a winner must be written with the better one as `chosen`",
     )

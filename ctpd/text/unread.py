@@ -50,6 +50,8 @@ def refuse_unread(
 def _fix(name: str, given: Mapping[str, str]) -> str | None:
     """What to do about a column that belongs to the conversation; None for others."""
     more = "..., " if given else ""
+    if name in _SYSTEMS and "system" in given:
+        return "One column can be the system message; write both texts into it"
     if name in _SYSTEMS:
         return f"Say `columns: {{{more}system: {name}}}` in the recipe's data source, and it is the system message"
     if name == "input":

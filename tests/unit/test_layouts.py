@@ -121,6 +121,9 @@ def test_what_was_recognised_is_said_with_what_is_not_read() -> None:
         ({"question": "a", "query": "b", "chosen": "c", "rejected": "d"}, "the prompt may be in 'question', 'query'.*`columns: {prompt: COLUMN}`"),
         ({"chosen": "yes", "rejected": "no"}, "the columns are 'chosen', 'rejected'.*the prompt is empty"),
         ({}, "the rows have no columns"),
+        ({"Prompt": "a", "Chosen": "b", "Rejected": "c"}, "differ in case or spaces.*--column prompt=Prompt --column chosen=Chosen"),
+        ({"prompt": "a", " chosen": "b", " rejected": "c"}, "--column 'chosen= chosen' --column 'rejected= rejected'`.*`columns: {chosen: \" chosen\","),
+        ({"Prompt": "a", "chosen": "So it is.", "rejected": "So not."}, "'Prompt' differs in case or spaces.*`--column prompt=Prompt`"),
     ],
 )  # fmt: skip
 def test_an_unknown_layout_lists_the_columns_and_shows_what_to_write(row: dict[str, Any], message: str) -> None:

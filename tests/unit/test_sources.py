@@ -308,3 +308,21 @@ def test_files_of_one_split_are_read_together(names: tuple[str, ...], tmp_path: 
     for name in names:
         (tmp_path / name).write_text("{}\n")
     assert [file.name for file in data_files(tmp_path)] == sorted(names)
+
+
+@pytest.mark.parametrize(
+    ("files", "expression"),
+    [
+        (("state.json", "dataset_info.json", "data-00000-of-00001.arrow"), "pairs').to_parquet"),
+        (("dataset_dict.json", "train/state.json"), "pairs')['train'].to_parquet"),
+    ],
+)
+def test_what_datasets_saves_to_disk_is_named_with_how_to_write_it(
+    files: tuple[str, ...], expression: str, tmp_path: Path
+) -> None:
+    for name in files:
+        (tmp_path / "pairs" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "pairs" / name).write_text("{}")
+    with pytest.raises(UserError, match=r"`datasets\.save_to_disk`") as caught:
+        data_files(tmp_path / "pairs")
+    assert expression in str(caught.value.fix)
