@@ -103,7 +103,7 @@ class SharedStages:
         if source.hub is not None:
             assert source.split is not None
             assert source.revision is not None
-            return HubPairs(source.hub, source.name, source.split, source.revision, source.layout)
+            return HubPairs(source.hub, source.name, source.split, source.revision, source.layout, source.ignore)
         assert source.path is not None
         path, encoding = user_path(source.path), source.encoding
         digest = file_digest(path, encoding=encoding)

@@ -160,7 +160,7 @@ class Source(Config):
     """`transcript`: texts are conversations, `Human: ... Assistant: ...` with an empty line before each turn. `text`: a text
     is one text, even if it looks so. Left out, such texts are refused."""
     ignore: tuple[Text, ...] = ()
-    """Columns of `path` that are left out on purpose: a filled one that belongs to a conversation, such as `system_prompt` or
+    """Columns that are left out on purpose: a filled one that belongs to a conversation, such as `system_prompt` or
     `history`, is refused where it is neither read nor named here."""
 
     @property
@@ -176,10 +176,10 @@ class Source(Config):
             raise ValueError("pairs from the hub need a `split` and a pinned `revision`")
         if self.encoding is not None and (self.path is None or self.path.lower().endswith(".parquet")):
             raise ValueError("`encoding` is that of text files; Parquet, the hub and the testbed have UTF-8")
-        if self.testbed is not None and self.layout != Layout():
-            raise ValueError("`columns` and `form` are for a `path` or `hub`: the testbed's pairs have one form")
-        if self.ignore and self.path is None:
-            raise ValueError("`ignore` is for a `path`, whose columns the plan sees")
+        if self.testbed is not None and (self.ignore or self.layout != Layout()):
+            raise ValueError(
+                "`columns`, `form` and `ignore` are for a `path` or `hub`: the testbed's pairs have one form"
+            )
         return self
 
 

@@ -3,6 +3,7 @@
 import csv
 import json
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -339,6 +340,14 @@ def test_the_split_of_a_hub_data_set_is_read_in_its_layout(monkeypatch: pytest.M
     assert pair == Pair("0", (SYSTEM, WHY), "Yes.", "No.")
     assert isinstance(loss, Dropped)
     assert loss.reason == "null_content"
+    lost = FORMS["orca_dpo_pairs"][1] | {"history": [["Hi", "Yo"]]}
+    monkeypatch.setattr(pairs, "read_hub", lambda name, **given: iter([lost]))
+    source = HubPairs("Intel/orca_dpo_pairs", None, "train", "0" * 40, layout(prompt="question"))
+    with pytest.raises(UserError, match="the column 'history' is filled in row 0"):
+        source.read(work)
+    ignoring = replace(source, ignored=("history",))
+    assert len(list(ignoring.read(work).rows)) == 1
+    assert ignoring.identity == source.identity
     assert asked == {"name": "Intel/orca_dpo_pairs", "config": None, "split": "train", "revision": "0" * 40}
 
 

@@ -4,6 +4,7 @@ from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -14,7 +15,7 @@ from ctpd.pipeline.stage import Part, Stage, Work
 from ctpd.pipeline.stages.world import WorldStage
 from ctpd.recipe import PlainSpec
 from ctpd.text.config import Layout, PairsConfig
-from ctpd.text.layouts import PLAIN
+from ctpd.text.layouts import FIRST_ROWS, PLAIN
 from harness.cautions import cut_text, pairs_text
 
 if TYPE_CHECKING:
@@ -119,20 +120,39 @@ class FilePairs(PairSource):
 
 @dataclass(frozen=True)
 class HubPairs(PairSource):
-    """A split of a hub data set at a pinned commit; ``layout`` says how its rows hold pairs."""
+    """A split of a hub data set at a pinned commit.
+
+    Attributes:
+        layout: how the rows hold pairs.
+        ignored: columns that are left out on purpose; no part of a key.
+    """
 
     hub: str
     name: str | None
     split: str
     revision: str
     layout: Layout = PLAIN
+    ignored: tuple[str, ...] = ()
+
+    @property
+    def identity(self) -> Any:
+        """All fields that decide which pairs are read."""
+        own: dict[str, Any] = super().identity
+        return {name: value for name, value in own.items() if name != "ignored"}
 
     def read(self, work: Work) -> "ReadPairs":
-        """Load the split."""
+        """Load the split.
+
+        Raises:
+            UserError: it cannot be loaded, or its first rows fill a column of the conversation that is not read.
+        """
         from ctpd.text.pairs import ReadPairs, usable_rows
+        from ctpd.text.unread import refuse_unread
 
         rows = read_hub(self.hub, config=self.name, split=self.split, revision=self.revision)
-        return ReadPairs(usable_rows(rows, source=self.hub, layout=self.layout), self.hub)
+        head = list(islice(rows, FIRST_ROWS))
+        refuse_unread(head, source=self.hub, layout=self.layout, ignored=self.ignored)
+        return ReadPairs(usable_rows(chain(head, rows), source=self.hub, layout=self.layout), self.hub)
 
 
 def read_pair_file(path: Path, *, encoding: str | None = None, layout: Layout = PLAIN) -> "list[Pair]":
