@@ -262,7 +262,7 @@ def _from_strings(
         prompt, chosen, rejected = chosen[:cut], chosen[cut:], rejected[cut:]
         refuse_other_prompt(found, prompt)
         if "prompt" in found.row:
-            raise BadRow(
+            raise WrongForm(
                 "the prompt is null, and what two texts begin with in common is none where the data have a column of it",
                 where=found.at("prompt"),
                 fix="Fill it; if all texts begin with their prompts, remove the column",

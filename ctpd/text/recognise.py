@@ -11,7 +11,7 @@ from ctpd.text.json_messages import decoded_where_possible
 from ctpd.text.layouts import PROMPTS, begins_transcript, cells, looks_like_transcripts, other_spelling
 from ctpd.text.messages import conversation
 from ctpd.text.pairs import Dropped, usable_rows
-from ctpd.text.values import BadRow, WrongColumns, as_list, is_filled, is_null
+from ctpd.text.values import BadRow, WrongColumns, WrongForm, as_list, is_filled, is_null
 
 _BOTH = (
     ("chosen", "rejected"),
@@ -73,7 +73,7 @@ def recognise(rows: Rows, *, source: str, columns: Columns | None = None) -> Rec
     try:
         read = list(usable_rows(rows, source=source, layout=layout))
     except BadRow as error:
-        if columns is not None or not isinstance(error, WrongColumns):
+        if columns is not None or (isinstance(error, WrongForm) and not isinstance(error, WrongColumns)):
             raise
         raise _unknown(names, source, because=error.what) from error
     used = _used(rows, names, layout)

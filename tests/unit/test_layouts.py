@@ -122,6 +122,7 @@ def test_what_was_recognised_is_said_with_what_is_not_read() -> None:
         ({"question": "a", "query": "b", "chosen": "c", "rejected": "d"}, "the prompt may be in 'question', 'query'.*`columns: {prompt: COLUMN}`"),
         ({"chosen": "yes", "rejected": "no"}, "the columns are 'chosen', 'rejected'.*the prompt is empty"),
         ({}, "the rows have no columns"),
+        ({"prompt": "a", "response_1": "b", "chosen": 0, "rejected": 1}, "'response_1'.*found int 0.*--column chosen=COLUMN"),
         ({"Prompt": "a", "Chosen": "b", "Rejected": "c"}, "differ in case or spaces.*--column prompt=Prompt --column chosen=Chosen"),
         ({"prompt": "a", " chosen": "b", " rejected": "c"}, "--column 'chosen= chosen' --column 'rejected= rejected'`.*`columns: {chosen: \" chosen\","),
         ({"Prompt": "a", "chosen": "So it is.", "rejected": "So not."}, "'Prompt' differs in case or spaces.*`--column prompt=Prompt`"),
