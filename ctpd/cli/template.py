@@ -14,13 +14,14 @@ from ctpd.core.names import LONGEST_NAME, unfit_name, unfit_text
 from ctpd.core.printing import printable
 from ctpd.core.text_encoding import text_codec
 from ctpd.core.userfiles import exists, user_path
-from ctpd.pipeline.peeks import recognised
+from ctpd.pipeline.peeks import first_rows, recognised
 from ctpd.pipeline.sources import count_rows, data_files
 from ctpd.recipe import shipped_recipes
 from ctpd.recipe.load import looks_local
 from ctpd.recipe.model import is_commit
 from ctpd.recipe.schema import schema_file
 from ctpd.text.config import Columns, Layout
+from ctpd.text.unread import refuse_unread
 
 PAIRS_PER_STEP, SFT_PAIRS_PER_STEP = 16, 128  # the paper's, where the data are enough
 LEAST_STEPS = 20
@@ -125,7 +126,16 @@ def write_recipe(
         chat="true" if all(chat.values()) else "false",
     )
     to.write_text(text, encoding="utf-8")
-    return f"{printable(str(data))}: {'' if pairs is None else f'{pairs:,} rows; '}{printable(found.sentence())}."
+    return f"{printable(str(data))}: {'' if pairs is None else f'{pairs:,} rows; '}{printable(found.sentence())}.{_unread(data, found.layout, codec)}"
+
+
+def _unread(data: Path, layout: Layout, encoding: str | None) -> str:
+    """What a plan of the recipe will refuse until it is decided: a column of the conversation that is not read."""
+    try:
+        refuse_unread(first_rows(data, encoding=encoding), source=str(data), layout=layout)
+    except UserError as error:
+        return printable(f" Before a plan: {error.what}. {error.fix}.")
+    return ""
 
 
 def _layout(layout: Layout) -> str:

@@ -130,3 +130,12 @@ def test_a_pattern_and_an_encoding_are_written_into_the_recipe(tmp_path: Path) -
     assert (source.path, source.encoding) == (str(data), "cp1252")
     pairs = read_usable_file(data, encoding=source.encoding, layout=source.layout).pairs
     assert [pair.prompt[0].content for pair in pairs] == ["Où ?", "Ça ?"]
+
+
+def test_a_column_of_the_conversation_that_is_not_read_is_said_before_a_plan_refuses_it(tmp_path: Path) -> None:
+    data = tmp_path / "pairs.jsonl"
+    data.write_text(json.dumps({"prompt": "a", "chosen": "b", "rejected": "c", "history": [["d", "e"]]}) + "\n")
+    said = write_recipe(tmp_path / "mine.yaml", teacher=str(tmp_path), student=str(tmp_path), data=data)
+    assert "not read: 'history'" in said
+    assert "Before a plan: the column 'history' is filled in row 0 and is not read." in said
+    assert "`ignore: [history]`" in said
