@@ -31,6 +31,10 @@ _FIX = (
     "Correct the data; raise max_prompt_tokens or set `long_prompt: cut` if prompts are too long; "
     "raise max_dropped if dropping them is intended"
 )
+_TEMPLATE_FIX = (
+    "Give a template that renders these rows (`ctpd inspect template` shows what it makes of conversations), or correct the "
+    "data; raise max_dropped if dropping them is intended"
+)
 
 
 class Loss(NamedTuple):
@@ -284,11 +288,12 @@ def _refuse_losses(split: str, seen: _Seen, *, num_selected: int, late: Sequence
     reasons = ", ".join(f"{reason} {total[reason]}" for reason in DROP_REASONS if total[reason])
     if (example := next((loss for loss in losses if loss.detail), None)) is not None:
         reasons += f"; row {example.row}: {example.detail}"
+    fix = _TEMPLATE_FIX if 2 * total["template"] > len(losses) else _FIX
     if num_selected == len(late):
         raise UserError(
             f"no usable row is left of {num_seen} ({reasons or 'the split is empty'})",
             where=f"split '{split}'",
-            fix=_FIX,
+            fix=fix,
         )
     kept = (1 - len(seen.dropped) / num_seen) * (1 - len(late) / num_selected)
     if 1 - kept > max_dropped + 1e-9:
@@ -296,5 +301,5 @@ def _refuse_losses(split: str, seen: _Seen, *, num_selected: int, late: Sequence
             f"{len(losses)} of {num_seen} rows are dropped ({reasons}), {100 * (1 - kept):.1f} % of the "
             f"selected ones; at most {100 * max_dropped:g} % may be (max_dropped)",
             where=f"split '{split}'",
-            fix=_FIX,
+            fix=fix,
         )

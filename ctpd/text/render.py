@@ -179,6 +179,8 @@ class TemplatedTokenizer:
         return Encoded(ids, starts, first + int(self.adds_bos), stop - first, ends, crossing, difference)
 
     def _call(self, texts: list[str], **wanted: bool) -> Any:
+        if not texts:  # of a block whose rows a template refuses all; the library has no answer to an empty batch
+            return {"input_ids": [], "offset_mapping": []}
         return self.tokenizer(
             texts,
             add_special_tokens=False,

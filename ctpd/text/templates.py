@@ -266,7 +266,7 @@ class ChatTemplate:
         try:
             opening = self._apply(prompt, add_generation_prompt=True)
         except _Fails as error:
-            return (f"{self._label} fails on the conversation ({error})",)
+            return (f"{self._label} fails on the conversation ({error}){self._way_out(prompt)}",)
         # A placeholder locates the response: a short response could also occur elsewhere in the text.
         number = 0
         while (placeholder := f"Response{number}") in opening:
@@ -281,6 +281,17 @@ class ChatTemplate:
         if not after:
             return (f"{self._label} writes no special token behind a response, and the tokenizer has no EOS token",)
         return opening + (between if between.isspace() else ""), after, origin
+
+    def _way_out(self, prompt: Sequence[Message]) -> str:
+        """That a conversation which the template does not render could be rendered with its system message merged."""
+        joined = merged(prompt)
+        if self._merges or joined is prompt:
+            return ""
+        try:
+            self._apply(joined, add_generation_prompt=True)
+        except _Fails:
+            return ""
+        return ", but renders it with `system: merge`"
 
     def _after(self, written: str) -> tuple[str, str]:
         """The text from the response to its end token and what says so, of what the template writes behind a response."""

@@ -291,11 +291,30 @@ def test_a_row_that_a_template_refuses_is_dropped_counted_and_listed() -> None:
         ("train", "f.jsonl", "7", "template"),
         ("train", "f.jsonl", "8", "roles"),
     ]
-    assert "no system" in prepared.losses[0].detail
+    assert "(no system), but renders it with `system: merge`" in prepared.losses[0].detail
     assert prepared.report["train_dropped"] == 2
     strict = PairsConfig(**LONG)  # type: ignore[arg-type]
     with pytest.raises(UserError, match=r"2 of 9 rows are dropped \(roles 1, template 1; row 8: why\)"):
         prepare_pairs({"train": given}, strict, teacher=side_, student=side("unigram"))
+
+
+@pytest.mark.parametrize("role", ["teacher", "student"])
+def test_blocks_whose_rows_a_template_refuses_all_are_dropped_rows(role: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The rows around them stay; where none is left, the template's own words say why, and not the tokenizer's."""
+    monkeypatch.setattr("ctpd.text.prepare._BLOCK", 2)
+    own = with_template("byte_bpe", "{% if '?' in messages[0].content %}{{ raise_exception('no') }}{% endif %}" + CHATML)
+    sides = {"teacher": side("unigram", "teacher"), "student": side("unigram")}
+    sides[role] = TemplatedTokenizer(own, ChatTemplate(own, {}), role)
+    bad = [pair(id=str(i)) for i in range(4)]
+    config = PairsConfig(**{**LONG, "long_prompt": "cut", "max_dropped": 0.9})  # type: ignore[arg-type]
+    kept = [pair(prompt="Why", id="4"), pair(prompt="So", id="5"), pair(prompt="Oh", id="9")]
+    given = [*kept[:2], *bad, kept[2]]
+    prepared = prepare_pairs({"train": given}, config, **sides)  # type: ignore[arg-type]
+    assert (prepared.pair_ids, prepared.dropped["template"]) == (("4", "5", "9"), 4)
+    alone = prepare_pairs({"train": kept}, config, **sides)  # type: ignore[arg-type]
+    assert prepared.student.input_ids.tolist() == alone.student.input_ids.tolist()
+    with pytest.raises(UserError, match=r"no usable row is left of 4 \(template 4; row 0: .*\(no\)\).*Give a template"):
+        prepare_pairs({"train": bad}, config, **sides)  # type: ignore[arg-type]
 
 
 def everything(prepared: PreparedPairs) -> dict[str, Any]:
