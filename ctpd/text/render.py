@@ -4,6 +4,7 @@ Shapes: R rows, each one rendered (prompt, response); N tokens of a row, up to a
 arrays are flat, row r in ``[starts[r], starts[r + 1])``.
 """
 
+import json
 from collections.abc import Sequence
 from itertools import chain
 from typing import Any, NamedTuple, final
@@ -265,6 +266,17 @@ def space_mark_ids(tokenizer: FastTokenizer) -> IntArray:
     marks = {mark: tokenizer.convert_tokens_to_ids(mark) for mark in _SPACE_MARKS}
     found = [id for mark, id in marks.items() if id is not None and tokenizer.convert_ids_to_tokens(id) == mark]
     return np.array(found, dtype=np.int64)
+
+
+def unknown_id(tokenizer: FastTokenizer) -> int | None:
+    """The id of the token for unknown text: a Unigram model gives it only in its serialized state."""
+    backend = tokenizer.backend_tokenizer
+    if type(backend.model).__name__ == "Unigram":
+        found = json.loads(backend.model.__getstate__())["unk_id"]
+    else:
+        token = getattr(backend.model, "unk_token", None)
+        found = backend.token_to_id(token) if token else None
+    return None if found is None else int(found)
 
 
 class _Tokens(NamedTuple):

@@ -159,6 +159,18 @@ def test_a_tokenizer_with_a_token_beyond_the_embedding_is_refused(folder: Path) 
     assert last not in tokens.all_special_tokens
 
 
+@pytest.mark.parametrize(
+    ("kind", "named"),
+    [("Qwen2Tokenizer", "'tokenizer.json', 'vocab.json', 'merges.txt'"), ("GemmaTokenizer", "'tokenizer.json'")],
+)
+def test_a_tokenizer_without_its_files_is_refused(kind: str, named: str, folder: Path) -> None:
+    """transformers makes an empty one of these classes, which reads every text as nothing, or as the unknown token."""
+    (folder / STUDENT / "tokenizer.json").unlink()
+    edit(folder / STUDENT / "tokenizer_config.json", tokenizer_class=kind)
+    with pytest.raises(UserError, match=f"student: the tokenizer has no vocabulary: there is no file named {named}"):
+        notes(folder)
+
+
 def test_a_padding_token_that_was_added_without_a_row_is_refused(folder: Path) -> None:
     """TRL issue 387: `add_special_tokens` without `resize_token_embeddings`."""
     tokens = with_template("byte_bpe", CHATML)

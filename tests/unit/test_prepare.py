@@ -299,10 +299,26 @@ def test_a_row_that_a_template_refuses_is_dropped_counted_and_listed() -> None:
 
 
 @pytest.mark.parametrize("role", ["teacher", "student"])
+def test_texts_that_are_unknown_to_a_tokenizer_are_refused(role: str) -> None:
+    """Half of the tokens of at least ten pairs; end tokens are not counted."""
+    kinds = {"teacher": "byte_bpe", "student": "byte_bpe", role: "unigram"}
+    sides = {name: side(kind, name) for name, kind in kinds.items()}
+    config = PairsConfig(**LONG)  # type: ignore[arg-type]
+    strange = [pair("ж ж", "щ" + " щ" * i, id=str(i)) for i in range(10)]
+    with pytest.raises(UserError, match=rf"split 'train': \d+ of the \d+ tokens of the responses are .*the {role}'s"):
+        prepare_pairs({"train": strange}, config, **sides)
+    assert len(prepare_pairs({"train": strange[:9]}, config, **sides).pair_ids) == 9
+    known = [pair("yes, it is", "no" * (i + 1), id=str(i)) for i in range(10, 20)]
+    assert len(prepare_pairs({"train": known}, config, **sides).pair_ids) == 10
+
+
+@pytest.mark.parametrize("role", ["teacher", "student"])
 def test_blocks_whose_rows_a_template_refuses_all_are_dropped_rows(role: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The rows around them stay; where none is left, the template's own words say why, and not the tokenizer's."""
     monkeypatch.setattr("ctpd.text.prepare._BLOCK", 2)
-    own = with_template("byte_bpe", "{% if '?' in messages[0].content %}{{ raise_exception('no') }}{% endif %}" + CHATML)
+    own = with_template(
+        "byte_bpe", "{% if '?' in messages[0].content %}{{ raise_exception('no') }}{% endif %}" + CHATML
+    )
     sides = {"teacher": side("unigram", "teacher"), "student": side("unigram")}
     sides[role] = TemplatedTokenizer(own, ChatTemplate(own, {}), role)
     bad = [pair(id=str(i)) for i in range(4)]
