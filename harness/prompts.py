@@ -11,9 +11,10 @@ from transformers import PreTrainedTokenizerBase
 
 from ctpd.core.errors import UserError
 from ctpd.text.limited import LimitReached, interrupted, limited
-from ctpd.text.templates import chat_text, fixed_clock
+from ctpd.text.templates import chat_text, fixed_clock, holds_text
 from harness.record import TemplateUse
 
+_QUESTION = "What is the capital of Norway?"
 _NO_TEMPLATE = "Evaluate with `chat_template: false`"
 
 
@@ -48,10 +49,10 @@ def template_use(tokenizer: PreTrainedTokenizerBase, documents: Documents) -> Te
 
 
 def check_template(tokenizer: PreTrainedTokenizerBase, documents: Documents) -> None:
-    """Refuse a template that is missing, or that does not come to an end on a short conversation."""
+    """Refuse a template that is missing, does not come to an end on a short conversation, or leaves its question out."""
     if not documents.chat_template:
         return
-    if tokenizer.chat_template is None:
+    if chat_text(tokenizer) is None:
         raise UserError("the tokenizer has no chat template", fix=_NO_TEMPLATE)
     if documents.template_variables.get("enable_thinking") is True and documents.think_end_token is None:
         raise UserError(
@@ -60,15 +61,20 @@ def check_template(tokenizer: PreTrainedTokenizerBase, documents: Documents) -> 
             fix="Add the model's `think_end_token`, such as </think>, or set `enable_thinking: false`",
         )
 
-    def render(_row: int) -> tuple[()]:
+    def render(_row: int) -> tuple[str, ...]:
         with contextlib.suppress(TemplateError, TypeError, ValueError):  # the documents may be what it is written for
-            tokenizer.apply_chat_template(
-                [{"role": "user", "content": "Hello"}], tokenize=False, **documents.template_variables
+            text = tokenizer.apply_chat_template(
+                [{"role": "user", "content": _QUESTION}], tokenize=False, **documents.template_variables
             )
+            return (str(text),)
         return ()
 
     with _limits_reported():
-        limited(1, render)
+        (rendered,) = limited(1, render)
+    if rendered and not holds_text(rendered[0], _QUESTION):
+        raise UserError(
+            "the tokenizer's chat template writes a conversation without the text of the user's message", fix=_NO_TEMPLATE
+        )
 
 
 @contextlib.contextmanager

@@ -24,7 +24,7 @@ from ctpd.text.values import BadRow, WrongColumns, as_list, is_filled, is_null, 
 
 DROP_REASONS = (
     *("empty", "equal", "special_token_text", "long_prompt"),
-    *("null_content", "roles", "different_prompts", "unread_field", "malformed", "template"),
+    *("null_content", "roles", "different_prompts", "unread_field", "malformed", "template", "lost_text"),
 )
 """Why a pair is left out (docs/method.md#dropped-pairs)."""
 

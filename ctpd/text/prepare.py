@@ -322,7 +322,7 @@ def _refuse_losses(split: str, seen: _Seen, *, num_selected: int, late: Sequence
     reasons = ", ".join(f"{reason} {total[reason]}" for reason in DROP_REASONS if total[reason])
     if (example := next((loss for loss in losses if loss.detail), None)) is not None:
         reasons += f"; row {example.row}: {example.detail}"
-    fix = _TEMPLATE_FIX if 2 * total["template"] > len(losses) else _FIX
+    fix = _TEMPLATE_FIX if 2 * (total["template"] + total["lost_text"]) > len(losses) else _FIX
     if num_selected == len(late):
         raise UserError(
             f"no usable row is left of {num_seen} ({reasons or 'the split is empty'})",

@@ -124,10 +124,10 @@ class TemplatedTokenizer:
             found.append(frame)
         return found
 
-    def refused(self, prompts: Sequence[Sequence[Message]], *, where: Sequence[str]) -> list[str | None]:
+    def refused(self, prompts: Sequence[Sequence[Message]], *, where: Sequence[str]) -> list[Refused | None]:
         """Why the template does not render each prompt; None if it does."""
         found = self.template.frames(prompts, where=where)
-        return [frame.why if isinstance(frame, Refused) else None for frame in found]
+        return [frame if isinstance(frame, Refused) else None for frame in found]
 
     def prompt_tokens(self, frames: Sequence[Frame]) -> IntArray:
         """``[R]`` number of tokens of the text before the response, tokenized without it; BOS included."""

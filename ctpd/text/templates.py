@@ -70,9 +70,10 @@ class Frame(NamedTuple):
 
 
 class Refused(NamedTuple):
-    """A prompt that a template does not render, and why."""
+    """A prompt that a template does not render, or renders without its question, and why."""
 
     why: str
+    reason: str = "template"  # of the rows that are dropped for it: one of `ctpd.text.pairs.DROP_REASONS`
 
 
 class EndToken(NamedTuple):
@@ -262,11 +263,13 @@ class ChatTemplate:
             ) from error
 
     def _frame(self, prompt: tuple[Message, ...]) -> tuple[str, ...]:
-        """The text before and behind a response, or why there is none."""
+        """The text before and behind a response and what says how it ends, or why there is none, and a reason."""
         try:
             opening = self._apply(prompt, add_generation_prompt=True)
         except _Fails as error:
             return (f"{self._label} fails on the conversation ({error}){self._way_out(prompt)}",)
+        if not holds_text(opening, prompt[-1].content):
+            return (self._loss(prompt), "lost_text")
         # A placeholder locates the response: a short response could also occur elsewhere in the text.
         number = 0
         while (placeholder := f"Response{number}") in opening:
@@ -281,6 +284,16 @@ class ChatTemplate:
         if not after:
             return (f"{self._label} writes no special token behind a response, and the tokenizer has no EOS token",)
         return opening + (between if between.isspace() else ""), after, origin
+
+    def _loss(self, prompt: Sequence[Message]) -> str:
+        """That a generation prompt lacks the user's text."""
+        said = f"{self._label} renders the prompt without the text of the user's last message"
+        try:
+            parts = [{"role": m.role, "content": [{"type": "text", "text": m.content}]} for m in prompt]
+            reads_parts = holds_text(self._render(parts, add_generation_prompt=True), prompt[-1].content)
+        except _Fails:
+            reads_parts = False
+        return f"{said}: it reads messages in parts, of text and of images, alone" if reads_parts else said
 
     def _way_out(self, prompt: Sequence[Message]) -> str:
         """That a conversation which the template does not render could be rendered with its system message merged."""
@@ -319,9 +332,13 @@ class ChatTemplate:
         return "inserted" if response in rest else "response"
 
     def _apply(self, messages: Sequence[Message], *, add_generation_prompt: bool) -> str:
+        given = [message._asdict() for message in (merged(messages) if self._merges else messages)]
+        return self._render(given, add_generation_prompt=add_generation_prompt)
+
+    def _render(self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool) -> str:
         try:
             text = self._tokenizer.apply_chat_template(
-                [message._asdict() for message in (merged(messages) if self._merges else messages)],
+                messages,
                 chat_template=self._text,
                 tokenize=False,
                 add_generation_prompt=add_generation_prompt,
@@ -337,6 +354,15 @@ class ChatTemplate:
 
 class _Fails(Exception):
     """A template fails on a conversation."""
+
+
+def holds_text(rendered: str, content: str) -> bool:
+    """Whether a template has written a message's text: white space and case aside, which some templates change."""
+    return _squeezed(content) in _squeezed(rendered)
+
+
+def _squeezed(text: str) -> str:
+    return "".join(text.casefold().split())
 
 
 def chat_text(tokenizer: FastTokenizer) -> str | None:
@@ -378,4 +404,4 @@ def special_pattern(tokenizer: FastTokenizer, extra: Sequence[str] = ()) -> re.P
 
 
 def _frame_or_refusal(texts: Sequence[str]) -> Frame | Refused:
-    return Refused(texts[0]) if len(texts) == 1 else Frame(*texts)
+    return Frame(*texts) if len(texts) == len(Frame._fields) else Refused(*texts)

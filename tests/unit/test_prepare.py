@@ -271,7 +271,7 @@ def test_lengths_without_room_are_refused() -> None:
 
 
 def test_rows_that_a_template_changes_are_counted() -> None:
-    own = with_template("byte_bpe", CHATML.replace("message.content", "message.content | replace('it', 'that')"))
+    own = with_template("byte_bpe", CHATML.replace("message.content", "message.content | replace('yes', 'aye')"))
     prepared = prepare([pair("a", "b"), pair(id="3")], TemplatedTokenizer(own, ChatTemplate(own, {}), "teacher"))
     assert prepared.chosen == ("a", "yes, it is")
     assert {name: n for name, n in prepared.report.items() if "template" in name} == {"teacher_template_response": 1}
@@ -310,6 +310,16 @@ def test_texts_that_are_unknown_to_a_tokenizer_are_refused(role: str) -> None:
     assert len(prepare_pairs({"train": strange[:9]}, config, **sides).pair_ids) == 9
     known = [pair("yes, it is", "no" * (i + 1), id=str(i)) for i in range(10, 20)]
     assert len(prepare_pairs({"train": known}, config, **sides).pair_ids) == 10
+
+
+def test_rows_whose_question_a_template_loses_are_dropped_for_this() -> None:
+    own = with_template("byte_bpe", CHATML.replace("message.content", "message.content[:9]"))
+    cutting = TemplatedTokenizer(own, ChatTemplate(own, {}), "teacher")
+    given = [pair(prompt="Why?", id="0"), pair(prompt="And what is it?", id="1")]
+    prepared = prepare(given, cutting, max_dropped=0.5)
+    assert (prepared.pair_ids, prepared.dropped["lost_text"]) == (("0",), 1)
+    with pytest.raises(UserError, match=r"\(lost_text 1; row 1: .*without the text of.*\), 50.0 %.*Give a template"):
+        prepare(given, cutting)
 
 
 @pytest.mark.parametrize("role", ["teacher", "student"])
