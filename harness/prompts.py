@@ -5,16 +5,15 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from jinja2.exceptions import TemplateError
+from jinja2.exceptions import TemplateSyntaxError
 from lm_eval.utils import hash_string
 from transformers import PreTrainedTokenizerBase
 
 from ctpd.core.errors import UserError
 from ctpd.text.limited import LimitReached, interrupted, limited
-from ctpd.text.templates import chat_text, fixed_clock, holds_text
+from ctpd.text.templates import QUESTION, chat_text, fixed_clock, holds_text
 from harness.record import TemplateUse
 
-_QUESTION = "What is the capital of Norway?"
 _NO_TEMPLATE = "Evaluate with `chat_template: false`"
 
 
@@ -62,18 +61,24 @@ def check_template(tokenizer: PreTrainedTokenizerBase, documents: Documents) -> 
         )
 
     def render(_row: int) -> tuple[str, ...]:
-        with contextlib.suppress(TemplateError, TypeError, ValueError):  # the documents may be what it is written for
+        try:
             text = tokenizer.apply_chat_template(
-                [{"role": "user", "content": _QUESTION}], tokenize=False, **documents.template_variables
+                [{"role": "user", "content": QUESTION}], tokenize=False, **documents.template_variables
             )
-            return (str(text),)
-        return ()
+        except TemplateSyntaxError as error:
+            raise UserError(f"the tokenizer's chat template is none of Jinja's ({error})", fix=_NO_TEMPLATE) from error
+        except MemoryError:
+            raise
+        except Exception:  # the documents may be what it is written for
+            return ()
+        return (str(text),)
 
     with _limits_reported():
         (rendered,) = limited(1, render)
-    if rendered and not holds_text(rendered[0], _QUESTION):
+    if rendered and not holds_text(rendered[0], QUESTION):
         raise UserError(
-            "the tokenizer's chat template writes a conversation without the text of the user's message", fix=_NO_TEMPLATE
+            "the tokenizer's chat template writes a conversation without the text of the user's message",
+            fix=_NO_TEMPLATE,
         )
 
 
@@ -92,7 +97,14 @@ def template_of(lm: Any, documents: Documents) -> Iterator[None]:
 
     def apply(*args: Any, **options: Any) -> Any:
         with _limits_reported(), interrupted():
-            return usual(*args, **options)
+            try:
+                return usual(*args, **options)
+            except (UserError, LimitReached, MemoryError):
+                raise
+            except Exception as error:  # whatever the program in the template does
+                raise UserError(
+                    f"the tokenizer's chat template fails on a document ({error})", fix=_NO_TEMPLATE
+                ) from error
 
     variables = dict(documents.template_variables)
     changes: dict[str, Any] = {"apply_chat_template": apply, "chat_template_args": variables}

@@ -113,7 +113,9 @@ def _rendered(
     refusals = zip(*(side.refused(prompts, where=names) for side in sides), strict=True)
     found = [next((one for one in both if one is not None), None) for both in refusals]
     kept = [pair for pair, why in zip(pairs, found, strict=True) if why is None]
-    return kept, [Dropped(pair.id, one.reason, one.why) for pair, one in zip(pairs, found, strict=True) if one is not None]
+    return kept, [
+        Dropped(pair.id, one.reason, one.why) for pair, one in zip(pairs, found, strict=True) if one is not None
+    ]
 
 
 def _encode(side: TemplatedTokenizer, pairs: Sequence[Pair], *, where: str) -> Encoded:

@@ -27,6 +27,8 @@ MEANINGS = {
     "end": "another text follows the response",
     "fails": "the template fails on the whole conversation, but not on the prompt",
 }
+QUESTION = "What is the capital of Norway?"
+"""What a template is tried on before there are data."""
 _FIXED_CLOCK = (
     "{%- macro strftime_now(format) -%}{{ format"
     + "".join(
@@ -194,7 +196,7 @@ class ChatTemplate:
         merge_system: write a system message as the beginning of the first user message.
 
     Raises:
-        UserError: the tokenizer has no chat template, or (on use) the template reaches a limit.
+        UserError: the tokenizer has no chat template, or (on use) the template is none of Jinja's, or reaches a limit.
     """
 
     def __init__(
@@ -347,6 +349,13 @@ class ChatTemplate:
         except MemoryError:
             raise
         except Exception as error:  # whatever the program in the template does
+            from jinja2 import TemplateSyntaxError  # here, for commands that render nothing
+
+            if isinstance(error, TemplateSyntaxError):
+                raise UserError(
+                    f"{self._label} is no Jinja template ({error})",
+                    fix="Bring the file of the template again, or correct it",
+                ) from error
             raise _Fails(str(error)) from error
         assert isinstance(text, str)
         return text

@@ -108,9 +108,14 @@ def test_an_evaluation_with_a_template_that_never_ends_is_refused(when: str, cho
 
 
 def test_an_evaluation_with_a_template_that_loses_the_question_is_refused(choice: Any, data_root: Path) -> None:
-    """Or with several templates, none of which is the default."""
+    """Or with several templates, none of which is the default, or one that fails in another way than Jinja's."""
     documents = Documents(data_root, limit=1, chat_template=True)
-    refused = {"the capital": "without the text of the user's message", "": "has no chat template"}
+    refused = {
+        "the capital": "without the text of the user's message",
+        "": "has no chat template",
+        "{% if %}": "is none of Jinja's",
+        "{{ 1 / 0 }}": r"fails on a document \(division by zero\)",
+    }
     for text, said in refused.items():
         own = with_template(text) if text else with_template({"tool_use": CHATML})
         with pytest.raises(UserError, match=rf"{said}.*`chat_template: false`"):
