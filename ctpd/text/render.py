@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from ctpd.core.errors import UserError
 from ctpd.text.align import BoolArray, IntArray, clean_ends, row_starts
 from ctpd.text.pairs import Message
+from ctpd.text.plain import PlainTemplate as PlainTemplate
 from ctpd.text.templates import (
     DIFFERENCES,
     EndToken,
@@ -27,7 +28,6 @@ from ctpd.text.templates import (
     special_texts,
 )
 from ctpd.text.templates import ChatTemplate as ChatTemplate
-from ctpd.text.templates import PlainTemplate as PlainTemplate
 
 REFUSED_FIX = "Use another template, `system: merge` if it has no system role, or remove the row"
 _SPACE_MARKS = ("▁", "Ġ")  # SentencePiece's, byte-level BPE's

@@ -4,7 +4,6 @@
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, Protocol, final
 
 from ctpd.core.errors import UserError
@@ -18,7 +17,7 @@ _DATE = {
     **{"%A": "Friday", "%a": "Fri", "%H": "12", "%M": "00", "%S": "00"},
 }
 _DATE_STRING = "26 Jul 2024"  # the default of Llama 3's template
-DIFFERENCES = ("prompt", "inserted", "response", "end", "fails")
+DIFFERENCES = ("prompt", "inserted", "response", "end", "fails", "doubled")
 """How a template's own rendering of a whole conversation may differ: see `MEANINGS`."""
 MEANINGS = {
     "prompt": "the whole conversation does not begin with the prompt as it is rendered for generation",
@@ -26,9 +25,11 @@ MEANINGS = {
     "response": "the response is changed, such as its reasoning removed",
     "end": "another text follows the response",
     "fails": "the template fails on the whole conversation, but not on the prompt",
+    "doubled": "the generation prompt ends with a tag, such as <think>, with which the response begins again: the row has it twice",
 }
 QUESTION = "What is the capital of Norway?"
 """What a template is tried on before there are data."""
+_OPENING_TAG = re.compile(r"<[^<>/\s][^<>]*>\s*$")
 _FIXED_CLOCK = (
     "{%- macro strftime_now(format) -%}{{ format"
     + "".join(
@@ -118,66 +119,6 @@ class Template(Protocol):
     def own(self, prompt: Sequence[Message], response: str) -> str:
         """The template's own rendering of a whole conversation, or why it has none."""
         ...
-
-
-@final
-@dataclass(frozen=True, slots=True)
-class PlainTemplate:
-    """A template for base models: one text for each role, each with exactly one ``{content}``.
-
-    The assistant's text before ``{content}`` is the generation prompt. The assistant's text after ``{content}`` is
-    left out: the EOS token follows the response. Without ``system``, prompts with a system message are refused.
-    """
-
-    user: str
-    assistant: str
-    system: str | None = None
-
-    def __post_init__(self) -> None:
-        for role in ("user", "assistant", "system"):
-            text = getattr(self, role)
-            if not isinstance(text, str) and not (role == "system" and text is None):
-                raise UserError(f"the text is not a string but {text!r}", where=f"plain template, role '{role}'")
-            if text is not None and text.count("{content}") != 1:
-                raise UserError(
-                    f"the text {text!r} contains {{content}} {text.count('{content}')} times",
-                    where=f"plain template, role '{role}'",
-                    fix='Write each role\'s text with exactly one {content}, as in "{content}\\n"',
-                )
-
-    @property
-    def writes_end(self) -> bool:
-        return False
-
-    @property
-    def end(self) -> EndToken | None:
-        return None
-
-    @property
-    def identity(self) -> dict[str, Any]:
-        return {"plain": {"user": self.user, "assistant": self.assistant, "system": self.system}}
-
-    def frames(self, prompts: Sequence[Sequence[Message]], *, where: Sequence[str]) -> list[Frame | Refused]:
-        return [self._frame(prompt) for prompt in prompts]
-
-    def differences(self, rows: Sequence[Row], *, frames: Sequence[Frame], where: Sequence[str]) -> list[str]:
-        return [""] * len(rows)
-
-    def own(self, prompt: Sequence[Message], response: str) -> str:
-        frame = self._frame(prompt)
-        return frame.why if isinstance(frame, Refused) else frame.before + response + frame.after
-
-    def _frame(self, prompt: Sequence[Message]) -> Frame | Refused:
-        texts = {"user": self.user, "assistant": self.assistant, "system": self.system}
-        parts = []
-        for message in prompt:
-            text = texts[message.role]
-            if text is None:
-                return Refused(
-                    "the prompt has a system message, for which the plain template has no text (its role 'system')"
-                )
-            parts.append(text.replace("{content}", message.content))
-        return Frame("".join([*parts, self.assistant.partition("{content}")[0]]), "", "tokenizer")
 
 
 @final
@@ -319,6 +260,9 @@ class ChatTemplate:
         return ("", "") if end is None else (end.text, end.origin)
 
     def _difference(self, prompt: Sequence[Message], response: str, *, frame: Frame) -> str:
+        tag = _OPENING_TAG.search(frame.before)
+        if tag is not None and response.startswith(tag.group().rstrip()):
+            return "doubled"
         try:
             own = self._apply((*prompt, Message("assistant", response)), add_generation_prompt=False)
         except _Fails:
