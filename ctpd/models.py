@@ -24,7 +24,7 @@ from transformers.utils import GENERATION_CONFIG_NAME
 
 from ctpd.adapters import check_adapter, outside_language_part, quiet_peft, refuse_tied
 from ctpd.checkpoints import dropout_as_given, find_file, first_line, four_bits, load_checkpoint, load_config, loading
-from ctpd.core.errors import UserError
+from ctpd.core.errors import UserError, listed
 from ctpd.core.temporary import temporary_folder
 from ctpd.core.userfiles import exists, user_path
 from ctpd.ops.finite import refuse_non_finite_weights
@@ -32,6 +32,13 @@ from ctpd.ops.logit_rows import Head, LogitRows, is_sharded
 from ctpd.ops.logps import LogitTransform
 from ctpd.ops.shared_rows import PackedLayout
 
+_TOKENIZER = "tokenizer.json"
+_CONVERTED = (
+    "tokenizer.model",
+    "tekken.json",
+    "tiktoken.model",
+)  # read by classes that have other names for their files
+_COPY = f"Copy all files of the model's tokenizer into its directory, {_TOKENIZER} above all"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -157,7 +164,7 @@ def load_tokenizer(folder: str | Path, *, revision: str | None = None) -> PreTra
     Raises:
         UserError: there is none, or only a slow one, which has no character offsets.
     """
-    tokenizer = _fast_tokenizer(folder, revision=revision, where=str(folder), fix=None)
+    tokenizer = _fast_tokenizer(folder, revision=revision, where=str(folder), fix=_COPY)
     if tokenizer.pad_token_id is None and tokenizer.eos_token_id is None:
         raise UserError("the tokenizer has no end-of-text token", where=str(folder), fix="Set `eos_token` in its files")
     return tokenizer
@@ -210,7 +217,31 @@ def _fast_tokenizer(
         )
     if not tokenizer.is_fast:
         raise UserError("the tokenizer is a slow one, which has no character offsets", where=where, fix=fix)
+    _refuse_empty(tokenizer, str(folder), revision=revision, where=where)
     return tokenizer
+
+
+def _refuse_empty(tokenizer: Any, folder: str, *, revision: str | None, where: str) -> None:
+    """Refuse a tokenizer without a vocabulary, which transformers makes for some classes where the files are missing.
+
+    Such a one gives no tokens, or the unknown token for any text.
+    """
+    names: dict[str, str] = tokenizer.vocab_files_names
+
+    def is_there(name: str) -> bool:
+        return find_file(folder, name, revision=revision, local=True) is not None
+
+    whole = names.get("tokenizer_file", _TOKENIZER)
+    parts = [names[kind] for kind in ("vocab_file", "merges_file") if kind in names]
+    missing = [] if any(map(is_there, (whole, *_CONVERTED))) else [name for name in parts if not is_there(name)]
+    if not missing and len(tokenizer) > len(tokenizer.added_tokens_decoder):
+        return
+    absent = [] if is_there(whole) else [whole, *missing]
+    raise UserError(
+        f"the tokenizer has no vocabulary{f': there is no file named {listed(absent)}' if absent else ''}",
+        where=where,
+        fix=_COPY,
+    )
 
 
 def load_model(

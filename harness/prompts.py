@@ -5,13 +5,13 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from jinja2.exceptions import TemplateError
+from jinja2.exceptions import TemplateSyntaxError
 from lm_eval.utils import hash_string
 from transformers import PreTrainedTokenizerBase
 
 from ctpd.core.errors import UserError
 from ctpd.text.limited import LimitReached, interrupted, limited
-from ctpd.text.templates import chat_text, fixed_clock
+from ctpd.text.templates import QUESTION, chat_text, fixed_clock, holds_text
 from harness.record import TemplateUse
 
 _NO_TEMPLATE = "Evaluate with `chat_template: false`"
@@ -48,10 +48,10 @@ def template_use(tokenizer: PreTrainedTokenizerBase, documents: Documents) -> Te
 
 
 def check_template(tokenizer: PreTrainedTokenizerBase, documents: Documents) -> None:
-    """Refuse a template that is missing, or that does not come to an end on a short conversation."""
+    """Refuse a template that is missing, does not come to an end on a short conversation, or leaves its question out."""
     if not documents.chat_template:
         return
-    if tokenizer.chat_template is None:
+    if chat_text(tokenizer) is None:
         raise UserError("the tokenizer has no chat template", fix=_NO_TEMPLATE)
     if documents.template_variables.get("enable_thinking") is True and documents.think_end_token is None:
         raise UserError(
@@ -60,15 +60,26 @@ def check_template(tokenizer: PreTrainedTokenizerBase, documents: Documents) -> 
             fix="Add the model's `think_end_token`, such as </think>, or set `enable_thinking: false`",
         )
 
-    def render(_row: int) -> tuple[()]:
-        with contextlib.suppress(TemplateError, TypeError, ValueError):  # the documents may be what it is written for
-            tokenizer.apply_chat_template(
-                [{"role": "user", "content": "Hello"}], tokenize=False, **documents.template_variables
+    def render(_row: int) -> tuple[str, ...]:
+        try:
+            text = tokenizer.apply_chat_template(
+                [{"role": "user", "content": QUESTION}], tokenize=False, **documents.template_variables
             )
-        return ()
+        except TemplateSyntaxError as error:
+            raise UserError(f"the tokenizer's chat template is none of Jinja's ({error})", fix=_NO_TEMPLATE) from error
+        except MemoryError:
+            raise
+        except Exception:  # the documents may be what it is written for
+            return ()
+        return (str(text),)
 
     with _limits_reported():
-        limited(1, render)
+        (rendered,) = limited(1, render)
+    if rendered and not holds_text(rendered[0], QUESTION):
+        raise UserError(
+            "the tokenizer's chat template writes a conversation without the text of the user's message",
+            fix=_NO_TEMPLATE,
+        )
 
 
 @contextlib.contextmanager
@@ -86,7 +97,14 @@ def template_of(lm: Any, documents: Documents) -> Iterator[None]:
 
     def apply(*args: Any, **options: Any) -> Any:
         with _limits_reported(), interrupted():
-            return usual(*args, **options)
+            try:
+                return usual(*args, **options)
+            except (UserError, LimitReached, MemoryError):
+                raise
+            except Exception as error:  # whatever the program in the template does
+                raise UserError(
+                    f"the tokenizer's chat template fails on a document ({error})", fix=_NO_TEMPLATE
+                ) from error
 
     variables = dict(documents.template_variables)
     changes: dict[str, Any] = {"apply_chat_template": apply, "chat_template_args": variables}

@@ -320,7 +320,7 @@ def _evaluate_model(model: str, protocol: dict[str, Any], flags: Flags) -> None:
     from ctpd.core.store import Store
     from ctpd.pipeline.evaluations import Prompting, check_columns, evaluation_stage
     from ctpd.pipeline.references import Model, external_model
-    from ctpd.recipe import EvaluationSpec, LaunchSpec
+    from ctpd.recipe import EvaluationSpec, LaunchSpec, checked_variables
     from harness.suites import load_suite
 
     name, _, revision = (model, "", "") if exists(user_path(model)) else model.partition("@")
@@ -337,7 +337,8 @@ def _evaluate_model(model: str, protocol: dict[str, Any], flags: Flags) -> None:
     if protocol["template_variable"] and not spec.chat_template:
         raise click.UsageError("--template-variable needs --chat-template.")
     prompting = Prompting(
-        variables(protocol["template_variable"], option="--template-variable"), protocol["think_end_token"]
+        checked_variables(variables(protocol["template_variable"], option="--template-variable")),
+        protocol["think_end_token"],
     )
     columns = load_suite(spec.suite).columns
     stages = {

@@ -57,7 +57,7 @@ def report_template(side: TemplatedTokenizer, pairs: Sequence[Pair]) -> Template
     found = TemplateReport(name=str(side.tokenizer.name_or_path))
     where = [f"pair {pair.id}" for pair in pairs]
     whys = side.refused([pair.prompt for pair in pairs], where=where)
-    found.refused = dict(Counter(why for why in whys if why is not None))
+    found.refused = dict(Counter(one.why for one in whys if one is not None))
     kept = [pair for pair, why in zip(pairs, whys, strict=True) if why is None]
     names = [f"pair {pair.id}" for pair in kept]
     frames = side.frames([pair.prompt for pair in kept], where=names)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from ctpd.core.errors import UserError
 from ctpd.pipeline.references import External, Model, Source
 from ctpd.pipeline.stage import Stage
-from ctpd.pipeline.stages.evaluate import EvaluateStage
+from ctpd.pipeline.stages.evaluate import EvaluateStage, Protocol
 from ctpd.pipeline.stages.pairs import ModelInput, PairsStage
 from ctpd.pipeline.stages.train import TrainStage
 from ctpd.recipe import PlainSpec
@@ -28,14 +28,14 @@ class _Use:
         prompt: how its texts are written; None for tasks of lm-eval.
         max_tokens: of the longest row; None for those tasks, whose requests are cut.
         training: the stage that trains it; None where it is frozen.
-        chat: whether tasks are rendered with its chat template.
+        tasks: how tasks are rendered with its chat template; None where they are not, or there are none.
     """
 
     model: Model
     prompt: ModelInput | None
     max_tokens: int | None
     training: TrainStage | None = None
-    chat: bool = False
+    tasks: Protocol | None = None
 
 
 def check_models(stages: Sequence[Stage], *, local: bool) -> list[str]:
@@ -140,7 +140,7 @@ class Skeletons:
 def _uses(stage: Stage) -> Iterator[_Use]:
     if isinstance(stage, EvaluateStage):
         if stage.protocol.backend == "hf":
-            yield _Use(stage.model, None, None, chat=stage.protocol.chat_template)
+            yield _Use(stage.model, None, None, tasks=stage.protocol if stage.protocol.chat_template else None)
         return
     pairs = getattr(stage, "pairs", None)
     if not isinstance(pairs, PairsStage):
@@ -180,8 +180,12 @@ def _check_tokenizer(use: _Use, base: External, skeletons: Skeletons) -> None:
 
     tokenizer, skeleton = use.model.tokenizer, skeletons.of(base)
     template = None if use.prompt is None else use.prompt.template
-    chat = use.chat or template == "chat"
-    if not isinstance(tokenizer, External) or not skeletons.first_time(base, tokenizer, chat, template):
+    chat = use.tasks is not None or template == "chat"
+    how = [
+        None if use.prompt is None else (use.prompt.variables, use.prompt.end_token, use.prompt.system),
+        None if use.tasks is None else (use.tasks.template_variables, use.tasks.think_end_token),
+    ]
+    if not isinstance(tokenizer, External) or not skeletons.first_time(base, tokenizer, template, repr(how)):
         return
     found = _tokenizer(tokenizer, local=skeletons.local)
     if found is None or skeleton is None:
@@ -190,6 +194,27 @@ def _check_tokenizer(use: _Use, base: External, skeletons: Skeletons) -> None:
     if isinstance(template, PlainSpec):
         texts = [template.user, template.assistant, template.system]
     check_tokenizer(skeleton, found, where=base.location, templates=texts)
+    _check_template(use, found, where=tokenizer.location)
+
+
+def _check_template(use: _Use, tokenizer: Any, *, where: str) -> None:
+    """Refuse a template that is not there, is none, or loses what the user says, for pairs and for tasks."""
+    if use.prompt is not None:
+        from ctpd.text.pairs import Message
+        from ctpd.text.templates import QUESTION
+
+        side = use.prompt.templated(tokenizer, folder=where, role="model")
+        (refused,) = side.refused([(Message("user", QUESTION),)], where=[where])
+        if refused is not None and refused.reason == "lost_text":  # any other may be due to this conversation
+            raise UserError(refused.why, fix="Give a template of texts alone")
+    if use.tasks is not None:
+        from harness.prompts import Documents, check_template  # imports lm-eval
+
+        documents = Documents(None, chat_template=True, template_variables=use.tasks.template_variables or {})
+        try:
+            check_template(tokenizer, documents._replace(think_end_token=use.tasks.think_end_token))
+        except UserError as error:
+            raise UserError(error.what, where=where, fix=error.fix) from error
 
 
 def origin(source: Source) -> External | None:

@@ -24,3 +24,4 @@ from ctpd.recipe.model import Space as Space
 from ctpd.recipe.model import TableEntry as TableEntry
 from ctpd.recipe.model import TuneSpec as TuneSpec
 from ctpd.recipe.model import ablation_run as ablation_run
+from ctpd.recipe.model import checked_variables as checked_variables

@@ -56,6 +56,32 @@ def _are_two(seeds: tuple[int, ...]) -> tuple[int, ...]:
     return seeds
 
 
+ARGUMENTS = frozenset(
+    (
+        *("self", "conversation", "conversations", "messages", "tools", "documents", "chat_template"),
+        *("add_generation_prompt", "continue_final_message", "tokenize", "sanitize_control_tokens", "padding"),
+        *("truncation", "max_length", "return_tensors", "return_dict", "return_assistant_tokens_mask"),
+        "tokenizer_kwargs",
+    )
+)
+"""The parameters of transformers' `apply_chat_template` and of the function that renders for it, which ctpd sets."""
+
+
+def checked_variables(variables: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Variables of a chat template, none of which has the name of an argument of the function that renders it.
+
+    Raises:
+        UserError: one has.
+    """
+    for name in variables:
+        if name in ARGUMENTS:
+            raise UserError(
+                f"'{name}' is no variable of a template but an argument of transformers' `apply_chat_template`, which ctpd sets",
+                fix="Leave it out, and name only what the text of the chat template reads, such as `enable_thinking`",
+            )
+    return variables
+
+
 Turn = Annotated[str, AfterValidator(_holds_content), Field(json_schema_extra={"pattern": r"\{content\}"})]
 Commit = Annotated[str, AfterValidator(checked_commit), Field(json_schema_extra={"pattern": "^[0-9a-f]{40}$"})]
 
@@ -105,7 +131,7 @@ class ModelSpec(Config):
     """A testbed model, pretrained here from scratch. Either this or `model`."""
     template: Literal["chat"] | PlainSpec
     """How messages become text: the tokenizer's own chat template, or the turns of a base model that has none."""
-    template_variables: Mapping[str, Any] = Field(default_factory=dict)
+    template_variables: Annotated[Mapping[str, Any], AfterValidator(checked_variables)] = Field(default_factory=dict)
     """Variables that the chat template reads, such as `enable_thinking: false`, in training and in evaluation."""
     system: Literal["message", "merge"] = "message"
     """A system message in a chat template: a message of its own, or the beginning of the first user message (`merge`),

@@ -17,6 +17,7 @@ import numpy as np
 
 from ctpd.text.align import BoolArray, IntArray, row_starts
 from ctpd.text.mismatch import AlignedTexts, Tokenized, span_tokens
+from ctpd.text.render import unknown_id
 from ctpd.text.templates import FastTokenizer
 
 COVERAGE = ("offsets", "cleaning", "white_space", "dropped")
@@ -65,7 +66,7 @@ class Speller:
         self._suffixes = [part["suffix"] for part in parts if part.get("type") == "BPEDecoder"]
         self._added = {id: token.content for id, token in backend.get_added_tokens_decoder().items()}
         self._token: Callable[[int], str | None] = backend.id_to_token
-        self.unknown_id = _unknown_id(tokenizer)
+        self.unknown_id = unknown_id(tokenizer)
         normalizer = backend.normalizer
         self.normalize: Callable[[str], str] = normalizer.normalize_str if normalizer is not None else str
         self._spelled: dict[int, bytes] = {}
@@ -239,17 +240,6 @@ _FORMS: dict[str, Callable[[str], str]] = {
     "case": lambda text: _without_space(text.casefold()),
     "compatibility": _normal_form,
 }
-
-
-def _unknown_id(tokenizer: FastTokenizer) -> int | None:
-    """The id of the token for unknown text: a Unigram model gives it only in its serialized state."""
-    backend = tokenizer.backend_tokenizer
-    if type(backend.model).__name__ == "Unigram":
-        found = json.loads(backend.model.__getstate__())["unk_id"]
-    else:
-        token = getattr(backend.model, "unk_token", None)
-        found = backend.token_to_id(token) if token else None
-    return None if found is None else int(found)
 
 
 def _parts(decoder: Any) -> Iterator[dict[str, Any]]:

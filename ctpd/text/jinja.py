@@ -1,6 +1,6 @@
 """A plain template as a chat template, so that other programs write conversations as they were trained on."""
 
-from ctpd.text.templates import PlainTemplate
+from ctpd.text.plain import PlainTemplate
 
 
 def chat_template(plain: PlainTemplate, *, adds_bos: bool) -> str:

@@ -110,10 +110,12 @@ def _rendered(
 ) -> tuple[list[Pair], list[Dropped]]:
     """The pairs whose prompts both templates render, and the others with the reason."""
     names, prompts = _names(pairs, where), [pair.prompt for pair in pairs]
-    reasons = zip(*(side.refused(prompts, where=names) for side in sides), strict=True)
-    found = [next((why for why in whys if why is not None), None) for whys in reasons]
+    refusals = zip(*(side.refused(prompts, where=names) for side in sides), strict=True)
+    found = [next((one for one in both if one is not None), None) for both in refusals]
     kept = [pair for pair, why in zip(pairs, found, strict=True) if why is None]
-    return kept, [Dropped(pair.id, "template", why) for pair, why in zip(pairs, found, strict=True) if why is not None]
+    return kept, [
+        Dropped(pair.id, one.reason, one.why) for pair, one in zip(pairs, found, strict=True) if one is not None
+    ]
 
 
 def _encode(side: TemplatedTokenizer, pairs: Sequence[Pair], *, where: str) -> Encoded:

@@ -25,7 +25,7 @@ from ctpd.text.values import BadRow, WrongColumns, WrongForm, as_list, is_filled
 
 DROP_REASONS = (
     *("empty", "equal", "special_token_text", "long_prompt"),
-    *("null_content", "roles", "different_prompts", "unread_field", "malformed", "template"),
+    *("null_content", "roles", "different_prompts", "unread_field", "malformed", "template", "lost_text"),
 )
 """Why a pair is left out (docs/method.md#dropped-pairs)."""
 

@@ -18,7 +18,7 @@ from ctpd.text.align import row_starts
 from ctpd.text.blocks import Block, TokenRows, build_block
 from ctpd.text.config import PairsConfig
 from ctpd.text.pairs import DROP_REASONS, Dropped, Pair, ReadPairs
-from ctpd.text.render import TemplatedTokenizer
+from ctpd.text.render import TemplatedTokenizer, unknown_id
 
 _ALWAYS = DROP_REASONS[:4]  # counted even where there are none
 _ARRAYS = ("num_spans", "has_end", "boundaries", "boundary_starts")
@@ -30,6 +30,12 @@ _BLOCK = 512  # pairs tokenized at once; bounds the memory of the tokenizers' ou
 _FIX = (
     "Correct the data; raise max_prompt_tokens or set `long_prompt: cut` if prompts are too long; "
     "raise max_dropped if dropping them is intended"
+)
+_MUCH_UNKNOWN = 0.5  # of the scored tokens of a split; a mark for a space stands before the token of an unknown word
+_FEW = 10  # pairs whose texts may be unknown to a tokenizer by chance
+_TEMPLATE_FIX = (
+    "Give a template that renders these rows (`ctpd inspect template` shows what it makes of conversations), or correct the "
+    "data; raise max_dropped if dropping them is intended"
 )
 
 
@@ -132,7 +138,8 @@ class Preparation:
         """The blocks of prepared pairs, split after split, in the order given.
 
         Raises:
-            UserError: too many pairs dropped, none left, or a template that reaches a limit.
+            UserError: too many pairs dropped, none left, a template that reaches a limit, or half of the scored tokens
+                are a tokenizer's unknown token.
         """
         if not self._pairs:
             raise UserError("there are no pairs", fix="Name at least one split")
@@ -143,6 +150,7 @@ class Preparation:
         config, seen = self._config, _Seen()
         selected = _selected(_valid(given.rows, self._sides, seen), select=config.select, limit=config.limit)
         num_selected, late, report = 0, [], Counter[str]()
+        unknown = [_Unknown(side) for side in self._sides]
         while pairs := list(islice(selected, _BLOCK)):
             block = build_block(
                 pairs,
@@ -158,16 +166,46 @@ class Preparation:
             self.has_marks |= any(pair.chosen_marks or pair.rejected_marks for pair in block.pairs)
             for ends, rows in zip(self._end_ids, (block.teacher, block.student), strict=True):
                 ends.update(rows.input_ids[rows.row_starts[1:][block.has_end] - 1].tolist())
+            for counts, rows in zip(unknown, (block.teacher, block.student), strict=True):
+                counts.add(rows, has_end=block.has_end)
             yield _piece(split, block)
         _refuse_losses(split, seen, num_selected=num_selected, late=late, max_dropped=config.max_dropped)
+        for counts in unknown if report["kept"] >= _FEW else ():
+            counts.refuse(split)
         of_split = sorted([*seen.dropped, *late], key=lambda loss: _row_order(loss.row))
         self.losses += [Loss(split, given.source, *loss) for loss in of_split]
         kept = report.pop("kept")
         self.num_pairs += kept
         self._counts.update(report)
-        counts = {"pairs": kept, "dropped": len(of_split)}
-        counts |= {name: report[name] for name in ("responses_cut", "cut_prompts")}
-        self._by_split |= {f"{split}_{name}": number for name, number in counts.items()}
+        shown = {"pairs": kept, "dropped": len(of_split)}
+        shown |= {name: report[name] for name in ("responses_cut", "cut_prompts")}
+        self._by_split |= {f"{split}_{name}": number for name, number in shown.items()}
+
+
+class _Unknown:
+    """How many of the scored tokens of one side, end tokens aside, stand for text that its tokenizer has no token for."""
+
+    def __init__(self, side: TemplatedTokenizer) -> None:
+        self._side, self._id = side, unknown_id(side.tokenizer)
+        self._found = self._scored = 0
+
+    def add(self, rows: TokenRows, *, has_end: NDArray[np.bool_]) -> None:
+        """Count those of a block; ``has_end [R]``."""
+        scored = rows.unit >= 0
+        scored[rows.row_starts[1:][has_end] - 1] = False
+        self._scored += int(np.count_nonzero(scored))
+        self._found += 0 if self._id is None else int(np.count_nonzero(rows.input_ids[scored] == self._id))
+
+    def refuse(self, split: str) -> None:
+        """Refuse a split that one could learn nothing from."""
+        if self._found >= _MUCH_UNKNOWN * self._scored:
+            token = self._side.tokenizer.convert_ids_to_tokens(self._id)
+            raise UserError(
+                f"{self._found:,} of the {self._scored:,} tokens of the responses are {token}, which stands for whatever the "
+                f"{self._side.name}'s tokenizer '{self._side.tokenizer.name_or_path}' has no token for",
+                where=f"split '{split}'",
+                fix="Give the model with all files of its tokenizer, or data in a language that it knows",
+            )
 
 
 def prepare_pairs(
@@ -284,11 +322,12 @@ def _refuse_losses(split: str, seen: _Seen, *, num_selected: int, late: Sequence
     reasons = ", ".join(f"{reason} {total[reason]}" for reason in DROP_REASONS if total[reason])
     if (example := next((loss for loss in losses if loss.detail), None)) is not None:
         reasons += f"; row {example.row}: {example.detail}"
+    fix = _TEMPLATE_FIX if 2 * (total["template"] + total["lost_text"]) > len(losses) else _FIX
     if num_selected == len(late):
         raise UserError(
             f"no usable row is left of {num_seen} ({reasons or 'the split is empty'})",
             where=f"split '{split}'",
-            fix=_FIX,
+            fix=fix,
         )
     kept = (1 - len(seen.dropped) / num_seen) * (1 - len(late) / num_selected)
     if 1 - kept > max_dropped + 1e-9:
@@ -296,5 +335,5 @@ def _refuse_losses(split: str, seen: _Seen, *, num_selected: int, late: Sequence
             f"{len(losses)} of {num_seen} rows are dropped ({reasons}), {100 * (1 - kept):.1f} % of the "
             f"selected ones; at most {100 * max_dropped:g} % may be (max_dropped)",
             where=f"split '{split}'",
-            fix=_FIX,
+            fix=fix,
         )

@@ -4,6 +4,7 @@ Shapes: R rows, each one rendered (prompt, response); N tokens of a row, up to a
 arrays are flat, row r in ``[starts[r], starts[r + 1])``.
 """
 
+import json
 from collections.abc import Sequence
 from itertools import chain
 from typing import Any, NamedTuple, final
@@ -14,6 +15,7 @@ from numpy.typing import NDArray
 from ctpd.core.errors import UserError
 from ctpd.text.align import BoolArray, IntArray, clean_ends, row_starts
 from ctpd.text.pairs import Message
+from ctpd.text.plain import PlainTemplate as PlainTemplate
 from ctpd.text.templates import (
     DIFFERENCES,
     EndToken,
@@ -26,7 +28,6 @@ from ctpd.text.templates import (
     special_texts,
 )
 from ctpd.text.templates import ChatTemplate as ChatTemplate
-from ctpd.text.templates import PlainTemplate as PlainTemplate
 
 REFUSED_FIX = "Use another template, `system: merge` if it has no system role, or remove the row"
 _SPACE_MARKS = ("▁", "Ġ")  # SentencePiece's, byte-level BPE's
@@ -123,10 +124,10 @@ class TemplatedTokenizer:
             found.append(frame)
         return found
 
-    def refused(self, prompts: Sequence[Sequence[Message]], *, where: Sequence[str]) -> list[str | None]:
+    def refused(self, prompts: Sequence[Sequence[Message]], *, where: Sequence[str]) -> list[Refused | None]:
         """Why the template does not render each prompt; None if it does."""
         found = self.template.frames(prompts, where=where)
-        return [frame.why if isinstance(frame, Refused) else None for frame in found]
+        return [frame if isinstance(frame, Refused) else None for frame in found]
 
     def prompt_tokens(self, frames: Sequence[Frame]) -> IntArray:
         """``[R]`` number of tokens of the text before the response, tokenized without it; BOS included."""
@@ -179,6 +180,8 @@ class TemplatedTokenizer:
         return Encoded(ids, starts, first + int(self.adds_bos), stop - first, ends, crossing, difference)
 
     def _call(self, texts: list[str], **wanted: bool) -> Any:
+        if not texts:  # of a block whose rows a template refuses all; the library has no answer to an empty batch
+            return {"input_ids": [], "offset_mapping": []}
         return self.tokenizer(
             texts,
             add_special_tokens=False,
@@ -263,6 +266,17 @@ def space_mark_ids(tokenizer: FastTokenizer) -> IntArray:
     marks = {mark: tokenizer.convert_tokens_to_ids(mark) for mark in _SPACE_MARKS}
     found = [id for mark, id in marks.items() if id is not None and tokenizer.convert_ids_to_tokens(id) == mark]
     return np.array(found, dtype=np.int64)
+
+
+def unknown_id(tokenizer: FastTokenizer) -> int | None:
+    """The id of the token for unknown text: a Unigram model gives it only in its serialized state."""
+    backend = tokenizer.backend_tokenizer
+    if type(backend.model).__name__ == "Unigram":
+        found = json.loads(backend.model.__getstate__())["unk_id"]
+    else:
+        token = getattr(backend.model, "unk_token", None)
+        found = backend.token_to_id(token) if token else None
+    return None if found is None else int(found)
 
 
 class _Tokens(NamedTuple):

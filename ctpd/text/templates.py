@@ -4,7 +4,6 @@
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, Protocol, final
 
 from ctpd.core.errors import UserError
@@ -18,7 +17,7 @@ _DATE = {
     **{"%A": "Friday", "%a": "Fri", "%H": "12", "%M": "00", "%S": "00"},
 }
 _DATE_STRING = "26 Jul 2024"  # the default of Llama 3's template
-DIFFERENCES = ("prompt", "inserted", "response", "end", "fails")
+DIFFERENCES = ("prompt", "inserted", "response", "end", "fails", "doubled")
 """How a template's own rendering of a whole conversation may differ: see `MEANINGS`."""
 MEANINGS = {
     "prompt": "the whole conversation does not begin with the prompt as it is rendered for generation",
@@ -26,7 +25,11 @@ MEANINGS = {
     "response": "the response is changed, such as its reasoning removed",
     "end": "another text follows the response",
     "fails": "the template fails on the whole conversation, but not on the prompt",
+    "doubled": "the generation prompt ends with a tag, such as <think>, with which the response begins again: the row has it twice",
 }
+QUESTION = "What is the capital of Norway?"
+"""What a template is tried on before there are data."""
+_OPENING_TAG = re.compile(r"<[^<>/\s][^<>]*>\s*$")
 _FIXED_CLOCK = (
     "{%- macro strftime_now(format) -%}{{ format"
     + "".join(
@@ -70,9 +73,10 @@ class Frame(NamedTuple):
 
 
 class Refused(NamedTuple):
-    """A prompt that a template does not render, and why."""
+    """A prompt that a template does not render, or renders without its question, and why."""
 
     why: str
+    reason: str = "template"  # of the rows that are dropped for it: one of `ctpd.text.pairs.DROP_REASONS`
 
 
 class EndToken(NamedTuple):
@@ -118,66 +122,6 @@ class Template(Protocol):
 
 
 @final
-@dataclass(frozen=True, slots=True)
-class PlainTemplate:
-    """A template for base models: one text for each role, each with exactly one ``{content}``.
-
-    The assistant's text before ``{content}`` is the generation prompt. The assistant's text after ``{content}`` is
-    left out: the EOS token follows the response. Without ``system``, prompts with a system message are refused.
-    """
-
-    user: str
-    assistant: str
-    system: str | None = None
-
-    def __post_init__(self) -> None:
-        for role in ("user", "assistant", "system"):
-            text = getattr(self, role)
-            if not isinstance(text, str) and not (role == "system" and text is None):
-                raise UserError(f"the text is not a string but {text!r}", where=f"plain template, role '{role}'")
-            if text is not None and text.count("{content}") != 1:
-                raise UserError(
-                    f"the text {text!r} contains {{content}} {text.count('{content}')} times",
-                    where=f"plain template, role '{role}'",
-                    fix='Write each role\'s text with exactly one {content}, as in "{content}\\n"',
-                )
-
-    @property
-    def writes_end(self) -> bool:
-        return False
-
-    @property
-    def end(self) -> EndToken | None:
-        return None
-
-    @property
-    def identity(self) -> dict[str, Any]:
-        return {"plain": {"user": self.user, "assistant": self.assistant, "system": self.system}}
-
-    def frames(self, prompts: Sequence[Sequence[Message]], *, where: Sequence[str]) -> list[Frame | Refused]:
-        return [self._frame(prompt) for prompt in prompts]
-
-    def differences(self, rows: Sequence[Row], *, frames: Sequence[Frame], where: Sequence[str]) -> list[str]:
-        return [""] * len(rows)
-
-    def own(self, prompt: Sequence[Message], response: str) -> str:
-        frame = self._frame(prompt)
-        return frame.why if isinstance(frame, Refused) else frame.before + response + frame.after
-
-    def _frame(self, prompt: Sequence[Message]) -> Frame | Refused:
-        texts = {"user": self.user, "assistant": self.assistant, "system": self.system}
-        parts = []
-        for message in prompt:
-            text = texts[message.role]
-            if text is None:
-                return Refused(
-                    "the prompt has a system message, for which the plain template has no text (its role 'system')"
-                )
-            parts.append(text.replace("{content}", message.content))
-        return Frame("".join([*parts, self.assistant.partition("{content}")[0]]), "", "tokenizer")
-
-
-@final
 class ChatTemplate:
     """The tokenizer's own chat template with fixed variables, rendered with limits of time and memory (`limited`).
 
@@ -193,7 +137,7 @@ class ChatTemplate:
         merge_system: write a system message as the beginning of the first user message.
 
     Raises:
-        UserError: the tokenizer has no chat template, or (on use) the template reaches a limit.
+        UserError: the tokenizer has no chat template, or (on use) the template is none of Jinja's, or reaches a limit.
     """
 
     def __init__(
@@ -262,11 +206,13 @@ class ChatTemplate:
             ) from error
 
     def _frame(self, prompt: tuple[Message, ...]) -> tuple[str, ...]:
-        """The text before and behind a response, or why there is none."""
+        """The text before and behind a response and what says how it ends, or why there is none, and a reason."""
         try:
             opening = self._apply(prompt, add_generation_prompt=True)
         except _Fails as error:
-            return (f"{self._label} fails on the conversation ({error})",)
+            return (f"{self._label} fails on the conversation ({error}){self._way_out(prompt)}",)
+        if not holds_text(opening, prompt[-1].content):
+            return (self._loss(prompt), "lost_text")
         # A placeholder locates the response: a short response could also occur elsewhere in the text.
         number = 0
         while (placeholder := f"Response{number}") in opening:
@@ -282,6 +228,27 @@ class ChatTemplate:
             return (f"{self._label} writes no special token behind a response, and the tokenizer has no EOS token",)
         return opening + (between if between.isspace() else ""), after, origin
 
+    def _loss(self, prompt: Sequence[Message]) -> str:
+        """That a generation prompt lacks the user's text."""
+        said = f"{self._label} renders the prompt without the text of the user's last message"
+        try:
+            parts = [{"role": m.role, "content": [{"type": "text", "text": m.content}]} for m in prompt]
+            reads_parts = holds_text(self._render(parts, add_generation_prompt=True), prompt[-1].content)
+        except _Fails:
+            reads_parts = False
+        return f"{said}: it reads messages in parts, of text and of images, alone" if reads_parts else said
+
+    def _way_out(self, prompt: Sequence[Message]) -> str:
+        """That a conversation which the template does not render could be rendered with its system message merged."""
+        joined = merged(prompt)
+        if self._merges or joined is prompt:
+            return ""
+        try:
+            self._apply(joined, add_generation_prompt=True)
+        except _Fails:
+            return ""
+        return ", but renders it with `system: merge`"
+
     def _after(self, written: str) -> tuple[str, str]:
         """The text from the response to its end token and what says so, of what the template writes behind a response."""
         end = self._end
@@ -293,6 +260,9 @@ class ChatTemplate:
         return ("", "") if end is None else (end.text, end.origin)
 
     def _difference(self, prompt: Sequence[Message], response: str, *, frame: Frame) -> str:
+        tag = _OPENING_TAG.search(frame.before)
+        if tag is not None and response.startswith(tag.group().rstrip()):
+            return "doubled"
         try:
             own = self._apply((*prompt, Message("assistant", response)), add_generation_prompt=False)
         except _Fails:
@@ -308,9 +278,13 @@ class ChatTemplate:
         return "inserted" if response in rest else "response"
 
     def _apply(self, messages: Sequence[Message], *, add_generation_prompt: bool) -> str:
+        given = [message._asdict() for message in (merged(messages) if self._merges else messages)]
+        return self._render(given, add_generation_prompt=add_generation_prompt)
+
+    def _render(self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool) -> str:
         try:
             text = self._tokenizer.apply_chat_template(
-                [message._asdict() for message in (merged(messages) if self._merges else messages)],
+                messages,
                 chat_template=self._text,
                 tokenize=False,
                 add_generation_prompt=add_generation_prompt,
@@ -319,6 +293,13 @@ class ChatTemplate:
         except MemoryError:
             raise
         except Exception as error:  # whatever the program in the template does
+            from jinja2 import TemplateSyntaxError  # here, for commands that render nothing
+
+            if isinstance(error, TemplateSyntaxError):
+                raise UserError(
+                    f"{self._label} is no Jinja template ({error})",
+                    fix="Bring the file of the template again, or correct it",
+                ) from error
             raise _Fails(str(error)) from error
         assert isinstance(text, str)
         return text
@@ -326,6 +307,15 @@ class ChatTemplate:
 
 class _Fails(Exception):
     """A template fails on a conversation."""
+
+
+def holds_text(rendered: str, content: str) -> bool:
+    """Whether a template has written a message's text: white space and case aside, which some templates change."""
+    return _squeezed(content) in _squeezed(rendered)
+
+
+def _squeezed(text: str) -> str:
+    return "".join(text.casefold().split())
 
 
 def chat_text(tokenizer: FastTokenizer) -> str | None:
@@ -367,4 +357,4 @@ def special_pattern(tokenizer: FastTokenizer, extra: Sequence[str] = ()) -> re.P
 
 
 def _frame_or_refusal(texts: Sequence[str]) -> Frame | Refused:
-    return Refused(texts[0]) if len(texts) == 1 else Frame(*texts)
+    return Frame(*texts) if len(texts) == len(Frame._fields) else Refused(*texts)

@@ -159,6 +159,52 @@ def test_a_tokenizer_with_a_token_beyond_the_embedding_is_refused(folder: Path) 
     assert last not in tokens.all_special_tokens
 
 
+def plain_in_evaluation(shared: dict[str, Any]) -> None:
+    shared["student"]["template"] = {"user": "{content}\n", "assistant": "{content}"}
+    shared["evaluation"]["chat_template"] = True
+
+
+TEMPLATES: dict[str, tuple[str | None, Callable[[dict[str, Any]], object], str]] = {
+    "none": (None, lambda shared: None, r"student' has no chat template. Write a plain template"),
+    "none, in the evaluation alone": (
+        None,
+        plain_in_evaluation,
+        r"student: the tokenizer has no chat template. Evaluate",
+    ),
+    "not Jinja's": ("{{ messages }", lambda shared: None, r"student' is no Jinja template \(unexpected '}'\)"),
+    "without the question": ("a</s>", lambda shared: None, r"student' renders the prompt without the text"),
+}
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_a_template_that_no_pair_can_be_rendered_with_is_refused(name: str, folder: Path) -> None:
+    text, change, said = TEMPLATES[name]
+    (folder / STUDENT / "chat_template.jinja").unlink()
+    if text is not None:
+        (folder / STUDENT / "chat_template.jinja").write_text(text)
+    with pytest.raises(UserError, match=said):
+        notes(folder, change)
+
+
+def test_a_broken_generation_config_is_refused_where_it_says_what_ends_a_response(folder: Path) -> None:
+    (folder / STUDENT / "generation_config.json").write_text("{,")
+    with pytest.raises(UserError, match=r"student/generation_config.json: the file is no configuration"):
+        notes(folder)
+    assert notes(folder, lambda shared: shared["student"].update(end_token="</s>")) == []
+
+
+@pytest.mark.parametrize(
+    ("kind", "named"),
+    [("Qwen2Tokenizer", "'tokenizer.json', 'vocab.json', 'merges.txt'"), ("GemmaTokenizer", "'tokenizer.json'")],
+)
+def test_a_tokenizer_without_its_files_is_refused(kind: str, named: str, folder: Path) -> None:
+    """transformers makes an empty one of these classes, which reads every text as nothing, or as the unknown token."""
+    (folder / STUDENT / "tokenizer.json").unlink()
+    edit(folder / STUDENT / "tokenizer_config.json", tokenizer_class=kind)
+    with pytest.raises(UserError, match=f"student: the tokenizer has no vocabulary: there is no file named {named}"):
+        notes(folder)
+
+
 def test_a_padding_token_that_was_added_without_a_row_is_refused(folder: Path) -> None:
     """TRL issue 387: `add_special_tokens` without `resize_token_embeddings`."""
     tokens = with_template("byte_bpe", CHATML)

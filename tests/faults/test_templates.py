@@ -41,7 +41,7 @@ def quickly(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(limited, "SECONDS", 1)
 
 
-def with_template(text: str) -> Any:
+def with_template(text: str | dict[str, str]) -> Any:
     own = copy.deepcopy(tokenizer("byte_bpe"))
     own.chat_template = text
     return own
@@ -105,3 +105,18 @@ def test_an_evaluation_with_a_template_that_never_ends_is_refused(when: str, cho
     model = tiny_model("llama", scorer=False)
     with pytest.raises(UserError, match=r"chat template takes more than 1 seconds.*`chat_template: false`"):
         evaluate_column(model, hostile, choice, Documents(data_root, limit=1, chat_template=True), batch_size=2)
+
+
+def test_an_evaluation_with_a_template_that_loses_the_question_is_refused(choice: Any, data_root: Path) -> None:
+    """Or with several templates, none of which is the default, or one that fails in another way than Jinja's."""
+    documents = Documents(data_root, limit=1, chat_template=True)
+    refused = {
+        "the capital": "without the text of the user's message",
+        "": "has no chat template",
+        "{% if %}": "is none of Jinja's",
+        "{{ 1 / 0 }}": r"fails on a document \(division by zero\)",
+    }
+    for text, said in refused.items():
+        own = with_template(text) if text else with_template({"tool_use": CHATML})
+        with pytest.raises(UserError, match=rf"{said}.*`chat_template: false`"):
+            evaluate_column(tiny_model("llama", scorer=False), own, choice, documents, batch_size=2)

@@ -271,7 +271,7 @@ def test_lengths_without_room_are_refused() -> None:
 
 
 def test_rows_that_a_template_changes_are_counted() -> None:
-    own = with_template("byte_bpe", CHATML.replace("message.content", "message.content | replace('it', 'that')"))
+    own = with_template("byte_bpe", CHATML.replace("message.content", "message.content | replace('yes', 'aye')"))
     prepared = prepare([pair("a", "b"), pair(id="3")], TemplatedTokenizer(own, ChatTemplate(own, {}), "teacher"))
     assert prepared.chosen == ("a", "yes, it is")
     assert {name: n for name, n in prepared.report.items() if "template" in name} == {"teacher_template_response": 1}
@@ -291,11 +291,56 @@ def test_a_row_that_a_template_refuses_is_dropped_counted_and_listed() -> None:
         ("train", "f.jsonl", "7", "template"),
         ("train", "f.jsonl", "8", "roles"),
     ]
-    assert "no system" in prepared.losses[0].detail
+    assert "(no system), but renders it with `system: merge`" in prepared.losses[0].detail
     assert prepared.report["train_dropped"] == 2
     strict = PairsConfig(**LONG)  # type: ignore[arg-type]
     with pytest.raises(UserError, match=r"2 of 9 rows are dropped \(roles 1, template 1; row 8: why\)"):
         prepare_pairs({"train": given}, strict, teacher=side_, student=side("unigram"))
+
+
+@pytest.mark.parametrize("role", ["teacher", "student"])
+def test_texts_that_are_unknown_to_a_tokenizer_are_refused(role: str) -> None:
+    """Half of the tokens of at least ten pairs; end tokens are not counted."""
+    kinds = {"teacher": "byte_bpe", "student": "byte_bpe", role: "unigram"}
+    sides = {name: side(kind, name) for name, kind in kinds.items()}
+    config = PairsConfig(**LONG)  # type: ignore[arg-type]
+    strange = [pair("ж ж", "щ" + " щ" * i, id=str(i)) for i in range(10)]
+    with pytest.raises(UserError, match=rf"split 'train': \d+ of the \d+ tokens of the responses are .*the {role}'s"):
+        prepare_pairs({"train": strange}, config, **sides)
+    assert len(prepare_pairs({"train": strange[:9]}, config, **sides).pair_ids) == 9
+    known = [pair("yes, it is", "no" * (i + 1), id=str(i)) for i in range(10, 20)]
+    assert len(prepare_pairs({"train": known}, config, **sides).pair_ids) == 10
+
+
+def test_rows_whose_question_a_template_loses_are_dropped_for_this() -> None:
+    own = with_template("byte_bpe", CHATML.replace("message.content", "message.content[:9]"))
+    cutting = TemplatedTokenizer(own, ChatTemplate(own, {}), "teacher")
+    given = [pair(prompt="Why?", id="0"), pair(prompt="And what is it?", id="1")]
+    prepared = prepare(given, cutting, max_dropped=0.5)
+    assert (prepared.pair_ids, prepared.dropped["lost_text"]) == (("0",), 1)
+    with pytest.raises(UserError, match=r"\(lost_text 1; row 1: .*without the text of.*\), 50.0 %.*Give a template"):
+        prepare(given, cutting)
+
+
+@pytest.mark.parametrize("role", ["teacher", "student"])
+def test_blocks_whose_rows_a_template_refuses_all_are_dropped_rows(role: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The rows around them stay; where none is left, the template's own words say why, and not the tokenizer's."""
+    monkeypatch.setattr("ctpd.text.prepare._BLOCK", 2)
+    own = with_template(
+        "byte_bpe", "{% if '?' in messages[0].content %}{{ raise_exception('no') }}{% endif %}" + CHATML
+    )
+    sides = {"teacher": side("unigram", "teacher"), "student": side("unigram")}
+    sides[role] = TemplatedTokenizer(own, ChatTemplate(own, {}), role)
+    bad = [pair(id=str(i)) for i in range(4)]
+    config = PairsConfig(**{**LONG, "long_prompt": "cut", "max_dropped": 0.9})  # type: ignore[arg-type]
+    kept = [pair(prompt="Why", id="4"), pair(prompt="So", id="5"), pair(prompt="Oh", id="9")]
+    given = [*kept[:2], *bad, kept[2]]
+    prepared = prepare_pairs({"train": given}, config, **sides)  # type: ignore[arg-type]
+    assert (prepared.pair_ids, prepared.dropped["template"]) == (("4", "5", "9"), 4)
+    alone = prepare_pairs({"train": kept}, config, **sides)  # type: ignore[arg-type]
+    assert prepared.student.input_ids.tolist() == alone.student.input_ids.tolist()
+    with pytest.raises(UserError, match=r"no usable row is left of 4 \(template 4; row 0: .*\(no\)\).*Give a template"):
+        prepare_pairs({"train": bad}, config, **sides)  # type: ignore[arg-type]
 
 
 def everything(prepared: PreparedPairs) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """Recipes: ranges of values, and checks across fields when the recipe is loaded."""
 
 import copy
+import inspect
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from ctpd.core.config import Config
 from ctpd.core.errors import UserError
 from ctpd.pipeline.methods import METHODS, Method
 from ctpd.pipeline.runs import expand
-from ctpd.recipe import AblationSpec, Recipe, load_recipe, shipped_recipes
+from ctpd.recipe import AblationSpec, Recipe, checked_variables, load_recipe, shipped_recipes
 from ctpd.train.config import LoraSpec, Schedule
 
 SMOKE = yaml.safe_load(shipped_recipes()["testbed-smoke"].read_text(encoding="utf-8"))
@@ -65,6 +66,7 @@ OUT_OF_RANGE: dict[str, tuple[Any, ...]] = {
     "shared.teacher.pretrain.learning_rate": (0,),
     "shared.teacher.pretrain.warmup_ratio": (2,),
     "shared.teacher.revision": ("main",),
+    "shared.student.template_variables": ({"messages": []}, {"tokenize": True}),
     "shared.data.max_tokens": (0,),
     "shared.data.max_prompt_tokens": (0,),
     "shared.data.limit": (0, -5),
@@ -224,3 +226,20 @@ def test_every_field_of_a_recipe_is_described() -> None:
     visit(Recipe)
     assert AblationSpec in seen
     assert LoraSpec in seen
+
+
+def test_the_arguments_of_the_function_that_renders_are_no_template_variables() -> None:
+    """Those of the installed transformers: a variable of such a name would fail on every row, or render another text."""
+    from transformers import PreTrainedTokenizerBase
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    taken = {
+        name
+        for function in (PreTrainedTokenizerBase.apply_chat_template, render_jinja_template)
+        for name, one in inspect.signature(function).parameters.items()
+        if one.kind is not one.VAR_KEYWORD
+    }
+    for name in taken | {"messages"}:
+        with pytest.raises(UserError, match=f"'{name}' is no variable of a template"):
+            checked_variables({"enable_thinking": False, name: 1})
+    assert checked_variables({"date_string": "1 May"}) == {"date_string": "1 May"}

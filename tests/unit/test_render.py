@@ -124,13 +124,28 @@ SYSTEM = (Message("system", "Be brief."), *PROMPT)
         (CHATML.replace("message.content", "message.content | upper"), PROMPT, "yes", "response"),
         (CHATML.replace("<|im_end|>", "{% if message.role == 'assistant' %}!{% endif %}<|im_end|>"), PROMPT, "yes", ""),
         (R1, PROMPT, "hm\n</think>\n\nyes", "prompt"),
+        (R1, PROMPT, REASONING, "doubled"),
+        (CHATML, PROMPT, REASONING, ""),
         (NEMO, SYSTEM, "yes", "prompt"),
         (NEMO, PROMPT, "yes", ""),
         (GEMMA, PROMPT, "yes", "prompt"),
         (GLM, PROMPT, "yes", "end"),
         ("{% if messages | length > 1 %}{{ raise_exception('no') }}{% endif %}" + CHATML, PROMPT, "yes", "fails"),
     ],
-    ids=["qwen3", "strips", "changes", "late text", "r1", "nemo system", "nemo", "gemma", "glm", "fails"],
+    ids=[
+        "qwen3",
+        "strips",
+        "changes",
+        "late text",
+        "r1",
+        "r1 with its tag",
+        "tag alone",
+        "nemo system",
+        "nemo",
+        "gemma",
+        "glm",
+        "fails",
+    ],
 )
 def test_a_row_is_the_generation_prompt_the_response_as_it_is_and_the_end(
     template: str, prompt: tuple[Message, ...], response: str, difference: str
@@ -193,11 +208,37 @@ def test_a_conversation_that_a_template_does_not_render_is_named(prompt: tuple[M
     side = chat(GEMMA)
     found = side.refused([PROMPT, prompt], where=["row 0", "row 1"])
     assert found[0] is None
-    assert str(found[1]).startswith("the chat template of 'byte_bpe' fails on the conversation")
-    assert message in str(found[1])
+    assert found[1] is not None
+    assert found[1].why.startswith("the chat template of 'byte_bpe' fails on the conversation")
+    assert (message in found[1].why, found[1].reason) == (True, "template")
     with pytest.raises(UserError, match=f"row 1: .*{message}") as error:
         side.frames([PROMPT, prompt], where=["row 0", "row 1"])
     assert "\n" not in str(error.value)
+
+
+LLAVA = (
+    "{% for message in messages %}{% for part in message['content'] | selectattr('type', 'equalto', 'text') %}"
+    "{{ part['text'] }}</s>{% endfor %}{% endfor %}"
+)
+
+
+@pytest.mark.parametrize(
+    ("template", "kept", "said"),
+    [
+        (LLAVA, False, "message: it reads messages in parts"),
+        ("what", False, "the user's last message"),
+        (CHATML.replace("message.content", "message.content[:6]"), False, "the user's last message"),
+        (CHATML.replace("message.content", "message.content | trim | upper"), True, ""),
+        (CHATML.replace("message.content", "message.content | replace(' ', '\n')"), True, ""),
+    ],
+    ids=["LLaVA", "constant", "cut", "case", "white space"],
+)
+def test_a_prompt_that_a_template_renders_without_the_question_is_refused(template: str, kept: bool, said: str) -> None:
+    """The model would answer what it was never asked; white space and case may change."""
+    (found,) = chat(template).refused([(Message("user", " What is it? "),)], where=["row 0"])
+    assert (found is None) == kept
+    if found is not None:
+        assert (said in found.why, found.reason) == (True, "lost_text")
 
 
 def test_a_merged_system_message_begins_the_first_user_message() -> None:

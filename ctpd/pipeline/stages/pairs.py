@@ -194,9 +194,16 @@ class ModelInput(Part):
         Raises:
             UserError: the tokenizer cannot be used, or has no chat template.
         """
+        return self.templated(read_tokenizer(self.tokenizer, work), folder=location(self.tokenizer, work), role=role)
+
+    def templated(self, tokenizer: Any, *, folder: str, role: str) -> "TemplatedTokenizer":
+        """The template on the tokenizer, which is that of a directory or hub id.
+
+        Raises:
+            UserError: as `load`.
+        """
         from ctpd.text.render import ChatTemplate, PlainTemplate, TemplatedTokenizer
 
-        tokenizer = read_tokenizer(self.tokenizer, work)
         if isinstance(self.template, PlainSpec):
             plain = self.template
             template = PlainTemplate(user=plain.user, assistant=plain.assistant, system=plain.system)
@@ -204,19 +211,19 @@ class ModelInput(Part):
         chat = ChatTemplate(
             tokenizer,
             variables=dict(self.variables),
-            end=self._end(work, tokenizer),
+            end=self._end(folder, tokenizer),
             merge_system=self.system == "merge",
         )
         return TemplatedTokenizer(tokenizer, chat, name=role)
 
-    def _end(self, work: Work, tokenizer: Any) -> "EndToken | None":
+    def _end(self, folder: str, tokenizer: Any) -> "EndToken | None":
         """The recipe's end token, or that of the model's `generation_config`; None where neither says one."""
         from ctpd.models import generation_end
         from ctpd.text.templates import EndToken
 
         if self.end_token is not None:
             return EndToken(self.end_token, "recipe")
-        found = generation_end(location(self.tokenizer, work), revision=revision(self.tokenizer))
+        found = generation_end(folder, revision=revision(self.tokenizer))
         text = None if found is None else tokenizer.convert_ids_to_tokens(found)
         return None if text is None else EndToken(text, "generation_config")
 
