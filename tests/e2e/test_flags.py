@@ -1,6 +1,7 @@
 """A flag that would do nothing is refused in one sentence; hints are commands that can be pasted."""
 
 import shlex
+import shutil
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ import pytest
 from ctpd.core.printing import command
 from ctpd.core.store import Store
 from tests.conftest import Cli, SmokeRun
+from tests.fixtures.tokenizers import CHATML
 
 REFUSED: list[tuple[tuple[str, ...], str]] = [
     (("eval", "testbed-smoke", "--suite", "card"), "--suite does nothing here: the RECIPE says it"),
@@ -60,11 +62,13 @@ def test_evaluation_options_of_a_model_reach_the_plan(cli: Cli, smoke: SmokeRun,
     """Each option changes the result, and so the keys; options at their defaults change nothing."""
     import json
 
-    model = next(smoke.store.glob("train/*/model"))
+    model = shutil.copytree(next(smoke.store.glob("train/*/model")), tmp_path / "model")
+    (model / "chat_template.jinja").write_text(CHATML)
     root = next(smoke.store.glob("world/*/hub"))
 
     def keys(*options: str) -> list[str]:
-        args = ("eval", "--model", model, "--suite", "testbed", "--data-root", root, "--store", tmp_path, "--plan")
+        folders = ("--data-root", root, "--store", tmp_path / "store")
+        args = ("eval", "--model", model, "--suite", "testbed", *folders, "--plan")
         return [line["key"] for line in json.loads(cli(*args, "--json", *options).out)]
 
     plain = keys()
