@@ -27,9 +27,8 @@ def decoded(text: str, *, where: str) -> object:
     try:
         found = json.loads(text, strict=False)  # a line break inside a string stands as it is in some tables
     except (ValueError, RecursionError) as error:
-        goes_on = (
-            isinstance(error, json.JSONDecodeError) and error.msg == "Extra data"
-        )  # a text behind an example of JSON
+        # A text may go on behind an example of JSON.
+        goes_on = isinstance(error, json.JSONDecodeError) and error.msg == "Extra data"
         if not goes_on and _BEGINS_AS_MESSAGES.match(text):
             raise _broken(text, error, where) from None
         return text

@@ -137,9 +137,10 @@ def parse_pairs(
     A row holds ``prompt``, ``chosen`` and ``rejected``, each a string or a list of messages ``{"role", "content"}`` or
     ``{"from", "value"}``; one message may stand without a list.
     Without a column of prompts, or with a prompt string beside whole conversations, the prompt is what chosen and rejected
-    begin with in common (as TRL extracts it); texts whose prompt is null, or missing where other rows have one, are no pair. The last assistant message is the response; responses are stripped. Empty and
-    equal responses are kept here: `prepare_pairs` drops and counts them. A column ``system`` is the system message of the
-    prompt. Other columns (scores, ids) are ignored.
+    begin with in common (as TRL extracts it); texts whose prompt is null, or missing where other rows have one, are no
+    pair. The last assistant message is the response; responses are stripped. Empty and equal responses are kept here:
+    `prepare_pairs` drops and counts them. A column ``system`` is the system message of the prompt. Other columns (scores,
+    ids) are ignored.
     Optional columns ``chosen_marks`` and ``rejected_marks`` hold lists of ``[start, end, right]`` over the response.
 
     Args:

@@ -198,7 +198,7 @@ class _Unknown:
 
     def refuse(self, split: str) -> None:
         """Refuse a split that one could learn nothing from."""
-        if self._found >= _MUCH_UNKNOWN * self._scored:
+        if self._found and self._found >= _MUCH_UNKNOWN * self._scored:
             token = self._side.tokenizer.convert_ids_to_tokens(self._id)
             raise UserError(
                 f"{self._found:,} of the {self._scored:,} tokens of the responses are {token}, which stands for whatever the "
