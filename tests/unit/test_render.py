@@ -291,28 +291,6 @@ def test_a_slow_tokenizer_is_refused_with_the_way_out() -> None:
         TemplatedTokenizer(slow, PLAIN, "teacher")  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize(
-    ("texts", "message"),
-    [
-        ({"user": "x", "assistant": "{content}"}, "role 'user': the text 'x' contains {content} 0 times"),
-        ({"user": "{content}", "assistant": "{content}{content}"}, "role 'assistant': .* 2 times"),
-        ({"user": "{content}", "assistant": "{content}", "system": ""}, "role 'system'"),
-        ({"user": 3, "assistant": "{content}"}, "role 'user': the text is not a string"),
-    ],
-)
-def test_each_text_of_a_plain_template_needs_content_exactly_once(texts: dict, message: str) -> None:
-    with pytest.raises(UserError, match=message):
-        PlainTemplate(**texts)
-
-
-def test_a_system_message_needs_a_text_in_the_plain_template() -> None:
-    side = TemplatedTokenizer(
-        tokenizer("byte_bpe"), PlainTemplate(user="{content}\n", assistant="{content}"), "student"
-    )
-    with pytest.raises(UserError, match="row 0: the prompt has a system message"):
-        encode(side, "x", (Message("system", "s"), *PROMPT))
-
-
 @pytest.mark.parametrize("kind", ["byte_bpe", "byte_bpe_trimmed", "byte_bpe_prefixed"])
 def test_tokens_across_the_border_belong_to_the_response_and_are_counted(kind: str) -> None:
     """Such a token is clipped and counted, with trimmed offsets too; a template that ends with a line feed has none."""
