@@ -5,6 +5,7 @@ Functions that answer a question leave the model and the random state as they we
 """
 
 import contextlib
+import math
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -125,6 +126,20 @@ def short_windows(model: nn.Module, size: int) -> Iterator[None]:
             part.sliding_window = window
 
 
+def trial_tokens(model: nn.Module, shape: tuple[int, int]) -> Tensor:
+    """Tokens of made-up rows on the model's device, none of them token 0 or the padding token.
+
+    The embedding of these may be zero. A row that begins with it keeps zeros through all layers, where some models have
+    no gradient and the gradient of RMSNorm is larger by ``eps ** -0.5`` in each layer, beyond float32 after some ten.
+    """
+    config = _base(model).config.get_text_config()
+    vocabulary: int = config.vocab_size
+    ids = 1 + torch.arange(math.prod(shape)) * 7919 % (vocabulary - 1)
+    padding = getattr(config, "pad_token_id", None)
+    ids[ids == padding] = 1 if padding != 1 else 2
+    return ids.reshape(shape).to(next(model.parameters()).device)
+
+
 def configure_scorer(model: nn.Module) -> None:
     """Let the scorer use full logits, with a warning, if `scores_without_logits` is False; otherwise the tiled head.
 
@@ -156,10 +171,9 @@ def check_causal(model: nn.Module) -> None:
         embeddings.append(output.detach().requires_grad_())
         return embeddings[-1]
 
-    device, (predictor, length) = next(model.parameters()).device, (3, 12)
-    vocabulary = base.config.get_text_config().vocab_size
-    ids_1T = (1 + torch.arange(length, device=device) * 7919 % (vocabulary - 1)).unsqueeze(0)
-    request = Score(torch.tensor([predictor], device=device), ids_1T[0, predictor + 1 : predictor + 2])
+    predictor = 3
+    ids_1T = trial_tokens(model, (1, 12))
+    request = Score(torch.tensor([predictor], device=ids_1T.device), ids_1T[0, predictor + 1 : predictor + 2])
     hook = base.get_input_embeddings().register_forward_hook(note)
     try:
         with _in_evaluation(model), torch.enable_grad():
@@ -179,11 +193,8 @@ def check_causal(model: nn.Module) -> None:
 def scores_without_logits(model: nn.Module) -> bool:
     """Whether the output embedding applied tile by tile gives the values and gradients of the model's own logits."""
     base = _base(model)
-    device = next(model.parameters()).device
-    vocabulary = base.config.get_text_config().vocab_size
-    # Not token 0: it is often the padding token, whose embedding may be zero, where some models have no gradient.
-    ids = 1 + torch.arange(24, device=device).reshape(2, 12) * 7919 % (vocabulary - 1)
-    predictors = torch.tensor([3, 4, 15, 20], device=device)
+    ids = trial_tokens(model, (2, 12))
+    predictors = torch.tensor([3, 4, 15, 20], device=ids.device)
     request = Score(predictors, ids.flatten()[predictors + 1])
 
     def by(uses_logits: bool) -> Callable[[], Tensor]:

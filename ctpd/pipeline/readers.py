@@ -11,7 +11,6 @@ from typing import Any
 
 from ctpd.core.errors import UserError, shortened
 from ctpd.core.userfiles import LONGEST_LINE, readable, text_lines, text_pieces, too_long
-from ctpd.text.messages import MESSAGE_KEYS, is_message
 
 Row = Mapping[str, Any]
 
@@ -38,7 +37,7 @@ def read_json(path: Path, encoding: str | None = None) -> Iterator[Row]:
 
 
 def read_csv(path: Path, encoding: str | None = None) -> Iterator[Row]:
-    """Rows by the names of the first line. A cell that is messages as JSON becomes these."""
+    """Rows by the names of the first line; every cell is a text."""
     csv.field_size_limit(LONGEST_LINE)  # Python's own limit is 131,072
     texts = _RowLines(path, text_lines(path, encoding=encoding))
     lines = csv.reader(texts, strict=True)
@@ -57,7 +56,7 @@ def read_csv(path: Path, encoding: str | None = None) -> Iterator[Row]:
                     where=where,
                     fix='A text with a comma or a line break is written between quotes, "like, this"',
                 )
-            yield {name: _messages(cell) for name, cell in zip(names, cells, strict=True)}
+            yield dict(zip(names, cells, strict=True))
     except csv.Error as error:
         raise UserError(
             f"not valid CSV ({error})",
@@ -182,26 +181,6 @@ def _check_unique(names: Sequence[str], *, where: str) -> None:
         if name in seen:
             raise UserError(f"two columns have the name {shortened(repr(name))}", where=where, fix="Rename one of them")
         seen.add(name)
-
-
-def _messages(cell: str) -> Any:
-    """The messages that a cell holds as JSON, a list or one message with a known role, or the cell's text.
-
-    `ctpd.text.json_messages` reads them in the columns that it knows, in any format; other columns are decoded here.
-    """
-    text = cell.strip()
-    if text[:1] + text[-1:] not in ("[]", "{}") or not any(all(key in text for key in keys) for keys in MESSAGE_KEYS):
-        return cell
-    try:
-        found = json.loads(text)
-    except (ValueError, RecursionError):
-        return cell
-    if not isinstance(found, list):
-        return found if is_message(found) else cell
-    is_messages = bool(found) and all(
-        is_message(item) or (isinstance(item, dict) and {"role", "content"} <= item.keys()) for item in found
-    )
-    return found if is_messages else cell
 
 
 def _unreadable_cell(batch: Any, error: Exception, path: Path, first: int) -> UserError:

@@ -15,7 +15,7 @@ from transformers.masking_utils import sdpa_mask
 
 from ctpd.models import Score, score
 from ctpd.ops.shared_rows import PackedLayout, pack_pairs, packed_attention
-from ctpd.probes import other_mixing, same_results, short_windows
+from ctpd.probes import other_mixing, same_results, short_windows, trial_tokens
 from ctpd.train.batches import to_device
 
 PLAIN, SHARING = "sdpa", "ctpd_shared_rows"  # names of attention implementations of transformers: its own, and ours
@@ -85,16 +85,14 @@ def can_share_prompts(model: nn.Module) -> bool:
 
 def _both_ways(model: nn.Module) -> tuple[Callable[[], Tensor], Callable[[], Tensor]]:
     """The log-probabilities of two pairs that have prompts in common, from separate rows and from packed ones."""
-    device = next(model.parameters()).device
-    vocabulary = _base(model).config.get_text_config().vocab_size
-    rows = np.arange(4 * 16).reshape(4, 16) * 7919 % vocabulary
-    rows[2:, :9] = rows[:2, :9]
-    packed = pack_pairs(rows, np.array([16, 12, 13, 16]))
+    ids = trial_tokens(model, (4, 16))
+    ids[2:, :9] = ids[:2, :9]
+    device = ids.device
+    packed = pack_pairs(ids.cpu().numpy(), np.array([16, 12, 13, 16]))
     assert packed is not None
     packed_ids, layout = torch.from_numpy(packed[0]).to(device), to_device(packed[1], device)
     # Of the rejected rows also the first tokens after the prompt, which follow the chosen row's last ones when packed.
     predictors = torch.tensor([8, 14, 16 + 10, 32 + 8, 32 + 9, 32 + 11, 48 + 9, 48 + 12], device=device)
-    ids = torch.from_numpy(rows).to(device)
     targets = ids.flatten()[predictors + 1]
 
     def from_separate_rows() -> Tensor:

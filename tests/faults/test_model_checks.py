@@ -1,8 +1,6 @@
 """What small files say of a ready-made model is said before the first stage: in one paragraph, or in one line."""
 
-import copy
 import importlib.util
-import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -10,92 +8,26 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
-from transformers import GPT2Config, GPT2LMHeadModel, MixtralConfig, MixtralForCausalLM, OPTConfig, OPTForCausalLM
+from safetensors.torch import load_file
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
+)
 
-from ctpd.app import Experiment
 from ctpd.core.errors import UserError
-from ctpd.models import add_lora, load_model, save_model
-from ctpd.pipeline.graph import Graph
-from ctpd.pipeline.model_checks import check_models
+from ctpd.models import load_model
 from tests.conftest import Cli
+from tests.fixtures.ready_made import CONFIG, ROWS, STUDENT, WEIGHTS, edit, lora, notes, rewrite, save, write_recipe
+from tests.fixtures.ready_made import folder as folder
 from tests.fixtures.tiny import COMMON, CONFIGS, tiny_multimodal
 from tests.fixtures.tokenizers import CHATML, with_template
 
-ROWS = 700  # of the embeddings: more than the tokenizer has tokens
 SIZES = {**COMMON, "vocab_size": ROWS}
-WEIGHTS, CONFIG = "model.safetensors", "config.json"
-TEACHER, STUDENT = "teacher", "student"
-
-RECIPE: dict[str, Any] = {
-    "name": "own",
-    "about": "Two models of one's own.",
-    "shared": {
-        "teacher": {"template": "chat", "sft": "skip"},
-        "student": {"template": "chat", "sft": "skip"},
-        "data": {"max_tokens": 64, "max_prompt_tokens": 8},
-        "train": {"pairs_per_step": 2},
-        "evaluation": {"suite": "card"},
-    },
-    "runs": {"DPO": {"method": "dpo", "tuned": {"learning_rate": 1e-3}}},
-    "tables": {"main": {"caption": "Main", "rows": ["DPO"]}},
-}
-
-
-def save(folder: Path, model: Any = None) -> None:
-    """A model, Llama by default, with a tokenizer of fewer tokens and a template that writes its added tokens."""
-    config = CONFIGS["llama"]()
-    config.vocab_size = ROWS
-    torch.manual_seed(0)
-    (type(tiny_llama())(config) if model is None else model).save_pretrained(folder)
-    with_template("byte_bpe", CHATML).save_pretrained(str(folder))
-
-
-def tiny_llama() -> Any:
-    from transformers import LlamaForCausalLM
-
-    return LlamaForCausalLM(CONFIGS["llama"]())
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    """Two ready-made models, a file of pairs, and no recipe yet."""
-    for role in (TEACHER, STUDENT):
-        save(tmp_path / role)
-    (tmp_path / "pairs.jsonl").write_text('{"prompt": "a", "chosen": "b", "rejected": "c"}\n' * 4)
-    return tmp_path
-
-
-def write_recipe(folder: Path, change: Callable[[dict[str, Any]], object] = lambda shared: None) -> Path:
-    """A recipe for the models of the folder, with its `shared` block changed."""
-    recipe = copy.deepcopy(RECIPE)
-    shared = recipe["shared"]
-    for role in (TEACHER, STUDENT):
-        shared[role]["model"] = str(folder / role)
-    shared["data"]["train"] = {"path": str(folder / "pairs.jsonl")}
-    change(shared)
-    (folder / "own.yaml").write_text(json.dumps(recipe))  # JSON is YAML
-    return folder / "own.yaml"
-
-
-def notes(folder: Path, change: Callable[[dict[str, Any]], object] = lambda shared: None) -> list[str]:
-    """What is said before the first stage of such a recipe."""
-    graph = Graph(Experiment(write_recipe(folder, change)).records)
-    return check_models(graph.stages, local=True)
-
-
-def edit(file: Path, **values: Any) -> None:
-    file.write_text(json.dumps(json.loads(file.read_text()) | values))
-
-
-def rewrite(file: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
-    weights = load_file(file)
-    change(weights)
-    save_file(weights, file, metadata={"format": "pt"})
-
-
-def lora(**values: Any) -> Callable[[dict[str, Any]], object]:
-    return lambda shared: shared["train"].update(lora=values)
 
 
 def test_sound_models_pass_in_silence(folder: Path) -> None:
@@ -151,7 +83,7 @@ def test_a_tokenizer_with_a_token_beyond_the_embedding_is_refused(folder: Path) 
     tokens = with_template("byte_bpe", CHATML)
     config = CONFIGS["llama"]()
     config.vocab_size = len(tokens) - 1
-    save(folder / STUDENT, type(tiny_llama())(config))
+    save(folder / STUDENT, LlamaForCausalLM(config))
     last = tokens.convert_ids_to_tokens(len(tokens) - 1)
     sizes = rf"the tokenizer has {len(tokens)} tokens and the model {len(tokens) - 1} rows.*is {len(tokens) - 1}, '"
     with pytest.raises(UserError, match=sizes):
@@ -210,7 +142,7 @@ def test_a_padding_token_that_was_added_without_a_row_is_refused(folder: Path) -
     tokens = with_template("byte_bpe", CHATML)
     config = CONFIGS["llama"]()
     config.vocab_size = len(tokens)
-    save(folder / STUDENT, type(tiny_llama())(config))
+    save(folder / STUDENT, LlamaForCausalLM(config))
     tokens.add_special_tokens({"pad_token": "[PAD]"})
     tokens.save_pretrained(str(folder / STUDENT))
     with pytest.raises(UserError, match=rf"the first token without a row is {len(tokens) - 1}, '\[PAD\]'"):
@@ -223,7 +155,7 @@ def test_a_special_token_without_a_row_is_refused_where_the_template_writes_it(f
     tokens = with_template("byte_bpe", CHATML + ("<image>" if written else ""))
     config = CONFIGS["llama"]()
     config.vocab_size = len(tokens)
-    save(folder / STUDENT, type(tiny_llama())(config))
+    save(folder / STUDENT, LlamaForCausalLM(config))
     tokens.add_tokens(["<image>"], special_tokens=True)
     tokens.save_pretrained(str(folder / STUDENT))
     if not written:
@@ -318,79 +250,6 @@ def test_a_damaged_file_of_weights_is_one_paragraph(folder: Path) -> None:
     for read in (lambda: notes(folder), lambda: load_model(folder / STUDENT, precision="float32", device="cpu")):
         with pytest.raises(UserError, match=r"no causal language model could be loaded .*header"):
             read()
-
-
-@pytest.mark.parametrize("name", ["lm_head", "embed_tokens"])
-def test_an_adapter_on_tied_embeddings_is_refused_with_the_way_out(folder: Path, name: str) -> None:
-    """PEFT issue 2018: merged, it would act in both; and by default no adapter is on either."""
-    config = CONFIGS["llama_tied"]()
-    config.vocab_size = ROWS
-    save(folder / STUDENT, type(tiny_llama())(config))
-    with pytest.raises(UserError, match=rf"has 'model.*{name}'|has '{name}'.*all-linear"):
-        notes(folder, lora(targets=["q_proj", name]))
-    assert notes(folder, lora(targets="all-linear")) == []
-    model = load_model(folder / STUDENT, precision="float32", device="cpu")
-    adapted = add_lora(model, r=2, alpha=4, targets="all-linear", seed=0)
-    assert not any(
-        "lora" in key and ("lm_head" in key or "embed_tokens" in key) for key, _ in adapted.named_parameters()
-    )
-
-
-def test_targets_that_the_model_does_not_have_are_refused(folder: Path) -> None:
-    with pytest.raises(UserError, match=r"`lora.targets.*Target modules.*query_key_value"):
-        notes(folder, lora(targets=["query_key_value"]))
-
-
-@pytest.fixture
-def adapter(folder: Path) -> Path:
-    """A LoRA adapter on the student, which the recipe takes for its SFT model."""
-    model = load_model(folder / STUDENT, precision="float32", device="cpu")
-    save_model(add_lora(model, r=2, alpha=4, targets="all-linear", seed=0), folder / "adapter")
-    return folder / "adapter"
-
-
-def with_adapter(folder: Path) -> list[str]:
-    return notes(folder, lambda shared: shared["student"].update(sft=str(folder / "adapter")))
-
-
-def test_a_sound_adapter_passes_in_silence(folder: Path, adapter: Path) -> None:
-    assert with_adapter(folder) == []
-
-
-def test_an_adapter_with_a_missing_weight_is_refused(folder: Path, adapter: Path) -> None:
-    """PEFT warns, and draws the weight at random."""
-    file = adapter / "adapter_model.safetensors"
-    lost = next(name for name in load_file(file) if "v_proj.lora_A" in name)
-    rewrite(file, lambda weights: weights.pop(lost))
-    both = (
-        lambda: with_adapter(folder),
-        lambda: load_model(folder / STUDENT, adapters=[adapter], precision="float32", device="cpu"),
-    )
-    for read in both:
-        with pytest.raises(UserError, match=rf"adapter: the adapter lacks 1 of the model's weights.*{lost}"):
-            read()
-
-
-@pytest.mark.parametrize(
-    ("changed", "said"),
-    [
-        ({"r": 4}, "size mismatch|another shape"),
-        ({"peft_type": "UNHEARD_OF"}, "UNHEARD_OF"),
-        ({"target_modules": ["unheard_of"]}, "unheard_of"),
-    ],
-)
-def test_what_a_library_says_of_an_adapter_is_one_paragraph(
-    folder: Path, adapter: Path, changed: dict[str, Any], said: str
-) -> None:
-    edit(adapter / "adapter_config.json", **changed)
-    both = (
-        lambda: with_adapter(folder),
-        lambda: load_model(folder / STUDENT, adapters=[adapter], precision="float32", device="cpu"),
-    )
-    for read in both:
-        with pytest.raises(UserError, match=said) as caught:
-            read()
-        assert str(caught.value).startswith(str(adapter))
 
 
 def test_the_part_of_a_multimodal_model_that_is_trained_is_said_in_one_line(folder: Path) -> None:

@@ -9,13 +9,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
-from transformers import FalconH1Config, Lfm2Config
+from transformers import FalconH1Config, Lfm2Config, LlamaConfig, LlamaForCausalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from baselines.dpo import DPO, DPOParams
 from ctpd.models import Score, add_lora, install_scorer, score
 from ctpd.ops.shared_rows import MOST_OF_SEPARATE, PackedLayout, pack_pairs, packed_attention
-from ctpd.probes import other_mixing, same_results
+from ctpd.probes import check_causal, other_mixing, same_results, scores_without_logits
 from ctpd.text.blocks import TokenRows
 from ctpd.train.batches import UnitBatch, to_device
 from ctpd.train.collator import ScoredRows
@@ -184,6 +184,18 @@ def test_a_model_whose_shared_rows_differ_is_refused_and_left_as_it_was(monkeypa
         assert enable_prompt_sharing(model)
         assert model.config._attn_implementation == SHARING
         assert can_share_prompts(model)
+
+
+@pytest.mark.parametrize("padding", [0, 1])
+def test_a_padding_token_with_a_zero_embedding_refuses_no_model(padding: int) -> None:
+    """A trial whose rows began with it had gradients beyond float32 in deep models: `eps ** -0.5` in each layer."""
+    sizes = COMMON | {"num_hidden_layers": 3, "pad_token_id": padding}
+    torch.manual_seed(0)
+    model = install_scorer(LlamaForCausalLM(LlamaConfig(**sizes, rms_norm_eps=1e-30)))
+    assert not model.get_input_embeddings().weight[padding].any()
+    assert scores_without_logits(model)
+    assert can_share_prompts(model)
+    check_causal(model)
 
 
 HYBRIDS: dict[str, Any] = {
