@@ -19,6 +19,7 @@ LONGEST_MESSAGE = 700  # characters of a paragraph
 PLAIN = PlainTemplate(user="Question: {content}\n", assistant="Answer:\n{content}\n")
 
 
+@pytest.mark.tries("hostile files of pairs")
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_every_file_is_used_as_meant_or_refused_or_dropped_with_a_count(case: Case, tmp_path: Path) -> None:
     path = case.write(tmp_path)
@@ -47,6 +48,7 @@ def test_the_corpus_is_large_and_each_case_has_one_outcome() -> None:
         assert [case.used, case.refused, case.dropped].count(None) == 2, case.name
 
 
+@pytest.mark.tries("hostile files of pairs")
 @pytest.mark.parametrize("kind", ["folder", "device", "missing", "long", "nul"])
 def test_what_is_no_data_file_is_said_with_its_path(kind: str, tmp_path: Path) -> None:
     paths = {

@@ -15,6 +15,8 @@ from harness.record import Record
 from harness.suites import SUITES, load_suite
 from tests.conftest import Cli
 
+pytestmark = pytest.mark.tries("hostile recipes, suites and records")
+
 SMOKE = shipped_recipes()["testbed-smoke"]
 LAUGHS = "a: &a [x,x,x,x,x,x,x,x,x]\n" + "\n".join(
     f"{one}: &{one} [{','.join([f'*{before}'] * 9)}]" for before, one in zip("abcdefg", "bcdefgh", strict=True)

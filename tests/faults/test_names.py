@@ -73,6 +73,7 @@ def written(data: dict[str, Any], folder: Path) -> Path:
     return path
 
 
+@pytest.mark.tries("hostile names")
 @pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("name", REFUSED, ids=ascii)
 def test_a_name_that_cannot_be_shown_is_refused_with_its_line(name: str, place: str, tmp_path: Path) -> None:
@@ -84,6 +85,7 @@ def test_a_name_that_cannot_be_shown_is_refused_with_its_line(name: str, place: 
     assert len(str(caught.value)) < 500 + len(str(path))
 
 
+@pytest.mark.tries("hostile names")
 @pytest.mark.parametrize("name", [*OUTSIDE, "Ω → μ: −1", "日本語", "a\u2028b"], ids=ascii)
 @pytest.mark.parametrize("place", PLACES)
 def test_any_other_name_is_a_name(name: str, place: str, tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ from tests.fixtures.data_parallel import flip_byte
 from tests.fixtures.data_parallel import train as train_in
 from tests.fixtures.launch_processes import ROOT, imports_from
 from tests.fixtures.tiny import tiny_model, tiny_rows
+from tests.fixtures.tried import Tried
 
 STEPS = 4
 SCHEDULE = Schedule(epochs=1, pairs_per_step=4, evaluations_per_epoch=2)
@@ -119,7 +120,7 @@ def events_of_second_state(folder: Path, *, kill_at: int | None = None) -> list[
 
 
 def test_a_kill_at_any_event_while_a_state_is_written_costs_a_step_and_moves_no_number(
-    tmp_path: Path, undisturbed: tuple[Fit, dict[str, torch.Tensor]]
+    tmp_path: Path, undisturbed: tuple[Fit, dict[str, torch.Tensor]], tried: Tried
 ) -> None:
     events = events_of_second_state(tmp_path / "all")
     assert len(events) > 10
@@ -131,6 +132,7 @@ def test_a_kill_at_any_event_while_a_state_is_written_costs_a_step_and_moves_no_
         found = train(folder / "states", progress=lambda done, total, steps=steps: steps.append(done))
         assert steps[0] == (2 if number <= renamed else 3), events[number]
         assert same(found, undisturbed), events[number]
+    tried("kills at file events while a resume state is written", len(events))
 
 
 KILLED = """
@@ -180,7 +182,7 @@ def test_a_whole_state_is_found_and_all_else_is_removed(state: Path, tmp_path: P
     assert list(tmp_path.iterdir()) == [found]
 
 
-def test_a_flipped_bit_or_a_missing_file_in_any_file_is_noticed(state: Path, tmp_path: Path) -> None:
+def test_a_flipped_bit_or_a_missing_file_in_any_file_is_noticed(state: Path, tmp_path: Path, tried: Tried) -> None:
     names = sorted(path.relative_to(state) for path in state.rglob("*") if path.is_file())
     assert len(names) > 5
     actions: list[Callable[[Path], None]] = [flip_byte, Path.unlink, lambda path: path.write_bytes(b"")]
@@ -194,6 +196,7 @@ def test_a_flipped_bit_or_a_missing_file_in_any_file_is_noticed(state: Path, tmp
         assert "step 3 is not used" in notes[0]
         assert name.name in notes[0] or name.name == HASHES
         assert "starts afresh" in notes[1]
+        tried("changed, emptied and missing files of resume states", 1)
 
 
 def rename(state: Path) -> None:
@@ -217,6 +220,7 @@ def with_a_stranger(state: Path) -> None:
     (state / "pytorch_model.bin").write_bytes(b"?")
 
 
+@pytest.mark.tries("changed, emptied and missing files of resume states")
 @pytest.mark.parametrize(
     ("damage", "said"),
     [
@@ -281,6 +285,7 @@ def as_in_the_command_line() -> Iterator[None]:
             signal.signal(number, handler)
 
 
+@pytest.mark.tries("signals")
 @pytest.mark.parametrize("step", [2, STEPS])
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_writes_a_state_first_and_ends_as_ever(

@@ -13,6 +13,7 @@ from ctpd.core.store import Store
 from ctpd.pipeline.graph import Graph
 from ctpd.pipeline.stage import Stage
 from tests.conftest import Cli, SmokeRun
+from tests.fixtures.tried import Tried
 
 KINDS = ["world", "tokenizer", "pretrain", "pairs", "signals", "weights", "train", "evaluate", "record"]
 
@@ -34,11 +35,13 @@ def one_of_each_kind(root: Path) -> Iterator[tuple[str, str, Path]]:
             yield stage, key, path
 
 
-def test_a_changed_byte_in_every_kind_of_file_is_found_and_the_file_named(smoke: SmokeRun, tmp_path: Path) -> None:
+def test_a_changed_byte_in_every_kind_of_file_is_found_and_the_file_named(
+    smoke: SmokeRun, tmp_path: Path, tried: Tried
+) -> None:
     """At the beginning, in the middle and at the end of the file; in a manifest the sentence names that file."""
     root = tmp_path / "store"
     shutil.copytree(smoke.pristine, root)
-    store, tried = Store(root), 0
+    store, changed = Store(root), 0
     for stage, key, path in list(one_of_each_kind(root)):
         size = path.stat().st_size
         for position in sorted({0, size // 2, size - 1}) if size else ():
@@ -47,13 +50,14 @@ def test_a_changed_byte_in_every_kind_of_file_is_found_and_the_file_named(smoke:
                 store.open(stage, key)
             assert path.name in str(caught.value), (path, position)
             flip(path, position)
-            tried += 1
+            changed += 1
         store.open(stage, key)
     assert {kind for kind, _, _ in one_of_each_kind(root)} == set(KINDS)
-    assert tried > 3 * len(KINDS)
+    assert changed > 3 * len(KINDS)
+    tried("changed bytes in files of artifacts", changed)
 
 
-def test_every_byte_of_a_manifest_counts(smoke: SmokeRun, tmp_path: Path) -> None:
+def test_every_byte_of_a_manifest_counts(smoke: SmokeRun, tmp_path: Path, tried: Tried) -> None:
     source = next(smoke.store.glob("weights/*/"))
     store = Store(tmp_path)
     shutil.copytree(source, store.path("weights", source.name))
@@ -63,6 +67,7 @@ def test_every_byte_of_a_manifest_counts(smoke: SmokeRun, tmp_path: Path) -> Non
         with pytest.raises(DamagedArtifact, match=MANIFEST):
             store.open("weights", source.name)
         flip(manifest, position)
+        tried("changed bytes in files of artifacts", 1)
     store.open("weights", source.name)
 
 

@@ -23,6 +23,7 @@ from ctpd.pipeline.runtime import Runtime
 from ctpd.pipeline.stage import Stage, Work
 from tests.conftest import Cli, Outcome, SmokeRun
 from tests.fixtures.stages import small_stage
+from tests.fixtures.tried import Tried
 
 RUN = ("run", "testbed-smoke", "--device", "cpu")
 MOUNTED_BYTES = 600_000
@@ -185,7 +186,9 @@ class Failing:
         return call
 
 
-def test_a_disk_that_is_full_at_any_write_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_disk_that_is_full_at_any_write_loses_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tried: Tried
+) -> None:
     """The n-th write fails, for every n; the finished artifacts are whole, and the next run builds the rest."""
     base = small_stage("base", write)
     top = small_stage("top", write, base)
@@ -210,6 +213,7 @@ def test_a_disk_that_is_full_at_any_write_loses_nothing(tmp_path: Path, monkeypa
         assert (store.open("top", top.key) / "text").read_text() == "xx"
         assert not store.partials()
     assert failures > 15
+    tried("writes that fail because the disk is full", failures)
 
 
 def test_a_full_file_system_loses_nothing(cli: Cli, smoke: SmokeRun, mounted: Callable[..., Path]) -> None:
