@@ -1,7 +1,8 @@
 """Advantage-guided distillation for preference alignment: ADPA (Gao et al., ICLR 2025; docs/method.md#adpa).
 
 The student answers by itself; a teacher before and after preference tuning says how much better each next token would
-have been. The rejected response of a pair is the student's own (`generation`); the chosen one is the data's.
+have been. The rejected response of a pair is the student's own (`generation`), also where it is the chosen one; the chosen
+one is the data's.
 
 Shape legend: N scored tokens, R rows of a tile, V vocabulary, K kept tokens of the tuned teacher, L of the reference.
 """
@@ -57,7 +58,7 @@ class ADPA(DistillationObjective[TopTokens]):
     params_type = ADPAParams
     counts = "tokens"
     sides = BOTH_SIDES
-    generation = Generation(role="student", side="rejected")
+    generation = Generation(role="student", side="rejected", keep_equal=True)
 
     def __init__(self, params: ADPAParams) -> None:
         super().__init__()

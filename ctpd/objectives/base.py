@@ -85,6 +85,8 @@ class Generation(Config):
     """Whose SFT model generates."""
     side: Side
     """Which responses are replaced."""
+    keep_equal: bool = False
+    """Whether a response stays that equals the other one of its pair, for an objective that does not compare the two."""
 
 
 class TeacherView(Config):

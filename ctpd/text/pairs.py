@@ -82,11 +82,13 @@ class ReadPairs(NamedTuple):
 
     Attributes:
         place: of a source of several files, the file of a row that has been read and its number there; None for others.
+        keeps_equal: whether pairs of two equal responses are used.
     """
 
     rows: Iterable[Pair | Dropped]
     source: str = ""
     place: Place | None = None
+    keeps_equal: bool = False
 
     @property
     def pairs(self) -> Iterator[Pair]:

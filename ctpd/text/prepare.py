@@ -148,7 +148,7 @@ class Preparation:
 
     def _pieces_of(self, split: str, given: ReadPairs) -> Iterator[Piece]:
         config, seen = self._config, _Seen()
-        selected = _selected(_valid(given.rows, self._sides, seen), select=config.select, limit=config.limit)
+        selected = _selected(_valid(given, self._sides, seen), select=config.select, limit=config.limit)
         num_selected, late, report = 0, [], Counter[str]()
         unknown = [_Unknown(side) for side in self._sides]
         while pairs := list(islice(selected, _BLOCK)):
@@ -271,10 +271,10 @@ class _Seen:
     dropped: list[Dropped] = field(default_factory=list)  # before tokenization
 
 
-def _valid(rows: Iterable[Pair | Dropped], sides: Sequence[TemplatedTokenizer], seen: _Seen) -> Iterator[Pair]:
+def _valid(given: ReadPairs, sides: Sequence[TemplatedTokenizer], seen: _Seen) -> Iterator[Pair]:
     """The pairs that can be tokenized; what is read is noted in ``seen``."""
-    for row in rows:
-        reason = _invalid(row, sides) if isinstance(row, Pair) else None
+    for row in given.rows:
+        reason = _invalid(row, sides, keeps_equal=given.keeps_equal) if isinstance(row, Pair) else None
         if isinstance(row, Dropped):
             seen.dropped.append(row)
         elif reason is not None:
@@ -305,11 +305,11 @@ def _row_order(row: str) -> tuple[int, str]:
     return (int(row), row) if row.isdecimal() else (0, row)
 
 
-def _invalid(pair: Pair, sides: Sequence[TemplatedTokenizer]) -> str | None:
+def _invalid(pair: Pair, sides: Sequence[TemplatedTokenizer], *, keeps_equal: bool) -> str | None:
     """The reason to drop a pair before tokenization, or None (docs/method.md#dropped-pairs)."""
     if not (pair.chosen and pair.rejected):
         return "empty"
-    if pair.chosen == pair.rejected:
+    if pair.chosen == pair.rejected and not keeps_equal:
         return "equal"
     contents = [pair.chosen, pair.rejected, *(message.content for message in pair.prompt)]
     return "special_token_text" if any(side.holds_special_text(text) for side in sides for text in contents) else None

@@ -112,7 +112,7 @@ def test_it_asks_for_both_teachers_and_for_the_students_answers():
     assert objective.teacher is not None
     assert objective.teacher.models == (Signal.TEACHER_POSITIVE, Signal.TEACHER_REFERENCE)
     assert (objective.teacher.top_k, objective.teacher.same_tokenizer) == (50, True)
-    assert objective.generation == Generation(role="student", side="rejected")
+    assert objective.generation == Generation(role="student", side="rejected", keep_equal=True)
 
 
 @pytest.mark.parametrize("wrong", [{"top_k": 0}, {"advantage_weight": -1.0}, {"sft_weight": -0.1}])

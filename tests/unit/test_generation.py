@@ -9,10 +9,13 @@ import pytest
 import torch
 from transformers import GenerationConfig, Lfm2Config, Lfm2ForCausalLM
 
+from baselines.adpa import ADPA
 from ctpd.core.errors import UserError
 from ctpd.decoding import greedy_responses, takes_padded_prompts
 from ctpd.models import install_scorer
-from ctpd.pipeline.stages.generate import refuse_losses
+from ctpd.pipeline.stages.generate import GenerateConfig, _replaced, refuse_losses
+from ctpd.text.messages import Message
+from ctpd.text.pairs import Pair
 from tests.fixtures.tiny import COMMON, CONFIGS, VOCABULARY, tiny_model
 
 HYBRID = Lfm2Config(**COMMON, layer_types=["conv", "full_attention"], bos_token_id=1, eos_token_id=2)
@@ -82,6 +85,22 @@ def test_a_models_own_generation_settings_are_not_used() -> None:
     model.generation_config.suppress_tokens = [1, 2, 3]
     prompts = [np.array([5, 6, 7], dtype=np.int32)]
     assert decoded(model, prompts, end_token=11) == decoded(plain, prompts, end_token=11)
+
+
+@pytest.mark.parametrize(
+    ("text", "reason", "reason_if_kept"),
+    [("Yes.", "equal", "kept"), ("", "empty", "empty"), (None, "unfinished", "unfinished"), ("No.", "kept", "kept")],
+)
+def test_a_response_that_equals_the_other_one_is_dropped_unless_the_objective_keeps_it(
+    text: str | None, reason: str, reason_if_kept: str
+) -> None:
+    """ADPA does not compare the two; its public code drops none."""
+    pair = Pair("0", (Message("user", "Why?"),), "Yes.", "Maybe.")
+    for keeps, expected in ((False, reason), (True, reason_if_kept)):
+        config = GenerateConfig(role="student", side="rejected", precision="float32", keep_equal=keeps)
+        assert _replaced(pair, config, text)[0] == expected
+    assert ADPA.generation is not None
+    assert ADPA.generation.keep_equal
 
 
 def test_too_many_responses_that_cannot_be_used_are_refused_with_their_reasons() -> None:

@@ -36,7 +36,10 @@ def pair(
 
 
 def prepare(
-    pairs: Sequence[Pair], teacher: str | TemplatedTokenizer = "byte_bpe", student: str = "unigram", **settings: object
+    pairs: Sequence[Pair] | ReadPairs,
+    teacher: str | TemplatedTokenizer = "byte_bpe",
+    student: str = "unigram",
+    **settings: object,
 ) -> PreparedPairs:
     sides = {
         "teacher": teacher if isinstance(teacher, TemplatedTokenizer) else side(teacher, "teacher"),
@@ -377,6 +380,14 @@ def test_the_files_hold_everything(marks: dict, tmp_path: Path, monkeypatch: pyt
     assert sorted(path.name for path in tmp_path.iterdir()) == ["dropped.jsonl", "pairs.json", "pairs.safetensors"]
     written = (tmp_path / "pairs.safetensors").read_bytes()
     assert save(load(written)) == written
+
+
+def test_equal_responses_are_kept_where_the_source_says_so() -> None:
+    """As where the rejected response is the student's own, and the student answers what was chosen."""
+    pairs = [pair(id="0", chosen="yes", rejected="yes"), pair(id="1")]
+    assert prepare(pairs, max_dropped=0.5).pair_ids == ("1",)
+    kept = prepare(ReadPairs(pairs, keeps_equal=True))
+    assert (kept.pair_ids, kept.dropped["equal"]) == (("0", "1"), 0)
 
 
 def test_the_size_of_blocks_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
