@@ -6,6 +6,7 @@ type is ``Number`` and the record holds null.
 """
 
 import json
+import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -13,7 +14,7 @@ from typing import Any, Literal, NamedTuple
 from pydantic import ConfigDict, Field, JsonValue, ValidationError
 
 from ctpd.core.config import Config
-from ctpd.core.errors import UserError
+from ctpd.core.errors import UserError, shortened
 from ctpd.core.roles import Phase, Role
 from harness.answers import Answer, Health
 from harness.numbers import Number as Number
@@ -21,6 +22,7 @@ from harness.tuning import Tuning
 from harness.weights_summary import WeightsSummary
 
 SCHEMA = 2
+_AGAIN = "Run its recipe again with this version, which rebuilds the record and keeps the trained models"
 
 RowKind = Literal["trained", "untrained teacher", "untrained student"]
 
@@ -314,11 +316,17 @@ class Record(RecordHead):
             UserError: there is no such file, it is of another schema, or no record.
         """
         try:
-            return cls.model_validate_json(path.read_bytes())
+            content = path.read_bytes()
+            found = cls.model_validate_json(content)
+            json.loads(content, parse_constant=_finite, parse_float=_finite, parse_int=_finite)
+            return found
         except OSError as error:
             raise UserError(f"the record cannot be read ({error.strerror})", where=str(path)) from error
         except ValidationError as error:
             raise _unreadable(path, error) from error
+        except _NotFinite as error:
+            what = f"the record is damaged: it holds {error}, which is no number of JSON"
+            raise UserError(what, where=str(path), fix=_AGAIN) from error
 
     def write(self, path: Path) -> None:
         """Write the record as one line of JSON."""
@@ -342,17 +350,27 @@ def log_entries(history: Iterable[Mapping[str, Any]]) -> tuple[LogEntry, ...]:
     )
 
 
+class _NotFinite(Exception):
+    """The text of a number in a record that is NaN or infinite."""
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise _NotFinite(shortened(text))
+    return value
+
+
 def _unreadable(path: Path, error: ValidationError) -> UserError:
     """The error for a file that is no record of this schema: its schema if it has another one, else what is wrong."""
-    again = "Run its recipe again with this version, which rebuilds the record and keeps the trained models"
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError):
-        return UserError("the record is damaged: its file is no JSON", where=str(path), fix=again)
+        return UserError("the record is damaged: its file is no JSON", where=str(path), fix=_AGAIN)
     schema = found.get("schema") if isinstance(found, dict) else None
     if schema != SCHEMA:
         problem = f"the record has schema {schema}, and this version reads schema {SCHEMA}"
-        return UserError(problem if schema is not None else "the file is no record", where=str(path), fix=again)
+        return UserError(problem if schema is not None else "the file is no record", where=str(path), fix=_AGAIN)
     first = error.errors(include_url=False)[0]
     field = ".".join(map(str, first["loc"])) or "its top level"
-    return UserError(f"the record is damaged: `{field}`: {first['msg']}", where=str(path), fix=again)
+    return UserError(f"the record is damaged: `{field}`: {first['msg']}", where=str(path), fix=_AGAIN)

@@ -1,6 +1,7 @@
 """Suites: which lm-eval tasks make the columns of a table, with which shots and metric (docs/method.md#suites)."""
 
 import re
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
@@ -27,8 +28,10 @@ def _names_a_filter(key: str) -> str:
 
 def _is_a_form(pattern: str) -> str:
     try:
-        re.compile(pattern)
-    except (re.error, RecursionError, OverflowError) as error:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")  # of what Python may read otherwise one day
+            re.compile(pattern)
+    except (re.error, RecursionError, OverflowError, Warning) as error:
         raise UserError(
             f"the form is no regular expression: {error}", fix="Write one of Python's, for example `\\d+`"
         ) from error

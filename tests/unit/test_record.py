@@ -81,6 +81,16 @@ def test_other_files_are_refused_in_one_paragraph(tmp_path: Path, text: str, pro
         Record.read(tmp_path / "nowhere.json")
 
 
+@pytest.mark.parametrize("number", ["Infinity", "-Infinity", "NaN", "1e999", "9" * 4000])
+def test_a_number_that_json_does_not_have_is_refused(number: str, tmp_path: Path) -> None:
+    """It would be written as null: the record that is read again would be another one."""
+    plain = json.loads(next(DEMO.glob("*.json")).read_text())
+    plain["shared"]["settings"]["train"] = "X"
+    (tmp_path / "record.json").write_text(json.dumps(plain).replace('"X"', number))
+    with pytest.raises(UserError, match=r"the record is damaged: it holds .*, which is no number of JSON"):
+        Record.read(tmp_path / "record.json")
+
+
 def test_a_wrong_type_deep_inside_is_named(tmp_path: Path) -> None:
     plain = json.loads(next(DEMO.glob("*.json")).read_text())
     column = next(iter(plain["evaluation"]))
