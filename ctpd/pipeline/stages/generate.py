@@ -6,10 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from ctpd.core.config import Config
 from ctpd.core.errors import UserError
 from ctpd.core.roles import Role
-from ctpd.objectives.base import Side
+from ctpd.objectives.base import Generation
 from ctpd.pipeline.references import Model
 from ctpd.pipeline.stage import Stage, Work
 from ctpd.pipeline.stages.pairs import PairSource, PairsStage, read_usable_file
@@ -21,17 +20,11 @@ if TYPE_CHECKING:
 GENERATED, COUNTS = "pairs_{split}.jsonl", "counts.json"
 
 
-class GenerateConfig(Config):
-    """What is generated."""
+class GenerateConfig(Generation):
+    """What is generated, and how."""
 
-    role: Role
-    """The model that generates."""
-    side: Side
-    """Which responses are replaced."""
     precision: str
     """Number format of the model's weights: float32 or bfloat16."""
-    keep_equal: bool = False
-    """Whether responses equal to the other side are kept."""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
