@@ -1,39 +1,13 @@
 """Several processes for one command: the same numbers, and nothing built twice."""
 
 import json
-import os
-import subprocess
-import sys
 from collections import Counter
 from pathlib import Path
-from typing import Any
 
 import pytest
-import torch
 
-from ctpd.app import RECORD
 from tests.conftest import Cli, SmokeRun
-from tests.fixtures.waiting import HANGS
-
-ROOT = Path(__file__).resolve().parents[2]
-
-
-def program(*args: object) -> subprocess.CompletedProcess[str]:
-    """The command line in a new process, with as many threads as this one: they affect the last digits of sums."""
-    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
-    words = [sys.executable, "-m", "ctpd", *map(str, args)]
-    return subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=HANGS, check=False)
-
-
-def scores(store: Path) -> dict[str, Any]:
-    """Record key -> the scores of every document and column; no times."""
-    records = {path.parent.name: json.loads(path.read_text()) for path in store.glob(f"record/*/{RECORD}")}
-    return {
-        key: {
-            name: {k: v for k, v in column.items() if k != "seconds"} for name, column in record["evaluation"].items()
-        }
-        for key, record in records.items()
-    }
+from tests.fixtures.commands import program, scores
 
 
 def test_jobs_share_the_work_and_reach_the_scores_of_one_process_to_the_last_digit(

@@ -1,22 +1,18 @@
 """A whole run that is killed at random moments, again and again, ends with the measurements of an undisturbed one."""
 
 import contextlib
-import os
 import random
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
 
 from ctpd.core.store import Store
 from tests.conftest import SmokeRun
-from tests.e2e.test_parallel import program, scores
-from tests.fixtures.launch_processes import ROOT
+from tests.fixtures.commands import command, program, scores
 from tests.fixtures.tried import ROUNDS, Tried
 from tests.fixtures.waiting import until
 
@@ -28,11 +24,8 @@ MOST = 4  # artifacts that a command may finish before it is killed
 
 @contextlib.contextmanager
 def started(*words: object) -> Iterator["subprocess.Popen[bytes]"]:
-    command = [sys.executable, "-m", "ctpd", *map(str, words)]
-    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
-    with subprocess.Popen(
-        command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    ) as process:
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    with subprocess.Popen(**command(*words), **quiet) as process:
         try:
             yield process
         finally:
