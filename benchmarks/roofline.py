@@ -95,7 +95,7 @@ def measure(config: dict[str, Any]) -> dict[str, Any]:
         return _profile(config)
     pairs = token_pairs(shape, shape.batch)
     scored = sum(len(pair.chosen) + len(pair.rejected) for pair in pairs)
-    tile = _tile(scored, shape.vocab, torch.device(config["device"]))
+    tile = _tile(scored, shape.vocab, dtype=getattr(torch, config["dtype"]), device=config["device"])
     wanted = products(shape, sequences=2 * shape.batch, length=shape.seq_len, scored=scored, tile=tile)
     before = [_seconds(product, config) for product in wanted]
     step = ours.measure({**config, "method": "dpo", "share": False})
@@ -112,14 +112,14 @@ def measure(config: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _tile(rows: int, columns: int, device: Any) -> tuple[int, int]:
+def _tile(rows: int, columns: int, *, dtype: Any, device: str) -> tuple[int, int]:
     """Rows and columns of the head's tiles, the last ones excepted."""
     import torch
 
-    from ctpd.ops.logps import _Head, tile_bytes_for
+    from ctpd.ops.tiles import NO_TRANSFORM, Head
 
-    head = _Head(None, 1.0, torch.float32, torch.float32, tile_bytes_for(device))
-    first = next(head.tiles(rows, columns))
+    nothing = torch.empty(0, dtype=dtype, device=device)
+    first = next(Head.of(nothing, nothing, NO_TRANSFORM, None).tiles(rows, columns))
     return first.rows.stop, first.columns.stop
 
 

@@ -29,8 +29,8 @@ from ctpd.core.temporary import temporary_folder
 from ctpd.core.userfiles import exists, user_path
 from ctpd.ops.finite import refuse_non_finite_weights
 from ctpd.ops.logit_rows import Head, LogitRows, is_sharded
-from ctpd.ops.logps import LogitTransform
 from ctpd.ops.shared_rows import PackedLayout
+from ctpd.ops.tiles import LogitTransform
 
 _TOKENIZER = "tokenizer.json"
 _CONVERTED = (

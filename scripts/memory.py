@@ -11,10 +11,10 @@ from ctpd.rehearsal.memory import (
     BFLOAT16,
     GIB,
     RESERVED,
+    TILE,
     Shape,
     Training,
     scoring_bytes,
-    tile_bytes,
     training_bytes,
 )
 
@@ -74,7 +74,7 @@ def table() -> Iterator[str]:
         for what, name, training in cases:
             tokens = 32768 if training is None else training.tokens
             parts = scoring_bytes(SHAPES[name]) if training is None else training_bytes(SHAPES[name], training)
-            parts["head"] += tile_bytes(available)
+            parts["head"] += TILE
             total = math.fsum(parts.values())
             cells = [_gib(parts.get(part, 0)) for part in PARTS]
             fits = "yes" if total + RESERVED <= available else "**no**"

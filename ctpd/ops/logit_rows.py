@@ -15,7 +15,8 @@ from torch.nn.functional import linear
 from torch.utils.checkpoint import checkpoint
 
 from ctpd.core.errors import UserError
-from ctpd.ops.logps import NO_TRANSFORM, LogitTransform, token_logps, token_logps_module
+from ctpd.ops.logps import token_logps, token_logps_module
+from ctpd.ops.tiles import NO_TRANSFORM, LogitTransform
 
 # A loss over whole rows makes several copies of a tile: 32 MiB is 64 rows of a vocabulary of 128k.
 _TILE_BYTES = 32 * 2**20

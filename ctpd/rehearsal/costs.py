@@ -23,7 +23,7 @@ from ctpd.pipeline.stages.signals import SignalsStage
 from ctpd.pipeline.stages.train import TrainStage
 from ctpd.recipe import LaunchSpec
 from ctpd.rehearsal import operations
-from ctpd.rehearsal.memory import BFLOAT16, FLOAT32, GIB, Training, scoring_bytes, tile_bytes, training_bytes
+from ctpd.rehearsal.memory import BFLOAT16, FLOAT32, GIB, TILE, Training, scoring_bytes, training_bytes
 from ctpd.rehearsal.operations import Work
 from ctpd.rehearsal.requests import Requests
 from ctpd.rehearsal.sizes import CountedShape, RealModels
@@ -31,8 +31,6 @@ from ctpd.text.prepare import PreparedPairs
 from ctpd.train.collator import micro_batch_size
 from ctpd.train.config import Steps
 
-DEVICE_BYTES = 80e9
-"""Memory of the device for which the size of the scorer's tile is computed."""
 _BASE_BYTES = {"float32": FLOAT32, "bfloat16": BFLOAT16, "4bit": 0.5}
 _SIDES = {"chosen": 0, "rejected": 1}
 
@@ -203,7 +201,7 @@ class Needs:
 
 def _tile(shape: CountedShape, tokens: float) -> float:
     """The scorer's tile of logits, which is no larger than the logits of the batch."""
-    return min(tile_bytes(DEVICE_BYTES), tokens * shape.vocabulary * (FLOAT32 + BFLOAT16))
+    return min(TILE, tokens * shape.vocabulary * FLOAT32)
 
 
 def _bytes(precision: str) -> float:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 GIB = 2**30
 FLOAT32, BFLOAT16 = 4, 2
+TILE = 2**28  # the scorer's tile on a GPU (`ctpd.ops.logps`)
 RESERVED = 1.5 * GIB  # CUDA's context and the libraries' workspaces; a guess
 
 
@@ -79,7 +80,7 @@ class Training:
 
 
 def training_bytes(shape: Shape, training: Training) -> dict[str, float]:
-    """The parts of a training's peak on one GPU; the scorer's tile is not included (`tile_bytes`)."""
+    """The parts of a training's peak on one GPU; the scorer's tile is not included (`TILE`)."""
     trained = shape.weights if training.lora is None else shape.adapters(training.lora)
     frozen = 0 if training.lora is None else shape.weights
     whole_layer, whole_head = FLOAT32 * shape.layer, FLOAT32 * shape.head * (1 if shape.tied else 2)
@@ -100,11 +101,6 @@ def training_bytes(shape: Shape, training: Training) -> dict[str, float]:
         "activations": training.tokens * (saved + inputs),
         "head": shape.head * (BFLOAT16 + (FLOAT32 if training.lora is None else 0)),
     }
-
-
-def tile_bytes(available: float) -> float:
-    """The scorer's tile on a GPU with ``available`` bytes (`ctpd.ops.logps.tile_bytes_for`), and its rounded copy."""
-    return min(max(available / 128, 64 * 2**20), GIB) * (1 + BFLOAT16 / FLOAT32)
 
 
 def scoring_bytes(shape: Shape, *, tokens: int = 32768) -> dict[str, float]:

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from statistics import mean
 
 import pytest
 import torch
@@ -87,14 +88,15 @@ def test_a_gpu_trains_every_method_as_the_cpu_does(one_tokenizer: bool, cli: Cli
 @ON_GPU
 @pytest.mark.filterwarnings("default")
 def test_a_gpu_trains_every_method_in_bfloat16(cli: Cli, tmp_path: Path) -> None:
+    """The mean of the losses is that of float32. Not each step's: teachers in bfloat16 may generate other texts."""
     exact = write_recipe(tmp_path, methods=list(METHODS), one_tokenizer=True)
     keys = trained(cli, exact, tmp_path / "store", "cuda")
     rounded = write_recipe(tmp_path, methods=list(METHODS), one_tokenizer=True, precision="bfloat16")
     for name, key in trained(cli, rounded, tmp_path / "store", "cuda").items():
         if name in METHODS:
             assert key != keys[name]
-            expected = losses_of(tmp_path / "store", keys[name])
-            assert losses_of(tmp_path / "store", key) == pytest.approx(expected, rel=0.1), name
+            expected = mean(losses_of(tmp_path / "store", keys[name]))
+            assert mean(losses_of(tmp_path / "store", key)) == pytest.approx(expected, rel=0.1), name
 
 
 def test_a_comparison_token_by_token_is_refused_for_two_tokenizers(cli: Cli, tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ctpd.ops.logit_rows import Head, LogitRows, Top, TopRows
-from ctpd.ops.logps import NO_TRANSFORM, LogitTransform
+from ctpd.ops.tiles import NO_TRANSFORM, LogitTransform
 
 N, H, V = 11, 6, 40
 HEADS: dict[str, Callable[[], tuple[nn.Module, LogitTransform]]] = {

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ctpd.ops.logps import NO_TRANSFORM, LogitTransform, token_logps, token_logps_module
+from ctpd.ops.logps import token_logps, token_logps_module
+from ctpd.ops.tiles import NO_TRANSFORM, LogitTransform
 
 N, H, V = 23, 12, 57
 ONE_ROW = 1  # bytes: every tile is a single row
