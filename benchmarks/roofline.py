@@ -157,10 +157,12 @@ def _profile(config: dict[str, Any]) -> dict[str, Any]:
     clock = ours.StepClock(config["device"])
     with tempfile.TemporaryDirectory() as folder, torch.profiler.profile() as profiler:
         ours.train(model, rows, shape, {**config, "method": "dpo"}, clock=clock, folder=Path(folder) / "state")
-    key = "self_cpu_time_total" if config["device"] == "cpu" else "self_device_time_total"
-    times = sorted(
-        ((event.key, event.count, getattr(event, key)) for event in profiler.key_averages()), key=lambda row: -row[2]
-    )
+    on_cpu = config["device"] == "cpu"
+    key = "self_cpu_time_total" if on_cpu else "self_device_time_total"
+    events = profiler.key_averages()
+    if not on_cpu:  # an operation's time is that of its kernels, which have rows of their own
+        events = [event for event in events if event.device_type == torch.autograd.DeviceType.CUDA]
+    times = sorted(((event.key[:80], event.count, getattr(event, key)) for event in events), key=lambda row: -row[2])
     total = sum(microseconds for _, _, microseconds in times)
     return {"top": [[name, count, spent / 1e6, spent / total] for name, count, spent in times[:10]]}
 

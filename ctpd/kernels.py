@@ -112,6 +112,18 @@ def differentiate(
     )
 
 
+def try_on(device: torch.device) -> None:
+    """Compile a kernel and run it.
+
+    Raises:
+        Exception: whatever Triton raises where it cannot.
+    """
+    one_R = torch.zeros(1, device=device)
+    tile_RC = torch.zeros(1, 16, device=device, dtype=torch.bfloat16)
+    differentiate(tile_RC, one_R.long(), one_R, one_R, TileOf(0, None, 1.0, None))
+    tile_RC.sum().item()  # waits for it
+
+
 @triton.jit
 def _logits(product, bias_at, is_column, scale, softcap, HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr):
     """The logits, and their slopes before they are scaled."""

@@ -5,6 +5,7 @@ Shape legend: N rows (predicting positions), H hidden size, V vocabulary, R rows
 
 import functools
 import importlib.util
+import warnings
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -34,7 +35,21 @@ _CPU, _GPU = _Layout(4 * 2**20, 1024, 1), _Layout(256 * 2**20, 16384, 128)
 
 @functools.cache
 def _has_kernels(device: torch.device) -> bool:
-    return device.type == "cuda" and importlib.util.find_spec("triton") is not None
+    """Whether the Triton kernels run on a device: Triton is there, and what it compiles them with."""
+    if device.type != "cuda" or importlib.util.find_spec("triton") is None:
+        return False
+    try:
+        from ctpd.kernels import try_on
+
+        try_on(device)
+    except Exception as error:  # no C compiler, no folder for what is compiled, a GPU that Triton does not know
+        warnings.warn(
+            f"Triton does not compile kernels for {device} ({error}): the output head uses torch's operations, which take "
+            "about twice as long. Triton needs a C compiler (`CC`), and writes to `~/.triton` or `TRITON_CACHE_DIR`",
+            stacklevel=2,
+        )
+        return False
+    return True
 
 
 class Tile(NamedTuple):

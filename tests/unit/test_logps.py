@@ -1,5 +1,6 @@
 """Tiled log-probabilities against full logits: values, gradients, memory and work."""
 
+import importlib.util
 from collections.abc import Callable
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from ctpd.ops import tiles
 from ctpd.ops.logps import token_logps, token_logps_module
 from ctpd.ops.tiles import NO_TRANSFORM, LogitTransform
 
@@ -276,3 +278,10 @@ def test_16_bit_weight_gradients_of_a_large_vocabulary() -> None:
     assert weight.grad is not None
     assert exact.grad is not None
     torch.testing.assert_close(weight.grad.double(), exact.grad, rtol=0.1, atol=1e-3)
+
+
+def test_a_gpu_without_a_compiler_is_used_without_kernels_and_that_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton may be installed and unable to compile. Here there is no GPU at all, so its trial fails likewise."""
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
+    with pytest.warns(UserWarning, match=r"Triton does not compile kernels for cuda .*: the output head uses torch's"):
+        assert not tiles._has_kernels.__wrapped__(torch.device("cuda"))
