@@ -5,7 +5,6 @@
 
 import gzip
 import json
-import os
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,7 +12,7 @@ from typing import Any
 
 import pytest
 import yaml
-from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from ctpd.core.config import parse_yaml, to_plain
@@ -30,16 +29,11 @@ from ctpd.text.pairs import check_columns, parse_pairs, usable_rows
 from ctpd.text.recognise import recognise
 from harness.record import Record
 from harness.suites import SUITES, load_suite
+from tests.fixtures.fuzzing import fuzzed
 from tests.fixtures.hostile import HEADER, LINE, line, zstd
 from tests.fixtures.records import record, result
 
-EXAMPLES = int(os.environ.get("CTPD_FUZZ_EXAMPLES", "60"))
 LONGEST_MESSAGE = 3000  # characters of a paragraph
-
-fuzzed = settings(
-    max_examples=EXAMPLES,
-    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow, HealthCheck.data_too_large],
-)
 
 RECIPES = {name: path.read_bytes() for name, path in shipped_recipes().items() if name.startswith("testbed-")}
 SUITE = (SUITES / "testbed.yaml").read_bytes()

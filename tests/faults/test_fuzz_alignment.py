@@ -2,7 +2,6 @@
 
 The cuts are those of no tokenizer: between any two bytes, so that a character's bytes fall into several tokens, or the last
 bytes of one character and the first of the next into one; with tokens of no bytes; with characters that a normalizer removed.
-``CTPD_FUZZ_EXAMPLES`` is the number of examples, as in `tests/faults/test_fuzz.py`.
 """
 
 import itertools
@@ -13,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ctpd.text.align import AlignedSpans, align_spans, align_spans_batch, clean_ends, clean_offsets, row_starts
-from tests.faults.test_fuzz import fuzzed
+from tests.fixtures.fuzzing import fuzzed
 
 PIECES = st.sampled_from(
     [*" \n\t\r\u00a0\u3000\u200b\u0301aZ9.é½Üß", "İ", "日", "🙂", "👩\u200d👩\u200d👧", "नि", "  ", "\0", "hello"]
