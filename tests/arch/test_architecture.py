@@ -155,6 +155,17 @@ def imported(tree: ast.AST) -> Iterator[str]:
             yield node.module or ""
 
 
+def test_what_tests_share_is_in_fixtures() -> None:
+    """No module of tests imports another: its tests would be collected, and run, twice."""
+    importing = {
+        str(path.relative_to(ROOT)): name
+        for path in (ROOT / "tests").rglob("*.py")
+        for name in imported(ast.parse(path.read_text(encoding="utf-8")))
+        if re.fullmatch(r"tests\..*\btest_\w+", name)
+    }
+    assert not importing
+
+
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_module_loads_no_code_from_data(path: Path) -> None:
     """No pickle, no code of a model's author, no evaluation of text."""

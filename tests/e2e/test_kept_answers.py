@@ -9,7 +9,7 @@ from ctpd.app import Experiment
 from ctpd.pipeline.stages.evaluate import RESULT, SAMPLES
 from ctpd.pipeline.stages.record import RECORD
 from tests.conftest import Cli, SmokeRun
-from tests.e2e.test_report_shown import browse, needs_browser, with_script
+from tests.fixtures.browser import browse, needs_browser, with_script
 
 ONE = ("--only", "DPO", "--device", "cpu")
 

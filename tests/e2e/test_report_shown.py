@@ -4,7 +4,6 @@ import re
 import shlex
 import shutil
 import struct
-import subprocess
 from pathlib import Path
 
 import pytest
@@ -12,10 +11,7 @@ import pytest
 from ctpd.app import Experiment
 from ctpd.recipe import load_recipe
 from tests.conftest import Cli, Outcome, SmokeRun
-from tests.fixtures.waiting import HANGS
-
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed")
+from tests.fixtures.browser import browse, needs_browser, with_script
 
 
 @pytest.fixture(scope="module")
@@ -25,30 +21,6 @@ def compared(cli: Cli, smoke: SmokeRun, tmp_path_factory: pytest.TempPathFactory
     outcome = cli("compare", "testbed-smoke", "--store", smoke.store, "--to", folder)
     assert outcome.code == 0, outcome.err
     return folder / "testbed-smoke", outcome
-
-
-def browse(report: Path, profile: Path, *options: str) -> subprocess.CompletedProcess[str]:
-    assert CHROMIUM is not None
-    command = [
-        CHROMIUM,
-        "--headless",
-        "--no-sandbox",
-        "--disable-gpu",
-        "--hide-scrollbars",
-        "--disable-dev-shm-usage",
-        "--enable-logging=stderr",
-        f"--user-data-dir={profile}",
-        *options,
-        report.as_uri(),
-    ]
-    return subprocess.run(command, capture_output=True, text=True, timeout=HANGS, check=True)
-
-
-def with_script(page: str, script: str) -> str:
-    """The page with a script at its end, which its policy would not run."""
-    page, policies = re.subn(r"<meta http-equiv=\"Content-Security-Policy\"[^>]*>", "", page)
-    assert policies == 1
-    return page.replace("</body>", script + "</body>")
 
 
 def test_run_and_compare_name_the_report_last(smoke: SmokeRun, compared: tuple[Path, Outcome]) -> None:

@@ -15,30 +15,18 @@ import pytest
 import torch
 
 from ctpd.core.errors import UserError
-from ctpd.train.config import Schedule
 from ctpd.train.fit import Fit
 from ctpd.train.states import HASHES, UNFINISHED, ResumeStates
 from ctpd.train.stopping import StopRequest
 from tests.fixtures.data_parallel import flip_byte
-from tests.fixtures.data_parallel import train as train_in
 from tests.fixtures.launch_processes import ROOT, imports_from
-from tests.fixtures.tiny import tiny_model, tiny_rows
+from tests.fixtures.resumed import STEPS, train
+from tests.fixtures.tiny import tiny_rows
 from tests.fixtures.tried import Tried
-
-STEPS = 4
-SCHEDULE = Schedule(epochs=1, pairs_per_step=4, evaluations_per_epoch=2)
 
 
 class Killed(BaseException):
     """Nothing after this point is executed, as after SIGKILL."""
-
-
-def train(folder: Path, **changes: Any) -> tuple[Fit, dict[str, torch.Tensor]]:
-    """A training of four steps with a state after each but the last, unless ``changes`` say otherwise."""
-    model = tiny_model()
-    usual = {"rows": tiny_rows(17), "eval_rows": tiny_rows(3, seed=9), "schedule": SCHEDULE, "checkpoint_seconds": 0}
-    done = train_in(model, folder, **{**usual, **changes})
-    return done, {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
 
 
 @pytest.fixture(scope="module")
@@ -142,7 +130,7 @@ def hook(event, args):
     if event == "os.rename" and "checkpoint-2" in str(args[0]):
         os.kill(os.getpid(), signal.SIGKILL)
 sys.addaudithook(hook)
-from tests.faults.test_resume_states import train
+from tests.fixtures.resumed import train
 train(Path(sys.argv[1]))
 """
 

@@ -21,8 +21,7 @@ from harness.formats import (
 from harness.record import Record
 from harness.sheet import TableSpec
 from harness.statistics import LEAST_P, Paired, crossed_p_values
-from tests.fixtures.records import record, remeasured, result
-from tests.unit.test_tables import build, study
+from tests.fixtures.records import build, record, remeasured, result, study
 
 BELOW = TableSpec("t", "T", (("DPO", "bad"), ("KD", "worse"), ("CTPD", "good")))
 

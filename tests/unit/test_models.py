@@ -33,11 +33,8 @@ from ctpd.models import (
     score,
 )
 from ctpd.probes import check_causal, configure_scorer, same_logits, scores_without_logits
-from tests.fixtures.tiny import CONFIGS, VOCABULARY, tiny_model
+from tests.fixtures.tiny import CONFIGS, IDS, PREDICTORS, REQUEST, VOCABULARY, tiny_model
 
-IDS = torch.randint(1, VOCABULARY, (3, 10), generator=torch.Generator().manual_seed(1))
-PREDICTORS = torch.tensor([1, 2, 7, 12, 13, 20, 28])
-REQUEST = Score(PREDICTORS, IDS.flatten()[PREDICTORS + 1])
 WEIGHTS = torch.linspace(-1, 2, len(PREDICTORS))
 
 

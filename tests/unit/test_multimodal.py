@@ -12,9 +12,8 @@ from transformers import AutoModelForMultimodalLM
 
 from ctpd.models import add_lora, load_model, save_model, score
 from ctpd.probes import configure_scorer
-from tests.fixtures.tiny import tiny_multimodal
+from tests.fixtures.tiny import IDS, REQUEST, tiny_multimodal
 from tests.fixtures.tokenizers import tokenizer
-from tests.unit.test_models import IDS, REQUEST
 
 WEIGHTS = "model.safetensors"
 

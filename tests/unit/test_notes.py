@@ -15,12 +15,18 @@ from ctpd.pipeline.notes import plan_notes, refuse_trainings
 from ctpd.pipeline.sources import count_rows
 from ctpd.pipeline.stage import Stage
 from ctpd.pipeline.summaries import Units, weight_summary
+from ctpd.text.prepare import PreparedPairs
 from ctpd.train.config import Schedule, Steps, pairs_of_process
 from harness.cautions import cautions, cut_text, pairs_text
 from harness.provenance import provenance_of
 from harness.record import DataSummary
+from tests.fixtures.prepared import two_prepared_pairs
 from tests.fixtures.records import demo, record
-from tests.unit.test_rows import prepared as prepared
+
+
+@pytest.fixture
+def prepared() -> PreparedPairs:
+    return two_prepared_pairs()
 
 
 def test_a_training_whose_learning_rate_is_always_0_is_refused() -> None:

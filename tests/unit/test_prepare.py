@@ -1,7 +1,6 @@
 """The data step (docs/method.md#data-step): rows, spans, lengths and losses, checked against the tokenizers and plain loops."""
 
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,62 +15,11 @@ from ctpd.core.errors import UserError
 from ctpd.text.align import align_spans
 from ctpd.text.config import PairsConfig
 from ctpd.text.pairs import Dropped, Message, Pair, ReadPairs, parse_pairs
-from ctpd.text.prepare import Preparation, PreparedPairs, TokenRows, prepare_pairs
+from ctpd.text.prepare import Preparation, PreparedPairs, prepare_pairs
 from ctpd.text.prepared_files import read_prepared, write_prepared
 from ctpd.text.render import ChatTemplate, PlainTemplate, TemplatedTokenizer
+from tests.fixtures.prepared import LONG, PLAIN, check_rows, pair, prepare, row, side
 from tests.fixtures.tokenizers import CHATML, KINDS, tokenizer, with_bos, with_template
-
-PLAIN = PlainTemplate(user="Question: {content}\n", assistant="Answer:\n{content}\n")
-LONG = {"max_tokens": 400, "max_prompt_tokens": 100, "long_prompt": "drop"}
-
-
-def side(kind: str, name: str = "student") -> TemplatedTokenizer:
-    return TemplatedTokenizer(tokenizer(kind), PLAIN, name)
-
-
-def pair(
-    chosen: str = "yes, it is", rejected: str = "no", prompt: str = "what is it?", id: str = "0", **marks: tuple
-) -> Pair:
-    return Pair(id, (Message("user", prompt),), chosen, rejected, **marks)
-
-
-def prepare(
-    pairs: Sequence[Pair] | ReadPairs,
-    teacher: str | TemplatedTokenizer = "byte_bpe",
-    student: str = "unigram",
-    **settings: object,
-) -> PreparedPairs:
-    sides = {
-        "teacher": teacher if isinstance(teacher, TemplatedTokenizer) else side(teacher, "teacher"),
-        "student": side(student),
-    }
-    return prepare_pairs({"train": pairs}, PairsConfig(**{**LONG, **settings}), **sides)  # type: ignore[arg-type]
-
-
-def row(rows: TokenRows, r: int) -> tuple[list[int], list[int]]:
-    part = slice(rows.row_starts[r], rows.row_starts[r + 1])
-    return rows.input_ids[part].tolist(), rows.unit[part].tolist()
-
-
-def check_rows(prepared: PreparedPairs, sides: Sequence[TemplatedTokenizer], *, max_tokens: int) -> None:
-    """The properties of every prepared row."""
-    responses = [text for both in zip(prepared.chosen, prepared.rejected, strict=True) for text in both]
-    assert prepared.boundary_starts[-1] == len(prepared.boundaries)
-    for r, response in enumerate(responses):
-        boundaries = prepared.boundaries[prepared.boundary_starts[r] : prepared.boundary_starts[r + 1]]
-        assert boundaries[-1] == len(response)
-        assert prepared.num_spans[r] == len(boundaries) + prepared.has_end[r]
-        for rows, of in ((prepared.teacher, sides[0]), (prepared.student, sides[1])):
-            ids, units = row(rows, r)
-            assert len(ids) == len(units) <= max_tokens
-            scored = [unit for unit in units if unit >= 0]
-            assert scored == sorted(scored)
-            assert set(scored) == set(range(prepared.num_spans[r])), "every span has tokens"
-            if prepared.has_end[r]:
-                assert ids[-1] == of.tokenizer.eos_token_id
-                assert scored.count(prepared.num_spans[r] - 1) == 1
-            else:
-                assert units[-1] == prepared.num_spans[r] - 1, "a cut row ends with its last span"
 
 
 def test_a_pair_becomes_two_rows_of_prompt_spans_and_end() -> None:

@@ -5,8 +5,8 @@ import pytest
 from ctpd.text.lengths import fit_prompts, word_starts
 from ctpd.text.pairs import Message, Pair
 from ctpd.text.render import PlainTemplate, TemplatedTokenizer
+from tests.fixtures.prepared import check_rows, pair, prepare, row, side
 from tests.fixtures.tokenizers import tokenizer
-from tests.unit.test_prepare import check_rows, pair, prepare, row, side
 
 LINES = " ".join(f"the {i} quick 日本 fox, won't it?" for i in range(12)) + " what is it?"
 

@@ -2,7 +2,6 @@
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -12,20 +11,7 @@ from harness.comparison import write_records
 from harness.files import file_stem
 from harness.record import LogEntry, Record, log_entries, training_summary
 from harness.shared import local_settings, shared_settings
-from tests.fixtures.records import DEMO, changed, demo, record, remeasured, result
-
-FIT: dict[str, Any] = {
-    "history": [{"loss": 2.5, "epoch": 0.5, "step": 1}, {"loss": float("nan"), "grad_norm": float("inf"), "step": 2}],
-    "steps": 2,
-    "seconds": 1.0,
-    "peak_memory_mib": None,
-    "weights_mib": 1.5,
-    "trainable_parameters": 3,
-    "parameters": 3,
-    "objective_parameters": 0,
-    "micro_batch": 4,
-    "shares_prompts": False,
-}
+from tests.fixtures.records import DEMO, FIT, changed, demo, record, remeasured, result
 
 
 def refuse(constant: str) -> float:

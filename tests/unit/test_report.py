@@ -2,7 +2,6 @@
 
 import re
 from collections.abc import Sequence
-from html.parser import HTMLParser
 from itertools import pairwise
 
 import pytest
@@ -18,6 +17,7 @@ from harness.report import report
 from harness.sheet import TableSpec
 from harness.tables import build_tables
 from harness.weights_summary import WeightedPair, WeightedSpan
+from tests.fixtures.pages import Page
 from tests.fixtures.records import changed, demo
 
 NAMES = ("Teacher", "Student", "DPO", "TIS-DPO", "CTPD")
@@ -30,37 +30,6 @@ SPEC = TableSpec(
     published="table1_qwen14b_llama8b",
 )
 PAPER = "https://arxiv.org/abs/2601.11865"
-VOID = {"meta", "br", "link", "img", "input"}
-
-
-class Page(HTMLParser):
-    """Reads a page and refuses elements that do not nest."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.open: list[str] = []
-        self.seen: list[tuple[str, dict[str, str | None]]] = []
-        self.text: dict[str, list[str]] = {}
-        self.feed(text)
-        assert not self.open
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.seen.append((tag, dict(attrs)))
-        if tag not in VOID:
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.seen.append((tag, dict(attrs)))
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open.pop() == tag
-
-    def handle_data(self, data: str) -> None:
-        if data.strip() and self.open:
-            self.text.setdefault(self.open[-1], []).append(data.strip())
-
-    def count(self, tag: str) -> int:
-        return sum(seen == tag for seen, _ in self.seen)
 
 
 def made(records: list[Record], spec: TableSpec = SPEC) -> str:

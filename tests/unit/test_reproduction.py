@@ -12,8 +12,7 @@ from ctpd.recipe import RunSpec, expand, load_recipe, shipped_recipes
 from ctpd.recipe.model import Recipe
 from harness.record import Record, training_summary
 from harness.reproduction import agreements, made_otherwise, own_recipe, recipe_text
-from tests.fixtures.records import PROVENANCE, changed, record, remeasured, result
-from tests.unit.test_record import FIT
+from tests.fixtures.records import FIT, PROVENANCE, changed, record, remeasured, result
 
 
 def reloaded(recipe: dict, tmp_path: Path) -> Recipe:

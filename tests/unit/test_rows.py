@@ -5,41 +5,14 @@ import pytest
 
 from ctpd.core.errors import UserError
 from ctpd.objectives.base import BOTH_SIDES, Layout
-from ctpd.pipeline.rows import Constants, end_units, scored_rows, starts_of, text_rows, unit_signal, units_of
-from ctpd.text.blocks import TokenRows
+from ctpd.pipeline.rows import Constants, end_units, scored_rows, text_rows, unit_signal, units_of
 from ctpd.text.prepare import PreparedPairs
-
-# Two pairs. Units per row, end span included: 3, 2, 2, 2; row 2 was cut, so its last unit is no end.
-STUDENT_UNITS = [[-1, 0, 0, 1, 2], [-1, -1, 0, 1], [-1, 0, 1], [-1, 0, 1, 1]]
-TEACHER_UNITS = [[-1, 0, 1, 1, 1, 2], [-1, 0, 1], [-1, 0, 0, 0, 1], [-1, 0, 1]]
-NUM_SPANS = [3, 2, 2, 2]
-
-
-def token_rows(units: list[list[int]]) -> TokenRows:
-    unit = np.concatenate([np.array(row, dtype=np.int32) for row in units])
-    ids = np.arange(100, 100 + len(unit), dtype=np.int32)
-    return TokenRows(input_ids=ids, row_starts=starts_of(np.array([len(row) for row in units])), unit=unit)
+from tests.fixtures.prepared import two_prepared_pairs
 
 
 @pytest.fixture
 def prepared() -> PreparedPairs:
-    has_end = np.array([True, True, False, True])
-    return PreparedPairs(
-        teacher=token_rows(TEACHER_UNITS),
-        student=token_rows(STUDENT_UNITS),
-        num_spans=np.array(NUM_SPANS, dtype=np.int32),
-        has_end=has_end,
-        boundaries=np.array([2, 5, 3, 4, 6, 2], dtype=np.int32),
-        boundary_starts=starts_of(np.array(NUM_SPANS) - has_end),
-        marks=None,
-        pair_ids=("0", "1"),
-        split=("train", "eval"),
-        prompts=("p", "q"),
-        chosen=("abcde", "abcdef"),
-        rejected=("abc", "ab"),
-        dropped={},
-        report={},
-    )
+    return two_prepared_pairs()
 
 
 def rows_of(prepared: PreparedPairs, *, layout: Layout | None = None, split: str = "train", **changes: object):  # type: ignore[no-untyped-def]

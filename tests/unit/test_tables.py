@@ -8,7 +8,6 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -28,37 +27,11 @@ from harness.formats import (
     write_table,
 )
 from harness.published import PUBLISHED, load_published
-from harness.record import Record
-from harness.sheet import Table, TableSpec
+from harness.sheet import TableSpec
 from harness.suites import suite_names
 from harness.tables import build_tables
-from tests.fixtures.records import changed, record, remeasured, result
+from tests.fixtures.records import MAIN, build, changed, record, remeasured, result, study
 from tests.fixtures.waiting import HANGS
-
-
-def study() -> list[Record]:
-    """A teacher without seeds, and two methods with two seeds, on four documents of GSM8K and two of Wino."""
-    return [
-        record("teacher", None, result("GSM8K", [1, 1, 1, 1]), result("Wino", [1, 1])),
-        record("dpo", 0, result("GSM8K", [1, 0, 0, 0]), result("Wino", [1, 0])),
-        record("dpo", 1, result("GSM8K", [1, 1, 0, 0]), result("Wino", [0, 1])),
-        record("ctpd", 0, result("GSM8K", [1, 1, 1, 0]), result("Wino", [0, 1])),
-        record("ctpd", 1, result("GSM8K", [1, 1, 0, 0]), result("Wino", [1, 0])),
-    ]
-
-
-SPEC = TableSpec(
-    name="main",
-    caption="Main results",
-    rows=(("Teacher", "teacher"), ("DPO", "dpo"), ("CTPD", "ctpd")),
-    base="dpo",
-    unranked=("teacher",),
-)
-
-
-def build(records: list[Record], spec: TableSpec = SPEC, **options: Any) -> Table:
-    (table,) = build_tables(records, [spec], **options)
-    return table
 
 
 def test_cells_are_means_over_seeds_with_their_standard_deviation() -> None:
@@ -127,7 +100,7 @@ def test_a_missing_seed_is_shown_missing_with_the_command_that_brings_it() -> No
 
 
 def test_a_run_without_records_is_a_row_of_missing() -> None:
-    spec = TableSpec(name="main", caption="Main", rows=(*SPEC.rows, ("KD", "kd")), base="dpo")
+    spec = TableSpec(name="main", caption="Main", rows=(*MAIN.rows, ("KD", "kd")), base="dpo")
     text = to_text(build(study(), spec))
     assert re.search(r"^KD +missing +missing +missing", text, re.MULTILINE)
     assert "Missing: KD (all)." in text
@@ -229,9 +202,9 @@ def test_a_record_given_twice_and_an_unknown_base_are_refused() -> None:
     with pytest.raises(UserError, match="two records of run 'dpo', seed 0"):
         build([*study(), study()[1]])
     with pytest.raises(UserError, match=r"the run 'dqo' is no row. Did you mean 'dpo'\?"):
-        build(study(), TableSpec(name="main", caption="Main", rows=SPEC.rows, base="dqo"))
+        build(study(), TableSpec(name="main", caption="Main", rows=MAIN.rows, base="dqo"))
     with pytest.raises(UserError, match="no records"):
-        build_tables([], [SPEC])
+        build_tables([], [MAIN])
 
 
 def test_markdown_has_one_line_per_row_bold_best_and_underlined_second() -> None:
@@ -254,7 +227,7 @@ def test_markup_in_labels_is_escaped() -> None:
 
 def test_csv_reads_back_as_numbers_in_percent_without_published_ones() -> None:
     table = build(
-        study(), TableSpec(name="m", caption="M", rows=SPEC.rows, base="dpo", published="table1_qwen14b_llama8b")
+        study(), TableSpec(name="m", caption="M", rows=MAIN.rows, base="dpo", published="table1_qwen14b_llama8b")
     )
     read = pd.read_csv(io.StringIO(to_csv(table)))
     assert read["row"].tolist() == ["Teacher", "DPO", "CTPD"]
@@ -265,7 +238,7 @@ def test_csv_reads_back_as_numbers_in_percent_without_published_ones() -> None:
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in PUBLISHED.glob("*.csv")))
 def test_every_published_table_is_labelled_and_shown_below_ours(name: str) -> None:
-    table = build(study(), TableSpec(name="m", caption="M", rows=SPEC.rows, published=name))
+    table = build(study(), TableSpec(name="m", caption="M", rows=MAIN.rows, published=name))
     for suffix in ("md", "txt", "tex", "html"):
         ours, label, theirs = FORMATS[suffix](table).partition("Published (arXiv 2601.11865")
         assert label
@@ -306,7 +279,7 @@ def test_latex_compiles_alone_and_inside_a_paper(tmp_path: Path) -> None:
 
 
 def test_latex_environments_and_braces_balance_and_rows_have_equal_columns() -> None:
-    spec = TableSpec(name="a b", caption="C", rows=SPEC.rows, base="dpo", published="qwen7b_llama1b")
+    spec = TableSpec(name="a b", caption="C", rows=MAIN.rows, base="dpo", published="qwen7b_llama1b")
     text = to_latex(build(study(), spec))
     for environment in ("table", "tabular", "minipage"):
         assert text.count(rf"\begin{{{environment}}}") == text.count(rf"\end{{{environment}}}")
@@ -324,7 +297,7 @@ def test_write_table_writes_the_formats_asked_for(tmp_path: Path) -> None:
 
 def test_tables_whose_names_differ_in_signs_or_case_keep_files_of_their_own(tmp_path: Path) -> None:
     names = ("mu: 1", "mu: -1", "Main", "main", "../main", "β", "γ", "")
-    tables = build_tables(study(), [replace(SPEC, name=name) for name in names])
+    tables = build_tables(study(), [replace(MAIN, name=name) for name in names])
     paths = [path for table in tables for path in write_table(table, tmp_path, formats=("md",))]
     assert len({path.name.lower() for path in paths}) == len(names) == len(list(tmp_path.iterdir()))
 

@@ -10,8 +10,8 @@ from harness.report import report
 from harness.sheet import TableSpec
 from harness.tables import build_tables
 from harness.viewer import viewer
+from tests.fixtures.pages import Page
 from tests.fixtures.records import record, result
-from tests.unit.test_report import Page
 
 HOSTILE = "<script>alert(1)</script><img src=x onerror=alert(1)>&lt;\" ' </details>{{ 7*7 }}"
 

@@ -16,7 +16,7 @@ from harness.endings import watched_vllm
 from harness.evaluate import Documents, evaluate_column
 from harness.health import repeated
 from harness.suites import Column
-from tests.unit.evaluation.test_evaluate_scores import stock
+from tests.fixtures.lm_eval_model import stock
 
 
 def counted(model: Any, tokenizer: Any, column: Column, data_root: Path) -> list[str]:

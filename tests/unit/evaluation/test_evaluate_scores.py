@@ -7,24 +7,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from lm_eval.evaluator import simple_evaluate
 from lm_eval.models.huggingface import HFLM
-from lm_eval.tasks import TaskManager
 from transformers import LlamaForCausalLM
 
 from harness.backends import SharedContextLM
 from harness.evaluate import Documents, evaluate_column
 from harness.suites import Column
-
-
-def stock(model: LlamaForCausalLM, tokenizer: Any, column: Column, data_root: Path, **options: Any) -> Any:
-    """The same column by lm-eval's own model and entry point."""
-    import contextlib
-
-    manager = TaskManager(include_defaults=False, include_path=[str(column.folder)])
-    with contextlib.chdir(data_root):
-        lm = HFLM(pretrained=model, tokenizer=copy.deepcopy(tokenizer), batch_size=5)
-        return simple_evaluate(lm, tasks=[column.task], num_fewshot=column.shots, task_manager=manager, **options)
+from tests.fixtures.lm_eval_model import stock
 
 
 def test_multiple_choice_scores_are_those_of_lm_evals_own_model(

@@ -14,7 +14,7 @@ from harness.evaluate import Documents, evaluate_column
 from harness.record import DocumentScore
 from harness.samples import answers_of, cut, write_samples
 from harness.suites import Column
-from tests.unit.evaluation.test_evaluate_scores import stock
+from tests.fixtures.lm_eval_model import stock
 
 
 def test_answers_are_the_likeliest_option_with_the_score_of_the_document(
