@@ -1,8 +1,8 @@
 """The two passes over a tile of logits as Triton kernels: what `ctpd.ops.logps` does on a GPU, and in torch elsewhere.
 
 In torch each pass is half a dozen operations, and each of them reads and writes a float32 copy of the tile. Here a tile
-stays what the matrix product has made, 16-bit with 16-bit inputs, and is read and overwritten once. All arithmetic is
-float32; what is written is rounded to the dtype of the tile.
+stays what the matrix product has made, 16-bit with 16-bit inputs; a kernel reads it from memory once, and overwrites it
+where the pass makes something of it. All arithmetic is float32; what is written is rounded to the dtype of the tile.
 
 Shape legend: R rows and C columns of one tile, V vocabulary, S statistics of a row (`STATISTICS`).
 """
@@ -41,7 +41,10 @@ class TileOf(NamedTuple):
 
 def new_statistics(num_rows: int, device: torch.device) -> Float[Tensor, "S R"]:
     """The statistics of rows of which no tile has been seen."""
-    return torch.tensor([0.0, 1.0, -torch.inf, 0.0, 1.0], device=device).unsqueeze(1).repeat(1, num_rows)
+    statistics_SR = torch.zeros(len(STATISTICS), num_rows, device=device)
+    statistics_SR[STATISTICS.index("slope")] = 1.0
+    statistics_SR[STATISTICS.index("largest")] = -torch.inf
+    return statistics_SR
 
 
 def accumulate(
@@ -61,21 +64,22 @@ def accumulate(
         tile_of: the tile's columns, and what is done to the product.
         keep: overwrite the tile with slope * exp(logit - largest), zero at the target.
     """
-    _accumulate[(len(tile_RC),)](
-        tile_RC,
-        targets_R,
-        tile_RC if tile_of.bias_V is None else tile_of.bias_V,
-        statistics_SR,
-        tile_of.first,
-        *tile_RC.shape,
-        tile_of.scale,
-        1.0 if tile_of.softcap is None else tile_of.softcap,
-        HAS_BIAS=tile_of.bias_V is not None,
-        HAS_SOFTCAP=tile_of.softcap is not None,
-        KEEP=keep,
-        BLOCK=min(_BLOCK, triton.next_power_of_2(tile_RC.shape[1])),
-        num_warps=_WARPS,
-    )
+    with torch.cuda.device_of(tile_RC):  # Triton launches on the current device
+        _accumulate[(len(tile_RC),)](
+            tile_RC,
+            targets_R,
+            tile_RC if tile_of.bias_V is None else tile_of.bias_V,
+            statistics_SR,
+            tile_of.first,
+            *tile_RC.shape,
+            tile_of.scale,
+            1.0 if tile_of.softcap is None else tile_of.softcap,
+            HAS_BIAS=tile_of.bias_V is not None,
+            HAS_SOFTCAP=tile_of.softcap is not None,
+            KEEP=keep,
+            BLOCK=min(_BLOCK, triton.next_power_of_2(tile_RC.shape[1])),
+            num_warps=_WARPS,
+        )
 
 
 def differentiate(
@@ -95,32 +99,35 @@ def differentiate(
         tile_of: the tile's columns, and what is done to the product.
     """
     block = min(_BLOCK, triton.next_power_of_2(tile_RC.shape[1]))
-    _differentiate[(len(tile_RC), triton.cdiv(tile_RC.shape[1], block))](
-        tile_RC,
-        targets_R,
-        tile_RC if tile_of.bias_V is None else tile_of.bias_V,
-        log_sums_R,
-        incoming_R,
-        tile_of.first,
-        tile_RC.shape[1],
-        tile_of.scale,
-        1.0 if tile_of.softcap is None else tile_of.softcap,
-        HAS_BIAS=tile_of.bias_V is not None,
-        HAS_SOFTCAP=tile_of.softcap is not None,
-        BLOCK=block,
-        num_warps=_WARPS,
-    )
+    with torch.cuda.device_of(tile_RC):  # Triton launches on the current device
+        _differentiate[(len(tile_RC), triton.cdiv(tile_RC.shape[1], block))](
+            tile_RC,
+            targets_R,
+            tile_RC if tile_of.bias_V is None else tile_of.bias_V,
+            log_sums_R,
+            incoming_R,
+            tile_of.first,
+            tile_RC.shape[1],
+            tile_of.scale,
+            1.0 if tile_of.softcap is None else tile_of.softcap,
+            HAS_BIAS=tile_of.bias_V is not None,
+            HAS_SOFTCAP=tile_of.softcap is not None,
+            BLOCK=block,
+            num_warps=_WARPS,
+        )
 
 
 def try_on(device: torch.device) -> None:
-    """Compile a kernel and run it.
+    """Compile the kernels and run them.
 
     Raises:
         Exception: whatever Triton raises where it cannot.
     """
     one_R = torch.zeros(1, device=device)
     tile_RC = torch.zeros(1, 16, device=device, dtype=torch.bfloat16)
-    differentiate(tile_RC, one_R.long(), one_R, one_R, TileOf(0, None, 1.0, None))
+    tile_of = TileOf(0, None, 1.0, None)
+    accumulate(tile_RC, one_R.long(), new_statistics(1, device), tile_of, keep=True)
+    differentiate(tile_RC, one_R.long(), one_R, one_R, tile_of)
     tile_RC.sum().item()  # waits for it
 
 
@@ -225,6 +232,6 @@ def _differentiate(
     product = tl.load(at, mask=is_column, other=0.0)
     logits, slopes = _logits(product, bias + first + columns, is_column, scale, softcap, HAS_BIAS, HAS_SOFTCAP)
     is_target = (columns + first == tl.load(targets + row)).to(tl.float32)
-    # Complete before the products: see the backward pass in `ctpd.ops.logps`.
+    # Complete before the products: see `ctpd.ops.tiles.to_gradient`.
     towards_logits = tl.load(incoming + row) * (is_target - tl.exp(logits - tl.load(log_sums + row)))
     tl.store(at, (towards_logits * slopes * scale).to(tile.dtype.element_ty), mask=is_column)

@@ -1,9 +1,9 @@
 """Log-probabilities of given tokens without the logits of a whole batch.
 
 The output embedding is applied tile by tile: some rows against some of the vocabulary. A tile is changed in place, and
-the next one overwrites it; the extra memory is one tile, whatever the number of rows and the vocabulary, and with 16-bit
-inputs its float32 copy. On a GPU there is no such copy: a Triton kernel reads and overwrites the product itself
-(`ctpd.kernels`). A row's sum of exponentials is accumulated over its tiles, scaled to the largest logit so far. What is
+the next one overwrites it; the extra memory is one tile, whatever the number of rows and the vocabulary, with 16-bit
+inputs its float32 copy, and the float32 gradient of its hidden states. On a GPU no tile is copied: Triton kernels read
+and overwrite the product itself (`ctpd.kernels`). A row's sum of exponentials is accumulated over its tiles, scaled to the largest logit so far. What is
 saved for the backward pass depends on what has a gradient:
 
 - the embedding is trained: one number per row; the backward pass computes each tile again;
@@ -53,6 +53,8 @@ def token_logps(
     """
     head = Head.of(hidden_NH, weight_VH, transform, tile_bytes)
     needs_grad = [t is not None and t.requires_grad for t in (hidden_NH, weight_VH, bias_V)]
+    if needs_grad[2]:
+        head = head._replace(is_fused=False)  # the bias' gradient is a sum of what a kernel would have rounded
     logps_N: Tensor
     if not (torch.is_grad_enabled() and any(needs_grad)):
         logps_N = _forward(hidden_NH, weight_VH, bias_V, targets_N, head=head).logps
@@ -121,7 +123,7 @@ def _forward(
                 result.log_sums[rows] = sums.log_sum_R1.squeeze(1)
                 result.logps[rows] = sums.target_R1.squeeze(1) - result.log_sums[rows]
                 if result.gradients_NH is not None:
-                    result.gradients_NH[rows] = sums.gradient(weights.weight_VH[targets_N[rows]]).to(head.product)
+                    sums.write_gradient(weights.weight_VH, targets_N[rows], out_RH=result.gradients_NH[rows])
     return result
 
 

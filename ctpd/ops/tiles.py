@@ -31,6 +31,7 @@ class _Layout(NamedTuple):
 # On a CPU a tile stays in the cache between the operations on it. On a GPU few large operations are better than many
 # small ones; all rows together, so that the weight's gradient is complete with a tile, and products of aligned rows.
 _CPU, _GPU = _Layout(4 * 2**20, 1024, 1), _Layout(256 * 2**20, 16384, 128)
+_ROWS = 2048  # of which the gradient is formed at a time: that needs copies of them
 
 
 @functools.cache
@@ -44,8 +45,8 @@ def _has_kernels(device: torch.device) -> bool:
         try_on(device)
     except Exception as error:  # no C compiler, no folder for what is compiled, a GPU that Triton does not know
         warnings.warn(
-            f"Triton does not compile kernels for {device} ({error}): the output head uses torch's operations, which take "
-            "about twice as long. Triton needs a C compiler (`CC`), and writes to `~/.triton` or `TRITON_CACHE_DIR`",
+            f"Triton does not compile kernels for {device} ({error}): the output head uses torch's operations, which are "
+            "slower there. Triton needs a C compiler (`CC`), and writes to `~/.triton` or `TRITON_CACHE_DIR`",
             stacklevel=2,
         )
         return False
@@ -245,11 +246,13 @@ class Sums:
     def _all_R1(self) -> Tensor:
         return self.others_R1 + (self.target_R1 - self.largest_R1).exp()
 
-    def gradient(self, weight_RH: Tensor) -> Tensor:
-        """d logp / d hidden [R, H] from the targets' embeddings: no difference of two nearly equal sums."""
+    def write_gradient(self, weight_VH: Tensor, targets_R: Tensor, *, out_RH: Tensor) -> None:
+        """Write d logp / d hidden, from the targets' embeddings: no difference of two nearly equal sums."""
         assert self.towards_RH is not None
-        own_RH = (self.others_R1 * self.slope_R1) * weight_RH
-        return (own_RH - self.towards_RH).mul_(self.head.scale / self._all_R1)
+        factor_R1, all_R1 = self.others_R1 * self.slope_R1, self._all_R1
+        for part in _slices(len(out_RH), _ROWS):
+            own_RH = factor_R1[part] * weight_VH[targets_R[part]]
+            out_RH[part] = own_RH.sub_(self.towards_RH[part]).mul_(self.head.scale / all_R1[part])
 
 
 class _FusedSums(Sums):
@@ -330,7 +333,7 @@ def multiply(left_AK: Tensor, right_KB: Tensor, *, out: Tensor, add: bool) -> No
     """``out = left @ right``, or ``out += left @ right``, where ``out`` may be of higher precision."""
     if left_AK.dtype == out.dtype:
         torch.addmm(out, left_AK, right_KB, beta=int(add), out=out)
-    elif left_AK.device.type == "cuda":
+    elif left_AK.device.type == "cuda" and torch.version.hip is None:
         torch.addmm(out, left_AK, right_KB, beta=int(add), out_dtype=out.dtype, out=out)  # not rounded in between
     elif add:
         out += left_AK @ right_KB

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 GIB = 2**30
 FLOAT32, BFLOAT16 = 4, 2
-TILE = 2**28  # the scorer's tile on a GPU (`ctpd.ops.logps`)
+TILE = 2**28  # the scorer's tile on a GPU (`ctpd.ops.tiles`)
 RESERVED = 1.5 * GIB  # CUDA's context and the libraries' workspaces; a guess
 
 
@@ -99,7 +99,8 @@ def training_bytes(shape: Shape, training: Training) -> dict[str, float]:
         "gathered": gathered,
         "copies": copies,
         "activations": training.tokens * (saved + inputs),
-        "head": shape.head * (BFLOAT16 + (FLOAT32 if training.lora is None else 0)),
+        "head": shape.head * (BFLOAT16 + (FLOAT32 if training.lora is None else 0))
+        + training.tokens * shape.hidden * (FLOAT32 + BFLOAT16),
     }
 
 

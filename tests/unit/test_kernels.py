@@ -6,6 +6,8 @@ On a GPU they are compiled. Without one they run in Triton's interpreter, if Tri
 """
 
 import os
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -24,58 +26,55 @@ pytestmark = [
 ]
 
 N, H, V = 37, 16, 5003
-TILES = {"one tile": 2**30, "tiles of columns": N * 2100 * 4, "tiles of rows and columns": 5 * 2100 * 4}
+TILES = {"one tile": (N, V), "tiles of columns": (N, 2100), "tiles of rows and columns": (5, 2100)}
 ROUNDING = 1.1 if ON_GPU else 1.5  # the interpreter rounds to 16 bits towards zero
 VARIANTS = {"plain": {}, "softcap and scale": {"transform": LogitTransform(softcap=3.0, scale=1.7)}}
 
 
-def values_and_grads(
-    monkeypatch: pytest.MonkeyPatch, *, fused: bool, dtype: torch.dtype, trained: bool, **options: object
-) -> list[Tensor]:
-    """Log-probabilities and the gradients of hidden states, weight and bias."""
-    monkeypatch.setattr(tiles, "_has_kernels", lambda device: fused)
-    generator = torch.Generator().manual_seed(0)
-    hidden, weight, bias, incoming = (
-        torch.randn(shape, generator=generator).to(DEVICE, dtype) for shape in [(N, H), (V, H), (V,), (N,)]
-    )
-    targets = torch.randint(V, (N,), generator=generator).to(DEVICE)
-    hidden.requires_grad_()
-    leaves = [hidden, *(x.requires_grad_() for x in (weight, bias) if trained)]
-    found = token_logps(hidden, weight, targets, bias_V=bias, **options)  # type: ignore[arg-type]
-    return [found.detach(), *torch.autograd.grad(found, leaves, incoming.to(found.dtype))]
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[Tensor]]:
+    """Log-probabilities and the gradients of hidden states and weight, with the kernels or without."""
+
+    def values_and_grads(
+        dtype: torch.dtype, *, fused: bool, trained: bool, tile: tuple[int, int], **options: Any
+    ) -> list[Tensor]:
+        monkeypatch.setattr(tiles, "_has_kernels", lambda device: fused)
+        for name in ("_CPU", "_GPU"):
+            monkeypatch.setattr(tiles, name, getattr(tiles, name)._replace(rows=tile[0]))
+        generator = torch.Generator().manual_seed(0)
+        hidden, weight, bias, incoming = (
+            torch.randn(shape, generator=generator).to(DEVICE, dtype) for shape in [(N, H), (V, H), (V,), (N,)]
+        )
+        targets = torch.randint(V, (N,), generator=generator).to(DEVICE)
+        leaves = [hidden.requires_grad_(), *([weight.requires_grad_()] if trained else [])]
+        size = tile[0] * tile[1] * (dtype.itemsize if fused else 4)
+        found = token_logps(hidden, weight, targets, bias_V=bias, tile_bytes=size, **options)
+        return [found.detach(), *torch.autograd.grad(found, leaves, incoming.to(found.dtype))]
+
+    return values_and_grads
 
 
-@pytest.mark.parametrize("tile_bytes", TILES.values(), ids=TILES.keys())
+@pytest.mark.parametrize("tile", TILES.values(), ids=TILES.keys())
 @pytest.mark.parametrize("trained", [True, False], ids=["trained", "frozen"])
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_kernels_equal_torch_in_float32(
-    variant: str, trained: bool, tile_bytes: int, monkeypatch: pytest.MonkeyPatch
+    variant: str, trained: bool, tile: tuple[int, int], run: Callable[..., list[Tensor]]
 ) -> None:
-    ours, torchs = (
-        values_and_grads(
-            monkeypatch,
-            fused=fused,
-            dtype=torch.float32,
-            trained=trained,
-            tile_bytes=tile_bytes,
-            **VARIANTS[variant],
-        )
-        for fused in (True, False)
-    )
+    options = {"trained": trained, "tile": tile, **VARIANTS[variant]}
+    ours, torchs = (run(torch.float32, fused=fused, **options) for fused in (True, False))
     torch.testing.assert_close(ours, torchs, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("tile", TILES.values(), ids=TILES.keys())
 @pytest.mark.parametrize("trained", [True, False], ids=["trained", "frozen"])
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_kernels_are_as_exact_as_torch_in_bfloat16(
-    variant: str, trained: bool, monkeypatch: pytest.MonkeyPatch
+    variant: str, trained: bool, tile: tuple[int, int], run: Callable[..., list[Tensor]]
 ) -> None:
     """The same rounded logits; gradients as far from those in float32 as torch's."""
-    options = {"trained": trained, "tile_bytes": TILES["tiles of columns"], **VARIANTS[variant]}
-    ours, torchs = (
-        values_and_grads(monkeypatch, fused=fused, dtype=torch.bfloat16, **options) for fused in (True, False)
-    )
-    exact = values_and_grads(monkeypatch, fused=False, dtype=torch.float32, **options)
+    options = {"trained": trained, "tile": tile, **VARIANTS[variant]}
+    ours, torchs = (run(torch.bfloat16, fused=fused, **options) for fused in (True, False))
+    exact = run(torch.float32, fused=False, **options)
     torch.testing.assert_close(ours[0], torchs[0], rtol=1e-4, atol=1e-4)
     for our, other, right in zip(ours[1:], torchs[1:], exact[1:], strict=True):
         assert our.dtype == torch.bfloat16

@@ -1,6 +1,8 @@
 """Tiled log-probabilities against full logits: values, gradients, memory and work."""
 
 import importlib.util
+import sys
+import types
 from collections.abc import Callable
 
 import pytest
@@ -69,6 +71,13 @@ class Recorder(TorchDispatchMode):
         return result
 
 
+@pytest.fixture
+def short_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tiles of four rows, so that a column's sums are of several tiles."""
+    for name in ("_CPU", "_GPU"):
+        monkeypatch.setattr(tiles, name, getattr(tiles, name)._replace(rows=4))
+
+
 @pytest.mark.parametrize("tile_bytes", [ONE_ROW, SEVEN_ROWS, 2**30])
 @pytest.mark.parametrize("with_bias", [False, True])
 @pytest.mark.parametrize("trained", [True, False], ids=["trained", "frozen"])
@@ -109,6 +118,25 @@ def test_is_as_exact_as_full_logits_in_float32(trained: bool) -> None:
         torch.testing.assert_close(ours_x.double(), exact_x, rtol=1e-4, atol=1e-5)
         error, full_error = ((x.double() - exact_x).abs().max() for x in (ours_x, full_x))
         assert error <= 4 * full_error + 1e-6
+
+
+@pytest.mark.usefixtures("short_tiles")
+@pytest.mark.parametrize("trained", [True, False], ids=["trained", "frozen"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_sums_over_many_rows_are_of_all_their_tiles(dtype: torch.dtype, trained: bool) -> None:
+    """Several tiles of rows and of columns. With 16-bit weights a column's sum is float32 until its last tile."""
+    hidden, weight, _, targets, incoming = problem(dtype)
+    size = 4 * 20 * max(dtype.itemsize, 4)
+    assert [
+        (t.rows.stop - t.rows.start, t.columns.stop - t.columns.start)
+        for t in tiles.Head.of(hidden, weight, NO_TRANSFORM, size).tiles(N, V, by_columns=True)
+    ][:2] == [(4, 20), (4, 20)]
+    leaves = [hidden.requires_grad_(), weight.requires_grad_(trained)]
+    got = value_and_grads(lambda h, w: token_logps(h, w, targets, tile_bytes=size), *leaves, incoming=incoming)
+    exact = [x.detach().double().requires_grad_(x.requires_grad) for x in leaves]
+    expected = value_and_grads(lambda h, w: full_logps(h, w, targets), *exact, incoming=incoming)
+    for ours, right in zip(got, expected, strict=True):
+        assert float((ours.double() - right).norm() / right.norm()) < (1e-12 if dtype == torch.float64 else 0.01)
 
 
 @pytest.mark.parametrize("trained", [True, False], ids=["trained", "frozen"])
@@ -281,7 +309,14 @@ def test_16_bit_weight_gradients_of_a_large_vocabulary() -> None:
 
 
 def test_a_gpu_without_a_compiler_is_used_without_kernels_and_that_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Triton may be installed and unable to compile. Here there is no GPU at all, so its trial fails likewise."""
+    """Triton may be installed and unable to compile."""
+
+    def try_on(device: torch.device) -> None:
+        raise RuntimeError("Failed to find C compiler")
+
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
-    with pytest.warns(UserWarning, match=r"Triton does not compile kernels for cuda .*: the output head uses torch's"):
+    monkeypatch.setitem(sys.modules, "ctpd.kernels", types.SimpleNamespace(try_on=try_on))
+    with pytest.warns(
+        UserWarning, match=r"Triton does not compile kernels for cuda \(Failed to find C compiler\): the out"
+    ):
         assert not tiles._has_kernels.__wrapped__(torch.device("cuda"))
