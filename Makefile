@@ -80,7 +80,7 @@ ci: test  ## what CI runs
 bench: setup  ## speed and memory beside the peers, into results/benchmarks: about 70 minutes on two idle cores
 	set -e; for name in $(BENCHMARKS); do $(BIN)/python -m benchmarks.$$name; done
 
-gpu: setup  ## the tests that need GPUs: one for the methods, two for FSDP
+gpu: setup  ## the tests that need GPUs: one for the methods and the kernels, two for FSDP
 	CTPD_TEST_GPUS=1 $(BIN)/python -m pytest tests/e2e/test_distillation.py tests/unit/test_distributed.py tests/unit/test_kernels.py -k "gpu or kernels" -rs
 
 bench-quick: setup  ## the same at tiny shapes, into build/: whether the benchmarks run, not how fast anything is

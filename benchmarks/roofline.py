@@ -116,10 +116,10 @@ def _tile(rows: int, columns: int, *, dtype: Any, device: str) -> tuple[int, int
     """Rows and columns of the head's tiles, the last ones excepted."""
     import torch
 
-    from ctpd.ops.tiles import NO_TRANSFORM, Head
+    from ctpd.ops.tiles import NO_TRANSFORM, TiledHead
 
     nothing = torch.empty(0, dtype=dtype, device=device)
-    first = next(Head.of(nothing, nothing, NO_TRANSFORM, None).tiles(rows, columns))
+    first = next(TiledHead.of(nothing, nothing, NO_TRANSFORM, None).tiles(rows, columns))
     return first.rows.stop, first.columns.stop
 
 

@@ -1,4 +1,4 @@
-"""The two passes over a tile of logits as Triton kernels: what `ctpd.ops.logps` does on a GPU, and in torch elsewhere.
+"""The two passes over a tile of logits as Triton kernels: what `ctpd.ops.tiles` does on a GPU, and in torch elsewhere.
 
 In torch each pass is half a dozen operations, and each of them reads and writes a float32 copy of the tile. Here a tile
 stays what the matrix product has made, 16-bit with 16-bit inputs; a kernel reads it from memory once, and overwrites it

@@ -24,7 +24,17 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
-from ctpd.ops.tiles import NO_TRANSFORM, ColumnSums, Head, LogitTransform, OfRows, Sums, Weights, multiply, to_gradient
+from ctpd.ops.tiles import (
+    NO_TRANSFORM,
+    ColumnSums,
+    LogitTransform,
+    OfRows,
+    Sums,
+    TiledHead,
+    Weights,
+    multiply,
+    to_gradient,
+)
 
 
 def token_logps(
@@ -51,7 +61,7 @@ def token_logps(
         transform: what the model does to its logits.
         tile_bytes: the size of a tile; None for what suits the device.
     """
-    head = Head.of(hidden_NH, weight_VH, transform, tile_bytes)
+    head = TiledHead.of(hidden_NH, weight_VH, transform, tile_bytes)
     needs_grad = [t is not None and t.requires_grad for t in (hidden_NH, weight_VH, bias_V)]
     if needs_grad[2]:
         head = head._replace(is_fused=False)  # the bias' gradient is a sum of what a kernel would have rounded
@@ -102,7 +112,7 @@ def _forward(
     bias_V: Tensor | None,
     targets_N: Tensor,
     *,
-    head: Head,
+    head: TiledHead,
     forms_gradient: bool = False,
 ) -> _Forward:
     """Log-probabilities and log-sum-exp of each row, and d logp / d hidden where asked for."""
@@ -132,7 +142,7 @@ class _FrozenHead(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden_NH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, targets_N: Tensor, head: Head
+        ctx: Any, hidden_NH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, targets_N: Tensor, head: TiledHead
     ) -> Tensor:
         result = _forward(hidden_NH, weight_VH, bias_V, targets_N, head=head, forms_gradient=True)
         ctx.save_for_backward(result.gradients_NH)
@@ -151,7 +161,7 @@ class _TrainedHead(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden_NH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, targets_N: Tensor, head: Head
+        ctx: Any, hidden_NH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, targets_N: Tensor, head: TiledHead
     ) -> Tensor:
         result = _forward(hidden_NH, weight_VH, bias_V, targets_N, head=head)
         ctx.save_for_backward(hidden_NH, weight_VH, bias_V, targets_N, result.log_sums)
@@ -162,7 +172,7 @@ class _TrainedHead(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_N: Tensor) -> tuple[Tensor | None, ...]:
         hidden_NH, weight_VH, bias_V, targets_N, log_sums_N = ctx.saved_tensors
-        head: Head = ctx.head
+        head: TiledHead = ctx.head
         of_rows = OfRows(targets_N.long().contiguous(), log_sums_N, grad_N.to(head.tile).contiguous())
         needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         # Sums over tiles are kept in the tile's dtype and rounded once to the parameter's.
@@ -175,7 +185,7 @@ class _TrainedHead(torch.autograd.Function):
             for tile in head.tiles(len(hidden_NH), len(weight_VH), by_columns=True):
                 rows, columns = tile.rows, tile.columns
                 tile_RC = weights.product(left_NH[rows], columns)
-                tile_RC = to_gradient(tile_RC, columns, of_rows.slice(rows), weights, head=head)
+                tile_RC = to_gradient(tile_RC, columns, of_rows.slice(rows), weights)
                 if grad_bias_V is not None:
                     grad_bias_V[columns] += tile_RC.sum(0, dtype=head.tile)
                 product_RC = tile_RC.to(head.product)

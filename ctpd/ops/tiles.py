@@ -54,7 +54,7 @@ def _has_kernels(device: torch.device) -> bool:
 
 
 class Tile(NamedTuple):
-    """Rows and columns; whether they are the first and the last of what is added up (see `Head.tiles`)."""
+    """Rows and columns; whether they are the first and the last of what is added up (see `TiledHead.tiles`)."""
 
     rows: slice
     columns: slice
@@ -83,25 +83,24 @@ class LogitTransform(NamedTuple):
 NO_TRANSFORM = LogitTransform()
 
 
-class Head(NamedTuple):
-    """How hidden states become the logits of a tile: ``softcap(scale * (hidden @ weight.T + bias))``."""
+class TiledHead(NamedTuple):
+    """How hidden states become the logits of a tile: ``transform(hidden @ weight.T + bias)``."""
 
-    softcap: float | None
-    scale: float
+    transform: LogitTransform
     product: torch.dtype  # of the matrix products
     tile: torch.dtype  # of everything else
     layout: _Layout
     is_fused: bool  # the passes over a tile are Triton kernels
 
     @classmethod
-    def of(cls, hidden_NH: Tensor, weight_VH: Tensor, transform: LogitTransform, tile_bytes: int | None) -> "Head":
+    def of(cls, hidden_NH: Tensor, weight_VH: Tensor, transform: LogitTransform, tile_bytes: int | None) -> "TiledHead":
         """The head of these states and this weight; ``tile_bytes`` None for what suits the device."""
         product, tile = _dtypes(hidden_NH, weight_VH)
         device = hidden_NH.device
         layout = _GPU if device.type == "cuda" else _CPU
         layout = layout if tile_bytes is None else layout._replace(size=tile_bytes)
         is_fused = tile == torch.float32 and _has_kernels(device)
-        return cls(transform.softcap, transform.scale, product, tile, layout, is_fused)
+        return cls(transform, product, tile, layout, is_fused)
 
     def tiles(self, num_rows: int, num_columns: int, *, by_columns: bool = False) -> Iterator[Tile]:
         """All tiles, those of the same rows one after another, or those of the same columns.
@@ -109,7 +108,7 @@ class Head(NamedTuple):
         Soft-capping needs a second buffer of the same size.
         """
         itemsize = self.product.itemsize if self.is_fused else self.tile.itemsize
-        buffers = 1 if self.softcap is None or self.is_fused else 2
+        buffers = 1 if self.transform.softcap is None or self.is_fused else 2
         size = max(1, self.layout.size // (itemsize * buffers))
         height = max(1, min(num_rows, size, max(self.layout.rows, size // max(num_columns, 1))))
         width = max(1, min(num_columns, size // height))
@@ -140,14 +139,15 @@ class Weights(NamedTuple):
     weight_VH: Tensor
     bias_V: Tensor | None
     buffer: Tensor
+    head: TiledHead
 
     @classmethod
-    def of(cls, hidden_NH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, *, head: Head) -> "Weights":
+    def of(cls, hidden_NH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, *, head: TiledHead) -> "Weights":
         """Weight and bias for the tiles of these hidden states."""
         first = next(head.tiles(len(hidden_NH), len(weight_VH)), None)
         size = 0 if first is None else first.rows.stop * first.columns.stop
         bias_V = None if bias_V is None else bias_V.contiguous()
-        return cls(weight_VH.to(head.product), bias_V, hidden_NH.new_empty(size, dtype=head.product))
+        return cls(weight_VH.to(head.product), bias_V, hidden_NH.new_empty(size, dtype=head.product), head)
 
     def product(self, hidden_RH: Tensor, columns: slice) -> Tensor:
         """Hidden states times some columns, to be overwritten."""
@@ -155,18 +155,19 @@ class Weights(NamedTuple):
         shape = len(hidden_RH), len(weight_CH)
         return torch.mm(hidden_RH, weight_CH.T, out=self.buffer[: shape[0] * shape[1]].view(shape))
 
-    def logits(self, product_RC: Tensor, columns: slice, *, head: Head) -> tuple[Tensor, Tensor | None]:
+    def logits(self, product_RC: Tensor, columns: slice) -> tuple[Tensor, Tensor | None]:
         """One tile of logits, to be overwritten, and d softcap(z) / dz there; None without soft-capping."""
-        tile_RC = product_RC.to(head.tile)
+        scale, softcap = self.head.transform
+        tile_RC = product_RC.to(self.head.tile)
         if self.bias_V is not None:
             tile_RC += self.bias_V[columns]
-        if head.scale != 1.0:
-            tile_RC *= head.scale
-        if head.softcap is None:
+        if scale != 1.0:
+            tile_RC *= scale
+        if softcap is None:
             return tile_RC, None
-        tile_RC.div_(head.softcap).tanh_()
+        tile_RC.div_(softcap).tanh_()
         slopes_RC = tile_RC.square().neg_().add_(1.0)
-        tile_RC *= head.softcap
+        tile_RC *= softcap
         return tile_RC, slopes_RC
 
 
@@ -203,7 +204,7 @@ class Sums:
         towards_RH: the sum of their slopes times their embeddings, if the gradient is formed.
     """
 
-    def __init__(self, hidden_RH: Tensor, *, head: Head, forms_gradient: bool) -> None:
+    def __init__(self, hidden_RH: Tensor, *, head: TiledHead, forms_gradient: bool) -> None:
         zeros_R1 = hidden_RH.new_zeros((len(hidden_RH), 1), dtype=head.tile)
         self.head = head
         self.target_R1, self.slope_R1, self.others_R1 = zeros_R1, torch.ones_like(zeros_R1), zeros_R1
@@ -211,14 +212,14 @@ class Sums:
         self.towards_RH = torch.zeros_like(hidden_RH, dtype=head.tile) if forms_gradient else None
 
     @classmethod
-    def of(cls, hidden_RH: Tensor, *, head: Head, forms_gradient: bool) -> "Sums":
+    def of(cls, hidden_RH: Tensor, *, head: TiledHead, forms_gradient: bool) -> "Sums":
         """The sums of rows of which no tile has been seen."""
         kind = _FusedSums if head.is_fused else Sums
         return kind(hidden_RH, head=head, forms_gradient=forms_gradient)
 
     def add(self, product_RC: Tensor, columns: slice, targets_R: Tensor, weights: Weights) -> None:
         """Add one tile; it is overwritten."""
-        tile_RC, slopes_RC = weights.logits(product_RC, columns, head=self.head)
+        tile_RC, slopes_RC = weights.logits(product_RC, columns)
         targets = _Targets.of(targets_R, columns)
         self.target_R1 = targets.taken(tile_RC, self.target_R1)
         largest_R1 = torch.maximum(self.largest_R1, tile_RC.amax(1, keepdim=True))
@@ -252,13 +253,13 @@ class Sums:
         factor_R1, all_R1 = self.others_R1 * self.slope_R1, self._all_R1
         for part in _slices(len(out_RH), _ROWS):
             own_RH = factor_R1[part] * weight_VH[targets_R[part]]
-            out_RH[part] = own_RH.sub_(self.towards_RH[part]).mul_(self.head.scale / all_R1[part])
+            out_RH[part] = own_RH.sub_(self.towards_RH[part]).mul_(self.head.transform.scale / all_R1[part])
 
 
 class _FusedSums(Sums):
     """The same from one kernel a tile."""
 
-    def __init__(self, hidden_RH: Tensor, *, head: Head, forms_gradient: bool) -> None:
+    def __init__(self, hidden_RH: Tensor, *, head: TiledHead, forms_gradient: bool) -> None:
         from ctpd.kernels import new_statistics
 
         super().__init__(hidden_RH, head=head, forms_gradient=forms_gradient)
@@ -270,7 +271,7 @@ class _FusedSums(Sums):
         """Add one tile; it is overwritten."""
         from ctpd.kernels import TileOf, accumulate
 
-        tile_of = TileOf(columns.start, weights.bias_V, self.head.scale, self.head.softcap)
+        tile_of = TileOf(columns.start, weights.bias_V, *self.head.transform)
         accumulate(product_RC, targets_R, self._statistics_SR, tile_of, keep=self.towards_RH is not None)
         if self.towards_RH is not None:
             self._add_towards(product_RC, self._shrink_R1, weights.weight_VH[columns])
@@ -288,32 +289,33 @@ class OfRows(NamedTuple):
         return OfRows(*(of_row[rows] for of_row in self))
 
 
-def to_gradient(tile_RC: Tensor, columns: slice, of_rows: OfRows, weights: Weights, *, head: Head) -> Tensor:
+def to_gradient(tile_RC: Tensor, columns: slice, of_rows: OfRows, weights: Weights) -> Tensor:
     """From a matrix product, which is overwritten, to the gradient with respect to it.
 
     It is grad * (onehot - p), complete before the products: in 16 bits the difference of two products would drown the
     small gradient of a token that is nearly certain.
     """
-    if head.is_fused:
+    transform = weights.head.transform
+    if weights.head.is_fused:
         from ctpd.kernels import TileOf, differentiate
 
-        differentiate(tile_RC, *of_rows, TileOf(columns.start, weights.bias_V, head.scale, head.softcap))
+        differentiate(tile_RC, *of_rows, TileOf(columns.start, weights.bias_V, *transform))
         return tile_RC
-    tile_RC, slopes_RC = weights.logits(tile_RC, columns, head=head)
+    tile_RC, slopes_RC = weights.logits(tile_RC, columns)
     incoming_R1 = of_rows.incoming_R.unsqueeze(1)
     tile_RC.sub_(of_rows.log_sums_R.unsqueeze(1)).exp_().mul_(-incoming_R1)
     _Targets.of(of_rows.targets_R, columns).add(tile_RC, incoming_R1)
     if slopes_RC is not None:
         tile_RC *= slopes_RC
-    if head.scale != 1.0:
-        tile_RC *= head.scale
+    if transform.scale != 1.0:
+        tile_RC *= transform.scale
     return tile_RC
 
 
 class ColumnSums:
     """The gradient of the output embedding, which gets its tiles column by column."""
 
-    def __init__(self, weight_VH: Tensor, *, head: Head) -> None:
+    def __init__(self, weight_VH: Tensor, *, head: TiledHead) -> None:
         self.result_VH, self._dtype = torch.zeros_like(weight_VH), head.tile
         self._sum_CH = self.result_VH
 

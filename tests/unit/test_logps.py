@@ -129,7 +129,7 @@ def test_sums_over_many_rows_are_of_all_their_tiles(dtype: torch.dtype, trained:
     size = 4 * 20 * max(dtype.itemsize, 4)
     assert [
         (t.rows.stop - t.rows.start, t.columns.stop - t.columns.start)
-        for t in tiles.Head.of(hidden, weight, NO_TRANSFORM, size).tiles(N, V, by_columns=True)
+        for t in tiles.TiledHead.of(hidden, weight, NO_TRANSFORM, size).tiles(N, V, by_columns=True)
     ][:2] == [(4, 20), (4, 20)]
     leaves = [hidden.requires_grad_(), weight.requires_grad_(trained)]
     got = value_and_grads(lambda h, w: token_logps(h, w, targets, tile_bytes=size), *leaves, incoming=incoming)
